@@ -1,0 +1,139 @@
+// Backward: the pre-activation's constants -> reduce (sum_dy, sum_dy_xmu) -> fold (dgamma, dbeta) -> apply (dx).
+#include <algorithm>
+
+#include "check.h"
+#include "view.h"
+
+namespace bnfast {
+namespace {
+
+using std::int64_t;
+
+// Summed weights of a channel: in order, so that it is the same in every call.
+double total_weight(const GradArgs& a) {
+    const int64_t M = a.shape.per_channel();
+    if (!a.mask) return double(M);
+    double total = 0;
+    for (int64_t i = 0; i < M; ++i)
+        total += a.dtype == DType::float64 ? static_cast<const double*>(a.mask)[i]
+                                           : double(static_cast<const float*>(a.mask)[i]);
+    return total;
+}
+
+struct GradReduction {
+    Plan plan;
+    const TypeKernels& kernels;
+    GradReduceArgs args{};
+    int64_t each_scratch, sum_dy_at, sum_dy_xmu_at, scratch_at;
+
+    GradReduction(const Plan& p, const TypeKernels& k, const GradArgs& a, Scratch& scratch) : plan(p), kernels(k) {
+        const Grid& g = plan.grid;
+        args.grid = g;
+        args.dy = a.dy;
+        args.x = a.x;
+        args.residual = a.residual;
+        args.act = activation_args(a.activation, a.negative_slope);
+        each_scratch = g.pack > 1 ? (2 * g.pack * g.C + 7) / 8 * 8 : 0;
+        sum_dy_at = scratch.count(g.chunks * g.C);
+        sum_dy_xmu_at = scratch.count(g.chunks * g.C);
+        scratch_at = scratch.count(each_scratch * plan.threads);
+    }
+    void place(const Scratch& scratch, const Params& params) {
+        args.sum_dy = scratch.at(sum_dy_at);
+        args.sum_dy_xmu = scratch.at(sum_dy_xmu_at);
+        args.scratch = scratch.at(scratch_at);
+        args.params = params;
+    }
+    void chunk(int act, int rank, int64_t k, int64_t c0, int64_t c1) const {
+        GradReduceArgs r = args;
+        r.chunk = k;
+        r.c0 = c0;
+        r.c1 = c1;
+        r.scratch += rank * each_scratch;
+        (plan.rows ? kernels.grad_reduce_rows : kernels.grad_reduce_columns)[act](r);
+    }
+};
+
+GradApplyArgs grad_apply_args(const GradArgs& a, const Plan& plan, const Params& params) {
+    GradApplyArgs args{};
+    args.grid = plan.apply_grid;
+    args.dy = a.dy;
+    args.x = a.x;
+    args.residual = a.residual;
+    args.mask = a.mask;
+    args.dx = a.dx;
+    args.dresidual = a.dresidual;
+    args.params = params;
+    args.act = activation_args(a.activation, a.negative_slope);
+    args.stream = plan.stream;
+    return args;
+}
+
+GradFoldArgs grad_fold_args(const GradArgs& a, const GradReduction& reduction) {
+    GradFoldArgs f{};
+    f.C = a.shape.C;
+    f.pack = reduction.plan.grid.pack;
+    f.chunks = reduction.plan.grid.chunks;
+    f.sum_dy = reduction.args.sum_dy;
+    f.sum_dy_xmu = reduction.args.sum_dy_xmu;
+    f.mean = param_vector(a.mean);
+    f.invstd = param_vector(a.invstd);
+    f.gamma = param_vector(a.gamma);
+    f.dmean = param_vector(a.dmean);
+    f.dvariance = param_vector(a.dvariance);
+    f.count = total_weight(a);
+    f.training = a.training;
+    f.dgamma = a.dgamma.data;
+    f.dbeta = a.dbeta.data;
+    f.dgamma_is_double = a.dgamma.dtype == DType::float64;
+    f.dbeta_is_double = a.dbeta.dtype == DType::float64;
+    f.params = reduction.args.params;
+    return f;
+}
+
+}  // namespace
+
+void grad(const GradArgs& a) {
+    check(a);
+    const KernelTable& table = kernels();
+    const TypeKernels& kernel = table.types[int(a.dtype)];
+    PlanRequest request;
+    request.shape = a.shape;
+    request.dtype = a.dtype;
+    request.op = Op::grad;
+    request.threads = get_num_threads();
+    request.serial_bytes = serial_bytes();
+    request.masked = a.mask != nullptr && a.training;
+    request.inputs = a.residual ? 3 : 2;
+    request.outputs = a.dresidual ? 2 : 1;
+    const Plan plan = make_plan(request, machine());
+    Scratch scratch;
+    GradReduction reduction(plan, kernel, a, scratch);
+    const ParamSpace space(scratch, plan.grid, 6);
+    scratch.take();
+    const Params params{space.vector(scratch, 0), space.vector(scratch, 1), space.vector(scratch, 2),
+                        space.vector(scratch, 3), space.vector(scratch, 4), space.vector(scratch, 5)};
+    reduction.place(scratch, params);
+    record_isa(table);
+
+    const int act = kernel_activation(a.activation, a.negative_slope);
+    const int mode = !a.training ? grad_frozen : a.mask ? grad_weighted : grad_batch;
+    kernel.fold({a.shape.C, plan.grid.pack, 0, a.shape.C, param_vector(a.mean), param_vector(a.invstd),
+                 param_vector(a.gamma), param_vector(a.beta), 1, 0, nullptr, params});
+    const GradApplyArgs apply = grad_apply_args(a, plan, params);
+    const GradFoldArgs fold = grad_fold_args(a, reduction);
+    const auto rows = kernel.grad_apply_rows[mode][act];
+    const auto columns = kernel.grad_apply_columns[mode][act];
+    run_steps(
+        plan, [&](int rank, int64_t k, int64_t c0, int64_t c1) { reduction.chunk(act, rank, k, c0, c1); },
+        [&](int64_t c0, int64_t c1) {
+            GradFoldArgs f = fold;
+            f.c0 = c0;
+            f.c1 = c1;
+            kernel.grad_fold(f);
+        },
+        [] { return true; }, [&](int64_t c0, int64_t c1) { apply_group(plan, apply, c0, c1, rows, columns); },
+        [&](int64_t u) { apply_unit(plan, apply, u, rows, columns); });
+}
+
+}  // namespace bnfast

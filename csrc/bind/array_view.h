@@ -1,0 +1,179 @@
+// NumPy arrays as the core sees them: pointer, shape, dtype. Nothing is converted here: whatever isn't plain (an exact
+// ndarray, C-contiguous, aligned, native byte order, of a dtype the core knows) is declined, and the caller's Python
+// side converts it or says what is wrong with it.
+#pragma once
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstring>
+#include <optional>
+
+#include "../memory.h"
+#include "bnfast/bnfast.h"
+
+namespace bnfast::bind {
+
+namespace py = pybind11;
+
+struct Declined {};  // thrown inside the binding: the function returns None
+
+inline void plain(bool is_plain) {
+    if (!is_plain) throw Declined{};
+}
+
+inline std::optional<DType> dtype_of(const py::dtype& d) {
+    static int bfloat16_num = -1;  // ml_dtypes registers it at run time, above NumPy's own numbers
+    const int num = d.num();
+    if (d.byteorder() != '=' && d.byteorder() != '|') return std::nullopt;
+    if (num == py::detail::npy_api::NPY_FLOAT_) return DType::float32;
+    if (num == py::detail::npy_api::NPY_DOUBLE_) return DType::float64;
+    if (num == 23) return DType::float16;  // NPY_HALF
+    if (num == bfloat16_num) return DType::bfloat16;
+    if (num >= 256 && bfloat16_num < 0 && d.itemsize() == 2 && d.attr("name").cast<std::string>() == "bfloat16") {
+        bfloat16_num = num;
+        return DType::bfloat16;
+    }
+    return std::nullopt;
+}
+
+constexpr int c_contiguous = 0x1, aligned = 0x100, writeable = 0x400;  // NumPy's flags
+
+struct ArrayView {
+    void* data = nullptr;
+    const py::ssize_t* dims = nullptr;
+    int rank = 0;
+    std::int64_t size = 1;
+    DType dtype = DType::float32;
+
+    ArrayView() = default;
+    ArrayView(py::handle h, int flags) {
+        static const PyTypeObject* const ndarray = py::detail::npy_api::get().PyArray_Type_;
+        plain(Py_TYPE(h.ptr()) == ndarray);
+        const auto* a = py::detail::array_proxy(h.ptr());
+        plain((a->flags & flags) == flags);
+        const auto known = dtype_of(py::reinterpret_borrow<py::array>(h).dtype());
+        plain(known.has_value());
+        data = a->data;
+        dims = a->dimensions;
+        rank = a->nd;
+        for (int i = 0; i < rank; ++i) size *= dims[i];
+        dtype = *known;
+    }
+    std::int64_t bytes() const {
+        return size * (dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2);
+    }
+    bool same_shape(const ArrayView& o) const {
+        return rank == o.rank && std::memcmp(dims, o.dims, sizeof(*dims) * std::size_t(rank)) == 0;
+    }
+    bool overlaps(const ArrayView& o) const {
+        const auto a = reinterpret_cast<std::uintptr_t>(data), b = reinterpret_cast<std::uintptr_t>(o.data);
+        return data && o.data && a < b + std::uintptr_t(o.bytes()) && b < a + std::uintptr_t(bytes());
+    }
+};
+
+inline ArrayView input(py::handle h) { return {h, c_contiguous | aligned}; }
+inline ArrayView output(py::handle h) { return {h, c_contiguous | aligned | writeable}; }
+inline ArrayView optional_input(py::handle h) { return h.is_none() ? ArrayView{} : input(h); }
+
+// A tensor of x's shape and dtype, or nothing.
+inline ArrayView like(py::handle h, const ArrayView& x) {
+    if (h.is_none()) return {};
+    const ArrayView view = input(h);
+    plain(view.same_shape(x) && view.dtype == x.dtype);
+    return view;
+}
+
+inline void plain_vector(const ArrayView& v, std::int64_t C) {
+    plain(v.rank == 1 && v.size == C && (v.dtype == DType::float32 || v.dtype == DType::float64));
+}
+inline ConstVector vector(const ArrayView& v, std::int64_t C) {
+    if (!v.dims) return {};
+    plain_vector(v, C);
+    return {v.data, v.dtype};
+}
+
+// ---- outputs: memory of the pool, owned by the array through a capsule -------------------------------------------
+
+inline py::capsule owned_block(void* block) {
+    return py::capsule(block, [](void* p) { release_block(p); });
+}
+
+inline py::array new_array(const py::dtype& dtype, const py::ssize_t* dims, int rank, std::int64_t bytes) {
+    void* block = acquire_block(std::size_t(bytes));
+    return py::array(dtype, std::vector<py::ssize_t>(dims, dims + rank), block, owned_block(block));
+}
+
+// n vectors of C doubles in one block, each on cache lines of its own.
+template <int n> struct Vectors {
+    double* data[n];
+    py::array arrays[n];
+    explicit Vectors(std::int64_t C) {
+        const std::int64_t each = (C + 7) / 8 * 8;
+        auto* block = static_cast<double*>(acquire_block(std::size_t(n * each * 8)));
+        const py::capsule owner = owned_block(block);
+        for (int i = 0; i < n; ++i) {
+            data[i] = block + i * each;
+            arrays[i] = py::array(py::dtype::of<double>(), std::vector<py::ssize_t>{py::ssize_t(C)}, data[i], owner);
+        }
+    }
+};
+
+// ---- scalars and words ----------------------------------------------------------------------------------------------
+
+inline double number(py::handle h) {
+    plain(PyFloat_Check(h.ptr()) || (PyLong_Check(h.ptr()) && !PyBool_Check(h.ptr())));
+    const double value = PyFloat_AsDouble(h.ptr());
+    if (value == -1 && PyErr_Occurred()) {
+        PyErr_Clear();
+        throw Declined{};
+    }
+    return value;
+}
+inline double number_in(py::handle h, double low, double high) {
+    const double value = number(h);
+    plain(value >= low && value <= high);
+    return value;
+}
+inline int integer(py::handle h) {
+    plain(PyLong_CheckExact(h.ptr()));
+    int overflow = 0;
+    const long value = PyLong_AsLongAndOverflow(h.ptr(), &overflow);
+    plain(!overflow && value >= -64 && value <= 64);
+    return int(value);
+}
+inline bool boolean(py::handle h) {
+    plain(h.ptr() == Py_True || h.ptr() == Py_False);
+    return h.ptr() == Py_True;
+}
+template <int n> int word(py::handle h, const char* const (&words)[n]) {
+    plain(PyUnicode_Check(h.ptr()));
+    for (int i = 0; i < n; ++i)
+        if (PyUnicode_CompareWithASCIIString(h.ptr(), words[i]) == 0) return i;
+    throw Declined{};
+}
+inline Activation activation_of(py::handle h) {
+    static constexpr const char* words[] = {"relu", "relu6", "leaky_relu"};
+    return h.is_none() ? Activation::none : Activation(1 + word(h, words));
+}
+inline NanPolicy nan_policy_of(py::handle h) {
+    static constexpr const char* words[] = {"propagate", "skip_update", "raise"};
+    return NanPolicy(word(h, words));
+}
+
+inline Shape shape_along(const ArrayView& x, py::handle axis) {
+    const int at = integer(axis);
+    plain(x.rank >= 1 && at >= -x.rank && at < x.rank);
+    static_assert(sizeof(py::ssize_t) == sizeof(std::int64_t), "64-bit extents");
+    return shape_of(reinterpret_cast<const std::int64_t*>(x.dims), x.rank, at);
+}
+
+// N*S weights in the compute type of x; the values were checked by the Python side.
+inline const void* weights(py::handle h, const ArrayView& x, const Shape& s) {
+    if (h.is_none()) return nullptr;
+    const ArrayView w = input(h);
+    plain(w.size == s.per_channel() && w.dtype == (x.dtype == DType::float64 ? DType::float64 : DType::float32));
+    return w.data;
+}
+
+}  // namespace bnfast::bind

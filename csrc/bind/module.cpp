@@ -1,0 +1,247 @@
+// The Python module bnfast._core: view in, view out, the GIL released around the core's call, nothing else.
+// A function whose arguments aren't plain returns None and has changed nothing (see array_view.h).
+#include <limits>
+
+#include "../dispatch/isa.h"
+#include "../machine.h"
+#include "../parallel.h"
+#include "../plan.h"
+#include "array_view.h"
+
+namespace bnfast::bind {
+namespace {
+
+constexpr double largest = std::numeric_limits<double>::max();
+
+// Calls f without the GIL, having let no exception of ours through it.
+template <class F> auto without_gil(F f) {
+    const py::gil_scoped_release release;
+    return f();
+}
+
+template <class F> py::object or_none(F f) {
+    try {
+        return f();
+    } catch (const Declined&) {
+        return py::none();
+    }
+}
+
+// The array to write: out, which is exactly one of `same` or disjoint from every input, or a new one.
+py::array output_for(py::handle out, py::handle x, const ArrayView& view, std::initializer_list<ArrayView> same,
+                     std::initializer_list<ArrayView> disjoint) {
+    if (out.is_none()) {
+        return new_array(py::reinterpret_borrow<py::array>(x).dtype(), view.dims, view.rank, view.bytes());
+    }
+    const ArrayView o = output(out);
+    plain(o.same_shape(view) && o.dtype == view.dtype);
+    for (const ArrayView& s : same) plain(o.data == s.data || !o.overlaps(s));
+    for (const ArrayView& d : disjoint) plain(!o.overlaps(d));
+    return py::reinterpret_borrow<py::array>(out);
+}
+
+py::object train(py::handle x, py::handle gamma, py::handle beta, py::handle moving_mean, py::handle moving_variance,
+                 py::handle axis, py::handle momentum, py::handle epsilon, py::handle mask, py::handle activation,
+                 py::handle negative_slope, py::handle residual, py::handle correction, py::handle nan_policy,
+                 py::handle out) {
+    return or_none([&]() -> py::object {
+        const ArrayView xv = input(x), rv = like(residual, xv), gv = optional_input(gamma), bv = optional_input(beta);
+        TrainArgs a;
+        a.x = xv.data;
+        a.dtype = xv.dtype;
+        a.shape = shape_along(xv, axis);
+        const std::int64_t C = a.shape.C;
+        a.gamma = vector(gv, C);
+        a.beta = vector(bv, C);
+        plain(moving_mean.is_none() == moving_variance.is_none());
+        ArrayView mm, mv;
+        if (!moving_mean.is_none()) {
+            mm = output(moving_mean);
+            mv = output(moving_variance);
+            plain_vector(mm, C);
+            plain_vector(mv, C);
+            for (const ArrayView& other : {mv, xv, rv, gv, bv}) plain(!mm.overlaps(other));
+            for (const ArrayView& other : {xv, rv, gv, bv}) plain(!mv.overlaps(other));
+            a.moving_mean = {mm.data, mm.dtype};
+            a.moving_variance = {mv.data, mv.dtype};
+        }
+        a.momentum = number_in(momentum, 0, 1);
+        a.epsilon = number_in(epsilon, 0, largest);
+        a.mask = weights(mask, xv, a.shape);
+        a.activation = activation_of(activation);
+        a.negative_slope = number_in(negative_slope, 0, largest);
+        a.residual = rv.data;
+        a.correction = int(number_in(correction, 0, 1));
+        plain(a.correction == number(correction));
+        a.nan_policy = nan_policy_of(nan_policy);
+        const py::array y = output_for(out, x, xv, {xv}, {rv, gv, bv, mm, mv, optional_input(mask)});
+        a.y = py::detail::array_proxy(y.ptr())->data;
+        Vectors<3> v(C);
+        a.mean = v.data[0];
+        a.variance = v.data[1];
+        a.invstd = v.data[2];
+        without_gil([&] { return bnfast::train(a); });
+        return py::make_tuple(y, v.arrays[0], v.arrays[1], v.arrays[2]);
+    });
+}
+
+py::object infer(py::handle x, py::handle moving_mean, py::handle moving_variance, py::handle gamma, py::handle beta,
+                 py::handle axis, py::handle epsilon, py::handle activation, py::handle negative_slope,
+                 py::handle residual, py::handle out) {
+    return or_none([&]() -> py::object {
+        const ArrayView xv = input(x), rv = like(residual, xv), mm = input(moving_mean), mv = input(moving_variance),
+                        gv = optional_input(gamma), bv = optional_input(beta);
+        InferArgs a;
+        a.x = xv.data;
+        a.dtype = xv.dtype;
+        a.shape = shape_along(xv, axis);
+        a.moving_mean = vector(mm, a.shape.C);
+        a.moving_variance = vector(mv, a.shape.C);
+        a.gamma = vector(gv, a.shape.C);
+        a.beta = vector(bv, a.shape.C);
+        a.epsilon = number_in(epsilon, 0, largest);
+        a.activation = activation_of(activation);
+        a.negative_slope = number_in(negative_slope, 0, largest);
+        a.residual = rv.data;
+        const py::array y = output_for(out, x, xv, {xv}, {rv, mm, mv, gv, bv});
+        a.y = py::detail::array_proxy(y.ptr())->data;
+        without_gil([&] { bnfast::infer(a); });
+        return y;
+    });
+}
+
+py::array vector_like(const ArrayView& gamma, const ArrayView& beta, const ArrayView& x, std::int64_t C, Vector& to) {
+    const DType compute = x.dtype == DType::float64 ? DType::float64 : DType::float32;
+    to.dtype = gamma.dims ? gamma.dtype : beta.dims ? beta.dtype : compute;
+    const py::dtype dtype = to.dtype == DType::float64 ? py::dtype::of<double>() : py::dtype::of<float>();
+    const py::ssize_t dims[] = {py::ssize_t(C)};
+    py::array made = new_array(dtype, dims, 1, C * dtype.itemsize());
+    to.data = py::detail::array_proxy(made.ptr())->data;
+    return made;
+}
+
+py::object grad(py::handle dy, py::handle x, py::handle mean, py::handle invstd, py::handle gamma, py::handle beta,
+                py::handle axis, py::handle mask, py::handle activation, py::handle negative_slope,
+                py::handle residual, py::handle training, py::handle dmean, py::handle dvariance, py::handle out) {
+    return or_none([&]() -> py::object {
+        const ArrayView xv = input(x), dyv = like(dy, xv), rv = like(residual, xv), mv = input(mean),
+                        sv = input(invstd), gv = optional_input(gamma), bv = optional_input(beta);
+        plain(dyv.dims);
+        GradArgs a;
+        a.dy = dyv.data;
+        a.x = xv.data;
+        a.dtype = xv.dtype;
+        a.shape = shape_along(xv, axis);
+        const std::int64_t C = a.shape.C;
+        a.mean = vector(mv, C);
+        a.invstd = vector(sv, C);
+        a.gamma = vector(gv, C);
+        a.beta = vector(bv, C);
+        a.mask = weights(mask, xv, a.shape);
+        a.activation = activation_of(activation);
+        a.negative_slope = number_in(negative_slope, 0, largest);
+        a.residual = rv.data;
+        a.training = boolean(training);
+        a.dmean = vector(optional_input(dmean), C);
+        a.dvariance = vector(optional_input(dvariance), C);
+        const py::array dx = output_for(out, x, xv, {dyv, xv},
+                                        {rv, mv, sv, gv, bv, optional_input(mask), optional_input(dmean),
+                                         optional_input(dvariance)});
+        a.dx = py::detail::array_proxy(dx.ptr())->data;
+        const py::array dgamma = vector_like(gv, bv, xv, C, a.dgamma), dbeta = vector_like(gv, bv, xv, C, a.dbeta);
+        py::object dresidual = py::none();
+        if (rv.dims && a.activation != Activation::none) {
+            const py::array made = output_for(py::none(), x, xv, {}, {});
+            a.dresidual = py::detail::array_proxy(made.ptr())->data;
+            dresidual = made;
+        } else if (rv.dims) {
+            // Without an activation dresidual is dy itself; a copy where dx is about to take dy's place.
+            dresidual = a.dx == dyv.data ? dy.attr("copy")() : py::reinterpret_borrow<py::object>(dy);
+        }
+        without_gil([&] { bnfast::grad(a); });
+        return py::make_tuple(dx, dgamma, dbeta, dresidual);
+    });
+}
+
+py::object moments(py::handle x, py::handle axis, py::handle mask) {
+    return or_none([&]() -> py::object {
+        const ArrayView xv = input(x);
+        MomentsArgs a;
+        a.x = xv.data;
+        a.dtype = xv.dtype;
+        a.shape = shape_along(xv, axis);
+        a.mask = weights(mask, xv, a.shape);
+        Vectors<2> v(a.shape.C);
+        a.mean = v.data[0];
+        a.variance = v.data[1];
+        const double count = without_gil([&] { return bnfast::moments(a); });
+        return py::make_tuple(count, v.arrays[0], v.arrays[1]);
+    });
+}
+
+py::array empty(const std::vector<py::ssize_t>& shape, const py::dtype& dtype) {
+    std::int64_t size = 1;
+    for (const py::ssize_t extent : shape) {
+        if (extent < 0) throw py::value_error("shape must have extents >= 0. Received: " + std::to_string(extent));
+        size *= extent;
+    }
+    return new_array(dtype, shape.data(), int(shape.size()), size * dtype.itemsize());
+}
+
+py::dict build_info() {
+    const Machine& m = machine();
+    py::dict info;
+    info["version"] = BNFAST_VERSION;
+    info["isa"] = isa_name();
+    info["isa_reason"] = isa_reason();
+    info["isas"] = py::tuple(py::cast(usable_isas()));
+    info["threads"] = get_num_threads();
+    info["default_threads"] = m.threads;
+    info["threads_reason"] = m.threads_reason;
+    info["l1d_bytes"] = m.l1d;
+    info["l2_bytes"] = m.l2;
+    info["l3_bytes"] = m.l3;
+    info["compiler"] = BNFAST_COMPILER;
+    info["flags"] = BNFAST_FLAGS;
+    info["openmp"] = parallel_engine();
+    const MemoryStatistics s = memory_statistics();
+    py::dict memory;
+    memory["held_bytes"] = s.held_bytes;
+    memory["limit_bytes"] = s.limit_bytes;
+    memory["in_use_bytes"] = s.in_use_bytes;
+    memory["reused"] = s.reused;
+    memory["fresh"] = s.fresh;
+    info["memory"] = memory;
+    return info;
+}
+
+}  // namespace
+}  // namespace bnfast::bind
+
+PYBIND11_MODULE(_core, m) {
+    using namespace bnfast;
+    namespace py = pybind11;
+    if (const std::string error = isa_of_environment_error(); !error.empty()) throw py::import_error(error);
+    py::register_exception_translator([](std::exception_ptr p) {
+        try {
+            if (p) std::rethrow_exception(p);
+        } catch (const NonFiniteError& e) {
+            PyErr_SetString(PyExc_FloatingPointError, e.what());
+        }
+    });
+    m.def("train", &bind::train);
+    m.def("infer", &bind::infer);
+    m.def("grad", &bind::grad);
+    m.def("moments", &bind::moments);
+    m.def("empty", &bind::empty);
+    m.def("get_num_threads", &get_num_threads);
+    m.def("set_num_threads", [](std::optional<int> n) { set_num_threads(n.value_or(0)); });
+    m.def("build_info", &bind::build_info);
+    m.def("clear_memory", &clear_memory);
+    m.def("set_memory_limit", &set_memory_limit);
+    m.def("_set_isa", [](std::optional<std::string> name) { set_isa(name.value_or("")); });
+    m.def("_set_serial_bytes", [](std::optional<std::int64_t> n) { set_serial_bytes(n.value_or(-1)); });
+    m.def("_last_run", [] { return py::make_tuple(last_isa(), last_team_size()); });
+    m.def("_fp_mode", &fp_mode);
+    m.def("_set_fp_mode", &set_fp_mode);
+}

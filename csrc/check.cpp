@@ -1,0 +1,115 @@
+#include "check.h"
+
+#include <cmath>
+#include <limits>
+
+namespace bnfast {
+namespace {
+
+using std::int64_t;
+
+void require(bool fine, const std::string& message) {
+    if (!fine) throw std::invalid_argument(message);
+}
+
+void check_tensor(const void* data, Shape s, DType dtype, const char* name) {
+    require(s.N >= 0 && s.C >= 0 && s.S >= 0, "shape must have extents >= 0. Received: (" + std::to_string(s.N) + ", " +
+                                                  std::to_string(s.C) + ", " + std::to_string(s.S) + ")");
+    require(int(dtype) >= 0 && int(dtype) <= 3, "dtype must be one of DType's. Received: " + std::to_string(int(dtype)));
+    const int64_t most = std::numeric_limits<int64_t>::max() / 16;
+    require(s.C == 0 || s.N == 0 || s.S <= most / s.C / s.N, "shape must have fewer than 2^59 values");
+    require(data || s.size() == 0, std::string(name) + " must not be null");
+}
+
+void check_vector(const ConstVector& v, const char* name) {
+    require(!v.data || v.dtype == DType::float32 || v.dtype == DType::float64,
+            std::string(name) + " must be float32 or float64. Received: DType " + std::to_string(int(v.dtype)));
+}
+void check_vector(const Vector& v, const char* name) { check_vector(ConstVector{v.data, v.dtype}, name); }
+
+void check_epsilon(double epsilon) {
+    require(epsilon >= 0 && std::isfinite(epsilon),
+            "epsilon must be finite and >= 0. Received: " + std::to_string(epsilon));
+}
+
+void check_activation(Activation a, double negative_slope) {
+    require(int(a) >= 0 && int(a) <= 3, "activation must be one of Activation's. Received: " + std::to_string(int(a)));
+    require(negative_slope >= 0 && std::isfinite(negative_slope),
+            "negative_slope must be finite and >= 0. Received: " + std::to_string(negative_slope));
+}
+
+}  // namespace
+
+void check(const TrainArgs& a) {
+    check_tensor(a.x, a.shape, a.dtype, "x");
+    check_tensor(a.y, a.shape, a.dtype, "y");
+    check_vector(a.gamma, "gamma");
+    check_vector(a.beta, "beta");
+    check_vector(a.moving_mean, "moving_mean");
+    check_vector(a.moving_variance, "moving_variance");
+    require(!a.moving_mean.data == !a.moving_variance.data,
+            "moving_mean and moving_variance must be given together");
+    require(a.momentum >= 0 && a.momentum <= 1,
+            "momentum must lie in [0, 1]. Received: " + std::to_string(a.momentum));
+    check_epsilon(a.epsilon);
+    check_activation(a.activation, a.negative_slope);
+    require(a.correction == 0 || a.correction == 1,
+            "correction must be 0 or 1. Received: " + std::to_string(a.correction));
+    require((a.mean && a.variance && a.invstd) || a.shape.C == 0, "mean, variance and invstd must not be null");
+}
+
+void check(const InferArgs& a) {
+    check_tensor(a.x, a.shape, a.dtype, "x");
+    check_tensor(a.y, a.shape, a.dtype, "y");
+    check_vector(a.gamma, "gamma");
+    check_vector(a.beta, "beta");
+    check_vector(a.moving_mean, "moving_mean");
+    check_vector(a.moving_variance, "moving_variance");
+    require((a.moving_mean.data && a.moving_variance.data) || a.shape.C == 0,
+            "moving_mean and moving_variance must not be null");
+    check_epsilon(a.epsilon);
+    check_activation(a.activation, a.negative_slope);
+}
+
+void check(const GradArgs& a) {
+    check_tensor(a.dy, a.shape, a.dtype, "dy");
+    check_tensor(a.x, a.shape, a.dtype, "x");
+    check_tensor(a.dx, a.shape, a.dtype, "dx");
+    check_vector(a.mean, "mean");
+    check_vector(a.invstd, "invstd");
+    check_vector(a.gamma, "gamma");
+    check_vector(a.beta, "beta");
+    check_vector(a.dmean, "dmean");
+    check_vector(a.dvariance, "dvariance");
+    check_vector(a.dgamma, "dgamma");
+    check_vector(a.dbeta, "dbeta");
+    require((a.mean.data && a.invstd.data && a.dgamma.data && a.dbeta.data) || a.shape.C == 0,
+            "mean, invstd, dgamma and dbeta must not be null");
+    check_activation(a.activation, a.negative_slope);
+}
+
+void check(const MomentsArgs& a) {
+    check_tensor(a.x, a.shape, a.dtype, "x");
+    require((a.mean && a.variance) || a.shape.C == 0, "mean and variance must not be null");
+}
+
+Shape shape_of(const int64_t* dims, int rank, int axis) {
+    const int at = axis < 0 ? axis + rank : axis;
+    require(rank >= 1 && at >= 0 && at < rank, "axis must lie in [-" + std::to_string(rank) + ", " +
+                                                   std::to_string(rank) + "). Received: " + std::to_string(axis));
+    Shape s;
+    for (int i = 0; i < at; ++i) s.N *= dims[i];
+    s.C = dims[at];
+    for (int i = at + 1; i < rank; ++i) s.S *= dims[i];
+    return s;
+}
+
+NonFiniteError::NonFiniteError(std::vector<int64_t> at)
+    : std::runtime_error("x has non-finite batch statistics in channels " + [&] {
+          std::string text;
+          for (std::size_t i = 0; i < at.size() && i < 8; ++i) text += (i ? ", " : "") + std::to_string(at[i]);
+          return text + (at.size() > 8 ? ", ... (" + std::to_string(at.size()) + " in all)" : "");
+      }()),
+      channels(std::move(at)) {}
+
+}  // namespace bnfast

@@ -1,0 +1,12 @@
+// The C++ API's own argument checks: std::invalid_argument before anything is written.
+#pragma once
+#include "bnfast/bnfast.h"
+
+namespace bnfast {
+
+void check(const TrainArgs& args);
+void check(const InferArgs& args);
+void check(const GradArgs& args);
+void check(const MomentsArgs& args);
+
+}  // namespace bnfast

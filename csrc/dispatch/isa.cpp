@@ -1,0 +1,100 @@
+#include "isa.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+
+#include "bnfast/bnfast.h"
+
+namespace bnfast {
+
+extern const KernelTable baseline_kernels;
+#if defined(__x86_64__)
+extern const KernelTable avx2_kernels;
+extern const KernelTable avx512_kernels;
+#endif
+
+namespace {
+
+std::vector<const KernelTable*> usable_tables() {
+    std::vector<const KernelTable*> tables;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("bmi2"))
+        tables.push_back(&avx512_kernels);
+    // Every processor with AVX2 has F16C too (Haswell, Excavator and later).
+    if (__builtin_cpu_supports("avx2")) tables.push_back(&avx2_kernels);
+#endif
+    tables.push_back(&baseline_kernels);
+    return tables;
+}
+
+std::string joined(const std::vector<std::string>& names) {
+    std::string text;
+    for (const auto& name : names) text += (text.empty() ? "" : ", ") + name;
+    return text;
+}
+
+struct Choice {
+    std::vector<const KernelTable*> tables = usable_tables();
+    const KernelTable* at_load = tables.front();
+    std::string reason = "the best that this processor runs", error;
+    std::atomic<const KernelTable*> now{nullptr};
+
+    const KernelTable* find(const std::string& name) const {
+        for (const KernelTable* table : tables)
+            if (name == table->isa) return table;
+        return nullptr;
+    }
+    std::vector<std::string> names() const {
+        std::vector<std::string> list;
+        for (const KernelTable* table : tables) list.push_back(table->isa);
+        return list;
+    }
+    std::string refusal(const std::string& what, const std::string& name) const {
+        return what + " must be one of " + joined(names()) + " on this processor. Received: " + name;
+    }
+    Choice() {
+        const char* wanted = std::getenv("BNFAST_ISA");
+        if (wanted && *wanted) {
+            if (const KernelTable* table = find(wanted)) {
+                at_load = table;
+                reason = "BNFAST_ISA asks for it";
+            } else {
+                error = refusal("BNFAST_ISA", wanted);
+            }
+        }
+        now = at_load;
+    }
+};
+
+Choice& choice() {
+    static Choice c;
+    return c;
+}
+const bool read_at_load = (choice(), true);
+thread_local const char* isa_seen = "";
+
+}  // namespace
+
+const KernelTable& kernels() {
+    if (!choice().error.empty()) throw std::invalid_argument(choice().error);
+    return *choice().now.load(std::memory_order_relaxed);
+}
+std::string isa_reason() { return choice().reason; }
+std::string isa_of_environment_error() { return choice().error; }
+std::vector<std::string> usable_isas() { return choice().names(); }
+std::string isa_name() { return kernels().isa; }
+
+void set_isa(const std::string& name) {
+    Choice& c = choice();
+    const KernelTable* table = name.empty() ? c.at_load : c.find(name);
+    if (!table) throw std::invalid_argument(c.refusal("isa", name));
+    c.now = table;
+}
+
+const char* last_isa() { return isa_seen; }
+void record_isa(const KernelTable& table) { isa_seen = table.isa; }
+
+}  // namespace bnfast

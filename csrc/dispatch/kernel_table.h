@@ -1,0 +1,135 @@
+// What an instruction set must provide: one table of plain functions over plain structs.
+//
+// Layouts: "rows" (S > 1: a channel is N contiguous rows of S values) and "columns" (S = 1: a channel is a column of a
+// matrix of N rows). In columns, `pack` consecutive rows are seen as one row of K = pack*C columns, so that few or odd
+// channels fill whole vectors; pack belongs to the grid, because it decides the order of summation.
+// All functions are noexcept, allocate nothing, start no threads. Ranges are half open. C headers only: this file is
+// read by kernel translation units (see kernels/simd.inl.h).
+#pragma once
+#include <stdint.h>
+
+namespace bnfast {
+
+enum KernelActivation { act_none = 0, act_relu = 1, act_leaky = 2, act_count = 3 };  // relu6 is relu with a bound of 6
+enum GradMode { grad_batch = 0, grad_weighted = 1, grad_frozen = 2, grad_mode_count = 3 };
+
+// The reduction grid: a function of shape and dtype alone (plan.cpp), so it may decide bits.
+struct Grid {
+    int64_t N, C, S;
+    int64_t pack;         // columns: rows seen as one; 1 in the rows layout
+    int64_t block_rows;   // rows: rows of one channel in a block (>= 1); columns: packed rows in a block
+    int64_t block_width;  // rows: values of a row in a block (<= S); columns: unused
+    int64_t blocks;       // blocks in all (each a slice of every channel)
+    int64_t chunk_blocks, chunks;
+};
+
+// Per-channel constants in the compute type T (float, or double for float64 x), each of pack*C values.
+struct Params {
+    void *mean_hi, *scale, *shift;    // pre-activation: (x - mean_hi)*scale + shift
+    void *mean_dy, *slope_x, *level;  // dx = scale*(g - mean_dy) + (slope_x*(x - mean_hi) + level)
+};
+
+struct ActivationArgs {
+    double bound, negative_slope;  // relu: min(z, bound); leaky: z > 0 ? z : z*negative_slope
+};
+
+struct ReduceArgs {  // moments of one chunk, channels [c0, c1)
+    Grid grid;
+    const void *x, *mask;
+    int64_t chunk, c0, c1;
+    double *count, *mean, *m2;  // count: [chunks], the same for every channel; mean, m2: [chunks][C]
+    double* scratch;            // 3*pack*C doubles of this thread's own, where pack > 1 or mask
+};
+
+struct ApplyArgs {
+    Grid grid;
+    const void *x, *residual;
+    void* y;
+    Params params;
+    ActivationArgs act;
+    int stream;           // non-temporal stores where y is aligned
+    int64_t begin, end;   // rows: flat range of values; columns: packed rows
+    int64_t c0, c1;       // columns: range of packed columns (0, K unless a channel group is applied)
+};
+
+struct GradReduceArgs {
+    Grid grid;
+    const void *dy, *x, *residual;
+    Params params;  // mean_hi, scale, shift
+    ActivationArgs act;
+    int64_t chunk, c0, c1;
+    double *sum_dy, *sum_dy_xmu;  // [chunks][C]; sum of g and of g*(x - mean_hi)
+    double* scratch;              // 2*pack*C doubles, where pack > 1
+};
+
+struct GradApplyArgs {
+    Grid grid;
+    const void *dy, *x, *residual, *mask;
+    void *dx, *dresidual;
+    Params params;
+    ActivationArgs act;
+    int stream;
+    int64_t begin, end, c0, c1;
+};
+
+struct ParamVector {  // (C,) float or double; null data: absent
+    const void* data;
+    int is_double;
+};
+
+struct FoldArgs {  // channels [c0, c1) of C
+    int64_t C, pack, c0, c1;
+    ParamVector mean, spread, gamma, beta;  // spread: variance, or invstd where spread_is_invstd
+    int spread_is_invstd;
+    double epsilon;
+    double* invstd;  // written where not null
+    Params params;
+};
+
+struct GradFoldArgs {
+    int64_t C, pack, c0, c1, chunks;
+    const double *sum_dy, *sum_dy_xmu;
+    ParamVector mean, invstd, gamma, dmean, dvariance;
+    double count;
+    int training;
+    void *dgamma, *dbeta;
+    int dgamma_is_double, dbeta_is_double;
+    Params params;
+};
+
+struct MergeArgs {  // chunk results of channels [c0, c1), merged in chunk order
+    int64_t C, chunks, c0, c1;
+    const double *count, *mean, *m2;
+    double *mean_out, *variance_out;
+};
+
+struct MovingArgs {
+    int64_t C;
+    const double *mean, *variance;
+    void *moving_mean, *moving_variance;
+    int mean_is_double, variance_is_double;
+    double momentum, correction_factor;
+    int skip_non_finite;
+};
+
+struct TypeKernels {
+    void (*reduce_rows[2])(const ReduceArgs&) noexcept;  // [masked]
+    void (*reduce_columns[2])(const ReduceArgs&) noexcept;
+    void (*apply_rows[act_count])(const ApplyArgs&) noexcept;
+    void (*apply_columns[act_count])(const ApplyArgs&) noexcept;
+    void (*grad_reduce_rows[act_count])(const GradReduceArgs&) noexcept;
+    void (*grad_reduce_columns[act_count])(const GradReduceArgs&) noexcept;
+    void (*grad_apply_rows[grad_mode_count][act_count])(const GradApplyArgs&) noexcept;
+    void (*grad_apply_columns[grad_mode_count][act_count])(const GradApplyArgs&) noexcept;
+    void (*fold)(const FoldArgs&) noexcept;
+    void (*grad_fold)(const GradFoldArgs&) noexcept;
+};
+
+struct KernelTable {
+    const char* isa;       // set by the translation unit from the compiler's own macros
+    TypeKernels types[4];  // indexed by DType
+    double (*merge)(const MergeArgs&) noexcept;  // returns the summed count
+    void (*update_moving)(const MovingArgs&) noexcept;
+};
+
+}  // namespace bnfast

@@ -1,0 +1,194 @@
+// Forward: reduce -> fold -> apply, then the moving statistics. infer is fold -> apply, moments is reduce alone.
+#include <algorithm>
+#include <cmath>
+
+#include "check.h"
+#include "view.h"
+
+namespace bnfast {
+namespace {
+
+using std::int64_t;
+
+// Reduce's arguments, results and scratch.
+struct Reduction {
+    Plan plan;
+    const TypeKernels& kernels;
+    ReduceArgs args{};
+    int64_t each_scratch, count_at, mean_at, m2_at, scratch_at;
+
+    Reduction(const Plan& p, const TypeKernels& k, const void* x, const void* mask, Scratch& scratch)
+        : plan(p), kernels(k) {
+        const Grid& g = plan.grid;
+        args.grid = g;
+        args.x = x;
+        args.mask = mask;
+        each_scratch = g.pack > 1 || mask ? (3 * g.pack * g.C + 7) / 8 * 8 : 0;
+        count_at = scratch.count(g.chunks * plan.groups);
+        mean_at = scratch.count(g.chunks * g.C);
+        m2_at = scratch.count(g.chunks * g.C);
+        scratch_at = scratch.count(each_scratch * plan.threads);
+    }
+    void place(const Scratch& scratch) {
+        args.count = scratch.at(count_at);
+        args.mean = scratch.at(mean_at);
+        args.m2 = scratch.at(m2_at);
+        args.scratch = scratch.at(scratch_at);
+    }
+    void chunk(int rank, int64_t k, int64_t c0, int64_t c1) const {
+        ReduceArgs a = args;
+        a.chunk = k;
+        a.c0 = c0;
+        a.c1 = c1;
+        a.count += counts_of(c0);
+        a.scratch += rank * each_scratch;
+        (plan.rows ? kernels.reduce_rows : kernels.reduce_columns)[a.mask != nullptr](a);
+    }
+    MergeArgs merge(int64_t c0, int64_t c1, double* mean, double* variance) const {
+        const double* count = args.count + (plan.by_groups ? counts_of(c0) : 0);
+        return {args.grid.C, args.grid.chunks, c0, c1, count, args.mean, args.m2, mean, variance};
+    }
+    // Every group counts for itself (the counts are equal), so that none waits for another.
+    int64_t counts_of(int64_t c0) const { return c0 / plan.group * args.grid.chunks; }
+    double total() const {
+        double n = 0;
+        for (int64_t k = 0; k < args.grid.chunks; ++k) n += args.count[k];
+        return n;
+    }
+};
+
+PlanRequest request_of(Shape shape, DType dtype, Op op) {
+    PlanRequest request;
+    request.shape = shape;
+    request.dtype = dtype;
+    request.op = op;
+    request.threads = get_num_threads();
+    request.serial_bytes = serial_bytes();
+    return request;
+}
+
+std::vector<int64_t> non_finite(const double* mean, const double* variance, int64_t C) {
+    std::vector<int64_t> channels;
+    for (int64_t c = 0; c < C; ++c)
+        if (!std::isfinite(mean[c]) || !std::isfinite(variance[c])) channels.push_back(c);
+    return channels;
+}
+
+void update_moving_statistics(const TrainArgs& a, const KernelTable& table, double count) {
+    if (!a.moving_mean.data || count <= 0) return;
+    MovingArgs m{};
+    m.C = a.shape.C;
+    m.mean = a.mean;
+    m.variance = a.variance;
+    m.moving_mean = a.moving_mean.data;
+    m.moving_variance = a.moving_variance.data;
+    m.mean_is_double = a.moving_mean.dtype == DType::float64;
+    m.variance_is_double = a.moving_variance.dtype == DType::float64;
+    m.momentum = a.momentum;
+    m.correction_factor = a.correction && count > 1 ? count / (count - 1) : 1;
+    m.skip_non_finite = a.nan_policy == NanPolicy::skip_update;
+    table.update_moving(m);
+}
+
+template <class Args>
+ApplyArgs apply_args(const Args& a, const Plan& plan, const ParamSpace& space, const Scratch& scratch) {
+    ApplyArgs args{};
+    args.grid = plan.apply_grid;
+    args.x = a.x;
+    args.residual = a.residual;
+    args.y = a.y;
+    args.params.mean_hi = space.vector(scratch, 0);
+    args.params.scale = space.vector(scratch, 1);
+    args.params.shift = space.vector(scratch, 2);
+    args.act = activation_args(a.activation, a.negative_slope);
+    args.stream = plan.stream;
+    return args;
+}
+
+}  // namespace
+
+double train(const TrainArgs& a) {
+    check(a);
+    const KernelTable& table = kernels();
+    const TypeKernels& kernel = table.types[int(a.dtype)];
+    PlanRequest request = request_of(a.shape, a.dtype, Op::train);
+    request.whole_first = a.nan_policy == NanPolicy::raise;
+    request.inputs = a.residual ? 2 : 1;
+    const Plan plan = make_plan(request, machine());
+    Scratch scratch;
+    Reduction reduction(plan, kernel, a.x, a.mask, scratch);
+    const ParamSpace space(scratch, plan.grid, 3);
+    scratch.take();
+    reduction.place(scratch);
+    record_isa(table);
+
+    const ApplyArgs apply = apply_args(a, plan, space, scratch);
+    FoldArgs fold{a.shape.C, plan.grid.pack, 0, 0, {a.mean, 1}, {a.variance, 1}, param_vector(a.gamma),
+                  param_vector(a.beta), 0, a.epsilon, a.invstd, apply.params};
+    const int act = kernel_activation(a.activation, a.negative_slope);
+    std::vector<int64_t> bad;
+    run_steps(
+        plan, [&](int rank, int64_t k, int64_t c0, int64_t c1) { reduction.chunk(rank, k, c0, c1); },
+        [&](int64_t c0, int64_t c1) {
+            table.merge(reduction.merge(c0, c1, a.mean, a.variance));
+            FoldArgs f = fold;
+            f.c0 = c0;
+            f.c1 = c1;
+            kernel.fold(f);
+        },
+        [&] {
+            if (a.nan_policy == NanPolicy::raise) bad = non_finite(a.mean, a.variance, a.shape.C);
+            return bad.empty();
+        },
+        [&](int64_t c0, int64_t c1) {
+            apply_group(plan, apply, c0, c1, kernel.apply_rows[act], kernel.apply_columns[act]);
+        },
+        [&](int64_t u) { apply_unit(plan, apply, u, kernel.apply_rows[act], kernel.apply_columns[act]); });
+    if (!bad.empty()) throw NonFiniteError(bad);
+    const double count = reduction.total();
+    update_moving_statistics(a, table, count);
+    return count;
+}
+
+void infer(const InferArgs& a) {
+    check(a);
+    const KernelTable& table = kernels();
+    const TypeKernels& kernel = table.types[int(a.dtype)];
+    PlanRequest request = request_of(a.shape, a.dtype, Op::infer);
+    request.inputs = a.residual ? 2 : 1;
+    const Plan plan = make_plan(request, machine());
+    Scratch scratch;
+    const ParamSpace space(scratch, plan.grid, 3);
+    scratch.take();
+    record_isa(table);
+    const ApplyArgs apply = apply_args(a, plan, space, scratch);
+    FoldArgs fold{a.shape.C, plan.grid.pack, 0, a.shape.C, param_vector(a.moving_mean),
+                  param_vector(a.moving_variance), param_vector(a.gamma), param_vector(a.beta), 0, a.epsilon,
+                  nullptr, apply.params};
+    const int act = kernel_activation(a.activation, a.negative_slope);
+    parallel(plan.threads, [&](Team& team) {
+        if (team.rank == 0) kernel.fold(fold);
+        team.barrier();
+        team.for_each(plan.apply_units, false, [&](int64_t u) {
+            apply_unit(plan, apply, u, kernel.apply_rows[act], kernel.apply_columns[act]);
+        });
+    });
+}
+
+double moments(const MomentsArgs& a) {
+    check(a);
+    const KernelTable& table = kernels();
+    const Plan plan = make_plan(request_of(a.shape, a.dtype, Op::moments), machine());
+    Scratch scratch;
+    Reduction reduction(plan, table.types[int(a.dtype)], a.x, a.mask, scratch);
+    scratch.take();
+    reduction.place(scratch);
+    record_isa(table);
+    run_steps(
+        plan, [&](int rank, int64_t k, int64_t c0, int64_t c1) { reduction.chunk(rank, k, c0, c1); },
+        [&](int64_t c0, int64_t c1) { table.merge(reduction.merge(c0, c1, a.mean, a.variance)); },
+        [] { return false; }, [](int64_t, int64_t) {}, [](int64_t) {});
+    return reduction.total();
+}
+
+}  // namespace bnfast

@@ -1,0 +1,111 @@
+// bnfast: batch normalization on a CPU. The C++ API; the contract only.
+//
+// Every array is seen as (N, C, S): N outer extents, C channels, S inner extents, contiguous, M = N*S values a channel.
+// Forward:  y = activation(gamma * (x - mean) * invstd + beta + residual),  invstd = 1/sqrt(variance + epsilon)
+// Backward: dx = gamma*invstd * (dy - sum(dy)/M - xhat * sum(dy*xhat)/M),   xhat = (x - mean)*invstd
+// Results depend on values, shape, dtype and axis alone: not on threads, alignment or instruction set.
+// Inputs are never written. Functions are reentrant; they throw std::invalid_argument on a bad argument, before
+// anything is written, and NonFiniteError under NanPolicy::raise, likewise.
+// Per-channel vectors are (C,) of float32 or float64 whatever the dtype of x. Statistics are float64.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#define BNFAST_VERSION "0.1.0"
+
+namespace bnfast {
+
+enum class DType : int { float32 = 0, float64 = 1, float16 = 2, bfloat16 = 3 };
+enum class Activation : int { none, relu, relu6, leaky_relu };
+enum class NanPolicy : int { propagate, skip_update, raise };
+
+struct Shape {
+    std::int64_t N = 1, C = 1, S = 1;
+    std::int64_t per_channel() const { return N * S; }
+    std::int64_t size() const { return N * C * S; }
+};
+// dims of a contiguous array and its channel axis (negative counts from the end) -> (N, C, S).
+Shape shape_of(const std::int64_t* dims, int rank, int axis);
+
+struct ConstVector {  // (C,) float32 or float64; null data: absent
+    const void* data = nullptr;
+    DType dtype = DType::float32;
+};
+struct Vector {
+    void* data = nullptr;
+    DType dtype = DType::float32;
+};
+
+struct TrainArgs {
+    const void* x = nullptr;
+    void* y = nullptr;  // exactly x, or disjoint from every input
+    Shape shape;
+    DType dtype = DType::float32;
+    ConstVector gamma, beta;              // absent: 1 and 0
+    Vector moving_mean, moving_variance;  // both or neither; moving = moving*momentum + batch*(1 - momentum)
+    double momentum = 0.99, epsilon = 1e-3;
+    const void* mask = nullptr;  // N*S weights >= 0: float64 for float64 x, else float32
+    Activation activation = Activation::none;
+    double negative_slope = 0.2;
+    const void* residual = nullptr;  // like x; added before the activation
+    int correction = 0;              // 1: the moving variance takes the sample variance, variance*W/(W-1)
+    NanPolicy nan_policy = NanPolicy::propagate;
+    double *mean = nullptr, *variance = nullptr, *invstd = nullptr;  // (C,) results
+};
+// Returns the summed weight a channel (M without a mask). An empty or fully masked batch: 0, mean 0, variance 0.
+double train(const TrainArgs& args);
+
+struct InferArgs {
+    const void* x = nullptr;
+    void* y = nullptr;
+    Shape shape;
+    DType dtype = DType::float32;
+    ConstVector moving_mean, moving_variance, gamma, beta;
+    double epsilon = 1e-3;
+    Activation activation = Activation::none;
+    double negative_slope = 0.2;
+    const void* residual = nullptr;
+};
+void infer(const InferArgs& args);
+
+struct GradArgs {
+    const void *dy = nullptr, *x = nullptr;
+    void* dx = nullptr;  // exactly dy or x, or disjoint from every input
+    Shape shape;
+    DType dtype = DType::float32;
+    ConstVector mean, invstd, gamma, beta;  // mean and invstd as train returned them
+    const void* mask = nullptr;
+    Activation activation = Activation::none;
+    double negative_slope = 0.2;
+    const void* residual = nullptr;
+    void* dresidual = nullptr;     // written where both residual and an activation are given
+    bool training = true;          // false: mean and invstd are constants, dx = gamma*invstd*dy
+    ConstVector dmean, dvariance;  // gradients reaching the batch mean and variance directly
+    Vector dgamma, dbeta;          // (C,) results
+};
+void grad(const GradArgs& args);
+
+struct MomentsArgs {
+    const void* x = nullptr;
+    Shape shape;
+    DType dtype = DType::float32;
+    const void* mask = nullptr;
+    double *mean = nullptr, *variance = nullptr;
+};
+double moments(const MomentsArgs& args);
+
+struct NonFiniteError : std::runtime_error {
+    explicit NonFiniteError(std::vector<std::int64_t> at);
+    std::vector<std::int64_t> channels;
+};
+
+int get_num_threads();
+void set_num_threads(int threads);  // 0: back to the default, min(affinity, cgroup quota)
+
+// Which instruction set runs: the best one of this processor, or the environment's BNFAST_ISA, read once at load.
+std::string isa_name();
+
+}  // namespace bnfast

@@ -1,0 +1,291 @@
+// Backward: reduce (sum_dy, sum_dy_xmu), fold (dgamma, dbeta and dx's constants), apply (dx).
+//
+//   g  = dy, gated by the activation at the recomputed pre-activation (nothing is stored by the forward pass)
+//   dbeta = sum g;  dgamma = sum g*xhat = (sum g*(x - mean_hi) - mean_lo*sum g)*invstd
+//   dx = scale*(g - mean_dy) + (slope_x*(x - mean_hi) + level)      batch statistics, W = M or the summed weights:
+//        mean_dy = sum g/W,  slope_x = -scale*invstd*dgamma/W + 2*dvariance/W,
+//        level   = dmean/W - slope_x*mean_lo - (what rounding mean_dy left)*scale
+//   weighted: dx_i = scale*(g - w_i*mean_dy) + w_i*(slope_x*(x - mean_hi) + level);  frozen: dx = scale*g
+#pragma once
+#include "normalize.inl.h"
+#include "stats.inl.h"
+
+namespace bnfast {
+namespace {
+
+// ---- rows -----------------------------------------------------------------------------------------------------------
+
+template <class X, int act> void grad_reduce_rows(const GradReduceArgs& a) noexcept {
+    using S = typename X::S;
+    using T = typename X::T;
+    using V = typename X::V;
+    const Grid g = a.grid;
+    auto dy = static_cast<const S*>(a.dy), x = static_cast<const S*>(a.x), res = static_cast<const S*>(a.residual);
+    auto mean_hi = static_cast<const T*>(a.params.mean_hi), scale = static_cast<const T*>(a.params.scale),
+         shift = static_cast<const T*>(a.params.shift);
+    const T bound = T(a.act.bound), slope = T(a.act.negative_slope);
+    double *sum_dy = a.sum_dy + a.chunk * g.C, *sum_dy_xmu = a.sum_dy_xmu + a.chunk * g.C;
+    for (int64_t c = a.c0; c < a.c1; ++c) sum_dy[c] = sum_dy_xmu[c] = 0;
+    for (int64_t b = a.chunk * g.chunk_blocks; b < chunk_end(g, a.chunk); ++b) {
+        const RowBlock k(g, b);
+        for (int64_t c = a.c0; c < a.c1; ++c) {
+            const V m = X::splat(mean_hi[c]), sc = X::splat(scale[c]), sh = X::splat(shift[c]);
+            V s0[X::NV] = {}, s1[X::NV] = {};
+            auto add = [&](int v, V grad, V value, V r) {
+                if (act != act_none) grad = gate<act>(V(pre_activation(value, m, sc, sh) + r), grad, bound, slope);
+                s0[v] += grad;
+                s1[v] += grad * (value - m);
+            };
+            for (int64_t r = 0; r < k.rows; ++r) {
+                const int64_t at = ((k.n + r) * g.C + c) * g.S + k.s;
+                over_row<X>(
+                    k.len,
+                    [&](int v, int64_t i) {
+                        add(v, X::load(dy + at + i), X::load(x + at + i),
+                            act != act_none && res ? X::load(res + at + i) : V{});
+                    },
+                    [&](int v, int64_t i, int left) {
+                        add(v, X::load_partial(dy + at + i, left, V{}), X::load_partial(x + at + i, left, m),
+                            act != act_none && res ? X::load_partial(res + at + i, left, V{}) : V{});
+                    });
+            }
+            sum_dy[c] += double(sum_lanes<X>(s0));
+            sum_dy_xmu[c] += double(sum_lanes<X>(s1));
+        }
+    }
+}
+
+template <class X, int mode, int act> void grad_apply_rows(const GradApplyArgs& a) noexcept {
+    using S = typename X::S;
+    using T = typename X::T;
+    using V = typename X::V;
+    using P = typename ComputeStorage<T>::type;
+    auto dy = static_cast<const S*>(a.dy), x = static_cast<const S*>(a.x), res = static_cast<const S*>(a.residual);
+    auto dx = static_cast<S*>(a.dx), dres = static_cast<S*>(a.dresidual);
+    auto w = static_cast<const T*>(a.mask);
+    auto at_c = [&](void* p, int64_t c) { return X::splat(static_cast<const T*>(p)[c]); };
+    const T bound = T(a.act.bound), slope = T(a.act.negative_slope);
+    const bool stream = a.stream;
+    const int64_t S_ = a.grid.S, CS = a.grid.C * S_;
+    over_pieces(a.grid, a.begin, a.end, [&](int64_t at, int64_t n, int64_t c) {
+        const V m = at_c(a.params.mean_hi, c), sc = at_c(a.params.scale, c), sh = at_c(a.params.shift, c);
+        const V mdy = mode == grad_frozen ? V{} : at_c(a.params.mean_dy, c);
+        const V sx = mode == grad_frozen ? V{} : at_c(a.params.slope_x, c);
+        const V lv = mode == grad_frozen ? V{} : at_c(a.params.level, c);
+        const T* weights = mode == grad_weighted ? w + (at / CS) * S_ + at % S_ : nullptr;
+        auto value = [&](V grad, V xi, V weight) -> V {
+            if (mode == grad_frozen) return sc * grad;
+            if (mode == grad_weighted) return sc * (grad - weight * mdy) + weight * (sx * (xi - m) + lv);
+            return sc * (grad - mdy) + (sx * (xi - m) + lv);
+        };
+        constexpr bool reads_x = mode != grad_frozen || act != act_none;
+        auto put = [&](auto store_at) {
+            over_piece<X>(
+                dx + at, n, stream,
+                [&](int64_t i) {
+                    const int64_t j = at + i;
+                    const V xi = reads_x ? X::load(x + j) : V{};
+                    V grad = X::load(dy + j);
+                    if (act != act_none) {
+                        V z = pre_activation(xi, m, sc, sh);
+                        if (res) z += X::load(res + j);
+                        grad = gate<act>(z, grad, bound, slope);
+                        if (dres) X::store(dres + j, grad);
+                    }
+                    store_at(dx + j, value(grad, xi, mode == grad_weighted ? P::load(weights + i) : V{}));
+                },
+                [&](int64_t i, int left) {
+                    const int64_t j = at + i;
+                    const V xi = reads_x ? X::load_partial(x + j, left, m) : V{};
+                    V grad = X::load_partial(dy + j, left, V{});
+                    if (act != act_none) {
+                        V z = pre_activation(xi, m, sc, sh);
+                        if (res) z += X::load_partial(res + j, left, V{});
+                        grad = gate<act>(z, grad, bound, slope);
+                        if (dres) X::store_partial(dres + j, grad, left);
+                    }
+                    const V weight = mode == grad_weighted ? P::load_partial(weights + i, left, V{}) : V{};
+                    X::store_partial(dx + j, value(grad, xi, weight), left);
+                });
+        };
+        if (stream) put([](S* p, V v) { X::stream(p, v); });
+        else put([](S* p, V v) { X::store(p, v); });
+    });
+}
+
+// ---- columns --------------------------------------------------------------------------------------------------------
+
+template <class X, int act, int NT>
+BNFAST_INLINE void grad_column_tile(const GradReduceArgs& a, int64_t at, int64_t rows, int64_t K, int64_t k,
+                                    int64_t width, double* sum_dy, double* sum_dy_xmu) {
+    using S = typename X::S;
+    using T = typename X::T;
+    using V = typename X::V;
+    using P = typename ComputeStorage<T>::type;
+    const int last = int(width - (NT - 1) * X::W < X::W ? width - (NT - 1) * X::W : X::W);
+    const ColumnTile<X, NT> tile{last};
+    const ColumnTile<P, NT> constants{last};
+    auto dy = static_cast<const S*>(a.dy) + at + k, x = static_cast<const S*>(a.x) + at + k;
+    auto res = a.residual ? static_cast<const S*>(a.residual) + at + k : nullptr;
+    const T bound = T(a.act.bound), slope = T(a.act.negative_slope);
+    V m[NT], sc[NT], sh[NT], s0[2][NT] = {}, s1[2][NT] = {};
+    BNFAST_UNROLL for (int v = 0; v < NT; ++v) {
+        m[v] = constants.get(static_cast<const T*>(a.params.mean_hi) + k, v);
+        if (act == act_none) continue;
+        sc[v] = constants.get(static_cast<const T*>(a.params.scale) + k, v);
+        sh[v] = constants.get(static_cast<const T*>(a.params.shift) + k, v);
+    }
+    auto add = [&](int parity, int64_t r) {
+        BNFAST_UNROLL for (int v = 0; v < NT; ++v) {
+            V grad = tile.get(dy + r * K, v);
+            const V value = tile.get(x + r * K, v);
+            if (act != act_none) {
+                V z = pre_activation(value, m[v], sc[v], sh[v]);
+                if (res) z += tile.get(res + r * K, v);
+                grad = gate<act>(z, grad, bound, slope);
+            }
+            s0[parity][v] += grad;
+            s1[parity][v] += grad * (value - m[v]);
+        }
+    };
+    int64_t r = 0;
+    for (; r + 2 <= rows; r += 2) {
+        add(0, r);
+        add(1, r + 1);
+    }
+    if (r < rows) add(0, r);
+    T t0[NT * X::W], t1[NT * X::W];
+    BNFAST_UNROLL for (int v = 0; v < NT; ++v) {
+        store_vector(t0 + v * X::W, s0[0][v] + s0[1][v]);
+        store_vector(t1 + v * X::W, s1[0][v] + s1[1][v]);
+    }
+    for (int64_t j = 0; j < width; ++j) {
+        sum_dy[k + j] += double(t0[j]);
+        sum_dy_xmu[k + j] += double(t1[j]);
+    }
+}
+
+template <class X, int act> void grad_reduce_columns(const GradReduceArgs& a) noexcept {
+    const Grid g = a.grid;
+    const int64_t K = g.pack * g.C, k0 = a.c0, k1 = g.pack == 1 ? a.c1 : K;
+    double *sum_dy = a.sum_dy + a.chunk * g.C, *sum_dy_xmu = a.sum_dy_xmu + a.chunk * g.C;
+    double *s0 = g.pack == 1 ? sum_dy : a.scratch, *s1 = g.pack == 1 ? sum_dy_xmu : a.scratch + K;
+    for (int64_t k = k0; k < k1; ++k) s0[k] = s1[k] = 0;
+    auto block = [&](int64_t r, int64_t rows, int64_t end) {
+        constexpr int NT = BNFAST_VBYTES == 64 && act == act_none ? 4 : 2;  // 5 vectors of registers a column vector
+        int64_t k = k0;
+        for (; k + NT * X::W <= end; k += NT * X::W)
+            grad_column_tile<X, act, NT>(a, r * K, rows, K, k, NT * X::W, s0, s1);
+        for (; k < end; k += X::W)
+            grad_column_tile<X, act, 1>(a, r * K, rows, K, k, end - k < X::W ? end - k : X::W, s0, s1);
+    };
+    const ColumnChunk chunk(g, a.chunk);
+    for (int64_t r = chunk.first; r < chunk.end; r += g.block_rows)
+        block(r, chunk.end - r < g.block_rows ? chunk.end - r : g.block_rows, k1);
+    if (chunk.tail) block(g.N / g.pack, 1, chunk.tail * g.C);
+    if (g.pack == 1) return;
+    for (int64_t c = 0; c < g.C; ++c) {
+        double t0 = 0, t1 = 0;
+        for (int64_t p = 0; p < g.pack; ++p) {
+            t0 += s0[p * g.C + c];
+            t1 += s1[p * g.C + c];
+        }
+        sum_dy[c] = t0;
+        sum_dy_xmu[c] = t1;
+    }
+}
+
+// With weights the caller gives a grid of pack 1 (apply is elementwise, its grid decides no bits): row r has weight w[r].
+template <class X, int mode, int act> void grad_apply_columns(const GradApplyArgs& a) noexcept {
+    using S = typename X::S;
+    using T = typename X::T;
+    using V = typename X::V;
+    using P = typename ComputeStorage<T>::type;
+    const int64_t K = a.grid.pack * a.grid.C;
+    auto dy = static_cast<const S*>(a.dy), x = static_cast<const S*>(a.x), res = static_cast<const S*>(a.residual);
+    auto dx = static_cast<S*>(a.dx), dres = static_cast<S*>(a.dresidual);
+    auto w = static_cast<const T*>(a.mask);
+    const T bound = T(a.act.bound), slope = T(a.act.negative_slope);
+    const bool stream = a.stream && may_stream<X>(dx, K, a.c0);
+    constexpr int wide = BNFAST_VBYTES == 64 ? 4 : 2;  // 6 constants a vector: 24 of AVX-512's 32 registers
+    over_tiles<X, wide>(a.begin, a.end, a.c0, a.c1, [&](auto nt, int64_t r0, int64_t r1, int64_t k, int left) {
+        constexpr int NT = decltype(nt)::value;
+        V m[NT], sc[NT], sh[NT], mdy[NT], sx[NT], lv[NT];
+        BNFAST_UNROLL for (int v = 0; v < NT; ++v) {
+            auto constant = [&](void* p) { return load_some<P>(static_cast<const T*>(p) + k + v * X::W, left); };
+            sc[v] = constant(a.params.scale);
+            m[v] = constant(a.params.mean_hi);
+            if (act != act_none) sh[v] = constant(a.params.shift);
+            if (mode == grad_frozen) continue;
+            mdy[v] = constant(a.params.mean_dy);
+            sx[v] = constant(a.params.slope_x);
+            lv[v] = constant(a.params.level);
+        }
+        for (int64_t r = r0; r < r1; ++r) {
+            const V weight = mode == grad_weighted ? X::splat(w[r]) : V{};
+            BNFAST_UNROLL for (int v = 0; v < NT; ++v) {
+                const int64_t i = r * K + k + v * X::W;
+                const V xi = mode != grad_frozen || act != act_none ? load_some<X>(x + i, left) : V{};
+                V grad = load_some<X>(dy + i, left);
+                if (act != act_none) {
+                    V z = pre_activation(xi, m[v], sc[v], sh[v]);
+                    if (res) z += load_some<X>(res + i, left);
+                    grad = gate<act>(z, grad, bound, slope);
+                    if (dres) left < X::W ? X::store_partial(dres + i, grad, left) : X::store(dres + i, grad);
+                }
+                V out;
+                if (mode == grad_frozen) out = sc[v] * grad;
+                else if (mode == grad_weighted)
+                    out = sc[v] * (grad - weight * mdy[v]) + weight * (sx[v] * (xi - m[v]) + lv[v]);
+                else out = sc[v] * (grad - mdy[v]) + (sx[v] * (xi - m[v]) + lv[v]);
+                if (left < X::W) X::store_partial(dx + i, out, left);
+                else if (stream) X::stream(dx + i, out);
+                else X::store(dx + i, out);
+            }
+        }
+    });
+}
+
+// ---- fold -----------------------------------------------------------------------------------------------------------
+
+BNFAST_INLINE void put_param(void* p, int is_double, int64_t c, double value) {
+    if (is_double) static_cast<double*>(p)[c] = value;
+    else static_cast<float*>(p)[c] = float(value);
+}
+
+template <class X> void grad_fold(const GradFoldArgs& a) noexcept {
+    using T = typename X::T;
+    T *mean_dy = static_cast<T*>(a.params.mean_dy), *slope_x = static_cast<T*>(a.params.slope_x),
+      *level = static_cast<T*>(a.params.level);
+    const double inv = a.training && a.count > 0 ? 1 / a.count : 0;
+    constexpr int64_t step = 64;
+    for (int64_t c0 = a.c0; c0 < a.c1; c0 += step) {
+        const int64_t n = a.c1 - c0 < step ? a.c1 - c0 : step;
+        double s0[step] = {}, s1[step] = {};
+        for (int64_t k = 0; k < a.chunks; ++k)
+            for (int64_t i = 0; i < n; ++i) {
+                s0[i] += a.sum_dy[k * a.C + c0 + i];
+                s1[i] += a.sum_dy_xmu[k * a.C + c0 + i];
+            }
+        for (int64_t i = 0; i < n; ++i) {
+            const int64_t c = c0 + i;
+            const double mean = param(a.mean, c, 0), invstd = param(a.invstd, c, 0), gamma = param(a.gamma, c, 1);
+            const double lo = mean - double(T(mean));
+            const double dgamma = (s1[i] - lo * s0[i]) * invstd;
+            put_param(a.dgamma, a.dgamma_is_double, c, dgamma);
+            put_param(a.dbeta, a.dbeta_is_double, c, s0[i]);
+            const double scale = gamma * invstd, mdy = s0[i] * inv;
+            const double slope = -scale * invstd * (dgamma * inv) + 2 * param(a.dvariance, c, 0) * inv;
+            const T mdy_t = T(mdy);
+            mean_dy[c] = mdy_t;
+            slope_x[c] = T(slope);
+            level[c] = T(param(a.dmean, c, 0) * inv - slope * lo - (mdy - double(mdy_t)) * scale);
+        }
+    }
+    repeat<T>(mean_dy, a.C, a.pack, a.c0, a.c1);
+    repeat<T>(slope_x, a.C, a.pack, a.c0, a.c1);
+    repeat<T>(level, a.C, a.pack, a.c0, a.c1);
+}
+
+}  // namespace
+}  // namespace bnfast

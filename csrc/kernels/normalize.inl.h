@@ -1,0 +1,204 @@
+// Fold and apply: y = activation((x - mean_hi)*scale + shift + residual).
+//
+// mean = mean_hi + mean_lo, mean_hi its nearest value of the compute type: x - mean_hi loses no digits at large
+// offsets, and mean_lo goes into shift = beta - mean_lo*gamma*invstd, computed in float64. M = 1: x - mean_hi = 0 and
+// y = beta exactly. invstd = 1/sqrt(variance + epsilon), 0 where that sum is 0, so that nothing becomes 0*inf.
+#pragma once
+#include "simd.inl.h"
+
+namespace bnfast {
+namespace {
+
+BNFAST_INLINE double param(const ParamVector& p, int64_t c, double absent) {
+    if (!p.data) return absent;
+    return p.is_double ? static_cast<const double*>(p.data)[c] : double(static_cast<const float*>(p.data)[c]);
+}
+
+// Per-channel constants repeat for each of the `pack` rows seen as one.
+template <class T> BNFAST_INLINE void repeat(void* values, int64_t C, int64_t pack, int64_t c0, int64_t c1) {
+    T* v = static_cast<T*>(values);
+    for (int64_t p = 1; p < pack; ++p) memcpy(v + p * C + c0, v + c0, size_t(c1 - c0) * sizeof(T));
+}
+
+template <class X> void fold(const FoldArgs& a) noexcept {
+    using T = typename X::T;
+    T *mean_hi = static_cast<T*>(a.params.mean_hi), *scale = static_cast<T*>(a.params.scale),
+      *shift = static_cast<T*>(a.params.shift);
+    constexpr int64_t step = 64;  // in pieces of 64 channels, so that each loop is plain enough to vectorize
+    for (int64_t c0 = a.c0; c0 < a.c1; c0 += step) {
+        const int64_t n = a.c1 - c0 < step ? a.c1 - c0 : step;
+        double mean[step], spread[step], gamma[step], beta[step];
+        for (int64_t i = 0; i < n; ++i) mean[i] = param(a.mean, c0 + i, 0);
+        for (int64_t i = 0; i < n; ++i) spread[i] = param(a.spread, c0 + i, 0);
+        for (int64_t i = 0; i < n; ++i) gamma[i] = param(a.gamma, c0 + i, 1);
+        for (int64_t i = 0; i < n; ++i) beta[i] = param(a.beta, c0 + i, 0);
+        if (!a.spread_is_invstd) {
+            for (int64_t i = 0; i < n; ++i) {
+                const double v = spread[i] + a.epsilon;
+                const double root = 1 / __builtin_sqrt(v);
+                spread[i] = v == 0 ? 0 : root;
+            }
+        }
+        if (a.invstd) for (int64_t i = 0; i < n; ++i) a.invstd[c0 + i] = spread[i];
+        for (int64_t i = 0; i < n; ++i) {
+            const double s = gamma[i] * spread[i];
+            const T hi = T(mean[i]);
+            const double lo = mean[i] - double(hi);
+            mean_hi[c0 + i] = hi;
+            scale[c0 + i] = T(s);
+            shift[c0 + i] = T(lo == 0 ? beta[i] : beta[i] - lo * s);
+        }
+    }
+    repeat<T>(mean_hi, a.C, a.pack, a.c0, a.c1);
+    repeat<T>(scale, a.C, a.pack, a.c0, a.c1);
+    repeat<T>(shift, a.C, a.pack, a.c0, a.c1);
+}
+
+// The one pre-activation: forward and the gate of backward call it, so they agree to the bit.
+template <class V> BNFAST_INLINE V pre_activation(V x, V mean_hi, V scale, V shift) {
+    return (x - mean_hi) * scale + shift;
+}
+
+// ---- rows: a flat range of values; every row has one channel's constants -------------------------------------------
+
+// visit(flat offset, length, channel) for each piece of a row in [begin, end).
+template <class Visit> BNFAST_INLINE void over_pieces(const Grid& g, int64_t begin, int64_t end, Visit visit) {
+    int64_t row = begin / g.S, c = row % g.C;
+    for (int64_t i = begin; i < end; ++row) {
+        const int64_t row_end = (row + 1) * g.S, n = (row_end < end ? row_end : end) - i;
+        visit(i, n, c);
+        i += n;
+        if (++c == g.C) c = 0;
+    }
+}
+
+// full(offset) and partial(offset, count) over n values; streamed pieces start at a whole vector of y.
+template <class X, class Full, class Partial>
+BNFAST_INLINE void over_piece(const typename X::S* y, int64_t n, bool aligned, Full full, Partial partial) {
+    int64_t i = 0;
+    if (aligned) {
+        constexpr uintptr_t unit = X::W * sizeof(typename X::S);
+        const int64_t head = int64_t((unit - reinterpret_cast<uintptr_t>(y) % unit) % unit / sizeof(typename X::S));
+        if (head) partial(0, int(head < n ? head : n));
+        i = head < n ? head : n;
+    }
+    for (; i + X::W <= n; i += X::W) full(i);
+    if (i < n) partial(i, int(n - i));
+}
+
+template <class X, int act> void apply_rows(const ApplyArgs& a) noexcept {
+    using S = typename X::S;
+    using T = typename X::T;
+    using V = typename X::V;
+    auto x = static_cast<const S*>(a.x), res = static_cast<const S*>(a.residual);
+    auto y = static_cast<S*>(a.y);
+    auto mean_hi = static_cast<const T*>(a.params.mean_hi), scale = static_cast<const T*>(a.params.scale),
+         shift = static_cast<const T*>(a.params.shift);
+    const T bound = T(a.act.bound), slope = T(a.act.negative_slope);
+    const bool stream = a.stream;
+    over_pieces(a.grid, a.begin, a.end, [&](int64_t at, int64_t n, int64_t c) {
+        const V m = X::splat(mean_hi[c]), s = X::splat(scale[c]), b = X::splat(shift[c]);
+        auto put = [&](auto store_at) {
+            over_piece<X>(
+                y + at, n, stream,
+                [&](int64_t i) {
+                    V z = pre_activation(X::load(x + at + i), m, s, b);
+                    if (res) z += X::load(res + at + i);
+                    store_at(y + at + i, activate<act>(z, bound, slope));
+                },
+                [&](int64_t i, int left) {
+                    V z = pre_activation(X::load_partial(x + at + i, left, m), m, s, b);
+                    if (res) z += X::load_partial(res + at + i, left, V{});
+                    X::store_partial(y + at + i, activate<act>(z, bound, slope), left);
+                });
+        };
+        if (stream) put([](S* p, V v) { X::stream(p, v); });
+        else put([](S* p, V v) { X::store(p, v); });
+    });
+}
+
+// ---- columns: tiles of NT vectors, whose constants stay in registers over a block of rows --------------------------
+
+// 16 rows of a tile at a time: enough to hide the load of its constants, few enough that the rows' lines of the
+// neighbouring tiles are still in L1 when their turn comes.
+constexpr int64_t apply_row_block = 16;
+
+template <class X> BNFAST_INLINE bool may_stream(const void* y, int64_t K, int64_t c0) {
+    constexpr int64_t line = 64 / int64_t(sizeof(typename X::S));
+    return reinterpret_cast<uintptr_t>(y) % 64 == 0 && K % line == 0 && c0 % line == 0;
+}
+
+template <int n> struct Width { static constexpr int value = n; };
+
+// tile(Width<vectors>, row begin, row end, first column, columns in the last vector)
+template <class X, int NT, class Tile>
+BNFAST_INLINE void over_tiles(int64_t begin, int64_t end, int64_t c0, int64_t c1, Tile tile) {
+    for (int64_t r = begin; r < end; r += apply_row_block) {
+        const int64_t stop = end - r < apply_row_block ? end : r + apply_row_block;
+        int64_t k = c0;
+        for (; k + NT * X::W <= c1; k += NT * X::W) tile(Width<NT>{}, r, stop, k, X::W);
+        for (; k + X::W <= c1; k += X::W) tile(Width<1>{}, r, stop, k, X::W);
+        if (k < c1) tile(Width<1>{}, r, stop, k, int(c1 - k));
+    }
+}
+
+template <class X> BNFAST_INLINE typename X::V load_some(const typename X::S* p, int n) {
+    return n == X::W ? X::load(p) : X::load_partial(p, n, typename X::V{});
+}
+
+template <class X, int act> void apply_columns(const ApplyArgs& a) noexcept {
+    using S = typename X::S;
+    using T = typename X::T;
+    using V = typename X::V;
+    using P = typename ComputeStorage<T>::type;
+    const int64_t K = a.grid.pack * a.grid.C;
+    auto x = static_cast<const S*>(a.x), res = static_cast<const S*>(a.residual);
+    auto y = static_cast<S*>(a.y);
+    auto mean_hi = static_cast<const T*>(a.params.mean_hi), scale = static_cast<const T*>(a.params.scale),
+         shift = static_cast<const T*>(a.params.shift);
+    const T bound = T(a.act.bound), slope = T(a.act.negative_slope);
+    const bool stream = a.stream && may_stream<X>(y, K, a.c0);
+    over_tiles<X, 4>(a.begin, a.end, a.c0, a.c1, [&](auto nt, int64_t r0, int64_t r1, int64_t k, int left) {
+        constexpr int NT = decltype(nt)::value;
+        V m[NT], s[NT], b[NT];
+        BNFAST_UNROLL for (int v = 0; v < NT; ++v) {
+            m[v] = load_some<P>(mean_hi + k + v * X::W, left);
+            s[v] = load_some<P>(scale + k + v * X::W, left);
+            b[v] = load_some<P>(shift + k + v * X::W, left);
+        }
+        for (int64_t r = r0; r < r1; ++r) {
+            const int64_t at = r * K + k;
+            BNFAST_UNROLL for (int v = 0; v < NT; ++v) {
+                const int64_t i = at + v * X::W;
+                V z = pre_activation(load_some<X>(x + i, left), m[v], s[v], b[v]);
+                if (res) z += load_some<X>(res + i, left);
+                z = activate<act>(z, bound, slope);
+                if (left < X::W) X::store_partial(y + i, z, left);
+                else if (stream) X::stream(y + i, z);
+                else X::store(y + i, z);
+            }
+        }
+    });
+}
+
+// ---- moving statistics ---------------------------------------------------------------------------------------------
+
+template <class T>
+BNFAST_INLINE void update(void* moving, const double* batch, const MovingArgs& a, double factor) {
+    T* m = static_cast<T*>(moving);
+    for (int64_t c = 0; c < a.C; ++c) {
+        const bool finite = a.mean[c] - a.mean[c] == 0 && a.variance[c] - a.variance[c] == 0;
+        const double next = double(m[c]) * a.momentum + (batch[c] * factor) * (1 - a.momentum);
+        m[c] = a.skip_non_finite && !finite ? m[c] : T(next);
+    }
+}
+
+void update_moving(const MovingArgs& a) noexcept {
+    if (a.mean_is_double) update<double>(a.moving_mean, a.mean, a, 1);
+    else update<float>(a.moving_mean, a.mean, a, 1);
+    if (a.variance_is_double) update<double>(a.moving_variance, a.variance, a, a.correction_factor);
+    else update<float>(a.moving_variance, a.variance, a, a.correction_factor);
+}
+
+}  // namespace
+}  // namespace bnfast

@@ -1,0 +1,215 @@
+// Vectors of the native width of one instruction set, and how each dtype is loaded, stored and rounded.
+//
+// Included once by each ISA's translation unit, which defines BNFAST_VBYTES (16, 32 or 64). Everything here has
+// internal linkage, and only C headers come in, so that the linker can't give this unit's code to another processor.
+// The bits never depend on the width: sums run over 64 virtual lanes (64/W vectors) and one fixed tree, conversions
+// round to nearest even, and a*b + c is never contracted (-ffp-contract=off).
+#pragma once
+#include <stdint.h>
+#include <string.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "../dispatch/kernel_table.h"
+
+#define BNFAST_INLINE inline __attribute__((always_inline))
+#define BNFAST_UNROLL _Pragma("GCC unroll 16")
+
+namespace bnfast {
+namespace {
+
+constexpr int lanes = 64;  // virtual lanes of a sum, whatever the hardware's width
+
+typedef float F32v __attribute__((vector_size(BNFAST_VBYTES)));
+typedef double F64v __attribute__((vector_size(BNFAST_VBYTES)));
+typedef uint32_t U32v __attribute__((vector_size(BNFAST_VBYTES)));
+typedef uint16_t U16h __attribute__((vector_size(BNFAST_VBYTES / 2)));
+
+template <class V> BNFAST_INLINE V load_vector(const void* p) {
+    typedef V Unaligned __attribute__((aligned(1), may_alias));
+    return *static_cast<const Unaligned*>(p);
+}
+template <class V> BNFAST_INLINE void store_vector(void* p, V v) {
+    typedef V Unaligned __attribute__((aligned(1), may_alias));
+    *static_cast<Unaligned*>(p) = v;
+}
+// Past the caches; p aligned to the vector. Elsewhere than on x86-64: an ordinary store.
+template <class V> BNFAST_INLINE void stream_vector(void* p, V v) {
+#if defined(__AVX512F__) && BNFAST_VBYTES == 64
+    if constexpr (sizeof(V) == 64) return _mm512_stream_si512(static_cast<__m512i*>(p), (__m512i)v);
+#endif
+#if defined(__AVX2__) && BNFAST_VBYTES >= 32
+    if constexpr (sizeof(V) == 32) return _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)v);
+#endif
+#if defined(__x86_64__)
+    if constexpr (sizeof(V) == 16) return _mm_stream_si128(static_cast<__m128i*>(p), (__m128i)v);
+    if constexpr (sizeof(V) == 8) return _mm_stream_si64(static_cast<long long*>(p), (long long)v);
+#endif
+    store_vector(p, v);
+}
+
+template <class To, class From> BNFAST_INLINE To bits_as(From v) {
+    static_assert(sizeof(To) == sizeof(From), "same size");
+    To r;
+    memcpy(&r, &v, sizeof r);
+    return r;
+}
+
+// ---- storage types: S in memory, T and V in registers ------------------------------------------------------------
+
+// Each type gives load and pack (registers to the stored bits); the rest follows from them here, and is replaced where
+// the ISA has masked instructions.
+template <class Self, class Stored, class Compute, class Vector, class Packed> struct Storage {
+    using S = Stored;
+    using T = Compute;
+    using V = Vector;
+    static constexpr int W = BNFAST_VBYTES / sizeof(T);
+    static constexpr int NV = lanes / W;
+
+    static BNFAST_INLINE V splat(T t) { return t - V{}; }  // minus, so that -0 stays -0
+    static BNFAST_INLINE void store(S* p, V v) { store_vector<Packed>(p, Self::pack(v)); }
+    static BNFAST_INLINE void stream(S* p, V v) { stream_vector<Packed>(p, Self::pack(v)); }
+    // The first n < W values; the other lanes hold pad.
+    static BNFAST_INLINE V load_partial(const S* p, int n, V pad) {
+        S some[W] = {};
+        T value[W], padded[W];
+        for (int i = 0; i < n; ++i) some[i] = p[i];
+        store_vector(value, Self::load(some));
+        store_vector(padded, pad);
+        for (int i = 0; i < n; ++i) padded[i] = value[i];
+        return load_vector<V>(padded);
+    }
+    static BNFAST_INLINE void store_partial(S* p, V v, int n) {
+        S some[W];
+        store(some, v);
+        for (int i = 0; i < n; ++i) p[i] = some[i];
+    }
+};
+
+struct Float32 : Storage<Float32, float, float, F32v, F32v> {
+    static BNFAST_INLINE V load(const S* p) { return load_vector<V>(p); }
+    static BNFAST_INLINE V pack(V v) { return v; }
+#if BNFAST_VBYTES == 64 && defined(__AVX512F__)
+    static BNFAST_INLINE V load_partial(const S* p, int n, V pad) {
+        return (V)_mm512_mask_loadu_ps((__m512)pad, __mmask16((1u << n) - 1), p);
+    }
+    static BNFAST_INLINE void store_partial(S* p, V v, int n) {
+        _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), (__m512)v);
+    }
+#elif BNFAST_VBYTES == 32 && defined(__AVX2__)
+    static BNFAST_INLINE __m256i first(int n) {
+        return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+    }
+    static BNFAST_INLINE V load_partial(const S* p, int n, V pad) {
+        const __m256i m = first(n);
+        return (V)_mm256_blendv_ps((__m256)pad, _mm256_maskload_ps(p, m), _mm256_castsi256_ps(m));
+    }
+    static BNFAST_INLINE void store_partial(S* p, V v, int n) { _mm256_maskstore_ps(p, first(n), (__m256)v); }
+#endif
+};
+
+struct Float64 : Storage<Float64, double, double, F64v, F64v> {
+    static BNFAST_INLINE V load(const S* p) { return load_vector<V>(p); }
+    static BNFAST_INLINE V pack(V v) { return v; }
+};
+
+struct BFloat16 : Storage<BFloat16, uint16_t, float, F32v, U16h> {
+    static BNFAST_INLINE V load(const S* p) {
+        return bits_as<V>(__builtin_convertvector(load_vector<U16h>(p), U32v) << 16);
+    }
+    static BNFAST_INLINE U16h pack(V v) {  // to nearest even, by integers: the same on every ISA
+        const U32v b = bits_as<U32v>(v);
+        const U32v rounded = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
+        const U32v nan = (b >> 16) | 0x40u;
+        const U32v r = (b & 0x7fffffffu) > 0x7f800000u ? nan : rounded;
+        return __builtin_convertvector(r, U16h);
+    }
+#if BNFAST_VBYTES == 64 && defined(__AVX512F__)
+    static BNFAST_INLINE V load_partial(const S* p, int n, V pad) {
+        const __mmask16 m = __mmask16((1u << n) - 1);
+        const __m512i wide = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, p)), 16);
+        return (V)_mm512_mask_mov_ps((__m512)pad, m, _mm512_castsi512_ps(wide));
+    }
+    static BNFAST_INLINE void store_partial(S* p, V v, int n) {
+        _mm256_mask_storeu_epi16(p, __mmask16((1u << n) - 1), bits_as<__m256i>(pack(v)));
+    }
+#endif
+};
+
+struct Float16 : Storage<Float16, uint16_t, float, F32v, U16h> {
+#if BNFAST_VBYTES == 64 && defined(__AVX512F__)
+    static BNFAST_INLINE V load(const S* p) {
+        return (V)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    }
+    static BNFAST_INLINE U16h pack(V v) {
+        return bits_as<U16h>(_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    }
+    static BNFAST_INLINE V load_partial(const S* p, int n, V pad) {
+        const __mmask16 m = __mmask16((1u << n) - 1);
+        return (V)_mm512_mask_mov_ps((__m512)pad, m, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(m, p)));
+    }
+    static BNFAST_INLINE void store_partial(S* p, V v, int n) {
+        _mm256_mask_storeu_epi16(p, __mmask16((1u << n) - 1), bits_as<__m256i>(pack(v)));
+    }
+#elif BNFAST_VBYTES == 32 && defined(__F16C__)
+    static BNFAST_INLINE V load(const S* p) {
+        return (V)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    }
+    static BNFAST_INLINE U16h pack(V v) {
+        return bits_as<U16h>(_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    }
+#else
+    static BNFAST_INLINE V load(const S* p) {
+        const U32v h = __builtin_convertvector(load_vector<U16h>(p), U32v);
+        const U32v magnitude = (h & 0x7fffu) << 13;
+        const V scaled = bits_as<V>(magnitude) * 0x1p112f;  // exact, subnormals too
+        const U32v special = magnitude >= 0x0f800000u ? U32v{} + 0x7f800000u : U32v{};
+        return bits_as<V>(bits_as<U32v>(scaled) | special | ((h & 0x8000u) << 16));
+    }
+    static BNFAST_INLINE U16h pack(V v) {
+        const U32v b = bits_as<U32v>(v), a = b & 0x7fffffffu;
+        const U32v normal = (a + 0xfffu + ((a >> 13) & 1u) - 0x38000000u) >> 13;
+        const U32v tiny = bits_as<U32v>(bits_as<V>(a) + 0.5f) - 0x3f000000u;  // ulp(0.5) is float16's smallest value
+        U32v r = a < 0x38800000u ? tiny : normal;
+        r = a >= 0x47800000u ? U32v{} + 0x7c00u : r;
+        r = a > 0x7f800000u ? U32v{} + 0x7e00u : r;
+        return __builtin_convertvector(r | ((b >> 16) & 0x8000u), U16h);
+    }
+#endif
+};
+
+template <class T> struct ComputeStorage;  // parameters and weights lie in the compute type
+template <> struct ComputeStorage<float> { using type = Float32; };
+template <> struct ComputeStorage<double> { using type = Float64; };
+
+// ---- the fixed tree over 64 virtual lanes: lane l takes l+32, l+16, ..., l+1 --------------------------------------
+
+template <class X> BNFAST_INLINE typename X::T sum_lanes(typename X::V (&v)[X::NV]) {
+    BNFAST_UNROLL for (int h = X::NV / 2; h > 0; h /= 2) {
+        BNFAST_UNROLL for (int i = 0; i < h; ++i) v[i] += v[i + h];
+    }
+    typename X::T t[X::W];
+    store_vector(t, v[0]);
+    BNFAST_UNROLL for (int h = X::W / 2; h > 0; h /= 2) {
+        BNFAST_UNROLL for (int i = 0; i < h; ++i) t[i] += t[i + h];
+    }
+    return t[0];
+}
+
+// ---- activation: one text for forward and for the gate of backward -------------------------------------------------
+
+// bound is NaN for plain relu: it compares false, so nothing is bounded.
+template <int act, class V, class T> BNFAST_INLINE V activate(V z, T bound, T negative_slope) {
+    if (act == act_relu) return z <= T(0) ? V{} : (z > bound ? bound - V{} : z);  // NaN fails both: it stays
+    if (act == act_leaky) return z > T(0) ? z : z * negative_slope;
+    return z;
+}
+template <int act, class V, class T> BNFAST_INLINE V gate(V z, V dy, T bound, T negative_slope) {
+    if (act == act_relu) return z <= T(0) ? V{} : (z >= bound ? V{} : dy);
+    if (act == act_leaky) return z > T(0) ? dy : dy * negative_slope;
+    return dy;
+}
+
+}  // namespace
+}  // namespace bnfast

@@ -1,0 +1,40 @@
+// The one table a translation unit exports: every kernel of its instruction set.
+#pragma once
+#include "backward.inl.h"
+#include "normalize.inl.h"
+#include "stats.inl.h"
+
+namespace bnfast {
+namespace {
+
+template <class X> constexpr TypeKernels kernels_of() {
+    return {
+        {reduce_rows<X, 0>, reduce_rows<X, 1>},
+        {reduce_columns<X, 0>, reduce_columns<X, 1>},
+        {apply_rows<X, 0>, apply_rows<X, 1>, apply_rows<X, 2>},
+        {apply_columns<X, 0>, apply_columns<X, 1>, apply_columns<X, 2>},
+        {grad_reduce_rows<X, 0>, grad_reduce_rows<X, 1>, grad_reduce_rows<X, 2>},
+        {grad_reduce_columns<X, 0>, grad_reduce_columns<X, 1>, grad_reduce_columns<X, 2>},
+        {{grad_apply_rows<X, 0, 0>, grad_apply_rows<X, 0, 1>, grad_apply_rows<X, 0, 2>},
+         {grad_apply_rows<X, 1, 0>, grad_apply_rows<X, 1, 1>, grad_apply_rows<X, 1, 2>},
+         {grad_apply_rows<X, 2, 0>, grad_apply_rows<X, 2, 1>, grad_apply_rows<X, 2, 2>}},
+        {{grad_apply_columns<X, 0, 0>, grad_apply_columns<X, 0, 1>, grad_apply_columns<X, 0, 2>},
+         {grad_apply_columns<X, 1, 0>, grad_apply_columns<X, 1, 1>, grad_apply_columns<X, 1, 2>},
+         {grad_apply_columns<X, 2, 0>, grad_apply_columns<X, 2, 1>, grad_apply_columns<X, 2, 2>}},
+        fold<X>,
+        grad_fold<X>,
+    };
+}
+
+}  // namespace
+}  // namespace bnfast
+
+#define BNFAST_KERNEL_TABLE(table, isa)                                                                               \
+    namespace bnfast {                                                                                                \
+    extern const KernelTable table;                                                                                   \
+    const KernelTable table = {isa,                                                                                   \
+                               {kernels_of<Float32>(), kernels_of<Float64>(), kernels_of<Float16>(),                  \
+                                kernels_of<BFloat16>()},                                                              \
+                               merge_chunks,                                                                          \
+                               update_moving};                                                                        \
+    }

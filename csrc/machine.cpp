@@ -1,0 +1,104 @@
+#include "machine.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <fstream>
+#include <string>
+#include <thread>
+#if defined(__linux__)
+#include <sched.h>
+#endif
+#if defined(__linux__) || defined(__APPLE__)
+#include <unistd.h>
+#endif
+
+namespace bnfast {
+namespace {
+
+std::string first_line(const std::string& path) {
+    std::ifstream file(path);
+    std::string line;
+    std::getline(file, line);
+    return line;
+}
+
+std::int64_t parse_size(const std::string& text) {  // "32K", "1024K", "32M"
+    if (text.empty()) return 0;
+    const std::int64_t n = std::strtoll(text.c_str(), nullptr, 10);
+    const char unit = text.back();
+    return unit == 'K' ? n << 10 : unit == 'M' ? n << 20 : n;
+}
+
+// sysfs before sysconf: under a hypervisor sysconf can report the host's L3 (384 MiB seen where sysfs says 32).
+std::int64_t sysfs_cache(int level) {
+    for (int i = 0; i < 8; ++i) {
+        const std::string dir = "/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(i) + "/";
+        if (first_line(dir + "level") != std::to_string(level)) continue;
+        if (first_line(dir + "type") == "Instruction") continue;
+        return parse_size(first_line(dir + "size"));
+    }
+    return 0;
+}
+
+std::int64_t sysconf_cache(int level) {
+#if defined(_SC_LEVEL1_DCACHE_SIZE)
+    const int name = level == 1 ? _SC_LEVEL1_DCACHE_SIZE : level == 2 ? _SC_LEVEL2_CACHE_SIZE : _SC_LEVEL3_CACHE_SIZE;
+    return std::max<long>(0, sysconf(name));
+#else
+    return level < 0;
+#endif
+}
+
+// BNFAST_L2_BYTES and the like come first, for machines that misreport. They may change speed, never bits.
+std::int64_t cache_bytes(int level, const char* variable, std::int64_t otherwise, std::int64_t most) {
+    if (const char* forced = std::getenv(variable)) {
+        if (const std::int64_t n = std::strtoll(forced, nullptr, 10); n > 0) return n;
+    }
+    std::int64_t n = sysfs_cache(level);
+    if (n <= 0) n = sysconf_cache(level);
+    return n > 0 ? std::min(n, most) : otherwise;
+}
+
+int affinity_threads() {
+#if defined(__linux__)
+    cpu_set_t set;
+    if (sched_getaffinity(0, sizeof set, &set) == 0) return std::max(1, CPU_COUNT(&set));
+#endif
+    return std::max(1u, std::thread::hardware_concurrency());
+}
+
+// The quota in processors: cgroup v2's cpu.max ("max 100000" or "150000 100000"), then v1's; 0 where there is none.
+double quota_threads() {
+    const std::string v2 = first_line("/sys/fs/cgroup/cpu.max");
+    if (const auto space = v2.find(' '); space != std::string::npos && v2.rfind("max", 0) != 0)
+        return std::atof(v2.c_str()) / std::max(1.0, std::atof(v2.c_str() + space));
+    const double quota = std::atof(first_line("/sys/fs/cgroup/cpu/cpu.cfs_quota_us").c_str());
+    const double period = std::atof(first_line("/sys/fs/cgroup/cpu/cpu.cfs_period_us").c_str());
+    return quota > 0 && period > 0 ? quota / period : 0;
+}
+
+Machine look() {
+    Machine m;
+    m.l1d = cache_bytes(1, "BNFAST_L1_BYTES", m.l1d, 1 << 20);
+    m.l2 = cache_bytes(2, "BNFAST_L2_BYTES", m.l2, 64 << 20);
+    m.l3 = cache_bytes(3, "BNFAST_L3_BYTES", 8 * m.l2, std::int64_t(512) << 20);
+    const int affinity = affinity_threads();
+    const double quota = quota_threads();
+    m.threads = affinity;
+    m.threads_reason = std::to_string(affinity) + " processors in the affinity mask";
+    if (quota > 0 && std::ceil(quota) < affinity) {
+        m.threads = std::max(1, int(std::ceil(quota)));
+        m.threads_reason += ", cgroup quota of " + std::to_string(quota);
+    }
+    return m;
+}
+
+}  // namespace
+
+const Machine& machine() {
+    static const Machine m = look();
+    return m;
+}
+
+}  // namespace bnfast

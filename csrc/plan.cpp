@@ -1,0 +1,136 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <atomic>
+#include <numeric>
+
+namespace bnfast {
+namespace {
+
+using std::int64_t;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// Rows of a few or odd channels seen as one, so that K = pack*C fills vectors: multiples of 64 columns below 64
+// channels, of 16 (a cache line of float32) up to 256; above, a partial vector at the end costs under 6 %.
+int64_t rows_seen_as_one(int64_t N, int64_t C) {
+    int64_t pack = 1;
+    if (C < 64) pack = 64 / std::gcd(C, int64_t(64));
+    else if (C <= 256) pack = 16 / std::gcd(C, int64_t(16));
+    return N >= 8 * pack ? pack : 1;  // too few packed rows: the fold of pack columns would cost more than it saves
+}
+
+Grid rows_grid(Shape s, DType dtype) {
+    Grid g{s.N, s.C, s.S, 1, 1, 1, 0, 1, 1};
+    const int64_t block = dtype == DType::float64 ? 2048 : 4096;  // 16 KiB: half of a 32 KiB L1
+    g.block_width = std::min(s.S, block);
+    g.block_rows = s.S < block ? std::min(s.N, block / s.S) : 1;
+    g.blocks = ceil_div(s.N, g.block_rows) * ceil_div(s.S, g.block_width);
+    g.chunk_blocks = 64;  // 1 MiB of a channel: C = 1 still splits over threads
+    g.chunks = ceil_div(g.blocks, g.chunk_blocks);
+    return g;
+}
+
+Grid columns_grid(Shape s, DType dtype) {
+    Grid g{s.N, s.C, 1, 1, 1, 1, 0, 1, 1};
+    g.pack = rows_seen_as_one(s.N, s.C);
+    g.block_rows = dtype == DType::float64 ? 32 : 64;  // 64 rows of 64 columns: 16 KiB
+    const int64_t packed = s.N / g.pack;
+    g.blocks = ceil_div(packed, g.block_rows);
+    // A chunk holds about 256 KiB, but at least 4 blocks: its float64 results stay under 1/16 of what was read.
+    const int64_t block_bytes = g.block_rows * g.pack * s.C * item_bytes(dtype);
+    g.chunk_blocks = std::clamp<int64_t>((256 << 10) / block_bytes, 4, 64);
+    g.chunks = ceil_div(g.blocks, g.chunk_blocks);
+    return g;
+}
+
+std::atomic<int64_t> serial_override{-1};
+constexpr int64_t default_serial_bytes = 256 << 10;
+
+void schedule_groups(Plan& plan, const PlanRequest& request, const Machine& machine) {
+    const Grid& g = plan.grid;
+    const int64_t channel = g.N * g.S * item_bytes(request.dtype) * request.inputs;
+    const int threads = plan.threads;
+    if (plan.rows) {
+        // A group: some 256 KiB, and at least 4 groups a thread for balance; one channel must fit its share of L3.
+        plan.group = std::clamp<int64_t>((256 << 10) / std::max<int64_t>(channel, 1), 1,
+                                         std::max<int64_t>(1, g.C / (4 * threads)));
+        const int64_t held = plan.group * channel;
+        plan.by_groups = held <= std::max(machine.l2 / 2, machine.l3 / (2 * threads)) &&
+                         (threads == 1 || g.C >= 4 * threads);
+    } else if (g.pack == 1) {
+        // Whole lines of 64 columns; a group must fit in half of L2, because its rows lie apart.
+        const int64_t most = machine.l2 / 2 / std::max<int64_t>(channel, 1) / 64 * 64;
+        const int64_t even = round_up(ceil_div(g.C, threads), 64);
+        plan.group = std::min({most, even, round_up(g.C, 64)});
+        plan.by_groups = plan.group >= 64 && (threads == 1 || g.C >= 64 * threads);
+    } else {
+        plan.group = g.C;
+        plan.by_groups = threads == 1 && g.C * channel <= machine.l2 / 2;
+    }
+    if (request.whole_first || request.op == Op::infer) plan.by_groups = false;
+    if (plan.by_groups) return;
+    // Reduce units are chunks, cut by channels too where chunks alone can't feed the team.
+    plan.group = g.C;
+    if (g.chunks < 4 * threads && threads > 1 && g.pack == 1) {
+        const int64_t wanted = ceil_div(4 * threads, std::max<int64_t>(1, g.chunks));
+        plan.group = plan.rows ? ceil_div(g.C, wanted) : std::max<int64_t>(64, round_up(ceil_div(g.C, wanted), 64));
+    }
+}
+
+void schedule_apply(Plan& plan, const PlanRequest& request) {
+    const Grid& g = plan.apply_grid;
+    const int64_t unit_bytes = 128 << 10;
+    const int64_t item = item_bytes(request.dtype);
+    if (plan.rows) {
+        plan.apply_unit = round_up(unit_bytes / item, 64);
+        plan.apply_units = ceil_div(g.N * g.C * g.S, plan.apply_unit);
+    } else {
+        plan.apply_unit = std::max<int64_t>(16, unit_bytes / std::max<int64_t>(1, g.pack * g.C * item) / 16 * 16);
+        plan.apply_units = std::max<int64_t>(1, ceil_div(g.N / g.pack, plan.apply_unit));
+    }
+}
+
+}  // namespace
+
+int item_bytes(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
+
+Shape canonical(Shape s) {
+    if (s.C == 1 && s.N != 0 && s.S != 0) return {1, 1, s.N * s.S};
+    return s;
+}
+
+Grid make_grid(Shape shape, DType dtype) {
+    const Shape s = canonical(shape);
+    if (s.size() == 0) return Grid{0, s.C, 1, 1, 1, 1, 0, 1, 0};  // nothing to read: no chunks
+    return s.S > 1 ? rows_grid(s, dtype) : columns_grid(s, dtype);
+}
+
+Plan make_plan(const PlanRequest& request, const Machine& machine) {
+    Plan plan;
+    plan.grid = plan.apply_grid = make_grid(request.shape, request.dtype);
+    if (request.masked) plan.apply_grid.pack = 1;
+    const Grid& g = plan.grid;
+    plan.rows = g.S > 1;
+    const int64_t tensor = request.shape.size() * item_bytes(request.dtype);
+    const int64_t serial = request.serial_bytes >= 0 ? request.serial_bytes : default_serial_bytes;
+    plan.threads = tensor < serial ? 1 : std::max(1, request.threads);
+    schedule_groups(plan, request, machine);
+    plan.groups = ceil_div(g.C, std::max<int64_t>(1, plan.group));
+    schedule_apply(plan, request);
+    plan.slice = std::max<int64_t>(64, round_up(ceil_div(g.C, plan.threads), 64));
+    plan.slices = ceil_div(g.C, plan.slice);
+    // Streaming loses while the consumer may still find y in cache: it starts where in- and outputs exceed the LLC.
+    plan.stream = tensor * (request.inputs + request.outputs) > machine.l3;
+    const bool cached = plan.by_groups || tensor * request.inputs <= machine.l3 / 2;
+    const int reads = request.op == Op::infer || request.op == Op::moments || cached ? 1 : 2;
+    plan.bytes_read = tensor * request.inputs * reads;
+    plan.bytes_written = tensor * request.outputs;
+    return plan;
+}
+
+void set_serial_bytes(int64_t bytes) { serial_override = bytes; }
+int64_t serial_bytes() { return serial_override; }
+
+}  // namespace bnfast
