@@ -95,6 +95,7 @@ GradFoldArgs grad_fold_args(const GradArgs& a, const GradReduction& reduction) {
 
 void grad(const GradArgs& a) {
     check(a);
+    const IeeeMode ieee;
     const KernelTable& table = kernels();
     const TypeKernels& kernel = table.types[int(a.dtype)];
     PlanRequest request;

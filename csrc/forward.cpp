@@ -67,11 +67,14 @@ PlanRequest request_of(Shape shape, DType dtype, Op op) {
     return request;
 }
 
-std::vector<int64_t> non_finite(const double* mean, const double* variance, int64_t C) {
+bool all_finite(const double* values, int64_t C) {
+    return std::all_of(values, values + C, [](double v) { return std::isfinite(v); });
+}
+[[noreturn]] void raise_non_finite(const double* mean, const double* variance, int64_t C) {
     std::vector<int64_t> channels;
     for (int64_t c = 0; c < C; ++c)
         if (!std::isfinite(mean[c]) || !std::isfinite(variance[c])) channels.push_back(c);
-    return channels;
+    throw NonFiniteError(std::move(channels));
 }
 
 void update_moving_statistics(const TrainArgs& a, const KernelTable& table, double count) {
@@ -109,6 +112,7 @@ ApplyArgs apply_args(const Args& a, const Plan& plan, const ParamSpace& space, c
 
 double train(const TrainArgs& a) {
     check(a);
+    const IeeeMode mode;
     const KernelTable& table = kernels();
     const TypeKernels& kernel = table.types[int(a.dtype)];
     PlanRequest request = request_of(a.shape, a.dtype, Op::train);
@@ -126,7 +130,8 @@ double train(const TrainArgs& a) {
     FoldArgs fold{a.shape.C, plan.grid.pack, 0, 0, {a.mean, 1}, {a.variance, 1}, param_vector(a.gamma),
                   param_vector(a.beta), 0, a.epsilon, a.invstd, apply.params};
     const int act = kernel_activation(a.activation, a.negative_slope);
-    std::vector<int64_t> bad;
+    const int64_t C = a.shape.C;
+    bool proceed = true;
     run_steps(
         plan, [&](int rank, int64_t k, int64_t c0, int64_t c1) { reduction.chunk(rank, k, c0, c1); },
         [&](int64_t c0, int64_t c1) {
@@ -137,14 +142,14 @@ double train(const TrainArgs& a) {
             kernel.fold(f);
         },
         [&] {
-            if (a.nan_policy == NanPolicy::raise) bad = non_finite(a.mean, a.variance, a.shape.C);
-            return bad.empty();
+            proceed = a.nan_policy != NanPolicy::raise || (all_finite(a.mean, C) && all_finite(a.variance, C));
+            return proceed;
         },
         [&](int64_t c0, int64_t c1) {
             apply_group(plan, apply, c0, c1, kernel.apply_rows[act], kernel.apply_columns[act]);
         },
         [&](int64_t u) { apply_unit(plan, apply, u, kernel.apply_rows[act], kernel.apply_columns[act]); });
-    if (!bad.empty()) throw NonFiniteError(bad);
+    if (!proceed) raise_non_finite(a.mean, a.variance, C);
     const double count = reduction.total();
     update_moving_statistics(a, table, count);
     return count;
@@ -152,6 +157,7 @@ double train(const TrainArgs& a) {
 
 void infer(const InferArgs& a) {
     check(a);
+    const IeeeMode mode;
     const KernelTable& table = kernels();
     const TypeKernels& kernel = table.types[int(a.dtype)];
     PlanRequest request = request_of(a.shape, a.dtype, Op::infer);
@@ -167,8 +173,7 @@ void infer(const InferArgs& a) {
                   nullptr, apply.params};
     const int act = kernel_activation(a.activation, a.negative_slope);
     parallel(plan.threads, [&](Team& team) {
-        if (team.rank == 0) kernel.fold(fold);
-        team.barrier();
+        team.for_each(1, false, [&](int64_t) { kernel.fold(fold); });
         team.for_each(plan.apply_units, false, [&](int64_t u) {
             apply_unit(plan, apply, u, kernel.apply_rows[act], kernel.apply_columns[act]);
         });
@@ -177,6 +182,7 @@ void infer(const InferArgs& a) {
 
 double moments(const MomentsArgs& a) {
     check(a);
+    const IeeeMode mode;
     const KernelTable& table = kernels();
     const Plan plan = make_plan(request_of(a.shape, a.dtype, Op::moments), machine());
     Scratch scratch;

@@ -21,6 +21,7 @@ constexpr std::size_t huge = std::size_t(2) << 20;
 
 // Sizes go up in steps of 1/8, so that a block serves requests of nearly its size: at most 12.5 % is wasted.
 std::size_t class_of(std::size_t bytes) {
+    if (bytes > std::size_t(PTRDIFF_MAX) / 32) throw std::bad_alloc();
     bytes = std::max<std::size_t>(bytes, 64);
     std::size_t step = 64;
     while (step * 16 < bytes) step *= 2;

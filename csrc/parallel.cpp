@@ -3,7 +3,14 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <chrono>
+#include <condition_variable>
+#include <memory>
+#include <mutex>
+#include <new>
 #include <string>
+#include <system_error>
+#include <thread>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -14,6 +21,8 @@
 #include "machine.h"
 
 namespace bnfast {
+
+// ---- floating-point mode ---------------------------------------------------------------------------------------------
 
 unsigned fp_mode() {
 #if defined(__x86_64__)
@@ -38,30 +47,144 @@ void set_fp_mode(unsigned mode) {
 }
 
 namespace {
-
 #if defined(__x86_64__)
 constexpr unsigned ieee_mode = 0x1f80;  // every exception masked, to nearest, denormals kept
 #else
 constexpr unsigned ieee_mode = 0;
 #endif
+}  // namespace
 
-struct IeeeMode {
-    const unsigned saved = fp_mode();
-    IeeeMode() { if (saved != ieee_mode) set_fp_mode(ieee_mode); }
-    ~IeeeMode() { if (saved != ieee_mode) set_fp_mode(saved); }
+IeeeMode::IeeeMode() : saved_(fp_mode()) {
+    if (saved_ != ieee_mode) set_fp_mode(ieee_mode);
+}
+IeeeMode::~IeeeMode() {
+    if (fp_mode() != saved_) set_fp_mode(saved_);
+}
+
+// ---- the team --------------------------------------------------------------------------------------------------------
+
+namespace {
+
+void relax() {
+#if defined(__x86_64__)
+    _mm_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+using Clock = std::chrono::steady_clock;
+constexpr std::chrono::microseconds idle_spin{20};
+
+// Workers, the job they are asked to join, and how they wait. OpenMP makes the threads: one host thread, which never
+// returns, opens one region and its members wait for jobs here rather than in libgomp, whose idle threads spin for
+// milliseconds. Never destroyed: workers sleep in it until the process ends.
+class Pool {
+public:
+    explicit Pool(int workers) : workers_(workers), counters_(new Counter[std::size_t(Team::steps * (workers + 2))]) {
+        std::thread([this] {
+#pragma omp parallel num_threads(workers_)
+            this->work();
+        }).detach();
+    }
+    int workers() const { return workers_; }
+
+    // Runs body with at most size members; returns how many there were.
+    int run(int size, void (*body)(void*, Team&), void* context, bool full) {
+        for (int i = 0; i < Team::steps * (size + 1); ++i) counters_[i].value.store(0, std::memory_order_relaxed);
+        body_ = body;
+        context_ = context;
+        size_ = size;
+        left_.store(0, std::memory_order_relaxed);
+        const std::uint64_t job = posted_.load(std::memory_order_relaxed) + 1;
+        job_ = job;
+        members_.store(1, std::memory_order_release);
+        posted_.store(job);
+        if (sleeping_.load() > 0) {
+            { const std::lock_guard<std::mutex> lock(mutex_); }
+            wake_.notify_all();
+        }
+        while (full && members_.load() < size) std::this_thread::yield();
+        Team team(0, size, counters_.get());
+        body(context, team);
+        const int joined = members_.exchange(closed, std::memory_order_acq_rel);
+        while (left_.load(std::memory_order_acquire) < joined - 1) relax();  // all steps are done: they are leaving
+        return joined;
+    }
+    void stop() {  // workers leave when they next look; the pool itself stays
+        stopped_.store(true);
+        { const std::lock_guard<std::mutex> lock(mutex_); }
+        wake_.notify_all();
+    }
+
+private:
+    static constexpr int closed = 1 << 30;
+
+    void work() {
+        const IeeeMode mode;
+        for (std::uint64_t seen = 0; wait_for_job(seen);) {
+            int k = members_.load(std::memory_order_acquire);
+            while (k < closed && k < size_ && !members_.compare_exchange_weak(k, k + 1, std::memory_order_acq_rel)) {}
+            if (k >= closed || k >= size_) {  // over, or the team is complete
+                seen = posted_.load();
+                continue;
+            }
+            seen = job_;
+            Team team(k, size_, counters_.get());
+            body_(context_, team);
+            left_.fetch_add(1, std::memory_order_release);
+        }
+    }
+    bool wait_for_job(std::uint64_t seen) {
+        for (const auto until = Clock::now() + idle_spin; Clock::now() < until;) {
+            for (int i = 0; i < 32; ++i) {
+                if (posted_.load(std::memory_order_acquire) != seen) return true;
+                relax();
+            }
+        }
+        std::unique_lock<std::mutex> lock(mutex_);
+        sleeping_.fetch_add(1);
+        wake_.wait(lock, [&] { return posted_.load() != seen || stopped_.load(); });
+        sleeping_.fetch_sub(1);
+        return posted_.load() != seen || !stopped_.load();
+    }
+
+    const int workers_;
+    const std::unique_ptr<Counter[]> counters_;
+    void (*body_)(void*, Team&) = nullptr;
+    void* context_ = nullptr;
+    std::atomic<int> size_{0}, members_{closed}, left_{0}, sleeping_{0};
+    std::atomic<std::uint64_t> job_{0}, posted_{0};
+    std::atomic<bool> stopped_{false};
+    std::mutex mutex_;
+    std::condition_variable wake_;
 };
 
 std::atomic<int> requested{0};  // 0: the machine's default
-std::atomic<bool> busy{false};  // a region is running
-bool forked = false;            // libgomp's workers don't survive fork: a child runs alone
+std::atomic<bool> busy{false};  // a job is running
+std::atomic<bool> full_team{false};
+Pool* pool = nullptr;  // touched by the holder of busy alone
 thread_local int team_size_seen = 1;
+thread_local bool inside = false;
 
 #if defined(__linux__) || defined(__APPLE__)
-const int registered = pthread_atfork(nullptr, nullptr, [] {
-    forked = true;
+const int registered = pthread_atfork(nullptr, nullptr, [] {  // a child has none of the workers
+    pool = nullptr;
     busy.store(false);
 });
 #endif
+
+Pool* pool_for(int workers) {
+    if (pool && pool->workers() >= workers) return pool;
+    if (pool) pool->stop();
+    try {
+        pool = nullptr;
+        pool = new Pool(workers);
+    } catch (const std::bad_alloc&) {
+    } catch (const std::system_error&) {  // the system gives no more threads: the caller works alone
+    }
+    return pool;
+}
 
 }  // namespace
 
@@ -71,37 +194,33 @@ int get_num_threads() {
 }
 void set_num_threads(int threads) { requested.store(std::max(0, threads)); }
 int last_team_size() { return team_size_seen; }
+void set_full_team(bool wait) { full_team.store(wait); }
 
 const char* parallel_engine() {
     static const std::string name = "OpenMP " + std::to_string(_OPENMP);
     return name.c_str();
 }
 
-void Team::barrier() {
-    if (size > 1) {
-#pragma omp barrier
+void Team::wait_for(const std::atomic<std::int64_t>& value, std::int64_t goal) {
+    for (int i = 0; value.load(std::memory_order_acquire) < goal; ++i) {
+        if (i < 4096) relax();
+        else std::this_thread::yield();  // a member with an item in hand may be waiting for this processor
     }
 }
 
 void run_team(int threads, void (*body)(void*, Team&), void* context) {
-    if (threads > 1 && !forked && !omp_in_parallel() && !busy.exchange(true, std::memory_order_acquire)) {
-        const std::int64_t slots = std::int64_t(Team::phases) * threads * Team::stride;
-        const std::unique_ptr<std::atomic<std::int64_t>[]> counters(new std::atomic<std::int64_t>[slots]());
-        int size = 1;
-#pragma omp parallel num_threads(threads) default(none) shared(size, counters, body, context)
-        {
-            const IeeeMode mode;
-            Team team(omp_get_thread_num(), omp_get_num_threads(), counters.get());
-            if (team.rank == 0) size = team.size;
-            body(context, team);
+    if (threads > 1 && !inside && !busy.exchange(true, std::memory_order_acquire)) {
+        if (Pool* team = pool_for(threads - 1)) {
+            inside = true;
+            team_size_seen = team->run(threads, body, context, full_team.load());
+            inside = false;
+            busy.store(false, std::memory_order_release);
+            return;
         }
-        team_size_seen = size;
         busy.store(false, std::memory_order_release);
-        return;
     }
-    const IeeeMode mode;
-    Team team(0, 1, nullptr);
-    body(context, team);
+    Team alone(0, 1, nullptr);
+    body(context, alone);
     team_size_seen = 1;
 }
 

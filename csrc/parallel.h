@@ -1,56 +1,76 @@
-// The one place that runs threads. A region is a team of threads that all run the same body; work inside it comes from
-// for_each, which hands out the items of a fixed grid, so no result depends on who took which.
+// The one place that runs threads. A job is a body that every member of a team runs; the work inside it comes from
+// for_each, which hands out the items of a fixed grid, so that no result depends on who took which.
 //
-// - One region at a time in the process: a caller that finds one running (or is inside one, or in a forked child) runs
-//   its body alone. So OS threads stay bounded by one team, however many host threads call.
-// - Every thread runs with round to nearest and without flush to zero (TensorFlow's threads come with FTZ set), and
-//   gets its own mode back.
-// - The body must not throw.
+// - The caller is the team's first member and starts at once; OpenMP's threads join as they wake. A step waits for its
+//   items, never for a member: a worker that another pool keeps off its processor costs nothing but its help.
+// - One job at a time in the process: a caller that finds one running (or is inside one) runs its body alone. So the OS
+//   threads are those of one team, however many host threads call (libgomp alone gives each caller a team of its own).
+// - Idle workers spin for 20 us, then sleep. A forked child starts a team of its own.
+// - Every member runs with round to nearest and without flush to zero, whatever the caller's mode (TensorFlow's threads
+//   come with FTZ set).
+// - The body must not throw, and what it does outside for_each is done by every member.
 #pragma once
 #include <atomic>
 #include <cstdint>
-#include <memory>
 #include <type_traits>
 
 namespace bnfast {
 
 int get_num_threads();
-void set_num_threads(int threads);
-int last_team_size();  // of the calling thread's last region
-unsigned fp_mode();    // the calling thread's floating-point control register
-void set_fp_mode(unsigned mode);
+void set_num_threads(int threads);  // 0: back to the machine's default
+int last_team_size();               // members of the calling thread's last job
+void set_full_team(bool wait);      // tests only: a job begins when the whole team is there
 const char* parallel_engine();
+
+unsigned fp_mode();  // the calling thread's floating-point control register
+void set_fp_mode(unsigned mode);
+class IeeeMode {  // to nearest, denormals kept; the thread's own mode comes back at the end
+public:
+    IeeeMode();
+    ~IeeeMode();
+    IeeeMode(const IeeeMode&) = delete;
+    IeeeMode& operator=(const IeeeMode&) = delete;
+
+private:
+    const unsigned saved_;
+};
+
+struct alignas(64) Counter {
+    std::atomic<std::int64_t> value;
+};
 
 class Team {
 public:
-    const int rank, size;
+    static constexpr int steps = 4;  // for_each calls in a body, at most
+    const int rank, size;            // this member, and how many there may be
 
-    // Calls item(i) once for each i in [0, n) over the team. Each thread starts with its own share and then takes from
-    // the others'; backwards: the share is walked from its end, where the last phase left the caches warm. Every thread
-    // of the team must call it; it doesn't wait for the others (barrier() does).
+    // Calls item(i) once for each i in [0, n), by whoever is there; returns when all are done. Each member starts with
+    // its own share and then takes from the others'; backwards: a share is walked from its end, where the step before
+    // left the caches warm.
     template <class Item> void for_each(std::int64_t n, bool backwards, Item&& item) {
         if (size == 1) {
             for (std::int64_t i = 0; i < n; ++i) item(backwards ? n - 1 - i : i);
             return;
         }
-        std::atomic<std::int64_t>* taken = next_counters();
+        Counter* const taken = counters_ + step_++ * (size + 1);
+        std::atomic<std::int64_t>& done = taken[size].value;
+        std::int64_t mine = 0;
         for (int k = 0; k < size; ++k) {
             const int owner = (rank + k) % size;
             const std::int64_t begin = n * owner / size, end = n * (owner + 1) / size;
-            for (std::int64_t i; (i = begin + taken[owner * stride].fetch_add(1, std::memory_order_relaxed)) < end;)
+            for (std::int64_t i; (i = begin + taken[owner].value.fetch_add(1, std::memory_order_relaxed)) < end; ++mine)
                 item(backwards ? begin + end - 1 - i : i);
         }
+        if (mine) done.fetch_add(mine, std::memory_order_acq_rel);
+        wait_for(done, n);
     }
-    void barrier();
+
+    Team(int rank_, int size_, Counter* counters) : rank(rank_), size(size_), counters_(counters) {}
 
 private:
-    static constexpr int stride = 8, phases = 4;  // counters a cache line apart; at most 4 for_each in a region
-    std::atomic<std::int64_t>* const counters_;
-    int phase_ = 0;
-
-    Team(int rank_, int size_, std::atomic<std::int64_t>* counters) : rank(rank_), size(size_), counters_(counters) {}
-    std::atomic<std::int64_t>* next_counters() { return counters_ + std::int64_t(phase_++) * size * stride; }
-    friend void run_team(int, void (*)(void*, Team&), void*);
+    Counter* const counters_;  // [steps][size + 1]: what is taken of each share, then what is done
+    int step_ = 0;
+    static void wait_for(const std::atomic<std::int64_t>& value, std::int64_t goal);
 };
 
 void run_team(int threads, void (*body)(void*, Team&), void* context);

@@ -85,12 +85,12 @@ void apply_group(const Plan& plan, Args args, std::int64_t c0, std::int64_t c1, 
     }
 }
 
-// reduce -> fold -> apply, by groups or step by step. fold(c0, c1) runs once for every channel; proceed() is asked by
-// one thread between fold and apply (only when not by groups) and may call the apply step off.
+// reduce -> fold -> apply, by groups or step by step. fold(c0, c1) runs once for every channel; proceed() is asked
+// once between fold and apply (only when not by groups) and may call the apply step off.
 template <class Reduce, class Fold, class Proceed, class ApplyGroup, class ApplyUnit>
 void run_steps(const Plan& plan, Reduce reduce, Fold fold, Proceed proceed, ApplyGroup group, ApplyUnit unit) {
     const std::int64_t C = plan.grid.C, chunks = plan.grid.chunks;
-    bool go_on = true;
+    std::atomic<bool> go_on{true};
     parallel(plan.threads, [&](Team& team) {
         if (plan.by_groups) {
             team.for_each(plan.groups, false, [&](std::int64_t g) {
@@ -105,13 +105,10 @@ void run_steps(const Plan& plan, Reduce reduce, Fold fold, Proceed proceed, Appl
             const std::int64_t g = i % plan.groups;
             reduce(team.rank, i / plan.groups, g * plan.group, plan.group_end(g));
         });
-        team.barrier();
         team.for_each(plan.slices, false, [&](std::int64_t i) {
             fold(i * plan.slice, std::min(C, (i + 1) * plan.slice));
         });
-        team.barrier();
-        if (team.rank == 0) go_on = proceed();
-        team.barrier();
+        team.for_each(1, false, [&](std::int64_t) { go_on = proceed(); });
         if (go_on) team.for_each(plan.apply_units, true, unit);
     });
 }

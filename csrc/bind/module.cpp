@@ -71,8 +71,8 @@ py::object train(py::handle x, py::handle gamma, py::handle beta, py::handle mov
         a.activation = activation_of(activation);
         a.negative_slope = number_in(negative_slope, 0, largest);
         a.residual = rv.data;
-        a.correction = int(number_in(correction, 0, 1));
-        plain(a.correction == number(correction));
+        a.correction = integer(correction);
+        plain(a.correction == 0 || a.correction == 1);
         a.nan_policy = nan_policy_of(nan_policy);
         const py::array y = output_for(out, x, xv, {xv}, {rv, gv, bv, mm, mv, optional_input(mask)});
         a.y = py::detail::array_proxy(y.ptr())->data;
@@ -180,12 +180,12 @@ py::object moments(py::handle x, py::handle axis, py::handle mask) {
 }
 
 py::array empty(const std::vector<py::ssize_t>& shape, const py::dtype& dtype) {
-    std::int64_t size = 1;
+    std::int64_t bytes = dtype.itemsize();
     for (const py::ssize_t extent : shape) {
         if (extent < 0) throw py::value_error("shape must have extents >= 0. Received: " + std::to_string(extent));
-        size *= extent;
+        if (__builtin_mul_overflow(bytes, extent, &bytes)) throw std::bad_alloc();
     }
-    return new_array(dtype, shape.data(), int(shape.size()), size * dtype.itemsize());
+    return new_array(dtype, shape.data(), int(shape.size()), bytes);
 }
 
 py::dict build_info() {
@@ -241,6 +241,7 @@ PYBIND11_MODULE(_core, m) {
     m.def("set_memory_limit", &set_memory_limit);
     m.def("_set_isa", [](std::optional<std::string> name) { set_isa(name.value_or("")); });
     m.def("_set_serial_bytes", [](std::optional<std::int64_t> n) { set_serial_bytes(n.value_or(-1)); });
+    m.def("_set_full_team", &set_full_team);
     m.def("_last_run", [] { return py::make_tuple(last_isa(), last_team_size()); });
     m.def("_fp_mode", &fp_mode);
     m.def("_set_fp_mode", &set_fp_mode);

@@ -24,7 +24,7 @@ std::vector<const KernelTable*> usable_tables() {
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("bmi2"))
         tables.push_back(&avx512_kernels);
     // Every processor with AVX2 has F16C too (Haswell, Excavator and later).
-    if (__builtin_cpu_supports("avx2")) tables.push_back(&avx2_kernels);
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) tables.push_back(&avx2_kernels);
 #endif
     tables.push_back(&baseline_kernels);
     return tables;

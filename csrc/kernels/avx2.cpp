@@ -1,6 +1,6 @@
 #define BNFAST_VBYTES 32
 #include "table.inl.h"
-#if !defined(__AVX2__) || !defined(__F16C__) || defined(__AVX512F__)
-#error "avx2 must be compiled with -mavx2 -mf16c"
+#if !defined(__AVX2__) || !defined(__FMA__) || !defined(__F16C__) || defined(__AVX512F__)
+#error "avx2 must be compiled with -mavx2 -mfma -mf16c"
 #endif
 BNFAST_KERNEL_TABLE(avx2_kernels, "avx2")

@@ -8,7 +8,8 @@
 //   weighted: dx_i = scale*(g - w_i*mean_dy) + w_i*(slope_x*(x - mean_hi) + level);  frozen: dx = scale*g
 #pragma once
 #include "normalize.inl.h"
-#include "stats.inl.h"
+#include "stats_columns.inl.h"
+#include "stats_rows.inl.h"
 
 namespace bnfast {
 namespace {
@@ -34,7 +35,7 @@ template <class X, int act> void grad_reduce_rows(const GradReduceArgs& a) noexc
             auto add = [&](int v, V grad, V value, V r) {
                 if (act != act_none) grad = gate<act>(V(pre_activation(value, m, sc, sh) + r), grad, bound, slope);
                 s0[v] += grad;
-                s1[v] += grad * (value - m);
+                s1[v] += grad * minus(value, m);
             };
             for (int64_t r = 0; r < k.rows; ++r) {
                 const int64_t at = ((k.n + r) * g.C + c) * g.S + k.s;
@@ -145,7 +146,7 @@ BNFAST_INLINE void grad_column_tile(const GradReduceArgs& a, int64_t at, int64_t
                 grad = gate<act>(z, grad, bound, slope);
             }
             s0[parity][v] += grad;
-            s1[parity][v] += grad * (value - m[v]);
+            s1[parity][v] += grad * minus(value, m[v]);
         }
     };
     int64_t r = 0;
@@ -207,43 +208,39 @@ template <class X, int mode, int act> void grad_apply_columns(const GradApplyArg
     auto w = static_cast<const T*>(a.mask);
     const T bound = T(a.act.bound), slope = T(a.act.negative_slope);
     const bool stream = a.stream && may_stream<X>(dx, K, a.c0);
-    constexpr int wide = BNFAST_VBYTES == 64 ? 4 : 2;  // 6 constants a vector: 24 of AVX-512's 32 registers
-    over_tiles<X, wide>(a.begin, a.end, a.c0, a.c1, [&](auto nt, int64_t r0, int64_t r1, int64_t k, int left) {
-        constexpr int NT = decltype(nt)::value;
-        V m[NT], sc[NT], sh[NT], mdy[NT], sx[NT], lv[NT];
-        BNFAST_UNROLL for (int v = 0; v < NT; ++v) {
-            auto constant = [&](void* p) { return load_some<P>(static_cast<const T*>(p) + k + v * X::W, left); };
-            sc[v] = constant(a.params.scale);
-            m[v] = constant(a.params.mean_hi);
-            if (act != act_none) sh[v] = constant(a.params.shift);
-            if (mode == grad_frozen) continue;
-            mdy[v] = constant(a.params.mean_dy);
-            sx[v] = constant(a.params.slope_x);
-            lv[v] = constant(a.params.level);
-        }
-        for (int64_t r = r0; r < r1; ++r) {
-            const V weight = mode == grad_weighted ? X::splat(w[r]) : V{};
-            BNFAST_UNROLL for (int v = 0; v < NT; ++v) {
-                const int64_t i = r * K + k + v * X::W;
-                const V xi = mode != grad_frozen || act != act_none ? load_some<X>(x + i, left) : V{};
-                V grad = load_some<X>(dy + i, left);
-                if (act != act_none) {
-                    V z = pre_activation(xi, m[v], sc[v], sh[v]);
-                    if (res) z += load_some<X>(res + i, left);
-                    grad = gate<act>(z, grad, bound, slope);
-                    if (dres) left < X::W ? X::store_partial(dres + i, grad, left) : X::store(dres + i, grad);
-                }
-                V out;
-                if (mode == grad_frozen) out = sc[v] * grad;
-                else if (mode == grad_weighted)
-                    out = sc[v] * (grad - weight * mdy[v]) + weight * (sx[v] * (xi - m[v]) + lv[v]);
-                else out = sc[v] * (grad - mdy[v]) + (sx[v] * (xi - m[v]) + lv[v]);
-                if (left < X::W) X::store_partial(dx + i, out, left);
-                else if (stream) X::stream(dx + i, out);
-                else X::store(dx + i, out);
+    over_columns<X, 2>(
+        a.begin, a.end, a.c0, a.c1, [&](auto rows, int64_t r, int64_t k, int left) {
+            constexpr int R = decltype(rows)::value;
+            constexpr bool frozen = mode == grad_frozen, gated = act != act_none, reads_x = !frozen || gated;
+            auto constant = [&](void* p) { return load_some<P>(static_cast<const T*>(p) + k, left); };
+            const V sc = constant(a.params.scale), m = constant(a.params.mean_hi);
+            const V sh = gated ? constant(a.params.shift) : V{};
+            const V mdy = frozen ? V{} : constant(a.params.mean_dy), sx = frozen ? V{} : constant(a.params.slope_x),
+                    lv = frozen ? V{} : constant(a.params.level);
+            V xi[R], grad[R];
+            BNFAST_UNROLL for (int i = 0; i < R; ++i) {
+                const int64_t at = (r + i) * K + k;
+                xi[i] = reads_x ? load_some<X>(x + at, left) : V{};
+                grad[i] = load_some<X>(dy + at, left);
+                if (!gated) continue;
+                V z = pre_activation(xi[i], m, sc, sh);
+                if (res) z += load_some<X>(res + at, left);
+                grad[i] = gate<act>(z, grad[i], bound, slope);
             }
-        }
-    });
+            BNFAST_UNROLL for (int i = 0; i < R; ++i) {
+                const int64_t at = (r + i) * K + k;
+                if (gated && dres) left < X::W ? X::store_partial(dres + at, grad[i], left) : X::store(dres + at, grad[i]);
+                V out;
+                if (frozen) out = sc * grad[i];
+                else if (mode == grad_weighted) {
+                    const V weight = X::splat(w[r + i]);
+                    out = sc * (grad[i] - weight * mdy) + weight * (sx * (xi[i] - m) + lv);
+                } else out = sc * (grad[i] - mdy) + (sx * (xi[i] - m) + lv);
+                if (left < X::W) X::store_partial(dx + at, out, left);
+                else if (stream) X::stream(dx + at, out);
+                else X::store(dx + at, out);
+            }
+        });
 }
 
 // ---- fold -----------------------------------------------------------------------------------------------------------

@@ -117,29 +117,27 @@ template <class X, int act> void apply_rows(const ApplyArgs& a) noexcept {
     });
 }
 
-// ---- columns: tiles of NT vectors, whose constants stay in registers over a block of rows --------------------------
-
-// 16 rows of a tile at a time: enough to hide the load of its constants, few enough that the rows' lines of the
-// neighbouring tiles are still in L1 when their turn comes.
-constexpr int64_t apply_row_block = 16;
+// ---- columns: one vector of columns over R rows at a time, so that its constants are loaded once for all of them -----
 
 template <class X> BNFAST_INLINE bool may_stream(const void* y, int64_t K, int64_t c0) {
     constexpr int64_t line = 64 / int64_t(sizeof(typename X::S));
     return reinterpret_cast<uintptr_t>(y) % 64 == 0 && K % line == 0 && c0 % line == 0;
 }
 
-template <int n> struct Width { static constexpr int value = n; };
+template <int n> struct Rows { static constexpr int value = n; };
 
-// tile(Width<vectors>, row begin, row end, first column, columns in the last vector)
-template <class X, int NT, class Tile>
-BNFAST_INLINE void over_tiles(int64_t begin, int64_t end, int64_t c0, int64_t c1, Tile tile) {
-    for (int64_t r = begin; r < end; r += apply_row_block) {
-        const int64_t stop = end - r < apply_row_block ? end : r + apply_row_block;
+// step(Rows<R or 1>, first row, first column, columns in the vector). All R loads of a step come before its stores:
+// with rows a multiple of 4 KiB apart a load after a store to the same offset would wait for it.
+template <class X, int R, class Step>
+BNFAST_INLINE void over_columns(int64_t begin, int64_t end, int64_t c0, int64_t c1, Step step) {
+    auto across = [&](auto rows, int64_t r) {
         int64_t k = c0;
-        for (; k + NT * X::W <= c1; k += NT * X::W) tile(Width<NT>{}, r, stop, k, X::W);
-        for (; k + X::W <= c1; k += X::W) tile(Width<1>{}, r, stop, k, X::W);
-        if (k < c1) tile(Width<1>{}, r, stop, k, int(c1 - k));
-    }
+        for (; k + X::W <= c1; k += X::W) step(rows, r, k, X::W);
+        if (k < c1) step(rows, r, k, int(c1 - k));
+    };
+    int64_t r = begin;
+    for (; r + R <= end; r += R) across(Rows<R>{}, r);
+    for (; r < end; ++r) across(Rows<1>{}, r);
 }
 
 template <class X> BNFAST_INLINE typename X::V load_some(const typename X::S* p, int n) {
@@ -158,27 +156,25 @@ template <class X, int act> void apply_columns(const ApplyArgs& a) noexcept {
          shift = static_cast<const T*>(a.params.shift);
     const T bound = T(a.act.bound), slope = T(a.act.negative_slope);
     const bool stream = a.stream && may_stream<X>(y, K, a.c0);
-    over_tiles<X, 4>(a.begin, a.end, a.c0, a.c1, [&](auto nt, int64_t r0, int64_t r1, int64_t k, int left) {
-        constexpr int NT = decltype(nt)::value;
-        V m[NT], s[NT], b[NT];
-        BNFAST_UNROLL for (int v = 0; v < NT; ++v) {
-            m[v] = load_some<P>(mean_hi + k + v * X::W, left);
-            s[v] = load_some<P>(scale + k + v * X::W, left);
-            b[v] = load_some<P>(shift + k + v * X::W, left);
-        }
-        for (int64_t r = r0; r < r1; ++r) {
-            const int64_t at = r * K + k;
-            BNFAST_UNROLL for (int v = 0; v < NT; ++v) {
-                const int64_t i = at + v * X::W;
-                V z = pre_activation(load_some<X>(x + i, left), m[v], s[v], b[v]);
-                if (res) z += load_some<X>(res + i, left);
-                z = activate<act>(z, bound, slope);
-                if (left < X::W) X::store_partial(y + i, z, left);
-                else if (stream) X::stream(y + i, z);
-                else X::store(y + i, z);
+    over_columns<X, 4>(
+        a.begin, a.end, a.c0, a.c1, [&](auto rows, int64_t r, int64_t k, int left) {
+            constexpr int R = decltype(rows)::value;
+            const V m = load_some<P>(mean_hi + k, left), s = load_some<P>(scale + k, left),
+                    b = load_some<P>(shift + k, left);
+            V z[R];
+            BNFAST_UNROLL for (int i = 0; i < R; ++i)
+                z[i] = pre_activation(load_some<X>(x + (r + i) * K + k, left), m, s, b);
+            if (res) {
+                BNFAST_UNROLL for (int i = 0; i < R; ++i) z[i] += load_some<X>(res + (r + i) * K + k, left);
             }
-        }
-    });
+            BNFAST_UNROLL for (int i = 0; i < R; ++i) {
+                S* to = y + (r + i) * K + k;
+                z[i] = activate<act>(z[i], bound, slope);
+                if (left < X::W) X::store_partial(to, z[i], left);
+                else if (stream) X::stream(to, z[i]);
+                else X::store(to, z[i]);
+            }
+        });
 }
 
 // ---- moving statistics ---------------------------------------------------------------------------------------------

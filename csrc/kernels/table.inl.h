@@ -2,7 +2,8 @@
 #pragma once
 #include "backward.inl.h"
 #include "normalize.inl.h"
-#include "stats.inl.h"
+#include "stats_columns.inl.h"
+#include "stats_rows.inl.h"
 
 namespace bnfast {
 namespace {

@@ -5,7 +5,7 @@
 // Backward: dx = gamma*invstd * (dy - sum(dy)/M - xhat * sum(dy*xhat)/M),   xhat = (x - mean)*invstd
 // Results depend on values, shape, dtype and axis alone: not on threads, alignment or instruction set.
 // Inputs are never written. Functions are reentrant; they throw std::invalid_argument on a bad argument, before
-// anything is written, and NonFiniteError under NanPolicy::raise, likewise.
+// anything is written, and NonFiniteError under NanPolicy::raise, when only mean and variance hold what was found.
 // Per-channel vectors are (C,) of float32 or float64 whatever the dtype of x. Statistics are float64.
 #pragma once
 #include <cstddef>

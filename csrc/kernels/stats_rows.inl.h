@@ -1,0 +1,139 @@
+// Reduce in the rows layout: 64 virtual lanes run over the rows of one channel's block (moments.inl.h has the maths).
+#pragma once
+#include "moments.inl.h"
+
+namespace bnfast {
+namespace {
+
+// One channel's `rows` rows of `len` values, `stride` apart.
+
+// visit(v, vector index, offset): every vector of a row in lane order; full ones, then the partial one.
+template <class X, class Full, class Partial>
+BNFAST_INLINE void over_row(int64_t len, Full full, Partial partial) {
+    int64_t i = 0;
+    for (; i + lanes <= len; i += lanes) {
+        BNFAST_UNROLL for (int v = 0; v < X::NV; ++v) full(v, i + v * X::W);
+    }
+    if (i == len) return;
+    BNFAST_UNROLL for (int v = 0; v < X::NV; ++v) {
+        const int64_t left = len - (i + v * X::W);
+        if (left >= X::W) full(v, i + v * X::W);
+        else if (left > 0) partial(v, i + v * X::W, int(left));
+    }
+}
+
+template <class X>
+BNFAST_INLINE BlockMoments block_of_rows(const typename X::S* x, int64_t rows, int64_t len, int64_t stride) {
+    using T = typename X::T;
+    using V = typename X::V;
+    const T x0 = finite_or_zero(X::load_partial(x, 1, V{})[0]);
+    const V shift = X::splat(x0);
+    V s[X::NV] = {};
+    for (int64_t r = 0; r < rows; ++r) {
+        const typename X::S* p = x + r * stride;
+        over_row<X>(
+            len, [&](int v, int64_t i) { s[v] += minus(X::load(p + i), shift); },
+            [&](int v, int64_t i, int left) { s[v] += minus(X::load_partial(p + i, left, shift), shift); });
+    }
+    const T n = T(rows * len);
+    const T centre = x0 + sum_lanes<X>(s) * (T(1) / n);
+    const T c = centre - centre == T(0) ? centre : x0;
+    const V cv = X::splat(c);
+    V s1[X::NV] = {}, s2[X::NV] = {};
+    for (int64_t r = 0; r < rows; ++r) {
+        const typename X::S* p = x + r * stride;
+        auto add = [&](int v, V value) {
+            const V d = minus(value, cv);
+            s1[v] += d;
+            s2[v] += d * d;
+        };
+        over_row<X>(
+            len, [&](int v, int64_t i) { add(v, X::load(p + i)); },
+            [&](int v, int64_t i, int left) { add(v, X::load_partial(p + i, left, cv)); });
+    }
+    const T sum_d = sum_lanes<X>(s1), sum_dd = sum_lanes<X>(s2);
+    return BlockMoments(double(rows * len), c, sum_d, sum_dd);
+}
+
+// The weighted twin: w has the row length, its own stride. All-ones weights give the same bits.
+template <class X>
+BNFAST_INLINE BlockMoments weighted_block_of_rows(const typename X::S* x, const typename X::T* w, int64_t rows,
+                                                  int64_t len, int64_t stride, int64_t w_stride) {
+    using T = typename X::T;
+    using V = typename X::V;
+    using Weights = typename ComputeStorage<T>::type;
+    T x0 = 0;
+    for (int64_t i = 0, found = 0; i < rows * len && !found; ++i)
+        if (w[(i / len) * w_stride + i % len] > T(0)) {
+            x0 = finite_or_zero(X::load_partial(x + (i / len) * stride + i % len, 1, V{})[0]);
+            found = 1;
+        }
+    V s[X::NV] = {}, sw[X::NV] = {};
+    V s2[X::NV] = {};
+    V centre = X::splat(x0);
+    auto pass = [&](auto add) {
+        for (int64_t r = 0; r < rows; ++r) {
+            const typename X::S* p = x + r * stride;
+            const T* q = w + r * w_stride;
+            over_row<X>(
+                len, [&](int v, int64_t i) { add(v, X::load(p + i), Weights::load(q + i)); },
+                [&](int v, int64_t i, int left) {
+                    add(v, X::load_partial(p + i, left, centre), Weights::load_partial(q + i, left, V{}));
+                });
+        }
+    };
+    pass([&](int v, V value, V weight) {
+        s[v] += weight > T(0) ? weight * (value - centre) : V{};
+        sw[v] += weight;
+    });
+    const T n = sum_lanes<X>(sw);
+    const T c0 = x0 + sum_lanes<X>(s) * (n > T(0) ? T(1) / n : T(0));
+    const T c = c0 - c0 == T(0) ? c0 : x0;
+    centre = X::splat(c);
+    BNFAST_UNROLL for (int v = 0; v < X::NV; ++v) s[v] = V{};
+    pass([&](int v, V value, V weight) {
+        const V d = value - centre;
+        s[v] += weight > T(0) ? weight * d : V{};
+        s2[v] += weight > T(0) ? weight * (d * d) : V{};
+    });
+    const T sum_d = sum_lanes<X>(s), sum_dd = sum_lanes<X>(s2);
+    return BlockMoments(double(n), c, sum_d, sum_dd);
+}
+
+// Which part of channel c a block of the rows layout holds.
+struct RowBlock {
+    int64_t n, s, rows, len;
+    BNFAST_INLINE RowBlock(const Grid& g, int64_t b) {
+        const int64_t per_row = (g.S + g.block_width - 1) / g.block_width;
+        n = (b / per_row) * g.block_rows;
+        s = (b % per_row) * g.block_width;
+        rows = g.N - n < g.block_rows ? g.N - n : g.block_rows;
+        len = g.S - s < g.block_width ? g.S - s : g.block_width;
+    }
+};
+
+template <class X, int masked> void reduce_rows(const ReduceArgs& a) noexcept {
+    const Grid g = a.grid;
+    auto x = static_cast<const typename X::S*>(a.x);
+    auto w = static_cast<const typename X::T*>(a.mask);
+    double *mean = a.mean + a.chunk * g.C, *m2 = a.m2 + a.chunk * g.C;
+    for (int64_t c = a.c0; c < a.c1; ++c) mean[c] = m2[c] = 0;
+    double count = 0;
+    for (int64_t b = a.chunk * g.chunk_blocks; b < chunk_end(g, a.chunk); ++b) {
+        const RowBlock k(g, b);
+        double n = 0;
+        for (int64_t c = a.c0; c < a.c1; ++c) {
+            const auto* p = x + (k.n * g.C + c) * g.S + k.s;
+            const BlockMoments m = masked ? weighted_block_of_rows<X>(p, w + k.n * g.S + k.s, k.rows, k.len,
+                                                                      g.C * g.S, g.S)
+                                          : block_of_rows<X>(p, k.rows, k.len, g.C * g.S);
+            n = m.n;  // the same for every channel
+            MergeWeights(count, n).into(mean[c], m2[c], m.mean, m.m2);
+        }
+        count += n;
+    }
+    a.count[a.chunk] = count;
+}
+
+}  // namespace
+}  // namespace bnfast

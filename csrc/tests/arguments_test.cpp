@@ -1,0 +1,216 @@
+// Bad arguments: std::invalid_argument that says what was wanted, with nothing written; NonFiniteError likewise for
+// everything that outlives the call.
+#include <doctest/doctest.h>
+
+#include <cmath>
+#include <functional>
+
+#include "bnfast/bnfast.h"
+
+using namespace bnfast;
+
+namespace {
+
+constexpr float untouched = -77;
+
+struct Buffers {
+    float x[6] = {1, 2, 3, 4, 5, 7}, y[6], moving_mean[2] = {untouched, untouched},
+          moving_variance[2] = {untouched, untouched}, vector[2] = {1, 1}, dgamma[2] = {untouched, untouched},
+          dbeta[2] = {untouched, untouched};
+    double mean[2] = {untouched, untouched}, variance[2] = {untouched, untouched}, invstd[2] = {untouched, untouched};
+    Buffers() {
+        for (float& v : y) v = untouched;
+    }
+    bool outputs_untouched() const {
+        bool same = true;
+        for (float v : y) same = same && v == untouched;
+        for (int k = 0; k < 2; ++k)
+            same = same && moving_mean[k] == untouched && moving_variance[k] == untouched && dgamma[k] == untouched &&
+                   dbeta[k] == untouched;
+        return same;
+    }
+    bool statistics_untouched() const {
+        return mean[0] == untouched && variance[0] == untouched && invstd[0] == untouched;
+    }
+};
+
+TrainArgs train_args(Buffers& b) {
+    TrainArgs a;
+    a.x = b.x;
+    a.y = b.y;
+    a.shape = {3, 2, 1};
+    a.moving_mean = {b.moving_mean, DType::float32};
+    a.moving_variance = {b.moving_variance, DType::float32};
+    a.mean = b.mean;
+    a.variance = b.variance;
+    a.invstd = b.invstd;
+    return a;
+}
+InferArgs infer_args(Buffers& b) {
+    InferArgs a;
+    a.x = b.x;
+    a.y = b.y;
+    a.shape = {3, 2, 1};
+    a.moving_mean = a.moving_variance = {b.vector, DType::float32};
+    return a;
+}
+GradArgs grad_args(Buffers& b) {
+    GradArgs a;
+    a.dy = b.x;
+    a.x = b.x;
+    a.dx = b.y;
+    a.shape = {3, 2, 1};
+    a.mean = a.invstd = {b.vector, DType::float32};
+    a.dgamma = {b.dgamma, DType::float32};
+    a.dbeta = {b.dbeta, DType::float32};
+    return a;
+}
+MomentsArgs moments_args(Buffers& b) {
+    MomentsArgs a;
+    a.x = b.x;
+    a.shape = {3, 2, 1};
+    a.mean = b.mean;
+    a.variance = b.variance;
+    return a;
+}
+
+template <class Args> struct Bad {
+    const char* message;  // what the error must say
+    std::function<void(Args&)> spoil;
+};
+
+template <class Args, class Call>
+void check_all(Args (*make)(Buffers&), Call call, const std::vector<Bad<Args>>& bad) {
+    for (const auto& b : bad) {
+        Buffers buffers;
+        Args args = make(buffers);
+        b.spoil(args);
+        INFO(b.message);
+        CHECK_THROWS_WITH_AS(call(args), doctest::Contains(b.message), std::invalid_argument);
+        CHECK(buffers.outputs_untouched());
+        CHECK(buffers.statistics_untouched());
+    }
+    Buffers buffers;
+    CHECK_NOTHROW(call(make(buffers)));
+}
+
+// What every call with a tensor and an activation refuses.
+template <class Args> std::vector<Bad<Args>> common() {
+    return {
+        {"x must not be null", [](Args& a) { a.x = nullptr; }},
+        {"shape must have extents >= 0. Received: (-3, 2, 1)", [](Args& a) { a.shape.N = -3; }},
+        {"shape must have extents >= 0", [](Args& a) { a.shape.C = -2; }},
+        {"shape must have extents >= 0", [](Args& a) { a.shape.S = -1; }},
+        {"fewer than 2^59 values", [](Args& a) { a.shape = {std::int64_t(1) << 30, std::int64_t(1) << 20, 1 << 20}; }},
+        {"dtype must be one of DType's. Received: 7", [](Args& a) { a.dtype = DType(7); }},
+    };
+}
+template <class Args> std::vector<Bad<Args>> affine() {
+    auto list = common<Args>();
+    const std::vector<Bad<Args>> more = {
+        {"activation must be one of Activation's. Received: 9", [](Args& a) { a.activation = Activation(9); }},
+        {"negative_slope must be finite and >= 0", [](Args& a) { a.negative_slope = -0.1; }},
+        {"negative_slope must be finite and >= 0", [](Args& a) { a.negative_slope = NAN; }},
+        {"gamma must be float32 or float64", [](Args& a) { a.gamma = {a.x, DType::float16}; }},
+        {"beta must be float32 or float64", [](Args& a) { a.beta = {a.x, DType::bfloat16}; }},
+    };
+    list.insert(list.end(), more.begin(), more.end());
+    return list;
+}
+
+}  // namespace
+
+TEST_CASE("train refuses") {
+    auto bad = affine<TrainArgs>();
+    const std::vector<Bad<TrainArgs>> more = {
+        {"y must not be null", [](TrainArgs& a) { a.y = nullptr; }},
+        {"moving_mean and moving_variance must be given together", [](TrainArgs& a) { a.moving_mean = {}; }},
+        {"moving_mean must be float32 or float64", [](TrainArgs& a) { a.moving_mean.dtype = DType::float16; }},
+        {"momentum must lie in [0, 1]", [](TrainArgs& a) { a.momentum = 1.5; }},
+        {"momentum must lie in [0, 1]", [](TrainArgs& a) { a.momentum = NAN; }},
+        {"epsilon must be finite and >= 0", [](TrainArgs& a) { a.epsilon = -1e-3; }},
+        {"epsilon must be finite and >= 0", [](TrainArgs& a) { a.epsilon = INFINITY; }},
+        {"correction must be 0 or 1. Received: 2", [](TrainArgs& a) { a.correction = 2; }},
+        {"mean, variance and invstd must not be null", [](TrainArgs& a) { a.invstd = nullptr; }},
+    };
+    bad.insert(bad.end(), more.begin(), more.end());
+    check_all<TrainArgs>(train_args, [](const TrainArgs& a) { train(a); }, bad);
+}
+
+TEST_CASE("infer refuses") {
+    auto bad = affine<InferArgs>();
+    const std::vector<Bad<InferArgs>> more = {
+        {"y must not be null", [](InferArgs& a) { a.y = nullptr; }},
+        {"moving_mean and moving_variance must not be null", [](InferArgs& a) { a.moving_variance = {}; }},
+        {"epsilon must be finite and >= 0", [](InferArgs& a) { a.epsilon = NAN; }},
+    };
+    bad.insert(bad.end(), more.begin(), more.end());
+    check_all<InferArgs>(infer_args, [](const InferArgs& a) { infer(a); }, bad);
+}
+
+TEST_CASE("grad refuses") {
+    auto bad = affine<GradArgs>();
+    const std::vector<Bad<GradArgs>> more = {
+        {"dy must not be null", [](GradArgs& a) { a.dy = nullptr; }},
+        {"dx must not be null", [](GradArgs& a) { a.dx = nullptr; }},
+        {"mean, invstd, dgamma and dbeta must not be null", [](GradArgs& a) { a.dbeta = {}; }},
+        {"invstd must be float32 or float64", [](GradArgs& a) { a.invstd.dtype = DType::bfloat16; }},
+        {"dvariance must be float32 or float64", [](GradArgs& a) { a.dvariance = {a.x, DType::float16}; }},
+    };
+    bad.insert(bad.end(), more.begin(), more.end());
+    check_all<GradArgs>(grad_args, [](const GradArgs& a) { grad(a); }, bad);
+}
+
+TEST_CASE("moments refuses") {
+    auto bad = common<MomentsArgs>();
+    bad.push_back({"mean and variance must not be null", [](MomentsArgs& a) { a.variance = nullptr; }});
+    check_all<MomentsArgs>(moments_args, [](const MomentsArgs& a) { moments(a); }, bad);
+}
+
+TEST_CASE("shape_of merges the extents around the axis, or refuses it") {
+    const std::int64_t dims[] = {2, 3, 5, 7};
+    const Shape s = shape_of(dims, 4, 1);
+    CHECK((s.N == 2 && s.C == 3 && s.S == 35));
+    const Shape last = shape_of(dims, 4, -1);
+    CHECK((last.N == 30 && last.C == 7 && last.S == 1));
+    for (int axis : {4, -5, 100})
+        CHECK_THROWS_WITH_AS(shape_of(dims, 4, axis), doctest::Contains("axis must lie in [-4, 4)"),
+                             std::invalid_argument);
+    CHECK_THROWS_AS(shape_of(dims, 0, 0), std::invalid_argument);
+}
+
+TEST_CASE("NonFiniteError names the channels and comes before y and the moving statistics") {
+    for (float bad : {NAN, INFINITY}) {
+        Buffers b;
+        b.x[3] = bad;  // channel 1
+        TrainArgs a = train_args(b);
+        a.nan_policy = NanPolicy::raise;
+        try {
+            train(a);
+            FAIL("no error");
+        } catch (const NonFiniteError& e) {
+            CHECK(e.channels == std::vector<std::int64_t>{1});
+            CHECK(std::string(e.what()).find("channels 1") != std::string::npos);
+        }
+        CHECK(b.outputs_untouched());
+        a.nan_policy = NanPolicy::skip_update;
+        CHECK_NOTHROW(train(a));
+        CHECK(b.moving_mean[1] == untouched);
+        CHECK(b.moving_variance[1] == untouched);
+        CHECK(b.moving_mean[0] != untouched);
+        CHECK(b.y[0] != untouched);
+        a.nan_policy = NanPolicy::propagate;
+        train(a);
+        CHECK_FALSE(std::isfinite(b.moving_mean[1]));
+    }
+}
+
+TEST_CASE("in place, NonFiniteError leaves x as it was") {
+    Buffers b;
+    b.x[0] = NAN;
+    TrainArgs a = train_args(b);
+    a.y = b.x;
+    a.nan_policy = NanPolicy::raise;
+    CHECK_THROWS_AS(train(a), NonFiniteError);
+    CHECK((b.x[1] == 2 && b.x[2] == 3 && b.x[5] == 7));
+}

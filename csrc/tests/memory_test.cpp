@@ -1,0 +1,146 @@
+// The pool: alignment, reuse, limit, clearing, many threads; and the scratch of a thread.
+#include <doctest/doctest.h>
+
+#include <cstring>
+#include <new>
+#include <set>
+#include <thread>
+#include <vector>
+
+#include "memory.h"
+
+using namespace bnfast;
+
+namespace {
+
+constexpr std::int64_t usual_limit = std::int64_t(512) << 20;
+
+// Starts from an empty pool and leaves the usual limit behind.
+struct FreshPool {
+    const MemoryStatistics before;
+    FreshPool() : before((clear_memory(), memory_statistics())) {}
+    ~FreshPool() {
+        set_memory_limit(usual_limit);
+        clear_memory();
+    }
+};
+
+}  // namespace
+
+TEST_CASE("blocks of every size are 64-byte aligned, writable to the end and apart") {
+    const FreshPool pool;
+    std::vector<std::pair<unsigned char*, std::size_t>> blocks;
+    for (std::size_t bytes : {0, 1, 63, 64, 65, 1000, 4096, 4097, 100000, (2 << 20) - 1, 2 << 20, (2 << 20) + 1, 5000000}) {
+        auto* block = static_cast<unsigned char*>(acquire_block(bytes));
+        CHECK(reinterpret_cast<std::uintptr_t>(block) % 64 == 0);
+        std::memset(block, int(blocks.size()), bytes);
+        blocks.emplace_back(block, bytes);
+    }
+    for (std::size_t i = 0; i < blocks.size(); ++i) {
+        std::size_t wrong = 0;
+        for (std::size_t k = 0; k < blocks[i].second; ++k) wrong += blocks[i].first[k] != i;
+        CHECK(wrong == 0);
+        release_block(blocks[i].first);
+    }
+    CHECK(memory_statistics().in_use_bytes == pool.before.in_use_bytes);
+}
+
+TEST_CASE("a block given back serves the next request of its size, and never two at once") {
+    const FreshPool pool;
+    void* first = acquire_block(100000);
+    void* second = acquire_block(100000);
+    CHECK(first != second);
+    CHECK(memory_statistics().fresh == pool.before.fresh + 2);
+    CHECK(memory_statistics().in_use_bytes >= pool.before.in_use_bytes + 200000);
+    release_block(first);
+    CHECK(memory_statistics().held_bytes >= 100000);
+    CHECK(acquire_block(99999) == first);  // nearly its size
+    CHECK(memory_statistics().reused == pool.before.reused + 1);
+    CHECK(memory_statistics().held_bytes == 0);
+    void* larger = acquire_block(200000);
+    CHECK(larger != first);
+    for (void* block : {first, second, larger}) release_block(block);
+}
+
+TEST_CASE("a size class wastes at most an eighth") {
+    const FreshPool pool;
+    for (std::size_t bytes = 1024; bytes < 40000000; bytes = bytes * 9 / 7 + 1) {
+        const std::int64_t before = memory_statistics().in_use_bytes;
+        void* block = acquire_block(bytes);
+        const std::int64_t taken = memory_statistics().in_use_bytes - before;
+        CHECK(taken >= std::int64_t(bytes));
+        CHECK(double(taken) <= double(bytes) * 1.125 + 64);
+        release_block(block);
+    }
+}
+
+TEST_CASE("the limit bounds what is kept, clearing gives it back, blocks in use stay") {
+    const FreshPool pool;
+    auto* used = static_cast<char*>(acquire_block(1 << 20));
+    used[0] = 42;
+    release_block(acquire_block(1 << 20));
+    CHECK(memory_statistics().held_bytes == 1 << 20);
+    clear_memory();
+    CHECK(memory_statistics().held_bytes == 0);
+    CHECK(used[0] == 42);
+
+    set_memory_limit(3 << 20);
+    CHECK(memory_statistics().limit_bytes == 3 << 20);
+    std::vector<void*> blocks;
+    for (int i = 0; i < 8; ++i) blocks.push_back(acquire_block(1 << 20));
+    for (void* block : blocks) {
+        release_block(block);
+        CHECK(memory_statistics().held_bytes <= 3 << 20);
+    }
+    CHECK(memory_statistics().held_bytes == 3 << 20);
+    set_memory_limit(1 << 20);
+    CHECK(memory_statistics().held_bytes <= 1 << 20);
+    set_memory_limit(0);
+    release_block(used);
+    CHECK(memory_statistics().held_bytes == 0);
+    CHECK(memory_statistics().in_use_bytes == pool.before.in_use_bytes);
+}
+
+TEST_CASE("what can't be had is std::bad_alloc, at once") {
+    const FreshPool pool;
+    for (std::size_t bytes : {std::size_t(1) << 60, std::size_t(1) << 63, (std::size_t(1) << 63) + 4, ~std::size_t(0)})
+        CHECK_THROWS_AS(acquire_block(bytes), std::bad_alloc);
+    CHECK(memory_statistics().in_use_bytes == pool.before.in_use_bytes);
+}
+
+TEST_CASE("many threads: no block is in two hands") {
+    const FreshPool pool;
+    std::vector<std::thread> threads;
+    std::vector<int> wrong(8, 0);
+    for (int t = 0; t < 8; ++t)
+        threads.emplace_back([t, &wrong] {
+            for (int i = 0; i < 2000; ++i) {
+                const std::size_t bytes = 64 + std::size_t(i * 37 % 5) * 3000;
+                auto* block = static_cast<unsigned char*>(acquire_block(bytes));
+                std::memset(block, t, bytes);
+                if (i % 16 == 0) std::this_thread::yield();
+                if (i % 500 == 0) clear_memory();
+                for (std::size_t k = 0; k < bytes; k += 61) wrong[std::size_t(t)] += block[k] != t;
+                release_block(block);
+            }
+        });
+    for (auto& thread : threads) thread.join();
+    CHECK(wrong == std::vector<int>(8, 0));
+    CHECK(memory_statistics().in_use_bytes == pool.before.in_use_bytes);
+}
+
+TEST_CASE("scratch is aligned, grows, stays put while it suffices, and belongs to its thread") {
+    double* small = thread_scratch(10);
+    CHECK(reinterpret_cast<std::uintptr_t>(small) % 64 == 0);
+    double* large = thread_scratch(1 << 20);
+    CHECK(reinterpret_cast<std::uintptr_t>(large) % 64 == 0);
+    large[(1 << 20) - 1] = 1;
+    CHECK(thread_scratch(10) == large);
+    CHECK(thread_scratch(1 << 20) == large);
+    double* other = nullptr;
+    std::thread([&] {
+        other = thread_scratch(10);
+        other[0] = 2;
+    }).join();
+    CHECK(other != large);
+}

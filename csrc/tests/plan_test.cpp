@@ -1,0 +1,302 @@
+// The plan is pure: its grid comes from shape and dtype alone, and whatever the schedule, each value is reduced, each
+// channel folded and each value applied exactly once. No data is touched, so shapes may be huge.
+#include <doctest/doctest.h>
+
+#include <algorithm>
+#include <atomic>
+
+#include "cases.h"
+#include "view.h"
+
+using namespace bnfast;
+using namespace bnfast::test;
+
+namespace {
+
+using std::int64_t;
+
+constexpr int64_t G = int64_t(1) << 30;
+
+const std::vector<Shape>& shapes() {
+    static const std::vector<Shape> list = [] {
+        std::vector<Shape> s = kernel_shapes();
+        for (int64_t N : {0, 1, 2, 63, 65, 1000})
+            for (int64_t C : {0, 1, 3, 23, 48, 64, 100, 257, 1000})
+                for (int64_t S : {0, 1, 2, 49}) s.push_back({N, C, S});
+        return s;
+    }();
+    return list;
+}
+const Shape huge_shapes[] = {{4 * G, 3, 1}, {5, 4 * G, 1},     {2, 3, 4 * G},      {3 * G, 2, 7}, {1, 1, 8 * G},
+                             {G, 257, 1},   {3 * G, 1000, 50}, {2, 4 * G + 1, 49}, {7 * G, 64, 1}};
+
+const Machine& small_machine() {
+    static const Machine m{1 << 10, 1 << 11, 1 << 12, 1, ""};
+    return m;
+}
+const Machine& usual_machine() {
+    static const Machine m{32 << 10, 1 << 20, 32 << 20, 2, ""};
+    return m;
+}
+
+bool same_grid(const Grid& a, const Grid& b) {
+    return a.N == b.N && a.C == b.C && a.S == b.S && a.pack == b.pack && a.block_rows == b.block_rows &&
+           a.block_width == b.block_width && a.blocks == b.blocks && a.chunk_blocks == b.chunk_blocks &&
+           a.chunks == b.chunks;
+}
+
+std::string text(Shape s, DType d) { return Case{s, d}.text(); }
+
+PlanRequest request_of(Shape shape, DType dtype, Op op, int threads, bool masked = false) {
+    PlanRequest r;
+    r.shape = shape;
+    r.dtype = dtype;
+    r.op = op;
+    r.threads = threads;
+    r.masked = masked;
+    r.serial_bytes = 0;
+    return r;
+}
+
+template <class Check> void each_plan(Shape shape, DType dtype, Check check) {
+    for (const Machine* m : {&small_machine(), &usual_machine()})
+        for (int threads : {1, 2, 7, 64})
+            for (Op op : {Op::train, Op::infer, Op::grad, Op::moments})
+                for (bool flag : {false, true}) {
+                    PlanRequest r = request_of(shape, dtype, op, threads, flag && op == Op::grad);
+                    r.whole_first = flag && op == Op::train;
+                    r.serial_bytes = flag ? int64_t(1) << 20 : 0;
+                    r.inputs = flag ? 3 : 1;
+                    check(r, make_plan(r, *m));
+                }
+}
+
+}  // namespace
+
+TEST_CASE("the grid depends on shape and dtype alone") {
+    for (const auto& list : {shapes(), std::vector<Shape>(std::begin(huge_shapes), std::end(huge_shapes))})
+        for (Shape shape : list)
+            for (DType dtype : all_dtypes) {
+                const Grid expected = make_grid(shape, dtype);
+                bool same = true;
+                each_plan(shape, dtype, [&](const PlanRequest&, const Plan& p) {
+                    same = same && same_grid(p.grid, expected);
+                });
+                INFO(text(shape, dtype));
+                CHECK(same);
+            }
+}
+
+TEST_CASE("canonical merges a single channel into one row and keeps the number of values") {
+    CHECK((canonical({5, 1, 7}).S == 35 && canonical({5, 1, 7}).N == 1));
+    CHECK((canonical({5, 2, 7}).S == 7 && canonical({5, 2, 7}).N == 5));
+    for (Shape s : shapes()) CHECK(canonical(s).size() == s.size());
+}
+
+// The blocks as kernel_table.h describes them, counted over (n, s).
+TEST_CASE("blocks and chunks cover each value of a channel once") {
+    for (Shape shape : shapes())
+        for (DType dtype : all_dtypes) {
+            const Grid g = make_grid(shape, dtype);
+            INFO(text(shape, dtype));
+            if (shape.size() == 0) {
+                CHECK((g.chunks == 0 && g.blocks == 0));
+                continue;
+            }
+            std::vector<int> seen(std::size_t(g.N * g.S), 0);
+            auto mark = [&](int64_t n, int64_t s) { ++seen[std::size_t(n * g.S + s)]; };
+            const int64_t per_row = (g.S + g.block_width - 1) / g.block_width;
+            for (int64_t k = 0; k < g.chunks; ++k)
+                for (int64_t b = k * g.chunk_blocks; b < std::min(g.blocks, (k + 1) * g.chunk_blocks); ++b) {
+                    if (g.S > 1) {
+                        const int64_t n = b / per_row * g.block_rows, s = b % per_row * g.block_width;
+                        for (int64_t i = n; i < std::min(g.N, n + g.block_rows); ++i)
+                            for (int64_t j = s; j < std::min(g.S, s + g.block_width); ++j) mark(i, j);
+                    } else {
+                        for (int64_t i = b * g.block_rows; i < std::min(g.N / g.pack, (b + 1) * g.block_rows); ++i)
+                            for (int64_t p = 0; p < g.pack; ++p) mark(i * g.pack + p, 0);
+                    }
+                }
+            for (int64_t n = g.N - g.N % g.pack; n < g.N && g.S == 1; ++n) mark(n, 0);  // fill no packed row
+            CHECK(g.N * g.S == shape.per_channel());
+            CHECK(std::all_of(seen.begin(), seen.end(), [](int count) { return count == 1; }));
+        }
+}
+
+TEST_CASE("a block of a channel fits in half of an L1, a chunk's results are few beside what was read") {
+    for (const auto& list : {shapes(), std::vector<Shape>(std::begin(huge_shapes), std::end(huge_shapes))})
+        for (Shape shape : list)
+            for (DType dtype : all_dtypes) {
+                const Grid g = make_grid(shape, dtype);
+                INFO(text(shape, dtype));
+                if (shape.size() == 0) continue;
+                const int64_t columns = g.S > 1 ? 1 : 64;  // a tile is 64 columns at most
+                CHECK(g.block_rows * g.block_width * columns * item_bytes(dtype) <= 16 << 10);
+                CHECK(g.blocks > (g.chunks - 1) * g.chunk_blocks);
+                CHECK(g.blocks <= g.chunks * g.chunk_blocks);
+                // two doubles a channel and chunk
+                if (g.chunks > 1) CHECK(g.chunks * 16 <= shape.per_channel() * item_bytes(dtype) / 8);
+            }
+}
+
+TEST_CASE("huge shapes: every count stays positive and in step") {
+    for (Shape shape : huge_shapes)
+        for (DType dtype : all_dtypes)
+            each_plan(shape, dtype, [&](const PlanRequest& r, const Plan& p) {
+                const Grid& g = p.grid;
+                const Grid& a = p.apply_grid;
+                const int64_t whole = p.rows ? g.N * g.C * g.S : a.N / a.pack;
+                const bool fine = g.N * g.C * g.S == shape.size() && g.chunks > 0 && g.chunk_blocks > 0 &&
+                                  p.group > 0 && p.groups * p.group >= g.C && (p.groups - 1) * p.group < g.C &&
+                                  p.slices * p.slice >= g.C && (p.slices - 1) * p.slice < g.C && p.apply_unit > 0 &&
+                                  p.apply_units * p.apply_unit >= whole && (p.apply_units - 1) * p.apply_unit < whole &&
+                                  p.threads == r.threads && p.stream && p.bytes_written > 0 &&
+                                  p.bytes_read >= shape.size() * item_bytes(dtype) * r.inputs;
+                INFO(text(shape, dtype));
+                CHECK(fine);
+            });
+}
+
+namespace {
+
+// Runs the driver of all calls with steps that only take notes.
+struct Notes {
+    std::vector<std::atomic<int>> reduced, folded, applied;
+    std::atomic<bool> in_order{true};
+    explicit Notes(const Grid& g)
+        : reduced(std::size_t(g.chunks * g.C)), folded(std::size_t(g.C)), applied(std::size_t(g.N * g.C * g.S)) {}
+
+    void run(const Plan& plan) {
+        const Grid &g = plan.grid, &a = plan.apply_grid;
+        auto rows = [&](const ApplyArgs& args) {
+            for (int64_t i = args.begin; i < args.end; ++i) apply(i, i / g.S % g.C);
+        };
+        auto columns = [&](const ApplyArgs& args) {
+            const int64_t K = a.pack * a.C;
+            for (int64_t r = args.begin; r < args.end; ++r)
+                for (int64_t k = args.c0; k < args.c1; ++k) apply(r * K + k, k % g.C);
+        };
+        ApplyArgs args{};
+        args.grid = a;
+        run_steps(
+            plan,
+            [&](int, int64_t k, int64_t c0, int64_t c1) {
+                for (int64_t c = c0; c < c1; ++c) ++reduced[std::size_t(k * g.C + c)];
+            },
+            [&](int64_t c0, int64_t c1) {
+                for (int64_t c = c0; c < c1; ++c) {
+                    for (int64_t k = 0; k < g.chunks; ++k)
+                        if (reduced[std::size_t(k * g.C + c)] != 1) in_order = false;
+                    ++folded[std::size_t(c)];
+                }
+            },
+            [] { return true; },
+            [&](int64_t c0, int64_t c1) { apply_group(plan, args, c0, c1, rows, columns); },
+            [&](int64_t u) { apply_unit(plan, args, u, rows, columns); });
+    }
+    bool all_once() const {
+        auto once = [](const std::vector<std::atomic<int>>& counts) {
+            return std::all_of(counts.begin(), counts.end(), [](const std::atomic<int>& n) { return n == 1; });
+        };
+        return in_order && once(reduced) && once(folded) && once(applied);
+    }
+
+private:
+    void apply(int64_t i, int64_t c) {
+        if (folded[std::size_t(c)] != 1) in_order = false;
+        ++applied[std::size_t(i)];
+    }
+};
+
+}  // namespace
+
+TEST_CASE("each chunk is reduced, each channel then folded, each value then applied, exactly once") {
+    int by_groups = 0, by_steps = 0;
+    for (Shape shape : shapes()) {
+        if (shape.size() > 100000) continue;
+        for (DType dtype : {DType::float32, DType::float64})
+            for (const Machine* m : {&small_machine(), &usual_machine()})
+                for (int threads : {1, 3})
+                    for (bool masked : {false, true}) {
+                        const Plan plan = make_plan(request_of(shape, dtype, Op::grad, threads, masked), *m);
+                        (plan.by_groups ? by_groups : by_steps) += 1;
+                        Notes notes(plan.grid);
+                        notes.run(plan);
+                        INFO(text(shape, dtype) << " threads " << threads << " masked " << masked);
+                        CHECK(notes.all_once());
+                    }
+    }
+    CHECK(by_groups > 100);  // both schedules were met
+    CHECK(by_steps > 100);
+}
+
+TEST_CASE("weighted gradients apply unpacked, and reduce by the same grid") {
+    const Shape shape{4000, 3, 1};
+    const Plan plain = make_plan(request_of(shape, DType::float32, Op::grad, 1, false), usual_machine());
+    const Plan masked = make_plan(request_of(shape, DType::float32, Op::grad, 1, true), usual_machine());
+    CHECK(plain.grid.pack == 64);
+    CHECK(same_grid(plain.grid, masked.grid));
+    CHECK(masked.apply_grid.pack == 1);
+}
+
+TEST_CASE("one read of memory where a group of channels fits in cache, two where not") {
+    const auto bytes = [](const Plan& p, Shape s) { return double(p.bytes_read) / double(s.size() * 4); };
+    for (int threads : {1, 2, 8}) {
+        const Shape first{32, 256, 56 * 56};  // 103 MB, a channel 401 KiB: fits in its share of 32 MiB
+        Plan p = make_plan(request_of(first, DType::float32, Op::train, threads), usual_machine());
+        CHECK(p.by_groups);
+        CHECK(p.group * 32 * 56 * 56 * 4 <= std::max(usual_machine().l2 / 2, usual_machine().l3 / (2 * threads)));
+        CHECK(bytes(p, first) == 1);
+        CHECK(p.bytes_written == first.size() * 4);
+        PlanRequest raise = request_of(first, DType::float32, Op::train, threads);
+        raise.whole_first = true;  // every statistic before any output
+        CHECK(bytes(make_plan(raise, usual_machine()), first) == 2);
+
+        const Shape last{32 * 56 * 56, 256, 1};  // 64 columns are 25 MB apart from L2
+        p = make_plan(request_of(last, DType::float32, Op::train, threads), usual_machine());
+        CHECK_FALSE(p.by_groups);
+        CHECK(bytes(p, last) == 2);
+        CHECK(bytes(make_plan(request_of(last, DType::float32, Op::moments, threads), usual_machine()), last) == 1);
+        CHECK(bytes(make_plan(request_of(last, DType::float32, Op::infer, threads), usual_machine()), last) == 1);
+
+        const Shape dense{32, 4096, 1};  // 512 KiB in all
+        CHECK(bytes(make_plan(request_of(dense, DType::float32, Op::train, threads), usual_machine()), dense) == 1);
+    }
+    const Shape wide{1, 8, 10000000};  // a channel of 40 MB fits nowhere
+    CHECK(bytes(make_plan(request_of(wide, DType::float32, Op::train, 2), usual_machine()), wide) == 2);
+}
+
+TEST_CASE("a group never exceeds the caches it was made for") {
+    for (Shape shape : shapes())
+        for (DType dtype : all_dtypes)
+            each_plan(shape, dtype, [&](const PlanRequest& r, const Plan& p) {
+                if (!p.by_groups || r.serial_bytes != 0) return;
+                for (const Machine* m : {&small_machine(), &usual_machine()}) {
+                    const Plan q = make_plan(r, *m);
+                    const int64_t held = std::min(q.group, q.grid.C) * shape.per_channel() * item_bytes(dtype) * r.inputs;
+                    if (q.by_groups) CHECK(held <= std::max(m->l2 / 2, m->l3 / (2 * q.threads)));
+                }
+            });
+}
+
+TEST_CASE("stores stream where in- and outputs exceed the last cache, and only there") {
+    const int64_t half = usual_machine().l3 / 8;  // values of float32 whose x and y just fit
+    for (int64_t S : {half - 1, half, half + 1, 2 * half}) {
+        const PlanRequest r = request_of({1, 1, S}, DType::float32, Op::train, 2);
+        CHECK(make_plan(r, usual_machine()).stream == (8 * S > usual_machine().l3));
+    }
+    PlanRequest r = request_of({1, 1, half}, DType::float32, Op::grad, 2);
+    r.inputs = 2;
+    CHECK(make_plan(r, usual_machine()).stream);
+    CHECK_FALSE(make_plan(request_of({8, 3, 1}, DType::float32, Op::train, 1), usual_machine()).stream);
+}
+
+TEST_CASE("tensors below serial_bytes run on one thread") {
+    PlanRequest r = request_of({64, 1024, 1}, DType::float32, Op::train, 8);  // 256 KiB
+    CHECK(make_plan(r, usual_machine()).threads == 8);
+    r.serial_bytes = (256 << 10) + 1;
+    CHECK(make_plan(r, usual_machine()).threads == 1);
+    r.serial_bytes = -1;
+    r.shape.N = 1;
+    CHECK(make_plan(r, usual_machine()).threads == 1);
+}

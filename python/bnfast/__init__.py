@@ -1,0 +1,32 @@
+"""bnfast: batch normalization on the CPU, training and inference, for NumPy and for Keras 3 (`import bnfast.keras`).
+
+This file is the table of contents. It imports NumPy and nothing heavier.
+"""
+
+from .functional import GradResult, TrainResult, batch_norm_grad, batch_norm_infer, batch_norm_train, moments
+from .layers import BatchNormalization
+from .moments import Moments
+from .runtime import build_info, get_num_threads, set_num_threads
+
+__all__ = [
+    "BatchNormalization",
+    "GradResult",
+    "Moments",
+    "TrainResult",
+    "__version__",
+    "batch_norm_grad",
+    "batch_norm_infer",
+    "batch_norm_train",
+    "build_info",
+    "get_num_threads",
+    "moments",
+    "set_num_threads",
+]
+
+__version__: str
+
+
+def __getattr__(name: str) -> str:
+    if name == "__version__":  # looked up when asked for: build_info reads cache sizes, which an import need not
+        return build_info()["version"]
+    raise AttributeError(f"module 'bnfast' has no attribute {name!r}")

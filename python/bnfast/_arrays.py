@@ -1,0 +1,96 @@
+"""From what users have to a NumPy array over the same memory.
+
+NumPy arrays, the buffer protocol (array.array, memoryview, TensorFlow's eager tensors) and DLPack on the CPU (torch,
+JAX) are read where they lie. DLPack's NumPy consumer knows no bfloat16, so those go around it, also without a copy.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Array", "as_array", "contiguous", "overlap", "same_memory"]
+
+Array: TypeAlias = npt.NDArray[Any]
+
+HOST_DEVICES = (1, 3)  # DLPack's kDLCPU and kDLCUDAHost (pinned memory)
+
+
+def as_array(name: str, value: Any) -> Array:
+    """`value` as an ndarray without a copy; TypeError naming the argument where that can't be."""
+    if isinstance(value, np.ndarray):
+        if isinstance(value, np.ma.MaskedArray):
+            raise TypeError(f"{name} must be a plain array, with weights in mask=. Received: {type(value).__name__}")
+        return _native(np.asarray(value))
+    if hasattr(value, "__dlpack__") and hasattr(value, "__dlpack_device__"):
+        return _from_dlpack(name, value)
+    try:
+        return _native(np.asarray(memoryview(value)))
+    except (TypeError, ValueError, BufferError):
+        raise TypeError(
+            f"{name} must be a NumPy array or have the buffer protocol or __dlpack__. Received: {type(value).__name__}"
+        ) from None
+
+
+def _native(array: Array) -> Array:
+    """ctypes arrays come as '<f4': the native order, but by a name that _core doesn't take for it."""
+    if array.dtype.isnative and array.dtype.byteorder in "<>":
+        return array.view(array.dtype.newbyteorder("="))
+    return array
+
+
+def _from_dlpack(name: str, value: Any) -> Array:
+    if getattr(value, "requires_grad", False):
+        raise TypeError(f"{name} must be detached, as bnfast records no gradients. Received: requires_grad=True")
+    device = value.__dlpack_device__()
+    if device[0] not in HOST_DEVICES:
+        raise TypeError(f"{name} must be in the CPU's memory. Received: DLPack device {tuple(map(int, device))}")
+    if "bfloat16" in str(getattr(value, "dtype", "")):
+        return _from_bfloat16(name, value)
+    try:
+        return np.from_dlpack(value)
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        raise TypeError(f"{name} could not be read through DLPack ({type(value).__name__}): {error}") from error
+
+
+def _from_bfloat16(name: str, value: Any) -> Array:
+    try:
+        from ml_dtypes import bfloat16
+    except ImportError:
+        raise TypeError(f"{name} has dtype bfloat16, for which NumPy needs ml_dtypes: pip install ml_dtypes") from None
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(value, torch.Tensor):
+        bits: Array = np.from_dlpack(value.view(torch.int16))
+        return bits.view(bfloat16)
+    array = np.asarray(value)  # JAX's __array__ is a view of its buffer, with this very dtype
+    if array.dtype != bfloat16:
+        raise TypeError(f"{name} must be readable as bfloat16. Received: {type(value).__name__} read as {array.dtype}")
+    return array
+
+
+def contiguous(array: Array | None, dtype: npt.DTypeLike | None = None) -> Array | None:
+    """The array itself where it is C-contiguous and aligned (and of `dtype`), else one copy that is."""
+    if array is None or (array.flags.c_contiguous and array.flags.aligned and (dtype is None or array.dtype == dtype)):
+        return array
+    return np.require(array, dtype, ("C_CONTIGUOUS", "ALIGNED"))
+
+
+def overlap(a: Array, b: Array) -> bool:
+    """Whether two arrays share a byte; a question too hard to settle quickly counts as yes."""
+    try:
+        return np.shares_memory(a, b, max_work=10_000)  # type: ignore[arg-type]  # NumPy's stubs: 0 or -1
+    except np.exceptions.TooHardError:
+        return True
+
+
+def same_memory(a: Array, b: Array) -> bool:
+    """Whether two arrays are the same elements in the same order."""
+    return (
+        a.shape == b.shape
+        and a.dtype == b.dtype
+        and a.strides == b.strides
+        and a.__array_interface__["data"][0] == b.__array_interface__["data"][0]
+    )

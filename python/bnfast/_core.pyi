@@ -1,0 +1,98 @@
+"""The C++ core. Positional-only; takes the plain case alone (C-contiguous, aligned, native ndarrays of the right
+dtype and shape, valid scalars, no forbidden overlap) and returns None, having changed nothing, for anything else:
+functional.py then asks _validate for the error or for plain arguments."""
+
+from typing import Any, TypedDict
+
+import numpy as np
+import numpy.typing as npt
+
+_Array = npt.NDArray[Any]
+_Stats = npt.NDArray[np.float64]
+
+class MemoryStatistics(TypedDict):
+    held_bytes: int
+    limit_bytes: int
+    in_use_bytes: int
+    reused: int
+    fresh: int
+
+class BuildInfo(TypedDict):
+    version: str
+    isa: str
+    isa_reason: str
+    isas: tuple[str, ...]
+    threads: int
+    default_threads: int
+    threads_reason: str
+    l1d_bytes: int
+    l2_bytes: int
+    l3_bytes: int
+    compiler: str
+    flags: str
+    openmp: str
+    memory: MemoryStatistics
+
+def train(
+    x: Any,
+    gamma: Any,
+    beta: Any,
+    moving_mean: Any,
+    moving_variance: Any,
+    axis: Any,
+    momentum: Any,
+    epsilon: Any,
+    mask: Any,
+    activation: Any,
+    negative_slope: Any,
+    residual: Any,
+    correction: Any,
+    nan_policy: Any,
+    out: Any,
+    /,
+) -> tuple[_Array, _Stats, _Stats, _Stats] | None: ...
+def infer(
+    x: Any,
+    moving_mean: Any,
+    moving_variance: Any,
+    gamma: Any,
+    beta: Any,
+    axis: Any,
+    epsilon: Any,
+    activation: Any,
+    negative_slope: Any,
+    residual: Any,
+    out: Any,
+    /,
+) -> _Array | None: ...
+def grad(
+    dy: Any,
+    x: Any,
+    mean: Any,
+    invstd: Any,
+    gamma: Any,
+    beta: Any,
+    axis: Any,
+    mask: Any,
+    activation: Any,
+    negative_slope: Any,
+    residual: Any,
+    training: Any,
+    dmean: Any,
+    dvariance: Any,
+    out: Any,
+    /,
+) -> tuple[_Array, _Array, _Array, _Array | None] | None: ...
+def moments(x: Any, axis: Any, mask: Any, /) -> tuple[float, _Stats, _Stats] | None: ...
+def empty(shape: tuple[int, ...], dtype: npt.DTypeLike, /) -> _Array: ...
+def get_num_threads() -> int: ...
+def set_num_threads(n: int | None, /) -> None: ...
+def build_info() -> BuildInfo: ...
+def clear_memory() -> None: ...
+def set_memory_limit(limit_bytes: int, /) -> None: ...
+def _set_full_team(wait: bool, /) -> None: ...
+def _set_isa(name: str | None, /) -> None: ...
+def _set_serial_bytes(n: int | None, /) -> None: ...
+def _last_run() -> tuple[str, int]: ...
+def _fp_mode() -> int: ...
+def _set_fp_mode(mode: int, /) -> None: ...

@@ -1,0 +1,164 @@
+"""Every user-facing error of the functional API, and plain arguments for _core where there is none.
+
+The four functions train, infer, grad and moments take what the public function of that name took and return the
+argument list of the _core function, in its order: C-contiguous native ndarrays, Python scalars, checked strings.
+Nothing is written here, so whatever raises has changed nothing. Messages say what was wanted and what was received:
+ValueError for values and shapes, TypeError for types and dtypes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ._arrays import contiguous
+from ._checks import (
+    ACTIVATIONS,
+    NAN_POLICIES,
+    apart,
+    array_or_none,
+    bessel,
+    boolean,
+    channel_axis,
+    choice,
+    like,
+    real,
+    state,
+    target,
+    tensor,
+    vector,
+    weights,
+)
+
+__all__ = ["grad", "infer", "moments", "train"]
+
+
+def train(
+    x: Any,
+    gamma: Any,
+    beta: Any,
+    moving_mean: Any,
+    moving_variance: Any,
+    axis: Any,
+    momentum: Any,
+    epsilon: Any,
+    mask: Any,
+    activation: Any,
+    negative_slope: Any,
+    residual: Any,
+    correction: Any,
+    nan_policy: Any,
+    out: Any,
+) -> tuple[Any, ...]:
+    """Plain arguments for _core.train."""
+    x = tensor("x", x)
+    axis = channel_axis(axis, x)
+    gamma = vector("gamma", gamma, x, axis)
+    beta = vector("beta", beta, x, axis)
+    if (moving_mean is None) != (moving_variance is None):
+        given = "moving_mean" if moving_variance is None else "moving_variance"
+        raise ValueError(f"moving_mean and moving_variance must be given together. Received: {given} alone")
+    moving_mean = state("moving_mean", moving_mean, x, axis)
+    moving_variance = state("moving_variance", moving_variance, x, axis)
+    momentum = real("momentum", momentum, 1.0)
+    epsilon = real("epsilon", epsilon)
+    flat = weights(mask, x, axis)
+    activation = choice("activation", activation, ACTIVATIONS)
+    negative_slope = real("negative_slope", negative_slope)
+    residual = like("residual", residual, "x", x)
+    correction = bessel(correction)
+    nan_policy = choice("nan_policy", nan_policy, NAN_POLICIES)
+    inputs = {"gamma": gamma, "beta": beta, "mask": array_or_none(mask), "residual": residual}
+    moving = {"moving_mean": moving_mean, "moving_variance": moving_variance}
+    out = target(out, {"x": x}, inputs | moving)
+    if moving_mean is not None:
+        apart("moving_mean", moving_mean, {"moving_variance": moving_variance, "x": x} | inputs)
+        apart("moving_variance", moving_variance, {"x": x} | inputs)
+    x, gamma, beta, residual = (contiguous(a) for a in (x, gamma, beta, residual))
+    return (
+        *(x, gamma, beta, moving_mean, moving_variance, axis, momentum, epsilon, flat),
+        *(activation, negative_slope, residual, correction, nan_policy, out),
+    )
+
+
+def infer(
+    x: Any,
+    moving_mean: Any,
+    moving_variance: Any,
+    gamma: Any,
+    beta: Any,
+    axis: Any,
+    epsilon: Any,
+    activation: Any,
+    negative_slope: Any,
+    residual: Any,
+    out: Any,
+) -> tuple[Any, ...]:
+    """Plain arguments for _core.infer."""
+    x = tensor("x", x)
+    axis = channel_axis(axis, x)
+    moving_mean = vector("moving_mean", moving_mean, x, axis, required=True)
+    moving_variance = vector("moving_variance", moving_variance, x, axis, required=True)
+    gamma = vector("gamma", gamma, x, axis)
+    beta = vector("beta", beta, x, axis)
+    epsilon = real("epsilon", epsilon)
+    activation = choice("activation", activation, ACTIVATIONS)
+    negative_slope = real("negative_slope", negative_slope)
+    residual = like("residual", residual, "x", x)
+    inputs = {"gamma": gamma, "beta": beta, "moving_mean": moving_mean, "moving_variance": moving_variance}
+    out = target(out, {"x": x}, inputs | {"residual": residual})
+    arrays = (contiguous(a) for a in (x, moving_mean, moving_variance, gamma, beta))
+    return (*arrays, axis, epsilon, activation, negative_slope, contiguous(residual), out)
+
+
+def grad(
+    dy: Any,
+    x: Any,
+    mean: Any,
+    invstd: Any,
+    gamma: Any,
+    beta: Any,
+    axis: Any,
+    mask: Any,
+    activation: Any,
+    negative_slope: Any,
+    residual: Any,
+    training: Any,
+    dmean: Any,
+    dvariance: Any,
+    out: Any,
+) -> tuple[Any, ...]:
+    """Plain arguments for _core.grad."""
+    x = tensor("x", x)
+    axis = channel_axis(axis, x)
+    dy = like("dy", tensor("dy", dy), "x", x)
+    vectors = {
+        "mean": vector("mean", mean, x, axis, required=True),
+        "invstd": vector("invstd", invstd, x, axis, required=True),
+        "gamma": vector("gamma", gamma, x, axis),
+        "beta": vector("beta", beta, x, axis),
+        "dmean": vector("dmean", dmean, x, axis),
+        "dvariance": vector("dvariance", dvariance, x, axis),
+    }
+    flat = weights(mask, x, axis)
+    activation = choice("activation", activation, ACTIVATIONS)
+    negative_slope = real("negative_slope", negative_slope)
+    residual = like("residual", residual, "x", x)
+    training = boolean("training", training)
+    out = target(out, {"dy": dy, "x": x}, vectors | {"mask": array_or_none(mask), "residual": residual})
+    gamma, beta = contiguous(vectors["gamma"]), contiguous(vectors["beta"])
+    mean, invstd, dmean, dvariance = (
+        contiguous(vectors[name], np.float64) for name in ("mean", "invstd", "dmean", "dvariance")
+    )
+    return (
+        *(contiguous(dy), contiguous(x), mean, invstd, gamma, beta, axis, flat, activation, negative_slope),
+        *(contiguous(residual), training, dmean, dvariance, out),
+    )
+
+
+def moments(x: Any, axis: Any, mask: Any) -> tuple[Any, ...]:
+    """Plain arguments for _core.moments."""
+    x = tensor("x", x)
+    axis = channel_axis(axis, x)
+    return contiguous(x), axis, weights(mask, x, axis)

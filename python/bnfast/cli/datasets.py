@@ -1,0 +1,89 @@
+"""Images to train on: float32 in [0, 1] of shape (count, height, width, channels), labels int32 of shape (count,).
+
+digits is bundled with scikit-learn (1797 handwritten digits, 8x8) and needs no network; the others are keras.datasets,
+which downloads them once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from bnfast.cli.errors import UserError
+
+NAMES = ("digits", "mnist", "fashion_mnist", "cifar10")
+DOWNLOAD_SILENCE_SECONDS = 20.0
+
+
+class Dataset(NamedTuple):
+    """Images and labels, split into a part to train on and a part to test on."""
+
+    name: str
+    x_train: npt.NDArray[np.float32]
+    y_train: npt.NDArray[np.int32]
+    x_test: npt.NDArray[np.float32]
+    y_test: npt.NDArray[np.int32]
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """(height, width, channels)."""
+        return self.x_train.shape[1:]
+
+
+def load(name: str) -> Dataset:
+    """The data set of that name. UserError where it has to be downloaded and can't be."""
+    return _digits() if name == "digits" else _from_keras(name)
+
+
+def _digits() -> Dataset:
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    # The file keeps the order of collection; a fixed shuffle makes both parts alike. 1437 and 360 images: 4 to 1.
+    order = np.random.default_rng(0).permutation(len(bunch.target))
+    return _pack("digits", bunch.images[order] / 16, bunch.target[order], 1437)
+
+
+def _from_keras(name: str) -> Dataset:
+    from keras import datasets
+
+    try:
+        with _patience(DOWNLOAD_SILENCE_SECONDS), _stdout_to_stderr():
+            (x_train, y_train), (x_test, y_test) = getattr(datasets, name).load_data()
+    except Exception as error:  # URL, proxy, disk, checksum: whatever went wrong, the person needs the one line
+        raise UserError(f"{name} could not be downloaded ({error}); --data digits needs no network") from error
+    return _pack(name, np.concatenate([x_train, x_test]) / 255, np.concatenate([y_train, y_test]), len(x_train))
+
+
+def _pack(name: str, images: npt.NDArray[Any], labels: npt.NDArray[Any], train: int) -> Dataset:
+    x = np.asarray(images, np.float32)
+    x = x[..., None] if x.ndim == 3 else x
+    y = np.asarray(labels, np.int32).reshape(-1)
+    return Dataset(name, x[:train], y[:train], x[train:], y[train:])
+
+
+@contextlib.contextmanager
+def _patience(seconds: float) -> Iterator[None]:
+    """Within it, a connection that stays silent for `seconds` fails: Keras itself would wait for ever."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+@contextlib.contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """Keep Keras's download chatter out of standard output; drop it where stderr is not a terminal."""
+    with contextlib.ExitStack() as stack:
+        target = sys.stderr if sys.stderr.isatty() else stack.enter_context(open(os.devnull, "w"))
+        stack.enter_context(contextlib.redirect_stdout(target))
+        yield

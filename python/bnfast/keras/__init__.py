@@ -1,0 +1,26 @@
+"""bnfast.keras: the Keras 3 layer (TensorFlow backend) over bnfast's kernels.
+
+This file is the table of contents. The layer is `BatchNormalization`; `bridge` holds the TensorFlow ops under it.
+"""
+
+try:
+    import keras as _keras
+    import tensorflow as _tensorflow
+except ModuleNotFoundError as error:
+    if error.name not in ("keras", "tensorflow"):
+        raise  # something else is missing (the package of another Keras backend, say): its own message is the clearer
+    raise ImportError(
+        f'bnfast.keras needs TensorFlow and Keras 3, and {error.name} is not installed: pip install "bnfast[demo]" '
+        "(or tensorflow-cpu)"
+    ) from error
+
+if not hasattr(_keras, "__version__") or int(_keras.__version__.split(".")[0]) < 3:
+    raise ImportError(
+        "bnfast.keras needs Keras 3. Received: Keras " + getattr(_keras, "__version__", "of unknown version")
+    )
+
+from .layer import BatchNormalization
+
+__all__ = ["BatchNormalization"]
+
+del _keras, _tensorflow

@@ -1,0 +1,116 @@
+"""Training-mode batch normalization as plain TensorFlow ops: slow, and differentiable as often as anyone likes.
+
+    mean = sum(w*x)/W, variance = sum(w*(x - mean)^2)/W, W = sum(w)
+    y = activation(gamma*(x - mean)*invstd + beta), invstd = 1/sqrt(variance + epsilon), 0 where that is 1/0
+
+Two uses: the derivative of the kernels' backward (`derivative_of_gradient`), and masks that differ between channels,
+which the kernels don't take (`train_step`). Computes in float32, in float64 for float64 x; W = 0 gives mean = variance
+= 0. It doesn't stop the gradient at the mean inside the variance, as tf.nn.moments does: that is right in the first
+order and wrong in the second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import tensorflow as tf
+
+
+class Options(NamedTuple):
+    """What a batch norm op does, its tensors aside: words and meaning as in bnfast.batch_norm_train."""
+
+    axis: int = -1
+    epsilon: float = 1e-3
+    activation: str | None = None
+    negative_slope: float = 0.2
+
+
+def activate(y: tf.Tensor, options: Options) -> tf.Tensor:
+    """The fused activation as a TensorFlow op."""
+    if options.activation is None:
+        return y
+    if options.activation == "leaky_relu":
+        if y.dtype == tf.float64:  # TensorFlow's op holds its slope in float32: 0.2 would be 3e-9 off
+            return tf.where(y > 0, y, y * options.negative_slope)
+        return tf.nn.leaky_relu(y, options.negative_slope)
+    return {"relu": tf.nn.relu, "relu6": tf.nn.relu6}[options.activation](y)
+
+
+def compute_dtype(x: tf.Tensor) -> tf.DType:
+    return tf.float64 if x.dtype == tf.float64 else tf.float32
+
+
+def per_channel(values: tf.Tensor, x: tf.Tensor, axis: int) -> tf.Tensor:
+    """(C,) values in the shape and dtype that broadcast over x."""
+    shape = [1] * x.shape.rank
+    shape[axis] = -1
+    return tf.reshape(tf.cast(values, compute_dtype(x)), shape)
+
+
+def train(
+    x: tf.Tensor, gamma: tf.Tensor | None, beta: tf.Tensor | None, mask: tf.Tensor | None, options: Options
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
+    """y (x's dtype), and mean, variance (float64) and W, all (C,). mask broadcasts to x, the channel axis included."""
+    values = tf.cast(x, compute_dtype(x))
+    axes = [i for i in range(x.shape.rank) if i != options.axis % x.shape.rank]
+    weights = tf.ones_like(values) if mask is None else tf.broadcast_to(tf.cast(mask, values.dtype), tf.shape(x))
+    total = tf.reduce_sum(weights, axes, keepdims=True)
+    present = weights > 0  # 0*NaN is NaN: what the mask leaves out must not reach the sums
+    mean = tf.math.divide_no_nan(tf.reduce_sum(weights * tf.where(present, values, 0), axes, keepdims=True), total)
+    deviation = tf.where(present, values - mean, 0)
+    variance = tf.math.divide_no_nan(tf.reduce_sum(weights * deviation**2, axes, keepdims=True), total)
+    shifted = variance + options.epsilon
+    invstd = tf.where(shifted > 0, tf.math.rsqrt(tf.where(shifted > 0, shifted, 1)), 0)
+    y = (values - mean) * invstd
+    if gamma is not None:
+        y *= per_channel(gamma, x, options.axis)
+    if beta is not None:
+        y += per_channel(beta, x, options.axis)
+    mean, variance, total = (tf.cast(tf.reshape(t, [-1]), tf.float64) for t in (mean, variance, total))
+    return tf.cast(activate(y, options), x.dtype), mean, variance, total
+
+
+def train_step(
+    x: tf.Tensor,
+    gamma: tf.Tensor | None,
+    beta: tf.Tensor | None,
+    moving_mean: tf.Tensor,
+    moving_variance: tf.Tensor,
+    mask: tf.Tensor | None,
+    momentum: float,
+    options: Options,
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """bridge.train_step on plain ops, for any mask that broadcasts to x. Channels with W = 0 keep their statistics."""
+    y, mean, variance, total = train(x, gamma, beta, mask, options)
+
+    def update(moving: tf.Tensor, batch: tf.Tensor) -> tf.Tensor:
+        return tf.where(total > 0, moving * momentum + tf.cast(batch, moving.dtype) * (1 - momentum), moving)
+
+    return y, update(moving_mean, mean), update(moving_variance, variance)
+
+
+def derivative_of_gradient(
+    given: Mapping[str, tf.Tensor],
+    cotangents: Sequence[tf.Tensor],
+    mask: tf.Tensor | None,
+    options: Options,
+) -> list[tf.Tensor | None]:
+    """Vector-Jacobian product of the backward pass (given -> dx, dgamma, dbeta) with one cotangent for each of these.
+
+    given: dy, x, and where present dmean, dvariance, gamma, beta; the derivatives come in its order.
+    """
+    upstream = [name for name in ("dy", "dmean", "dvariance") if name in given]
+    primal = [given[name] for name in ("x", "gamma", "beta") if name in given]
+    with tf.GradientTape() as outer:
+        outer.watch(list(given.values()))
+        with tf.GradientTape() as inner:
+            inner.watch(primal)
+            y, mean, variance, _ = train(given["x"], given.get("gamma"), given.get("beta"), mask, options)
+        outputs = {"dy": y, "dmean": mean, "dvariance": variance}
+        gradients = inner.gradient(
+            [outputs[name] for name in upstream], primal, output_gradients=[given[name] for name in upstream]
+        )
+    return list(
+        outer.gradient(gradients, list(given.values()), output_gradients=list(cotangents), unconnected_gradients="zero")
+    )

@@ -1,0 +1,248 @@
+"""A batch normalization layer over NumPy arrays: parameters, moving statistics, forward, backward, state.
+
+It holds arrays and passes them to `functional`; no numerics live here. `backward` reads what the last call kept: a
+reference to x, mask and residual (no copies, so these must not be overwritten in between), and mean and invstd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from . import _checks, convert
+from ._arrays import Array
+from .functional import batch_norm_grad, batch_norm_infer, batch_norm_train
+
+__all__ = ["BatchNormalization"]
+
+
+class BatchNormalization:
+    """Batch normalization with learned gamma and beta and moving statistics.
+
+        layer = BatchNormalization()
+        y = layer(x, training=True)     # normalizes with the batch, updates moving_mean and moving_variance
+        dx = layer.backward(dy)         # and sets layer.dgamma, layer.dbeta, layer.dresidual
+        layer.gamma -= rate * layer.dgamma
+        y = layer(x)                    # inference: normalizes with the moving statistics
+
+    Args:
+        axis: the channel axis.
+        momentum: weight of the old moving value (PyTorch's momentum is 1 minus this).
+        epsilon: added to the variance. Keras's default 1e-3; PyTorch's is 1e-5.
+        center, scale: whether there is a beta, a gamma. Where not, it is None.
+        activation: None, "relu", "relu6" or "leaky_relu" (with `negative_slope`), fused.
+        nan_policy: "propagate", "skip_update" or "raise", see `batch_norm_train`.
+        correction: 0 keeps the population variance in moving_variance (Keras), 1 the sample variance (PyTorch).
+        dtype: of the parameters, "float32" or "float64"; None: float64 where the first x is, else float32.
+        trainable: False freezes the layer, as in Keras: a call with training=True then runs like training=False.
+
+    Attributes:
+        gamma, beta, moving_mean, moving_variance: arrays of shape (C,), None before `build`.
+        dgamma, dbeta, dresidual: set by `backward`, else None. dgamma (dbeta) stays None without scale (center).
+
+    A layer can be pickled and deep-copied; what it kept for `backward` and the gradients stay behind.
+    """
+
+    gamma: Array | None = None
+    beta: Array | None = None
+    moving_mean: Array | None = None
+    moving_variance: Array | None = None
+    dgamma: Array | None = None
+    dbeta: Array | None = None
+    dresidual: Array | None = None
+    _saved: dict[str, Any] | None = None
+
+    def __init__(
+        self,
+        axis: int = -1,
+        momentum: float = 0.99,
+        epsilon: float = 1e-3,
+        center: bool = True,
+        scale: bool = True,
+        activation: str | None = None,
+        negative_slope: float = 0.2,
+        nan_policy: str = "propagate",
+        correction: int = 0,
+        dtype: Any = None,
+        trainable: bool = True,
+    ) -> None:
+        self.axis = _checks.one_axis(axis)
+        self.momentum = _checks.real("momentum", momentum, 1.0)
+        self.epsilon = _checks.real("epsilon", epsilon)
+        self.center = _checks.boolean("center", center)
+        self.scale = _checks.boolean("scale", scale)
+        self.activation = _checks.choice("activation", activation, _checks.ACTIVATIONS)
+        self.negative_slope = _checks.real("negative_slope", negative_slope)
+        self.nan_policy = str(_checks.choice("nan_policy", nan_policy, _checks.NAN_POLICIES))
+        self.correction = _checks.bessel(correction)
+        self.dtype = _checks.parameter_dtype(dtype)
+        self.trainable = _checks.boolean("trainable", trainable)
+
+    def build(self, channels: int, dtype: Any = None) -> None:
+        """Make the arrays: ones for gamma and moving_variance, zeros for beta and moving_mean. Called by the first
+        call; calling it again with the same number of channels starts over.
+
+        Raises:
+            ValueError: `channels` is negative, or not what the layer was built for.
+        """
+        channels = _checks.integer("channels", channels)
+        if channels < 0:
+            raise ValueError(f"channels must be at least 0. Received: {channels}")
+        if self.built and channels != self.channels:
+            raise ValueError(f"channels must be {self.channels}, for which this layer was built. Received: {channels}")
+        dtype = self.dtype or _checks.parameter_dtype(dtype) or np.dtype(np.float32)
+        self.gamma = np.ones(channels, dtype) if self.scale else None
+        self.beta = np.zeros(channels, dtype) if self.center else None
+        self.moving_mean, self.moving_variance = np.zeros(channels, dtype), np.ones(channels, dtype)
+        self._forget()
+
+    @property
+    def built(self) -> bool:
+        """Whether the arrays exist."""
+        return self.moving_mean is not None
+
+    @property
+    def channels(self) -> int | None:
+        """C, or None before `build`."""
+        return None if self.moving_mean is None else self.moving_mean.shape[0]
+
+    def __call__(self, x: Any, training: bool = False, mask: Any = None, residual: Any = None) -> Array:
+        """y = activation(gamma*(x - mean)/sqrt(variance + epsilon) + beta + residual), with the statistics of the
+        batch (training) or the moving ones. See `batch_norm_train` for mask and residual; a mask weighs statistics
+        alone, so it does nothing in inference.
+
+        Raises:
+            ValueError, TypeError: an argument is wrong; the layer is unchanged (not even built).
+            FloatingPointError: nan_policy="raise" met non-finite statistics; the layer's state is unchanged.
+        """
+        x = _checks.tensor("x", x)
+        axis = _checks.channel_axis(self.axis, x)
+        training = _checks.boolean("training", training) and self.trainable
+        if self.built and x.shape[axis] != self.channels:
+            wanted = f"{self.channels} channels on axis {self.axis}, for which this layer was built"
+            raise ValueError(f"x must have {wanted}. Received: shape {x.shape}")
+        if self.built:
+            return self._forward(x, training, mask, residual)
+        self.build(x.shape[axis], "float64" if x.dtype == np.float64 else "float32")
+        try:
+            return self._forward(x, training, mask, residual)
+        except BaseException:
+            self.gamma = self.beta = self.moving_mean = self.moving_variance = None
+            raise
+
+    def _forward(self, x: Array, training: bool, mask: Any, residual: Any) -> Array:
+        fused: dict[str, Any] = {
+            "axis": self.axis,
+            "activation": self.activation,
+            "negative_slope": self.negative_slope,
+        }
+        if training:
+            y, mean, _, invstd = batch_norm_train(
+                *(x, self.gamma, self.beta, self.moving_mean, self.moving_variance),
+                momentum=self.momentum,
+                epsilon=self.epsilon,
+                mask=mask,
+                residual=residual,
+                correction=self.correction,
+                nan_policy=self.nan_policy,
+                **fused,
+            )
+        else:
+            _checks.weights(mask, x, _checks.channel_axis(self.axis, x))
+            y = batch_norm_infer(
+                *(x, self.moving_mean, self.moving_variance, self.gamma, self.beta),
+                epsilon=self.epsilon,
+                residual=residual,
+                **fused,
+            )
+            mean, invstd = self._moving_mean_and_invstd()
+        self._saved = {"x": x, "mean": mean, "invstd": invstd, "residual": residual, "training": training, **fused}
+        self._saved["mask"] = mask if training else None
+        return y
+
+    def _moving_mean_and_invstd(self) -> tuple[Array, Array]:
+        """Copies, as the moving statistics may move before `backward`."""
+        assert self.moving_mean is not None
+        assert self.moving_variance is not None
+        total = self.moving_variance.astype(np.float64) + self.epsilon
+        with np.errstate(divide="ignore", invalid="ignore"):
+            invstd = np.where(total == 0, 0.0, 1 / np.sqrt(total))  # 0 as in TrainResult.invstd
+        return self.moving_mean.astype(np.float64), invstd
+
+    def backward(self, dy: Any) -> Array:
+        """dx for the last call; dgamma, dbeta and dresidual become attributes, replacing those of an earlier call.
+        After a call in inference mode (or of a frozen layer) this is the gradient with constant statistics.
+
+        Raises:
+            RuntimeError: there was no call since the layer was made, built, loaded, unpickled or copied.
+            ValueError, TypeError: dy hasn't the shape and dtype of that call's x.
+        """
+        if self._saved is None:
+            raise RuntimeError("backward needs a call of this layer before it: call layer(x, training=True) first")
+        dx, dgamma, dbeta, dresidual = batch_norm_grad(dy, gamma=self.gamma, beta=self.beta, **self._saved)
+        self.dgamma = dgamma if self.scale else None
+        self.dbeta = dbeta if self.center else None
+        self.dresidual = dresidual
+        return dx
+
+    def _forget(self) -> None:
+        self._saved = self.dgamma = self.dbeta = self.dresidual = None
+
+    def get_config(self) -> dict[str, Any]:
+        """The constructor's arguments, in plain types: `BatchNormalization(**layer.get_config())` is its like."""
+        names = "axis momentum epsilon center scale activation negative_slope nan_policy correction dtype trainable"
+        config = {name: getattr(self, name) for name in names.split()}
+        config["dtype"] = None if self.dtype is None else self.dtype.name
+        return config
+
+    def state_dict(self) -> dict[str, Array]:
+        """Copies of gamma, beta (where the layer has them), moving_mean and moving_variance, by name.
+
+        Raises:
+            RuntimeError: the layer isn't built.
+        """
+        if not self.built:
+            raise RuntimeError("the layer has no state before it is built: call it once, or build(channels)")
+        return {name: getattr(self, name).copy() for name in self._names()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Copy `state` in, all or nothing. A layer that isn't built takes its channels and dtype from it (a `dtype`
+        given to the constructor must agree); a built one keeps its arrays and overwrites their values.
+
+        Raises:
+            ValueError: a key is missing or unknown, or a shape is wrong.
+            TypeError: a dtype is wrong: none is changed silently.
+        """
+        convert.load(self, state, self._names())
+        self._forget()
+
+    def _names(self) -> tuple[str, ...]:
+        return (*("gamma",) * self.scale, *("beta",) * self.center, "moving_mean", "moving_variance")
+
+    def to_keras(self, target: Any = None) -> Any:
+        """This layer for Keras, see `bnfast.convert.to_keras`."""
+        return convert.to_keras(self, target)
+
+    @classmethod
+    def from_keras(cls, source: Any) -> BatchNormalization:
+        """A layer with configuration and state of a Keras layer, see `bnfast.convert.from_keras`."""
+        return convert.from_keras(cls, source)
+
+    def to_torch(self, target: Any = None) -> Any:
+        """This layer for PyTorch, see `bnfast.convert.to_torch`."""
+        return convert.to_torch(self, target)
+
+    @classmethod
+    def from_torch(cls, source: Any, *, axis: int = 1, **settings: Any) -> BatchNormalization:
+        """A layer with settings and state of a PyTorch module, see `bnfast.convert.from_torch`."""
+        return convert.from_torch(cls, source, axis=axis, **settings)
+
+    def __getstate__(self) -> dict[str, Any]:
+        left = ("_saved", "dgamma", "dbeta", "dresidual")
+        return {name: value for name, value in self.__dict__.items() if name not in left}
+
+    def __repr__(self) -> str:
+        config = ", ".join(f"{name}={value!r}" for name, value in self.get_config().items())
+        return f"BatchNormalization({config})"

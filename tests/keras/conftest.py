@@ -1,0 +1,21 @@
+"""What the Keras tests share. Without TensorFlow each module skips itself, unless BNFAST_REQUIRE names it."""
+
+import importlib
+import os
+
+import numpy as np
+import pytest
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+if "tensorflow" in os.environ.get("BNFAST_REQUIRE", ""):
+    importlib.import_module("tensorflow")  # its absence is then an error, not a skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "requires_trainable_backend: set by Keras's own test suite")
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(2026)

@@ -1,0 +1,159 @@
+"""The oracle: batch normalization as its formulas read, slow and obvious, in NumPy.
+
+Every array becomes (M, C) - channels last, all else flattened - and is computed in float64, or in long double where
+the input is float64. Results stay that wide, in the shape of x: a test compares them with a tolerance of its own.
+Nothing is written, moving statistics included: the new ones are returned.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Train(NamedTuple):
+    y: Any
+    mean: Any
+    variance: Any
+    invstd: Any
+    moving_mean: Any
+    moving_variance: Any
+    count: float
+
+
+class Grad(NamedTuple):
+    dx: Any
+    dgamma: Any
+    dbeta: Any
+    dresidual: Any
+
+
+def wide_dtype(x):
+    return np.longdouble if np.asarray(x).dtype == np.float64 else np.float64
+
+
+def rows(x, axis, dtype):
+    """x as (M, C)."""
+    moved = np.moveaxis(np.asarray(x), axis, -1)
+    return moved.astype(dtype).reshape(math.prod(moved.shape[:-1]), moved.shape[-1])
+
+
+def unrows(r, x, axis):
+    """(M, C) back to the shape of x."""
+    moved = np.moveaxis(np.empty(np.shape(x), np.int8), axis, -1).shape
+    return np.moveaxis(r.reshape(moved), -1, axis)
+
+
+def weights(mask, x, axis, dtype):
+    """The mask as (M, 1) weights; ones without one."""
+    shape = list(np.shape(x))
+    axis = axis % len(shape)
+    if mask is None:
+        return np.ones((math.prod(shape[:axis] + shape[axis + 1 :]), 1), dtype)
+    mask = np.asarray(mask).astype(dtype)
+    if mask.ndim == len(shape):
+        shape[axis] = 1
+        mask = np.squeeze(np.broadcast_to(mask, shape), axis)
+    return mask.reshape(-1, 1)
+
+
+def moments(x, *, axis=-1, mask=None):
+    """count, mean, population variance."""
+    dtype = wide_dtype(x)
+    r, w = rows(x, axis, dtype), weights(mask, x, axis, dtype)
+    count = w.sum()
+    if count == 0:
+        return 0.0, np.zeros(r.shape[1], dtype), np.zeros(r.shape[1], dtype)
+    keep = w[:, 0] > 0  # a value of weight 0 has no say, NaN or not
+    r, w = r[keep], w[keep]
+    mean = (w * r).sum(0) / count
+    return float(count), mean, (w * (r - mean) ** 2).sum(0) / count
+
+
+def inverse_std(variance, epsilon):
+    total = variance + epsilon
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(total == 0, 0, 1 / np.sqrt(total))
+
+
+def activate(z, activation, negative_slope=0.2):
+    if activation is None:
+        return z
+    if activation == "leaky_relu":
+        return np.where(z < 0, z * negative_slope, z)
+    z = np.where(z < 0, 0, z)  # NaN stays
+    return np.where(z > 6, 6, z) if activation == "relu6" else z
+
+
+def activation_slope(z, activation, negative_slope=0.2):
+    if activation is None:
+        return np.ones_like(z)
+    if activation == "leaky_relu":
+        return np.where(z > 0, 1, np.asarray(negative_slope, z.dtype))
+    return ((z > 0) & ((z < 6) if activation == "relu6" else True)).astype(z.dtype)
+
+
+def parameters(gamma, beta, channels, dtype):
+    gamma = np.ones(channels, dtype) if gamma is None else np.asarray(gamma).astype(dtype)
+    beta = np.zeros(channels, dtype) if beta is None else np.asarray(beta).astype(dtype)
+    return gamma, beta
+
+
+def preactivation(x, mean, invstd, gamma=None, beta=None, *, axis=-1, residual=None):
+    """gamma*(x - mean)*invstd + beta + residual."""
+    dtype = wide_dtype(x)
+    r = rows(x, axis, dtype)
+    gamma, beta = parameters(gamma, beta, r.shape[1], dtype)
+    z = gamma * ((r - np.asarray(mean).astype(dtype)) * np.asarray(invstd).astype(dtype)) + beta
+    if residual is not None:
+        z = z + rows(residual, axis, dtype)
+    return unrows(z, x, axis)
+
+
+def infer(x, moving_mean, moving_variance, gamma=None, beta=None, *, axis=-1, epsilon=1e-3, activation=None,
+          negative_slope=0.2, residual=None):  # fmt: skip
+    invstd = inverse_std(np.asarray(moving_variance).astype(wide_dtype(x)), epsilon)
+    z = preactivation(x, moving_mean, invstd, gamma, beta, axis=axis, residual=residual)
+    return activate(z, activation, negative_slope)
+
+
+def train(x, gamma=None, beta=None, moving_mean=None, moving_variance=None, *, axis=-1, momentum=0.99, epsilon=1e-3,
+          mask=None, activation=None, negative_slope=0.2, residual=None, correction=0,
+          nan_policy="propagate"):  # fmt: skip
+    dtype = wide_dtype(x)
+    count, mean, variance = moments(x, axis=axis, mask=mask)
+    finite = np.isfinite(mean) & np.isfinite(variance)
+    if nan_policy == "raise" and not finite.all():
+        raise FloatingPointError(f"channels {np.flatnonzero(~finite)}")
+    invstd = inverse_std(variance, epsilon)
+    z = preactivation(x, mean, invstd, gamma, beta, axis=axis, residual=residual)
+    if moving_mean is not None:
+        moving_mean, moving_variance = (np.asarray(a).astype(dtype) for a in (moving_mean, moving_variance))
+        update = (count > 0) & (finite | (nan_policy == "propagate"))
+        bessel = count / (count - 1) if correction and count > 1 else 1.0
+        new_mean = moving_mean * momentum + mean * (1 - dtype(momentum))
+        new_variance = moving_variance * momentum + variance * bessel * (1 - dtype(momentum))
+        moving_mean = np.where(update, new_mean, moving_mean)
+        moving_variance = np.where(update, new_variance, moving_variance)
+    return Train(activate(z, activation, negative_slope), mean, variance, invstd, moving_mean, moving_variance, count)
+
+
+def grad(dy, x, mean, invstd, gamma=None, beta=None, *, axis=-1, mask=None, activation=None, negative_slope=0.2,
+         residual=None, training=True, dmean=None, dvariance=None):  # fmt: skip
+    dtype = wide_dtype(x)
+    z = preactivation(x, mean, invstd, gamma, beta, axis=axis, residual=residual)
+    dz = rows(dy, axis, dtype) * rows(activation_slope(z, activation, negative_slope), axis, dtype)
+    r, w = rows(x, axis, dtype), weights(mask, x, axis, dtype)
+    gamma, _ = parameters(gamma, beta, r.shape[1], dtype)
+    mean, invstd = np.asarray(mean).astype(dtype), np.asarray(invstd).astype(dtype)
+    xhat = (r - mean) * invstd
+    dbeta, dgamma = dz.sum(0), (dz * xhat).sum(0)
+    dx = gamma * invstd * dz
+    if training and w.sum() > 0:
+        share = w / w.sum()
+        dx = dx - gamma * invstd * (share * dbeta + share * xhat * dgamma)
+        if dmean is not None:
+            dx = dx + share * np.asarray(dmean).astype(dtype)
+        if dvariance is not None:
+            dx = dx + share * np.asarray(dvariance).astype(dtype) * 2 * (r - mean)
+    return Grad(unrows(dx, x, axis), dgamma, dbeta, None if residual is None else unrows(dz, x, axis))

@@ -1,0 +1,225 @@
+"""batch_norm_grad against the closed form, finite differences, and PyTorch's autograd."""
+
+import agreement as ag
+import bnfast
+import numpy as np
+import pytest
+import reference
+from hypothesis import given
+from hypothesis import strategies as st
+
+
+def check_grad(x, dy, axis, gamma=None, beta=None, *, training=True, mask=None, moving=None, **options):
+    """Forward, backward, and the result against the closed form; returns the result."""
+    if training:
+        _, mean, _, invstd = bnfast.batch_norm_train(x, axis=axis, mask=mask)
+    else:
+        mean, invstd = moving[0].astype(np.float64), 1 / np.sqrt(moving[1].astype(np.float64) + 1e-3)
+    dy = ag.gated(dy, x, mean, invstd, gamma, beta, axis, options.get("residual"), options.get("activation"))
+    before = x.tobytes(), dy.tobytes()
+    result = bnfast.batch_norm_grad(
+        dy, x, mean, invstd, gamma, beta, axis=axis, training=training, mask=mask, **options
+    )
+    assert isinstance(result, bnfast.GradResult)
+    assert (x.tobytes(), dy.tobytes()) == before
+    ag.check_gradient(dy, x, result, mean, invstd, gamma, beta, axis, training=training, mask=mask, **options)
+    return result
+
+
+@pytest.mark.parametrize("dtype", ag.DTYPES)
+@pytest.mark.parametrize(("shape", "axis"), ag.SHAPES)
+def test_agrees_with_closed_form(shape, axis, dtype):
+    rng = np.random.default_rng(1)
+    x = ag.batch(shape, axis, ag.dtype_of(dtype), rng)
+    dy = ag.batch(shape, axis, x.dtype, rng)
+    gamma, beta, *moving = ag.vectors(shape[axis], rng)
+    check_grad(x, dy, axis, gamma, beta)
+    check_grad(x, dy, axis)
+    check_grad(x, dy, axis, gamma, beta, training=False, moving=moving)
+
+
+@pytest.mark.parametrize("dtype", ag.DTYPES)
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("activation", ag.ACTIVATIONS)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("shape", "axis"), [((37, 23), 1), ((3, 23, 7, 7), 1), ((2, 5, 7, 3), 3), ((700, 3), 1)])
+def test_activation_and_residual(shape, axis, training, activation, with_residual, dtype):
+    rng = np.random.default_rng(2)
+    x = ag.batch(shape, axis, ag.dtype_of(dtype), rng)
+    dy = ag.batch(shape, axis, x.dtype, rng)
+    residual = ag.batch(shape, axis, x.dtype, rng) if with_residual else None
+    gamma, beta, *moving = ag.vectors(shape[axis], rng)
+    options = {"activation": activation, "residual": residual, "negative_slope": 0.3}
+    check_grad(x, dy, axis, gamma * 4, beta, training=training, moving=moving, **options)
+
+
+@pytest.mark.parametrize("dtype", ag.DTYPES)
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("shape", "axis"), [((37, 23), 1), ((3, 23, 7, 7), 1), ((5, 9, 7, 3), 3), ((4, 6, 5), 0)])
+def test_mask(shape, axis, training, activation, dtype):
+    rng = np.random.default_rng(3)
+    x = ag.batch(shape, axis, ag.dtype_of(dtype), rng)
+    dy = ag.batch(shape, axis, x.dtype, rng)
+    gamma, beta, *moving = ag.vectors(shape[axis], rng)
+    full = tuple(e for i, e in enumerate(shape) if i != axis)
+    mask = rng.integers(0, 4, full).astype(np.float32)
+    check_grad(x, dy, axis, gamma, beta, mask=mask, training=training, moving=moving, activation=activation)
+
+
+@pytest.mark.parametrize("dtype", ag.DTYPES)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("shape", "axis"), [((37, 23), 1), ((3, 23, 7, 7), 1), ((5, 9, 7, 3), 3)])
+def test_gradients_of_the_statistics(shape, axis, masked, dtype):
+    rng = np.random.default_rng(4)
+    x = ag.batch(shape, axis, ag.dtype_of(dtype), rng)
+    dy = ag.batch(shape, axis, x.dtype, rng)
+    gamma, beta, dmean, dvariance = ag.vectors(shape[axis], rng)
+    full = [1 if i == axis else e for i, e in enumerate(shape)]
+    mask = rng.integers(0, 3, full) if masked else None
+    both = {"dmean": dmean, "dvariance": dvariance.astype(np.float64)}
+    for names in (["dmean"], ["dvariance"], ["dmean", "dvariance"]):
+        some = {name: both[name] for name in names}
+        check_grad(x, dy, axis, gamma, beta, mask=mask, **some)
+        check_grad(x, dy, axis, gamma, beta, mask=mask, activation="leaky_relu", **some)
+    frozen = check_grad(x, dy, axis, gamma, beta, training=False, moving=(dmean, dvariance))
+    with_both = check_grad(
+        x, dy, axis, gamma, beta, training=False, moving=(dmean, dvariance), dmean=dmean, dvariance=dvariance
+    )
+    assert np.array_equal(frozen.dx, with_both.dx)
+
+
+def numeric(f, a, h=1e-6):
+    """Central differences of the scalar f with respect to every entry of a."""
+    d = np.zeros_like(a)
+    for i in np.ndindex(a.shape):
+        keep = a[i]
+        a[i] = keep + h
+        up = f()
+        a[i] = keep - h
+        down = f()
+        a[i] = keep
+        d[i] = (up - down) / (2 * h)
+    return d
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("activation", ag.ACTIVATIONS)
+@pytest.mark.parametrize(("shape", "axis"), [((6, 3), 1), ((2, 3, 5), 1)])
+def test_agrees_with_finite_differences(shape, axis, activation, masked, training):
+    rng = np.random.default_rng(5)
+    x, residual, c = (ag.batch(shape, axis, np.float64, rng) for _ in range(3))
+    gamma, beta, cm, cv = ag.vectors(3, rng, np.float64)
+    gamma *= 3
+    mask = rng.integers(0, 3, [1 if i == axis else e for i, e in enumerate(shape)]) if masked else None
+    fused = {"axis": axis, "activation": activation, "residual": residual}
+    moving = np.array([0.3, -0.2, 0.1]), np.array([1.5, 0.7, 1.0])
+
+    def loss():
+        if not training:
+            return float((c * bnfast.batch_norm_infer(x, *moving, gamma, beta, **fused)).sum())
+        y, mean, variance, _ = bnfast.batch_norm_train(x, gamma, beta, mask=mask, **fused)
+        return float((c * y).sum() + (cm * mean).sum() + (cv * variance).sum())
+
+    _, mean, _, invstd = bnfast.batch_norm_train(x, axis=axis, mask=mask)
+    extra = {"dmean": cm, "dvariance": cv, "mask": mask}
+    if not training:
+        mean, invstd, extra = moving[0], 1 / np.sqrt(moving[1] + 1e-3), {"mask": mask}
+    z = reference.preactivation(x, mean, invstd, gamma, beta, axis=axis, residual=residual)
+    assert min(np.abs(z).min(), np.abs(z - 6).min()) > 1e-4, "choose another seed: a kink is within reach of h"
+    result = bnfast.batch_norm_grad(c, x, mean, invstd, gamma, beta, training=training, **fused, **extra)
+    for name, a in (("dx", x), ("dgamma", gamma), ("dbeta", beta), ("dresidual", residual)):
+        np.testing.assert_allclose(getattr(result, name), numeric(loss, a), rtol=1e-6, atol=2e-7, err_msg=name)
+
+
+@pytest.mark.parametrize("dtype", ag.DTYPES)
+@pytest.mark.parametrize(("shape", "axis"), ag.EMPTY)
+def test_empty_batch(shape, axis, dtype):
+    x = np.zeros(shape, ag.dtype_of(dtype))
+    zero = np.zeros(shape[axis])
+    result = bnfast.batch_norm_grad(x, x, zero, zero, axis=axis)
+    assert result.dx.shape == shape
+    assert np.array_equal(result.dgamma, zero)
+    assert np.array_equal(result.dbeta, zero)
+
+
+def test_one_value_a_channel_has_no_gradient_to_x():
+    x = np.full((1, 5), 3, np.float32)
+    check = check_grad(x, np.ones_like(x), 1)
+    assert np.array_equal(check.dx, np.zeros_like(x))
+    assert np.array_equal(check.dbeta, np.ones(5))
+
+
+def test_fully_masked_batch():
+    rng = np.random.default_rng(6)
+    x, dy = (ag.batch((6, 4), 1, np.float32, rng) for _ in range(2))
+    _, mean, _, invstd = bnfast.batch_norm_train(x, mask=np.zeros(6))
+    result = bnfast.batch_norm_grad(dy, x, mean, invstd, mask=np.zeros(6), dmean=np.ones(4), dvariance=np.ones(4))
+    assert np.isfinite(result.dx).all()
+    ag.check_gradient(dy, x, result, mean, invstd, mask=np.zeros(6))
+
+
+def test_infinite_dy_is_no_error():
+    x = ag.batch((9, 3), 1, np.float32, np.random.default_rng(7))
+    dy = np.ones_like(x)
+    dy[4, 1] = np.inf
+    _, mean, _, invstd = bnfast.batch_norm_train(x)
+    result = bnfast.batch_norm_grad(dy, x, mean, invstd)
+    assert not np.isfinite(result.dx[:, 1]).any()
+    assert np.isfinite(result.dx[:, [0, 2]]).all()
+
+
+def test_dtype_of_the_parameter_gradients():
+    x = np.ones((4, 3), np.float32)
+    single, double = np.ones(3, np.float32), np.ones(3)
+    for gamma, beta, wanted in (
+        (single, double, "f4"),
+        (double, single, "f8"),
+        (None, double, "f8"),
+        (None, None, "f4"),
+    ):
+        result = bnfast.batch_norm_grad(x, x, double, double, gamma, beta)
+        assert result.dgamma.dtype == result.dbeta.dtype == np.dtype(wanted)
+    assert bnfast.batch_norm_grad(*(x.astype("f8"),) * 2, double, double).dgamma.dtype == np.float64
+
+
+def test_dresidual_without_activation_is_dy():
+    x, dy = np.ones((4, 3), np.float32), np.ones((4, 3), np.float32)
+    result = bnfast.batch_norm_grad(dy, x, np.ones(3), np.ones(3), residual=x)
+    assert np.shares_memory(result.dresidual, dy)
+    fused = bnfast.batch_norm_grad(dy, x, np.ones(3), np.ones(3), residual=x, activation="relu")
+    assert not np.shares_memory(fused.dresidual, dy)
+    kept = dy.copy()
+    in_place = bnfast.batch_norm_grad(dy, x, np.ones(3), np.ones(3), residual=x, out=dy)
+    assert np.shares_memory(in_place.dx, dy)
+    assert np.array_equal(in_place.dresidual, kept)
+
+
+def test_statistics_may_be_float32():
+    rng = np.random.default_rng(8)
+    x, dy = (ag.batch((20, 3), 1, np.float32, rng) for _ in range(2))
+    _, mean, _, invstd = bnfast.batch_norm_train(x)
+    mean, invstd = mean.astype(np.float32), invstd.astype(np.float32)
+    narrow = bnfast.batch_norm_grad(dy, x, mean, invstd)
+    wide = bnfast.batch_norm_grad(dy, x, mean.astype(np.float64), invstd.astype(np.float64))
+    assert np.array_equal(narrow.dx, wide.dx)
+
+
+@given(
+    st.lists(st.integers(1, 7), min_size=1, max_size=5),
+    st.integers(0, 4),
+    st.sampled_from(["float32", "float64", "float16"]),
+    st.sampled_from(ag.ACTIVATIONS),
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 2**32 - 1),
+)
+def test_any_shape(shape, axis, dtype, activation, with_residual, masked, seed):
+    rng = np.random.default_rng(seed)
+    axis %= len(shape)
+    x, dy, residual = (ag.batch(shape, axis, dtype, rng) for _ in range(3))
+    gamma, beta, *_ = ag.vectors(shape[axis], rng)
+    mask = rng.integers(0, 3, [1 if i == axis else e for i, e in enumerate(shape)]) if masked else None
+    residual = residual if with_residual else None
+    check_grad(x, dy, axis, gamma, beta, activation=activation, mask=mask, residual=residual)

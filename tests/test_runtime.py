@@ -1,0 +1,65 @@
+"""Threads, build information, and what importing bnfast brings along."""
+
+import subprocess
+import sys
+from importlib import metadata
+
+import bnfast
+import numpy as np
+import pytest
+
+
+def test_threads_round_trip():
+    default = bnfast.get_num_threads()
+    assert default == bnfast.build_info()["default_threads"]
+    try:
+        for n in (1, np.int64(3), 8):
+            bnfast.set_num_threads(n)
+            assert bnfast.get_num_threads() == n
+            assert bnfast.build_info()["threads"] == n
+    finally:
+        bnfast.set_num_threads(None)
+    assert bnfast.get_num_threads() == default
+
+
+def test_build_info():
+    info = bnfast.build_info()
+    assert info["isa"] in info["isas"]
+    assert "baseline" in info["isas"]
+    for name in ("isa_reason", "threads_reason", "compiler", "flags", "openmp"):
+        assert info[name]
+        assert isinstance(info[name], str)
+    assert 0 < info["l1d_bytes"] <= info["l2_bytes"]
+    assert info["l3_bytes"] >= 0
+
+
+def test_version():
+    assert bnfast.__version__ == bnfast.build_info()["version"]
+    try:
+        installed = metadata.version("bnfast")
+    except metadata.PackageNotFoundError:
+        pytest.skip("bnfast is not installed: it runs from the source tree")
+    assert bnfast.__version__ == installed
+    with pytest.raises(AttributeError, match=r"module 'bnfast' has no attribute 'nonsense'"):
+        bnfast.nonsense  # noqa: B018
+
+
+def test_import_brings_numpy_and_nothing_heavier():
+    code = "import sys, numpy; before = set(sys.modules); import bnfast; print(*sorted(set(sys.modules) - before))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    heavy = {"keras", "tensorflow", "torch", "ml_dtypes", "sklearn", "matplotlib", "importlib.metadata", "argparse"}
+    assert not heavy & {name for name in run.stdout.split()}
+    assert "bnfast._core" in run.stdout
+
+
+@pytest.mark.parametrize("name", ["nonsense", "AVX2", ""])
+def test_unknown_isa_in_the_environment(name):
+    code = f"import os; os.environ['BNFAST_ISA'] = {name!r}; import bnfast; print(bnfast.build_info()['isa'])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if name:
+        assert run.returncode != 0
+        assert "ImportError" in run.stderr
+        assert name in run.stderr
+        assert "baseline" in run.stderr, "the message lists what would do"
+    else:  # set but empty: not set
+        assert run.returncode == 0
