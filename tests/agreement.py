@@ -38,7 +38,7 @@ ACTIVATIONS = [None, "relu", "relu6", "leaky_relu"]
 def dtype_of(name: str) -> np.dtype:
     if name != "bfloat16":
         return np.dtype(name)
-    from conftest import need_module
+    from needs import need_module
 
     return np.dtype(need_module("ml_dtypes").bfloat16)
 

@@ -1,19 +1,13 @@
-"""Shared fixtures. The environment's BNFAST_REQUIRE (comma list: avx2, avx512, torch, tf_keras, onnx, ...) names the
-oracles and instruction sets whose absence is a failure; without it they are skipped by name."""
+"""Shared fixtures (needs.py says what BNFAST_REQUIRE does)."""
 
-import importlib
 import os
-from types import ModuleType
 
 import bnfast
 import hypothesis
 import numpy as np
 import pytest
 from bnfast import _core
-
-ISAS = ("baseline", "avx2", "avx512", "neon")
-KNOWN = {*ISAS, "torch", "tf_keras", "keras", "tensorflow", "onnx", "ml_dtypes", "jax", "sklearn"}
-REQUIRED = {name for name in os.environ.get("BNFAST_REQUIRE", "").replace(" ", "").split(",") if name}
+from needs import KNOWN, REQUIRED, absent, need_module
 
 # Fixed examples, so that a run says the same twice; HYPOTHESIS_PROFILE=explore looks further.
 hypothesis.settings.register_profile("fixed", deadline=None, max_examples=60, derandomize=True, database=None)
@@ -24,20 +18,6 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 def pytest_configure(config: pytest.Config) -> None:
     if unknown := REQUIRED - KNOWN:
         raise pytest.UsageError(f"BNFAST_REQUIRE names {sorted(unknown)}; known are {sorted(KNOWN)}")
-
-
-def absent(name: str, why: str) -> None:
-    if name in REQUIRED:
-        pytest.fail(f"{name} is in BNFAST_REQUIRE, but {why}")
-    pytest.skip(f"{name}: {why}")
-
-
-def need_module(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        absent(name, f"can't be imported: {error}")
-        raise
 
 
 @pytest.fixture(scope="session")
@@ -70,9 +50,11 @@ def force_threads():
 
     def force(n: int) -> None:
         _core._set_serial_bytes(0)
+        _core._set_full_team(True)
         bnfast.set_num_threads(n)
 
     yield force
+    _core._set_full_team(False)
     bnfast.set_num_threads(None)
     _core._set_serial_bytes(None)
 

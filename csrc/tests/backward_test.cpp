@@ -30,7 +30,7 @@ TEST_CASE("grad agrees with the closed form, and every instruction set with the 
                 }
                 for (const std::string& isa : usable_isas())
                     for (int threads : {1, 2, 3, 8}) {
-                        if (shape.size() > 100000 && threads == 2) continue;
+                        if (shape.size() > 100000 && threads % 2 == 0 && isa != "baseline") continue;
                         INFO(c.text() << " " << isa << " threads " << threads);
                         const Settings settings(isa, threads);
                         const bool shift = threads == 3;

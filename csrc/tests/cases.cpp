@@ -46,16 +46,18 @@ std::string Case::text() const {
 const std::vector<Shape>& kernel_shapes() {
     static const std::vector<Shape> shapes = {
         {1, 1, 1},      {1, 23, 1},    {7, 3, 1},     {64, 64, 1},   {65, 300, 1},     // columns, one row at a time
-        {2000, 3, 1},   {4001, 100, 1}, {700, 130, 1},                                  // packed columns, with a tail
-        {600, 257, 1},  {20001, 64, 1},                                                 // several blocks and chunks
+        {2000, 3, 1},   {2003, 100, 1}, {700, 130, 1},                                  // packed columns, with a tail
+        {600, 257, 1},  {2501, 64, 1},                                                  // several blocks and chunks
         {2, 3, 49},     {5, 7, 2},     {40, 5, 196},  {3, 2, 4097},  {1, 9, 5000},      // rows
-        {150001, 2, 2}, {1, 1, 300000},                                                 // rows in several chunks
+        {140001, 2, 2}, {1, 1, 270000},                                                 // rows in several chunks
     };
     return shapes;
 }
 
 std::vector<Case> cases_of(Shape shape, DType dtype) {
     using A = Activation;
+    if (shape.size() > 100000)  // long double is slow, and every option has met every loop below
+        return {{shape, dtype, A::relu6, true, true, true, true}, {shape, dtype, A::none, true, false, false, true, 100}};
     return {
         {shape, dtype, A::none, false, false, false, true},
         {shape, dtype, A::relu, true, false, false, true},

@@ -30,7 +30,7 @@ TEST_CASE("train agrees with the oracle, and every instruction set with the firs
                 }
                 for (const std::string& isa : usable_isas())
                     for (int threads : {1, 2, 3, 8}) {
-                        if (shape.size() > 100000 && threads == 2) continue;
+                        if (shape.size() > 100000 && threads % 2 == 0 && isa != "baseline") continue;
                         INFO(c.text() << " " << isa << " threads " << threads);
                         const Settings settings(isa, threads);
                         const Forward f = run_train(c, threads == 3 ? shifted : in, threads == 3 ? 1 : 0);

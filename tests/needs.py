@@ -1,0 +1,26 @@
+"""Optional oracles and instruction sets. The environment's BNFAST_REQUIRE (comma list: avx2, avx512, torch, tf_keras,
+onnx, ...) names those whose absence is a failure; without it they are skipped by name."""
+
+import importlib
+import os
+from types import ModuleType
+
+import pytest
+
+ISAS = ("baseline", "avx2", "avx512", "neon")
+KNOWN = {*ISAS, "torch", "tf_keras", "keras", "tensorflow", "onnx", "ml_dtypes", "jax", "sklearn"}
+REQUIRED = {name for name in os.environ.get("BNFAST_REQUIRE", "").replace(" ", "").split(",") if name}
+
+
+def absent(name: str, why: str) -> None:
+    if name in REQUIRED:
+        pytest.fail(f"{name} is in BNFAST_REQUIRE, but {why}")
+    pytest.skip(f"{name}: {why}")
+
+
+def need_module(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        absent(name, f"can't be imported: {error}")
+        raise
