@@ -33,6 +33,59 @@ def test_build_info():
     assert info["l3_bytes"] >= 0
 
 
+@pytest.fixture
+def memory():
+    """An empty store of output memory; its limit is put back afterwards."""
+    limit = bnfast.memory_statistics()["limit_bytes"]
+    bnfast.clear_memory()
+    yield
+    bnfast.set_memory_limit(limit)
+    bnfast.clear_memory()
+
+
+def test_output_memory_is_kept_counted_and_given_back(memory):
+    x, statistics = np.zeros((4096, 256), "float32"), np.ones((2, 256), "float32")
+    before = bnfast.memory_statistics()
+    assert before == bnfast.build_info()["memory"]
+    assert before["held_bytes"] == 0
+    y = bnfast.batch_norm_infer(x, *statistics)
+    assert bnfast.memory_statistics()["in_use_bytes"] >= before["in_use_bytes"] + x.nbytes
+    address = y.ctypes.data
+    del y
+    held = bnfast.memory_statistics()
+    assert held["held_bytes"] >= x.nbytes
+    assert held["in_use_bytes"] == before["in_use_bytes"]
+    y = bnfast.batch_norm_infer(x, *statistics)
+    assert y.ctypes.data == address
+    assert bnfast.memory_statistics()["reused"] == held["reused"] + 1
+    del y
+    bnfast.clear_memory()
+    assert bnfast.memory_statistics()["held_bytes"] == 0
+
+
+def test_memory_limit(memory):
+    x, statistics = np.zeros((4096, 256), "float32"), np.ones((2, 256), "float32")
+    bnfast.batch_norm_infer(x, *statistics)
+    bnfast.set_memory_limit(np.int64(1000))
+    after = bnfast.memory_statistics()
+    assert after["limit_bytes"] == 1000
+    assert after["held_bytes"] <= 1000, "a lower limit holds at once"
+    y = bnfast.batch_norm_infer(x, *statistics)
+    assert (y == bnfast.batch_norm_infer(x, *statistics)).all(), "a limit makes no call fail"
+    bnfast.set_memory_limit(0)
+    del y
+    assert bnfast.memory_statistics()["held_bytes"] == 0
+
+
+def test_memory_limit_says_what_it_wants(memory):
+    for wrong in (1.5, "many", None, True):
+        with pytest.raises(TypeError, match=r"limit_bytes must be an integer\. Received: "):
+            bnfast.set_memory_limit(wrong)
+    for wrong in (-1, 2**63):
+        with pytest.raises(ValueError, match=rf"limit_bytes must be in \[0, 2\*\*63\)\. Received: {wrong}"):
+            bnfast.set_memory_limit(wrong)
+
+
 def test_version():
     assert bnfast.__version__ == bnfast.build_info()["version"]
     with pytest.raises(AttributeError, match=r"module 'bnfast' has no attribute 'nonsense'"):

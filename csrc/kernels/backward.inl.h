@@ -116,53 +116,48 @@ template <class X, int mode, int act> void grad_apply_rows(const GradApplyArgs& 
 
 // ---- columns --------------------------------------------------------------------------------------------------------
 
-template <class X, int act, int NT>
-BNFAST_INLINE void grad_column_tile(const GradReduceArgs& a, int64_t at, int64_t rows, int64_t K, int64_t k,
-                                    int64_t width, double* sum_dy, double* sum_dy_xmu) {
+// One tile of a block: adds its sums to sum_dy and sum_dy_xmu (float64, per packed column).
+template <class X, int act, class Residual>
+BNFAST_INLINE void grad_column_tile(const GradReduceArgs& a, int64_t at, int64_t rows, int64_t stride, int64_t k0,
+                                    int64_t width, double* sum_dy, double* sum_dy_xmu, Residual) {
     using S = typename X::S;
     using T = typename X::T;
     using V = typename X::V;
     using P = typename ComputeStorage<T>::type;
-    const int last = int(width - (NT - 1) * X::W < X::W ? width - (NT - 1) * X::W : X::W);
-    const ColumnTile<X, NT> tile{last};
-    const ColumnTile<P, NT> constants{last};
-    auto dy = static_cast<const S*>(a.dy) + at + k, x = static_cast<const S*>(a.x) + at + k;
-    auto res = a.residual ? static_cast<const S*>(a.residual) + at + k : nullptr;
+    auto dy = static_cast<const S*>(a.dy) + at + k0, x = static_cast<const S*>(a.x) + at + k0;
+    auto res = Residual::value ? static_cast<const S*>(a.residual) + at + k0 : nullptr;
+    auto mean_hi = static_cast<const T*>(a.params.mean_hi) + k0, scale = static_cast<const T*>(a.params.scale) + k0,
+         shift = static_cast<const T*>(a.params.shift) + k0;
     const T bound = T(a.act.bound), slope = T(a.act.negative_slope);
-    V m[NT], sc[NT], sh[NT], s0[2][NT] = {}, s1[2][NT] = {};
-    BNFAST_UNROLL for (int v = 0; v < NT; ++v) {
-        m[v] = constants.get(static_cast<const T*>(a.params.mean_hi) + k, v);
-        if (act == act_none) continue;
-        sc[v] = constants.get(static_cast<const T*>(a.params.scale) + k, v);
-        sh[v] = constants.get(static_cast<const T*>(a.params.shift) + k, v);
-    }
-    auto add = [&](int parity, int64_t r) {
-        BNFAST_UNROLL for (int v = 0; v < NT; ++v) {
-            V grad = tile.get(dy + r * K, v);
-            const V value = tile.get(x + r * K, v);
+    alignas(64) T s0[tile_columns] = {}, s1[tile_columns] = {};
+    // Adds eight rows from r on, or one, of one vector of columns.
+    auto add = [&](auto eight, int64_t r, int64_t k, int n, auto whole) {
+        constexpr int R = decltype(eight)::value ? 8 : 1;
+        const V m = load_some<P>(mean_hi + k, n, whole);
+        const V sc = act != act_none ? load_some<P>(scale + k, n, whole) : V{};
+        const V sh = act != act_none ? load_some<P>(shift + k, n, whole) : V{};
+        V g[8], gx[8];
+        BNFAST_UNROLL for (int i = 0; i < R; ++i) {
+            const int64_t j = (r + i) * stride + k;
+            const V value = load_some<X>(x + j, n, whole);
+            g[i] = load_some<X>(dy + j, n, whole);
             if (act != act_none) {
-                V z = pre_activation(value, m[v], sc[v], sh[v]);
-                if (res) z += tile.get(res + r * K, v);
-                grad = gate<act>(z, grad, bound, slope);
+                V z = pre_activation(value, m, sc, sh);
+                if (Residual::value) z += load_some<X>(res + j, n, whole);
+                g[i] = gate<act>(z, g[i], bound, slope);
             }
-            s0[parity][v] += grad;
-            s1[parity][v] += grad * minus(value, m[v]);
+            gx[i] = g[i] * minus(value, m);
         }
+        store_vector(s0 + k, load_vector<V>(s0 + k) + (R == 8 ? sum_of_eight(g) : g[0]));
+        store_vector(s1 + k, load_vector<V>(s1 + k) + (R == 8 ? sum_of_eight(gx) : gx[0]));
     };
-    int64_t r = 0;
-    for (; r + 2 <= rows; r += 2) {
-        add(0, r);
-        add(1, r + 1);
-    }
-    if (r < rows) add(0, r);
-    T t0[NT * X::W], t1[NT * X::W];
-    BNFAST_UNROLL for (int v = 0; v < NT; ++v) {
-        store_vector(t0 + v * X::W, s0[0][v] + s0[1][v]);
-        store_vector(t1 + v * X::W, s1[0][v] + s1[1][v]);
-    }
+    by_eights(
+        rows,
+        [&](int64_t r) { across<X>(width, [&](int64_t k, int n, auto whole) { add(Yes{}, r, k, n, whole); }); },
+        [&](int64_t r) { across<X>(width, [&](int64_t k, int n, auto whole) { add(No{}, r, k, n, whole); }); });
     for (int64_t j = 0; j < width; ++j) {
-        sum_dy[k + j] += double(t0[j]);
-        sum_dy_xmu[k + j] += double(t1[j]);
+        sum_dy[k0 + j] += double(s0[j]);
+        sum_dy_xmu[k0 + j] += double(s1[j]);
     }
 }
 
@@ -173,12 +168,11 @@ template <class X, int act> void grad_reduce_columns(const GradReduceArgs& a) no
     double *s0 = g.pack == 1 ? sum_dy : a.scratch, *s1 = g.pack == 1 ? sum_dy_xmu : a.scratch + K;
     for (int64_t k = k0; k < k1; ++k) s0[k] = s1[k] = 0;
     auto block = [&](int64_t r, int64_t rows, int64_t end) {
-        constexpr int NT = BNFAST_VBYTES == 64 && act == act_none ? 4 : 2;  // 5 vectors of registers a column vector
-        int64_t k = k0;
-        for (; k + NT * X::W <= end; k += NT * X::W)
-            grad_column_tile<X, act, NT>(a, r * K, rows, K, k, NT * X::W, s0, s1);
-        for (; k < end; k += X::W)
-            grad_column_tile<X, act, 1>(a, r * K, rows, K, k, end - k < X::W ? end - k : X::W, s0, s1);
+        for (int64_t k = k0; k < end; k += tile_columns) {
+            const int64_t width = end - k < tile_columns ? end - k : tile_columns;
+            if (act != act_none && a.residual) grad_column_tile<X, act>(a, r * K, rows, K, k, width, s0, s1, Yes{});
+            else grad_column_tile<X, act>(a, r * K, rows, K, k, width, s0, s1, No{});
+        }
     };
     const ColumnChunk chunk(g, a.chunk);
     for (int64_t r = chunk.first; r < chunk.end; r += g.block_rows)
@@ -207,40 +201,31 @@ template <class X, int mode, int act> void grad_apply_columns(const GradApplyArg
     auto dx = static_cast<S*>(a.dx), dres = static_cast<S*>(a.dresidual);
     auto w = static_cast<const T*>(a.mask);
     const T bound = T(a.act.bound), slope = T(a.act.negative_slope);
-    const bool stream = a.stream && may_stream<X>(dx, K, a.c0);
-    over_columns<X, 2>(
-        a.begin, a.end, a.c0, a.c1, [&](auto rows, int64_t r, int64_t k, int left) {
-            constexpr int R = decltype(rows)::value;
-            constexpr bool frozen = mode == grad_frozen, gated = act != act_none, reads_x = !frozen || gated;
-            auto constant = [&](void* p) { return load_some<P>(static_cast<const T*>(p) + k, left); };
-            const V sc = constant(a.params.scale), m = constant(a.params.mean_hi);
-            const V sh = gated ? constant(a.params.shift) : V{};
-            const V mdy = frozen ? V{} : constant(a.params.mean_dy), sx = frozen ? V{} : constant(a.params.slope_x),
-                    lv = frozen ? V{} : constant(a.params.level);
-            V xi[R], grad[R];
-            BNFAST_UNROLL for (int i = 0; i < R; ++i) {
-                const int64_t at = (r + i) * K + k;
-                xi[i] = reads_x ? load_some<X>(x + at, left) : V{};
-                grad[i] = load_some<X>(dy + at, left);
-                if (!gated) continue;
-                V z = pre_activation(xi[i], m, sc, sh);
-                if (res) z += load_some<X>(res + at, left);
-                grad[i] = gate<act>(z, grad[i], bound, slope);
+    constexpr bool frozen = mode == grad_frozen, gated = act != act_none, reads_x = !frozen || gated;
+    with_flags(a.stream && may_stream<X>(dx, K, a.c0), gated && res, [&](auto stream, auto has_residual) {
+        over_columns<X>(a.begin, a.end, a.c0, a.c1, [&](int64_t r, int64_t k, int n, auto whole) {
+            const int64_t at = r * K + k;
+            auto constant = [&](void* p) { return load_some<P>(static_cast<const T*>(p) + k, n, whole); };
+            const V sc = constant(a.params.scale), m = reads_x ? constant(a.params.mean_hi) : V{};
+            const V xi = reads_x ? load_some<X>(x + at, n, whole) : V{};
+            V grad = load_some<X>(dy + at, n, whole);
+            if (gated) {
+                V z = pre_activation(xi, m, sc, constant(a.params.shift));
+                if (has_residual.value) z += load_some<X>(res + at, n, whole);
+                grad = gate<act>(z, grad, bound, slope);
+                if (has_residual.value && dres) store_some<X>(dres + at, grad, n, whole, No{});
             }
-            BNFAST_UNROLL for (int i = 0; i < R; ++i) {
-                const int64_t at = (r + i) * K + k;
-                if (gated && dres) left < X::W ? X::store_partial(dres + at, grad[i], left) : X::store(dres + at, grad[i]);
-                V out;
-                if (frozen) out = sc * grad[i];
-                else if (mode == grad_weighted) {
-                    const V weight = X::splat(w[r + i]);
-                    out = sc * (grad[i] - weight * mdy) + weight * (sx * (xi[i] - m) + lv);
-                } else out = sc * (grad[i] - mdy) + (sx * (xi[i] - m) + lv);
-                if (left < X::W) X::store_partial(dx + at, out, left);
-                else if (stream) X::stream(dx + at, out);
-                else X::store(dx + at, out);
+            V out;
+            if (frozen) {
+                out = sc * grad;
+            } else {
+                const V level = constant(a.params.slope_x) * (xi - m) + constant(a.params.level);
+                const V mdy = constant(a.params.mean_dy), weight = mode == grad_weighted ? X::splat(w[r]) : V{};
+                out = mode == grad_weighted ? sc * (grad - weight * mdy) + weight * level : sc * (grad - mdy) + level;
             }
+            store_some<X>(dx + at, out, n, whole, stream);
         });
+    });
 }
 
 // ---- fold -----------------------------------------------------------------------------------------------------------

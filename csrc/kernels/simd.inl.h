@@ -237,6 +237,27 @@ template <class T> struct ComputeStorage;  // parameters and weights lie in the 
 template <> struct ComputeStorage<float> { using type = Float32; };
 template <> struct ComputeStorage<double> { using type = Float64; };
 
+// ---- flags known at compile time: the loops are compiled for each case, so that no vector asks ----------------------
+
+struct Yes { static constexpr bool value = true; };
+struct No { static constexpr bool value = false; };
+
+template <class X, class Whole> BNFAST_INLINE typename X::V load_some(const typename X::S* p, int n, Whole) {
+    return Whole::value ? X::load(p) : X::load_partial(p, n, typename X::V{});
+}
+template <class X, class Whole, class Stream>
+BNFAST_INLINE void store_some(typename X::S* p, typename X::V v, int n, Whole, Stream) {
+    if (!Whole::value) X::store_partial(p, v, n);
+    else if (Stream::value) X::stream(p, v);
+    else X::store(p, v);
+}
+
+// f(Yes or No, Yes or No)
+template <class F> BNFAST_INLINE void with_flags(bool a, bool b, F f) {
+    if (a) b ? f(Yes{}, Yes{}) : f(Yes{}, No{});
+    else b ? f(No{}, Yes{}) : f(No{}, No{});
+}
+
 // ---- the fixed tree over 64 virtual lanes: lane l takes l+32, l+16, ..., l+1 --------------------------------------
 
 BNFAST_INLINE float sum_vector(F32v v) {

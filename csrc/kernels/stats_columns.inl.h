@@ -5,135 +5,137 @@
 namespace bnfast {
 namespace {
 
-// A block of packed rows, NT vectors of columns at a time.
+// A sum over the rows of a block takes eight rows at a time, as a tree, then the rows that are left one by one. The
+// eight share the load and store of their column's sum. A block's columns go by tiles, whose sums stay in L1 and whose
+// rows (64 x 2 KiB) stay in L2 for the second pass.
+constexpr int64_t tile_columns = 512;
 
-// Even and odd rows have sums of their own (added at the end): twice the chains, so latency doesn't bound the loop.
-// The last vector holds `left` columns (W when full); lanes beyond are zeros and are dropped by the caller.
-template <class X, int NT> struct ColumnTile {
-    using S = typename X::S;
-    using T = typename X::T;
-    using V = typename X::V;
-    int left;
-    BNFAST_INLINE V get(const S* p, int v) const {
-        return v == NT - 1 && left < X::W ? X::load_partial(p + v * X::W, left, V{}) : X::load(p + v * X::W);
-    }
-};
-
-// keep: the first pass writes what it read side by side, for the second. Rows a multiple of 1 KiB apart fall into so
-// few sets of L1 that a block can't stay there: (64, 1024) took 14.5 us in L2, kept 8.
-constexpr int64_t most_block_rows = 64;
-
-template <class X, int NT, bool keep>
-BNFAST_INLINE void column_moments(const typename X::S* x, int64_t rows, int64_t stride, int left,
-                                  typename X::T* c_out, typename X::T* d_out, typename X::T* dd_out) {
-    using T = typename X::T;
-    using V = typename X::V;
-    const ColumnTile<X, NT> tile{left};
-    alignas(64) T kept[keep ? most_block_rows * NT * X::W : 1];
-    auto first = [&](int64_t r, int v) {
-        const V value = tile.get(x + r * stride, v);
-        if (keep) store_vector(kept + (r * NT + v) * X::W, value);
-        return value;
-    };
-    auto again = [&](int64_t r, int v) {
-        return keep ? load_vector<V>(kept + (r * NT + v) * X::W) : tile.get(x + r * stride, v);
-    };
-    V x0[NT], even[NT] = {}, odd[NT] = {};
-    BNFAST_UNROLL for (int v = 0; v < NT; ++v) x0[v] = finite_or(tile.get(x, v), V{});
-    int64_t r = 0;
-    for (; r + 2 <= rows; r += 2) {
-        BNFAST_UNROLL for (int v = 0; v < NT; ++v) {
-            even[v] += minus(first(r, v), x0[v]);
-            odd[v] += minus(first(r + 1, v), x0[v]);
-        }
-    }
-    if (r < rows) {
-        BNFAST_UNROLL for (int v = 0; v < NT; ++v) even[v] += minus(first(r, v), x0[v]);
-    }
-    const T inv = T(1) / T(rows);
-    V c[NT], odd2[NT] = {}, even2[NT] = {};
-    BNFAST_UNROLL for (int v = 0; v < NT; ++v) {
-        c[v] = finite_or(x0[v] + (even[v] + odd[v]) * inv, x0[v]);
-        even[v] = odd[v] = V{};
-    }
-    for (r = 0; r + 2 <= rows; r += 2) {
-        BNFAST_UNROLL for (int v = 0; v < NT; ++v) {
-            const V d = minus(again(r, v), c[v]), e = minus(again(r + 1, v), c[v]);
-            even[v] += d;
-            odd[v] += e;
-            even2[v] += d * d;
-            odd2[v] += e * e;
-        }
-    }
-    if (r < rows) {
-        BNFAST_UNROLL for (int v = 0; v < NT; ++v) {
-            const V d = minus(again(r, v), c[v]);
-            even[v] += d;
-            even2[v] += d * d;
-        }
-    }
-    BNFAST_UNROLL for (int v = 0; v < NT; ++v) {
-        store_vector(c_out + v * X::W, c[v]);
-        store_vector(d_out + v * X::W, even[v] + odd[v]);
-        store_vector(dd_out + v * X::W, even2[v] + odd2[v]);
-    }
+template <class V> BNFAST_INLINE V sum_of_eight(const V (&v)[8]) {
+    return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
 }
 
-// Weighted, one column at a time: w of packed row r and column k is w[r*pack + k/C]. The order of every sum is that of
-// column_moments, so all-ones weights give the same bits.
+// step(column, columns in the vector, whole) over [0, width).
+template <class X, class Step> BNFAST_INLINE void across(int64_t width, Step step) {
+    int64_t k = 0;
+    for (; k + X::W <= width; k += X::W) step(k, X::W, Yes{});
+    if (k < width) step(k, int(width - k), No{});
+}
+
+// eight(row) and one(row) over the rows of a block.
+template <class Eight, class One> BNFAST_INLINE void by_eights(int64_t rows, Eight eight, One one) {
+    int64_t r = 0;
+    for (; r + 8 <= rows; r += 8) eight(r);
+    for (; r < rows; ++r) one(r);
+}
+
+template <class T> struct alignas(64) ColumnTile {
+    T centre[tile_columns], s1[tile_columns], s2[tile_columns];
+};
+
+// The two passes over one tile: leaves centre, sum(d) and sum(d*d).
+template <class X>
+BNFAST_INLINE void column_moments(const typename X::S* x, int64_t rows, int64_t stride, int64_t width,
+                                  ColumnTile<typename X::T>& t) {
+    using T = typename X::T;
+    using V = typename X::V;
+    auto at = [&](int64_t r, int64_t k, int n, auto whole) { return load_some<X>(x + r * stride + k, n, whole); };
+    auto get = [](const T* p) { return load_vector<V>(p); };
+    across<X>(width, [&](int64_t k, int n, auto whole) {
+        store_vector(t.centre + k, finite_or(at(0, k, n, whole), V{}));
+        store_vector(t.s1 + k, V{});
+    });
+    by_eights(
+        rows,
+        [&](int64_t r) {
+            across<X>(width, [&](int64_t k, int n, auto whole) {
+                const V c = get(t.centre + k);
+                V d[8];
+                BNFAST_UNROLL for (int i = 0; i < 8; ++i) d[i] = minus(at(r + i, k, n, whole), c);
+                store_vector(t.s1 + k, get(t.s1 + k) + sum_of_eight(d));
+            });
+        },
+        [&](int64_t r) {
+            across<X>(width, [&](int64_t k, int n, auto whole) {
+                store_vector(t.s1 + k, get(t.s1 + k) + minus(at(r, k, n, whole), get(t.centre + k)));
+            });
+        });
+    const T inv = T(1) / T(rows);
+    across<X>(width, [&](int64_t k, int, auto) {
+        const V x0 = get(t.centre + k);
+        store_vector(t.centre + k, finite_or(x0 + get(t.s1 + k) * inv, x0));
+        store_vector(t.s1 + k, V{});
+        store_vector(t.s2 + k, V{});
+    });
+    by_eights(
+        rows,
+        [&](int64_t r) {
+            across<X>(width, [&](int64_t k, int n, auto whole) {
+                const V c = get(t.centre + k);
+                V d[8];
+                BNFAST_UNROLL for (int i = 0; i < 8; ++i) d[i] = minus(at(r + i, k, n, whole), c);
+                store_vector(t.s1 + k, get(t.s1 + k) + sum_of_eight(d));
+                BNFAST_UNROLL for (int i = 0; i < 8; ++i) d[i] *= d[i];
+                store_vector(t.s2 + k, get(t.s2 + k) + sum_of_eight(d));
+            });
+        },
+        [&](int64_t r) {
+            across<X>(width, [&](int64_t k, int n, auto whole) {
+                const V d = minus(at(r, k, n, whole), get(t.centre + k));
+                store_vector(t.s1 + k, get(t.s1 + k) + d);
+                store_vector(t.s2 + k, get(t.s2 + k) + d * d);
+            });
+        });
+}
+
+// Weighted, one column at a time: row r has weight w[r*w_stride]. Every sum has the order of column_moments, so
+// all-ones weights give the same bits.
 template <class X>
 BNFAST_INLINE BlockMoments weighted_column(const typename X::S* x, const typename X::T* w, int64_t rows,
                                            int64_t stride, int64_t w_stride) {
     using T = typename X::T;
     auto value = [&](int64_t r) { return X::load_partial(x + r * stride, 1, typename X::V{})[0]; };
+    auto weight = [&](int64_t r) { return w[r * w_stride]; };
+    auto sum = [&](auto term) {
+        T s = 0;
+        by_eights(
+            rows,
+            [&](int64_t r) {
+                T t[8];
+                for (int i = 0; i < 8; ++i) t[i] = term(r + i);
+                s += sum_of_eight(t);
+            },
+            [&](int64_t r) { s += term(r); });
+        return s;
+    };
     T x0 = 0;
     for (int64_t r = rows - 1; r >= 0; --r)
-        if (w[r * w_stride] > T(0)) x0 = finite_or_zero(value(r));
-    T s[2] = {}, sw[2] = {};
-    for (int64_t r = 0; r < rows; ++r) {
-        const T t = w[r * w_stride];
-        if (t > T(0)) s[r & 1] += t * (value(r) - x0);
-        sw[r & 1] += t;
-    }
-    const T n = sw[0] + sw[1];
-    const T centre = x0 + (s[0] + s[1]) * (n > T(0) ? T(1) / n : T(0));
-    const T c = centre - centre == T(0) ? centre : x0;
-    T s1[2] = {}, s2[2] = {};
-    for (int64_t r = 0; r < rows; ++r) {
-        const T t = w[r * w_stride], d = value(r) - c;
-        if (!(t > T(0))) continue;
-        s1[r & 1] += t * d;
-        s2[r & 1] += t * (d * d);
-    }
-    return BlockMoments(double(n), c, s1[0] + s1[1], s2[0] + s2[1]);
+        if (weight(r) > T(0)) x0 = finite_or_zero(value(r));
+    const T n = sum(weight);
+    auto weighted = [&](auto term) { return [=](int64_t r) { return weight(r) > T(0) ? weight(r) * term(r) : T(0); }; };
+    const T mean = x0 + sum(weighted([=](int64_t r) { return value(r) - x0; })) * (n > T(0) ? T(1) / n : T(0));
+    const T c = mean - mean == T(0) ? mean : x0;
+    const T s1 = sum(weighted([=](int64_t r) { return value(r) - c; }));
+    const T s2 = sum(weighted([=](int64_t r) { return (value(r) - c) * (value(r) - c); }));
+    return BlockMoments(double(n), c, s1, s2);
 }
 
 struct ColumnState {  // running moments of packed columns; counts only where weights make them differ
     double *mean, *m2, *count;
 };
 
-template <class X, int NT>
-BNFAST_INLINE void merge_tile(const typename X::S* x, int64_t rows, int64_t stride, int64_t k, int64_t width,
-                              const MergeWeights& merge, const ColumnState& state) {
-    typename X::T c[NT * X::W], d[NT * X::W], dd[NT * X::W];
-    const int64_t left = width - (NT - 1) * X::W;
-    const int last = int(left < X::W ? left : X::W);
-    if (stride * int64_t(sizeof(typename X::S)) % 1024 == 0) column_moments<X, NT, true>(x + k, rows, stride, last, c, d, dd);
-    else column_moments<X, NT, false>(x + k, rows, stride, last, c, d, dd);
-    for (int64_t j = 0; j < width; ++j) {
-        const BlockMoments m(double(rows), c[j], d[j], dd[j]);
-        merge.into(state.mean[k + j], state.m2[k + j], m.mean, m.m2);
-    }
-}
-
 template <class X>
 BNFAST_INLINE void merge_block(const typename X::S* x, int64_t rows, int64_t stride, int64_t k0, int64_t k1,
                                double count, const ColumnState& state) {
-    constexpr int NT = 4;  // 4 vectors: 12 registers of sums and centres, so AVX2's 16 suffice in the first pass
     const MergeWeights merge(count, double(rows));
-    int64_t k = k0;
-    for (; k + NT * X::W <= k1; k += NT * X::W) merge_tile<X, NT>(x, rows, stride, k, NT * X::W, merge, state);
-    for (; k < k1; k += X::W) merge_tile<X, 1>(x, rows, stride, k, k1 - k < X::W ? k1 - k : X::W, merge, state);
+    ColumnTile<typename X::T> tile;
+    for (int64_t k = k0; k < k1; k += tile_columns) {
+        const int64_t width = k1 - k < tile_columns ? k1 - k : tile_columns;
+        column_moments<X>(x + k, rows, stride, width, tile);
+        for (int64_t j = 0; j < width; ++j) {
+            const BlockMoments m(double(rows), tile.centre[j], tile.s1[j], tile.s2[j]);
+            merge.into(state.mean[k + j], state.m2[k + j], m.mean, m.m2);
+        }
+    }
 }
 
 template <class X>

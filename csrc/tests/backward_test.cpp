@@ -15,7 +15,7 @@ TEST_CASE("grad agrees with the closed form, and every instruction set with the 
     for (Shape shape : kernel_shapes())
         for (DType dtype : all_dtypes)
             for (const Case& c : cases_of(shape, dtype)) {
-                const Inputs in(c), shifted(c, 1);
+                const Inputs in(c), shifted = in.shifted();
                 Forward forward;
                 Backward first;
                 {

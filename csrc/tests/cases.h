@@ -25,7 +25,8 @@ std::vector<Case> cases_of(Shape shape, DType dtype);
 
 struct Inputs {
     Array x, dy, residual, mask, gamma, beta;
-    Inputs(const Case& c, int shift = 0);
+    explicit Inputs(const Case& c);
+    Inputs shifted() const;  // the same, one value off their lines
 };
 
 struct Forward {
@@ -53,7 +54,7 @@ Worst check_backward(const Case& c, const Inputs& in, const Forward& forward, co
 
 // Puts the settings back when a test ends, however it ends.
 struct Settings {
-    Settings(const std::string& isa, int threads);  // threads > 0: a team, however small the tensor
+    Settings(const std::string& isa, int threads);  // threads > 0: a whole team, however small the tensor
     ~Settings();
 };
 bool same(const std::vector<double>& a, const std::vector<double>& b);  // bits; NaN equals NaN

@@ -79,6 +79,11 @@ double Array::get(std::int64_t i) const {
 void Array::set(std::int64_t i, double value) {
     narrow(dtype, value, static_cast<unsigned char*>(data()) + std::size_t(i) * item(dtype));
 }
+Array Array::shifted() const {
+    Array a(dtype, size, 1);
+    if (size) std::memcpy(a.data(), data(), std::size_t(size) * item(dtype));
+    return a;
+}
 bool Array::guards_intact() const {
     for (std::size_t i = 0; i < front_; ++i)
         if (bytes_[i] != 0xa5) return false;

@@ -43,6 +43,7 @@ public:
     const void* data() const { return bytes_.data() + front_; }
     double get(std::int64_t i) const;
     void set(std::int64_t i, double value);
+    Array shifted() const;  // a copy one value off its line
     bool guards_intact() const;
     bool same_bits(const Array& other) const;
 

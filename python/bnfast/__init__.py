@@ -6,7 +6,14 @@ This file is the table of contents. It imports NumPy and nothing heavier.
 from .functional import GradResult, TrainResult, batch_norm_grad, batch_norm_infer, batch_norm_train, moments
 from .layers import BatchNormalization
 from .moments import Moments
-from .runtime import build_info, get_num_threads, set_num_threads
+from .runtime import (
+    build_info,
+    clear_memory,
+    get_num_threads,
+    memory_statistics,
+    set_memory_limit,
+    set_num_threads,
+)
 
 __all__ = [
     "BatchNormalization",
@@ -18,8 +25,11 @@ __all__ = [
     "batch_norm_infer",
     "batch_norm_train",
     "build_info",
+    "clear_memory",
     "get_num_threads",
+    "memory_statistics",
     "moments",
+    "set_memory_limit",
     "set_num_threads",
 ]
 

@@ -1,4 +1,4 @@
-"""How many threads the kernels use, and what this build is."""
+"""How many threads the kernels use, the memory that outputs come from, and what this build is."""
 
 from __future__ import annotations
 
@@ -7,9 +7,16 @@ from typing import TYPE_CHECKING
 from . import _core
 
 if TYPE_CHECKING:
-    from ._core import BuildInfo  # a name of the stub alone
+    from ._core import BuildInfo, MemoryStatistics  # names of the stub alone
 
-__all__ = ["build_info", "get_num_threads", "set_num_threads"]
+__all__ = [
+    "build_info",
+    "clear_memory",
+    "get_num_threads",
+    "memory_statistics",
+    "set_memory_limit",
+    "set_num_threads",
+]
 
 
 def get_num_threads() -> int:
@@ -33,6 +40,38 @@ def set_num_threads(n: int | None) -> None:
         if not 1 <= n <= 4096:  # more is a slip, and a team of it would be tried
             raise ValueError(f"n must be in [1, 4096]. Received: {n}")
     _core.set_num_threads(n)
+
+
+def clear_memory() -> None:
+    """Give the memory kept for new outputs back to the system. Arrays that still exist are not touched."""
+    _core.clear_memory()
+
+
+def set_memory_limit(limit_bytes: int) -> None:
+    """Keep at most `limit_bytes` of memory for new outputs once the arrays that had it are gone; 0 keeps none.
+
+    What is kept above a lower limit goes back to the system at once. Arrays in use do not count, and no call fails for
+    this limit. The default is 512 MiB.
+
+    Raises:
+        TypeError: `limit_bytes` is not an integer.
+        ValueError: `limit_bytes` is not in [0, 2**63).
+    """
+    if isinstance(limit_bytes, bool) or not hasattr(limit_bytes, "__index__"):
+        raise TypeError(f"limit_bytes must be an integer. Received: {limit_bytes!r} ({type(limit_bytes).__name__})")
+    limit_bytes = limit_bytes.__index__()
+    if not 0 <= limit_bytes < 2**63:
+        raise ValueError(f"limit_bytes must be in [0, 2**63). Received: {limit_bytes}")
+    _core.set_memory_limit(limit_bytes)
+
+
+def memory_statistics() -> MemoryStatistics:
+    """The memory that outputs come from, since the process began.
+
+    Keys: held_bytes (kept for new outputs), limit_bytes (the most that is kept), in_use_bytes (of arrays that exist),
+    reused and fresh (how many outputs took memory that was kept, and how many new memory).
+    """
+    return _core.build_info()["memory"]
 
 
 def build_info() -> BuildInfo:

@@ -11,10 +11,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from bnfast.cli import demo, info
+from bnfast.cli import bench, demo, info
 from bnfast.cli.errors import UserError
 
-COMMANDS = (info, demo)
+COMMANDS = (info, demo, bench)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -57,12 +57,14 @@ def package_version(module: str) -> str | None:
 
 def describe(facts: dict[str, Any]) -> str:
     """The report as aligned lines of text."""
+    memory = facts["memory"]
     rows = {
         "version": f"{facts['version']} (Python {facts['python']}, {facts['platform']})",
         "instruction set": f"{facts['isa']} ({facts['isa_reason']})",
         "available here": ", ".join(facts["isas"]),
         "threads": f"{facts['threads']} ({facts['threads_reason']})",
-        "caches": ", ".join(f"{level} {_size(facts[key])}" for level, key in _CACHES),
+        "caches": ", ".join(f"{level} {_size(facts[key]) if facts[key] else 'unknown'}" for level, key in _CACHES),
+        "output memory": f"{_size(memory['held_bytes'])} kept for reuse, of at most {_size(memory['limit_bytes'])}",
         "compiler": facts["compiler"],
         "flags": facts["flags"],
         "threads run by": facts["openmp"],
@@ -76,6 +78,4 @@ _CACHES = (("L1d", "l1d_bytes"), ("L2", "l2_bytes"), ("L3", "l3_bytes"))
 
 def _size(count: int) -> str:
     """Bytes as people name caches: 48 KiB, 1 MiB, 1.5 MiB."""
-    if not count:
-        return "unknown"
     return f"{count / 2**20:g} MiB" if count >= 2**20 else f"{count / 2**10:g} KiB"

@@ -1,0 +1,48 @@
+"""bnfast's functions on NumPy arrays; reused: with `out=`."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+import bnfast
+from bnfast._arrays import Array
+from bnfast.benchmark.cases import EPSILON, MOMENTUM, Arrays, Case
+from bnfast.benchmark.peers.base import Calls, Peer
+
+
+class Ours(Peer):
+    """What everything else is compared with."""
+
+    name = "bnfast"
+    title = "bnfast"
+    distribution = "bnfast"
+
+    def __init__(self, threads: int) -> None:
+        bnfast.set_num_threads(threads)
+
+    def version(self) -> str:
+        return str(bnfast.build_info()["version"])
+
+    def prepare(self, case: Case, arrays: Arrays) -> Calls:
+        a, axis = arrays, case.axis
+        moving = a.moving_mean.copy(), a.moving_variance.copy()  # training moves them
+        out = np.ones_like(a.x)
+        call: partial[Any]
+        if case.op == "infer":
+            call = partial(bnfast.batch_norm_infer, a.x, *moving, a.gamma, a.beta, axis=axis, epsilon=EPSILON)
+            return Calls(call, lambda y: {"y": y}, partial(call, out=out))
+        call = partial(
+            bnfast.batch_norm_train, a.x, a.gamma, a.beta, *moving, axis=axis, epsilon=EPSILON, momentum=MOMENTUM
+        )
+        if case.op == "train":
+            return Calls(call, lambda result: {"y": result.y}, partial(call, out=out))
+        trained = call()
+        call = partial(bnfast.batch_norm_grad, a.dy, a.x, trained.mean, trained.invstd, a.gamma, a.beta, axis=axis)
+        return Calls(call, _gradients, partial(call, out=out))
+
+
+def _gradients(result: Any) -> dict[str, Array]:
+    return {"dx": result.dx, "dgamma": result.dgamma, "dbeta": result.dbeta}
