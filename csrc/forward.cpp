@@ -15,7 +15,7 @@ struct Reduction {
     Plan plan;
     const TypeKernels& kernels;
     ReduceArgs args{};
-    int64_t each_scratch, count_at, mean_at, m2_at, scratch_at;
+    int64_t each_scratch, count_at, centre_at, offset_at, m2_at, scratch_at;
 
     Reduction(const Plan& p, const TypeKernels& k, const void* x, const void* mask, Scratch& scratch)
         : plan(p), kernels(k) {
@@ -23,15 +23,17 @@ struct Reduction {
         args.grid = g;
         args.x = x;
         args.mask = mask;
-        each_scratch = g.pack > 1 || mask ? (3 * g.pack * g.C + 7) / 8 * 8 : 0;
+        each_scratch = g.pack > 1 || mask ? (4 * g.pack * g.C + 7) / 8 * 8 : 0;
         count_at = scratch.count(g.chunks * plan.groups);
-        mean_at = scratch.count(g.chunks * g.C);
+        centre_at = scratch.count(g.chunks * g.C);
+        offset_at = scratch.count(g.chunks * g.C);
         m2_at = scratch.count(g.chunks * g.C);
         scratch_at = scratch.count(each_scratch * plan.threads);
     }
     void place(const Scratch& scratch) {
         args.count = scratch.at(count_at);
-        args.mean = scratch.at(mean_at);
+        args.centre = scratch.at(centre_at);
+        args.offset = scratch.at(offset_at);
         args.m2 = scratch.at(m2_at);
         args.scratch = scratch.at(scratch_at);
     }
@@ -46,7 +48,7 @@ struct Reduction {
     }
     MergeArgs merge(int64_t c0, int64_t c1, double* mean, double* variance) const {
         const double* count = args.count + (plan.by_groups ? counts_of(c0) : 0);
-        return {args.grid.C, args.grid.chunks, c0, c1, count, args.mean, args.m2, mean, variance};
+        return {args.grid.C, args.grid.chunks, c0, c1, count, args.centre, args.offset, args.m2, mean, variance};
     }
     // Every group counts for itself (the counts are equal), so that none waits for another.
     int64_t counts_of(int64_t c0) const { return c0 / plan.group * args.grid.chunks; }

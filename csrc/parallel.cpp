@@ -97,17 +97,16 @@ public:
         size_ = size;
         left_.store(0, std::memory_order_relaxed);
         const std::uint64_t job = posted_.load(std::memory_order_relaxed) + 1;
-        job_ = job;
-        members_.store(1, std::memory_order_release);
+        members_.store(job << shift | 1, std::memory_order_release);
         posted_.store(job);
         if (sleeping_.load() > 0) {
             { const std::lock_guard<std::mutex> lock(mutex_); }
             wake_.notify_all();
         }
-        while (full && members_.load() < size) std::this_thread::yield();
+        while (full && int(members_.load() & closed) < size) std::this_thread::yield();
         Team team(0, size, counters_.get());
         body(context, team);
-        const int joined = members_.exchange(closed, std::memory_order_acq_rel);
+        const int joined = int(members_.exchange(job << shift | closed, std::memory_order_acq_rel) & closed);
         while (left_.load(std::memory_order_acquire) < joined - 1) relax();  // all steps are done: they are leaving
         return joined;
     }
@@ -118,19 +117,19 @@ public:
     }
 
 private:
-    static constexpr int closed = 1 << 30;
+    // members_: the job, and how many have joined it, in one word, so that nobody joins another job than he looked at.
+    static constexpr int shift = 16;
+    static constexpr std::uint64_t closed = (1 << shift) - 1;
 
     void work() {
         const IeeeMode mode;
         for (std::uint64_t seen = 0; wait_for_job(seen);) {
-            int k = members_.load(std::memory_order_acquire);
-            while (k < closed && k < size_ && !members_.compare_exchange_weak(k, k + 1, std::memory_order_acq_rel)) {}
-            if (k >= closed || k >= size_) {  // over, or the team is complete
-                seen = posted_.load();
-                continue;
+            std::uint64_t now = members_.load(std::memory_order_acquire);
+            while (int(now & closed) < size_ && !members_.compare_exchange_weak(now, now + 1, std::memory_order_acq_rel)) {
             }
-            seen = job_;
-            Team team(k, size_, counters_.get());
+            seen = now >> shift;
+            if (int(now & closed) >= size_) continue;  // over, or the team is complete
+            Team team(int(now & closed), size_, counters_.get());
             body_(context_, team);
             left_.fetch_add(1, std::memory_order_release);
         }
@@ -153,8 +152,8 @@ private:
     const std::unique_ptr<Counter[]> counters_;
     void (*body_)(void*, Team&) = nullptr;
     void* context_ = nullptr;
-    std::atomic<int> size_{0}, members_{closed}, left_{0}, sleeping_{0};
-    std::atomic<std::uint64_t> job_{0}, posted_{0};
+    std::atomic<int> size_{0}, left_{0}, sleeping_{0};
+    std::atomic<std::uint64_t> members_{closed}, posted_{0};
     std::atomic<bool> stopped_{false};
     std::mutex mutex_;
     std::condition_variable wake_;

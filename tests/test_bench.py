@@ -8,6 +8,7 @@ import math
 import subprocess
 import sys
 
+import bnfast
 import numpy as np
 import pytest
 from bnfast.benchmark import agreement, allocator, cases, figure, report, timing
@@ -23,6 +24,13 @@ ROW = {
 
 def make_case(op="train", layout="channels_last", dtype="float32", shape="4,6,5x3") -> cases.Case:
     return cases.Case(cases.parse_shape(shape), layout, op, dtype)
+
+
+@pytest.fixture(autouse=True)
+def default_threads():
+    """Peers set the number of threads, ours too."""
+    yield
+    bnfast.set_num_threads(None)
 
 
 @pytest.fixture

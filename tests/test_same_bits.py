@@ -154,7 +154,7 @@ def usual_settings():
     bnfast.set_num_threads(None)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def expected_of(case: Case) -> dict[str, Any]:
     return everything(case, settle(BASELINE, 1))
 

@@ -37,8 +37,8 @@ struct ReduceArgs {  // moments of one chunk, channels [c0, c1)
     Grid grid;
     const void *x, *mask;
     int64_t chunk, c0, c1;
-    double *count, *mean, *m2;  // count: [chunks], the same for every channel; mean, m2: [chunks][C]
-    double* scratch;            // 3*pack*C doubles of this thread's own, where pack > 1 or mask
+    double *count, *centre, *offset, *m2;  // count: [chunks], the same for every channel; the rest [chunks][C]
+    double* scratch;                       // 4*pack*C doubles of this thread's own, where pack > 1 or mask
 };
 
 struct ApplyArgs {
@@ -99,7 +99,7 @@ struct GradFoldArgs {
 
 struct MergeArgs {  // chunk results of channels [c0, c1), merged in chunk order
     int64_t C, chunks, c0, c1;
-    const double *count, *mean, *m2;
+    const double *count, *centre, *offset, *m2;  // a chunk's mean is centre + offset
     double *mean_out, *variance_out;
 };
 

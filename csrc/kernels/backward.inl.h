@@ -66,9 +66,8 @@ template <class X, int mode, int act> void grad_apply_rows(const GradApplyArgs& 
     auto w = static_cast<const T*>(a.mask);
     auto at_c = [&](void* p, int64_t c) { return X::splat(static_cast<const T*>(p)[c]); };
     const T bound = T(a.act.bound), slope = T(a.act.negative_slope);
-    const bool stream = a.stream;
     const int64_t S_ = a.grid.S, CS = a.grid.C * S_;
-    over_pieces(a.grid, a.begin, a.end, [&](int64_t at, int64_t n, int64_t c) {
+    auto visit = [&](S* to, int64_t at, int64_t n, int64_t c, auto stream) {
         const V m = at_c(a.params.mean_hi, c), sc = at_c(a.params.scale, c), sh = at_c(a.params.shift, c);
         const V mdy = mode == grad_frozen ? V{} : at_c(a.params.mean_dy, c);
         const V sx = mode == grad_frozen ? V{} : at_c(a.params.slope_x, c);
@@ -80,37 +79,37 @@ template <class X, int mode, int act> void grad_apply_rows(const GradApplyArgs& 
             return sc * (grad - mdy) + (sx * (xi - m) + lv);
         };
         constexpr bool reads_x = mode != grad_frozen || act != act_none;
-        auto put = [&](auto store_at) {
-            over_piece<X>(
-                dx + at, n, stream,
-                [&](int64_t i) {
-                    const int64_t j = at + i;
-                    const V xi = reads_x ? X::load(x + j) : V{};
-                    V grad = X::load(dy + j);
-                    if (act != act_none) {
-                        V z = pre_activation(xi, m, sc, sh);
-                        if (res) z += X::load(res + j);
-                        grad = gate<act>(z, grad, bound, slope);
-                        if (dres) X::store(dres + j, grad);
-                    }
-                    store_at(dx + j, value(grad, xi, mode == grad_weighted ? P::load(weights + i) : V{}));
-                },
-                [&](int64_t i, int left) {
-                    const int64_t j = at + i;
-                    const V xi = reads_x ? X::load_partial(x + j, left, m) : V{};
-                    V grad = X::load_partial(dy + j, left, V{});
-                    if (act != act_none) {
-                        V z = pre_activation(xi, m, sc, sh);
-                        if (res) z += X::load_partial(res + j, left, V{});
-                        grad = gate<act>(z, grad, bound, slope);
-                        if (dres) X::store_partial(dres + j, grad, left);
-                    }
-                    const V weight = mode == grad_weighted ? P::load_partial(weights + i, left, V{}) : V{};
-                    X::store_partial(dx + j, value(grad, xi, weight), left);
-                });
-        };
-        if (stream) put([](S* p, V v) { X::stream(p, v); });
-        else put([](S* p, V v) { X::store(p, v); });
+        over_piece<X>(
+            to + at, n, stream,
+            [&](int64_t i) {
+                const int64_t j = at + i;
+                const V xi = reads_x ? X::load(x + j) : V{};
+                V grad = X::load(dy + j);
+                if (act != act_none) {
+                    V z = pre_activation(xi, m, sc, sh);
+                    if (res) z += X::load(res + j);
+                    grad = gate<act>(z, grad, bound, slope);
+                    if (dres) X::store(dres + j, grad);
+                }
+                const V weight = mode == grad_weighted ? P::load(weights + i) : V{};
+                store_some<X>(to + j, value(grad, xi, weight), X::W, Yes{}, stream);
+            },
+            [&](int64_t i, int left) {
+                const int64_t j = at + i;
+                const V xi = reads_x ? X::load_partial(x + j, left, m) : V{};
+                V grad = X::load_partial(dy + j, left, V{});
+                if (act != act_none) {
+                    V z = pre_activation(xi, m, sc, sh);
+                    if (res) z += X::load_partial(res + j, left, V{});
+                    grad = gate<act>(z, grad, bound, slope);
+                    if (dres) X::store_partial(dres + j, grad, left);
+                }
+                const V weight = mode == grad_weighted ? P::load_partial(weights + i, left, V{}) : V{};
+                X::store_partial(to + j, value(grad, xi, weight), left);
+            });
+    };
+    fill_range(dx, a.begin, a.end, a.grid.S, a.stream, [&](int64_t begin, int64_t end, S* to, auto stream) {
+        over_pieces(a.grid, begin, end, [&](int64_t at, int64_t n, int64_t c) { visit(to, at, n, c, stream); });
     });
 }
 
@@ -225,6 +224,7 @@ template <class X, int mode, int act> void grad_apply_columns(const GradApplyArg
             }
             store_some<X>(dx + at, out, n, whole, stream);
         });
+        if (stream.value) fence_streams();
     });
 }
 

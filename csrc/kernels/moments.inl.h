@@ -3,7 +3,8 @@
 // A block (about 16 KiB: it stays in L1) is read twice: first sum(x - x0), x0 the block's first valid value, gives a
 // centre c near the block's mean; then d = x - c gives sum(d) and sum(d*d). In float64:
 //   mean_b = c + sum(d)/n,   M2_b = sum(d*d) - sum(d)^2/n  (clamped at 0)
-// and blocks are merged in order by Chan's formula. x - x0 and x - c are exact or nearly so at any offset, so the
+// and blocks are merged in order by Chan's formula, on means kept as centre + offset: the centre is the first block's, and
+// the difference of two means loses no digits of float64 to a large one. x - x0 and x - c are exact or nearly so at any offset, so the
 // offset costs no digits; a constant channel has d = 0 and M2 exactly 0. With weights w every sum takes w.
 #pragma once
 #include "simd.inl.h"
@@ -11,34 +12,38 @@
 namespace bnfast {
 namespace {
 
-// Chan: (na, mean, m2) takes in (nb, mean_b, m2_b). The order of products keeps na = 0 from making inf*0.
-struct MergeWeights {
-    double r, q;  // nb/n and na*nb/n
-    BNFAST_INLINE MergeWeights(double na, double nb) {
+struct BlockMoments {
+    double n, centre, offset, m2;  // the mean is centre + offset
+    template <class T> BNFAST_INLINE BlockMoments(double count, T c, T sum_d, T sum_dd) {
+        const double inv = count > 0 ? 1 / count : 0, s = double(sum_d);
+        const double raw = double(sum_dd) - s * s * inv;
+        n = count;
+        centre = double(c);
+        offset = s * inv;
+        m2 = raw < 0 ? 0 : raw;  // NaN stays NaN
+    }
+    BlockMoments(double count, double c, double o, double m) : n(count), centre(c), offset(o), m2(m) {}
+};
+
+// Chan: na values take in nb.
+struct Merge {
+    double first, r, q;  // r = nb/n, q = na*nb/n
+    BNFAST_INLINE Merge(double na, double nb) {
         const double n = na + nb;
+        first = na > 0 ? 0 : 1;
         r = n > 0 ? nb / n : 0;
         q = na * r;
     }
-    BNFAST_INLINE void into(double& mean, double& m2, double mean_b, double m2_b) const {
-        const double delta = mean_b - mean;
-        mean += delta * r;
-        m2 += m2_b + (delta * q) * delta;
+    BNFAST_INLINE void into(double& centre, double& offset, double& m2, const BlockMoments& b) const {
+        const double delta = (b.centre - centre) + (b.offset - offset);
+        centre = first != 0 ? b.centre : centre;
+        offset = first != 0 ? b.offset : offset + delta * r;
+        m2 = first != 0 ? b.m2 : m2 + (b.m2 + (delta * q) * delta);
     }
 };
 
 template <class T> BNFAST_INLINE T finite_or_zero(T t) { return t - t == T(0) ? t : T(0); }
 template <class V> BNFAST_INLINE V finite_or(V v, V other) { return v - v == V{} ? v : other; }
-
-struct BlockMoments {
-    double n, mean, m2;
-    template <class T> BNFAST_INLINE BlockMoments(double count, T c, T sum_d, T sum_dd) {
-        const double inv = count > 0 ? 1 / count : 0, s = double(sum_d);
-        const double raw = double(sum_dd) - s * s * inv;
-        n = count;
-        mean = double(c) + s * inv;
-        m2 = raw < 0 ? 0 : raw;  // NaN stays NaN
-    }
-};
 
 BNFAST_INLINE int64_t chunk_end(const Grid& g, int64_t chunk) {
     const int64_t end = (chunk + 1) * g.chunk_blocks;
@@ -49,15 +54,24 @@ BNFAST_INLINE int64_t chunk_end(const Grid& g, int64_t chunk) {
 
 double merge_chunks(const MergeArgs& a) noexcept {
     double total = 0;
-    for (int64_t c = a.c0; c < a.c1; ++c) a.mean_out[c] = a.variance_out[c] = 0;
-    for (int64_t k = 0; k < a.chunks; ++k) {
-        const double *mean = a.mean + k * a.C, *m2 = a.m2 + k * a.C;
-        const MergeWeights merge(total, a.count[k]);
-        for (int64_t c = a.c0; c < a.c1; ++c) merge.into(a.mean_out[c], a.variance_out[c], mean[c], m2[c]);
-        total += a.count[k];
-    }
+    for (int64_t k = 0; k < a.chunks; ++k) total += a.count[k];
     const double inv = total > 0 ? 1 / total : 0;
-    for (int64_t c = a.c0; c < a.c1; ++c) a.variance_out[c] *= inv;
+    constexpr int64_t step = 64;
+    for (int64_t c0 = a.c0; c0 < a.c1; c0 += step) {
+        const int64_t width = a.c1 - c0 < step ? a.c1 - c0 : step;
+        double centre[step] = {}, offset[step] = {}, m2[step] = {}, n = 0;
+        for (int64_t k = 0; k < a.chunks; ++k) {
+            const int64_t at = k * a.C + c0;
+            const Merge merge(n, a.count[k]);
+            for (int64_t i = 0; i < width; ++i)
+                merge.into(centre[i], offset[i], m2[i], {a.count[k], a.centre[at + i], a.offset[at + i], a.m2[at + i]});
+            n += a.count[k];
+        }
+        for (int64_t i = 0; i < width; ++i) {
+            a.mean_out[c0 + i] = centre[i] + offset[i];
+            a.variance_out[c0 + i] = m2[i] * inv;
+        }
+    }
     return total;
 }
 

@@ -72,18 +72,41 @@ template <class Visit> BNFAST_INLINE void over_pieces(const Grid& g, int64_t beg
     }
 }
 
-// full(offset) and partial(offset, count) over n values; streamed pieces start at a whole vector of y.
-template <class X, class Full, class Partial>
-BNFAST_INLINE void over_piece(const typename X::S* y, int64_t n, bool aligned, Full full, Partial partial) {
+// full(offset) and partial(offset, count) over n values; where they are streamed to `to`, whole vectors of it are full.
+template <class X, class Stream, class Full, class Partial>
+BNFAST_INLINE void over_piece(const typename X::S* to, int64_t n, Stream, Full full, Partial partial) {
     int64_t i = 0;
-    if (aligned) {
-        constexpr uintptr_t unit = X::W * sizeof(typename X::S);
-        const int64_t head = int64_t((unit - reinterpret_cast<uintptr_t>(y) % unit) % unit / sizeof(typename X::S));
-        if (head) partial(0, int(head < n ? head : n));
+    if (Stream::value) {
+        constexpr int64_t unit = X::W * sizeof(typename X::S);
+        const int64_t head = (unit - int64_t(reinterpret_cast<uintptr_t>(to) % unit)) % unit / sizeof(typename X::S);
         i = head < n ? head : n;
+        if (i) partial(0, int(i));
     }
     for (; i + X::W <= n; i += X::W) full(i);
     if (i < n) partial(i, int(n - i));
+}
+
+// Writes [begin, end) of y through fill(begin, end, to, stream), which stores value i at to[i]. Rows begin and end
+// anywhere in a line, and a line that is half streamed costs a read of memory; so short rows are gathered in L1, 512
+// bytes at a time, and leave it in whole lines: the gradient of (32, 1024, 14, 14) took 1.25 times as long without.
+template <class S, class Fill>
+BNFAST_INLINE void fill_range(S* y, int64_t begin, int64_t end, int64_t row, bool stream, Fill fill) {
+    constexpr int64_t block = 512 / int64_t(sizeof(S)), line = 64 / int64_t(sizeof(S)), long_row = 32 * line;
+    if (!stream) return fill(begin, end, y, No{});
+    if (row >= long_row) fill(begin, end, y, Yes{});
+    alignas(64) S gathered[block];
+    for (int64_t i = row >= long_row ? end : begin; i < end;) {
+        const int64_t skew = int64_t(reinterpret_cast<uintptr_t>(y + i) % 64 / sizeof(S));
+        const int64_t stop = i + block - skew < end ? i + block - skew : end;
+        S *to = gathered + skew - i, *last = gathered + skew + (stop - i);
+        fill(i, stop, to, No{});
+        S *from = gathered + skew, *out = y + i;
+        for (; from < last && (from - gathered) % line; ++from, ++out) *out = *from;
+        for (; from + line <= last; from += line, out += line) stream_line(out, from);
+        for (; from < last; ++from, ++out) *out = *from;
+        i = stop;
+    }
+    fence_streams();
 }
 
 template <class X, int act> void apply_rows(const ApplyArgs& a) noexcept {
@@ -95,25 +118,22 @@ template <class X, int act> void apply_rows(const ApplyArgs& a) noexcept {
     auto mean_hi = static_cast<const T*>(a.params.mean_hi), scale = static_cast<const T*>(a.params.scale),
          shift = static_cast<const T*>(a.params.shift);
     const T bound = T(a.act.bound), slope = T(a.act.negative_slope);
-    const bool stream = a.stream;
-    over_pieces(a.grid, a.begin, a.end, [&](int64_t at, int64_t n, int64_t c) {
-        const V m = X::splat(mean_hi[c]), s = X::splat(scale[c]), b = X::splat(shift[c]);
-        auto put = [&](auto store_at) {
+    fill_range(y, a.begin, a.end, a.grid.S, a.stream, [&](int64_t begin, int64_t end, S* to, auto stream) {
+        over_pieces(a.grid, begin, end, [&](int64_t at, int64_t n, int64_t c) {
+            const V m = X::splat(mean_hi[c]), s = X::splat(scale[c]), b = X::splat(shift[c]);
             over_piece<X>(
-                y + at, n, stream,
+                to + at, n, stream,
                 [&](int64_t i) {
                     V z = pre_activation(X::load(x + at + i), m, s, b);
                     if (res) z += X::load(res + at + i);
-                    store_at(y + at + i, activate<act>(z, bound, slope));
+                    store_some<X>(to + at + i, activate<act>(z, bound, slope), X::W, Yes{}, stream);
                 },
                 [&](int64_t i, int left) {
                     V z = pre_activation(X::load_partial(x + at + i, left, m), m, s, b);
                     if (res) z += X::load_partial(res + at + i, left, V{});
-                    X::store_partial(y + at + i, activate<act>(z, bound, slope), left);
+                    X::store_partial(to + at + i, activate<act>(z, bound, slope), left);
                 });
-        };
-        if (stream) put([](S* p, V v) { X::stream(p, v); });
-        else put([](S* p, V v) { X::store(p, v); });
+        });
     });
 }
 
@@ -158,6 +178,7 @@ template <class X, int act> void apply_columns(const ApplyArgs& a) noexcept {
             if (has_residual.value) z += load_some<X>(res + at, n, whole);
             store_some<X>(y + at, activate<act>(z, bound, slope), n, whole, stream);
         });
+        if (stream.value) fence_streams();
     });
 }
 

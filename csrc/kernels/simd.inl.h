@@ -49,6 +49,19 @@ template <class V> BNFAST_INLINE void stream_vector(void* p, V v) {
     store_vector(p, v);
 }
 
+BNFAST_INLINE void stream_line(void* p, const void* from) {  // 64 bytes, both aligned
+    for (int i = 0; i < 64 / BNFAST_VBYTES; ++i)
+        stream_vector(static_cast<char*>(p) + i * BNFAST_VBYTES,
+                      load_vector<U32v>(static_cast<const char*>(from) + i * BNFAST_VBYTES));
+}
+
+// After streaming, before anyone else may read: a later ordinary store could overtake streamed ones.
+BNFAST_INLINE void fence_streams() {
+#if defined(__x86_64__)
+    _mm_sfence();
+#endif
+}
+
 // 16 to 32 bits and back (the upper halves are zero). GCC 12 takes the generic conversion apart into halves.
 BNFAST_INLINE U32v widen(U16h v) {
 #if BNFAST_VBYTES == 64 && defined(__AVX512F__)

@@ -120,20 +120,20 @@ BNFAST_INLINE BlockMoments weighted_column(const typename X::S* x, const typenam
 }
 
 struct ColumnState {  // running moments of packed columns; counts only where weights make them differ
-    double *mean, *m2, *count;
+    double *centre, *offset, *m2, *count;
 };
 
 template <class X>
 BNFAST_INLINE void merge_block(const typename X::S* x, int64_t rows, int64_t stride, int64_t k0, int64_t k1,
                                double count, const ColumnState& state) {
-    const MergeWeights merge(count, double(rows));
+    const Merge merge(count, double(rows));
     ColumnTile<typename X::T> tile;
     for (int64_t k = k0; k < k1; k += tile_columns) {
         const int64_t width = k1 - k < tile_columns ? k1 - k : tile_columns;
         column_moments<X>(x + k, rows, stride, width, tile);
         for (int64_t j = 0; j < width; ++j) {
             const BlockMoments m(double(rows), tile.centre[j], tile.s1[j], tile.s2[j]);
-            merge.into(state.mean[k + j], state.m2[k + j], m.mean, m.m2);
+            merge.into(state.centre[k + j], state.offset[k + j], state.m2[k + j], m);
         }
     }
 }
@@ -143,7 +143,7 @@ BNFAST_INLINE void merge_weighted_block(const typename X::S* x, const typename X
                                         int64_t stride, int64_t k0, int64_t k1, const ColumnState& state) {
     for (int64_t k = k0; k < k1; ++k) {
         const BlockMoments m = weighted_column<X>(x + k, w + k / g.C, rows, stride, g.pack);
-        MergeWeights(state.count[k], m.n).into(state.mean[k], state.m2[k], m.mean, m.m2);
+        Merge(state.count[k], m.n).into(state.centre[k], state.offset[k], state.m2[k], m);
         state.count[k] += m.n;
     }
 }
@@ -165,10 +165,11 @@ template <class X, int masked> void reduce_columns(const ReduceArgs& a) noexcept
     const int64_t K = g.pack * g.C, k0 = a.c0, k1 = g.pack == 1 ? a.c1 : K;
     auto x = static_cast<const typename X::S*>(a.x);
     auto w = static_cast<const typename X::T*>(a.mask);
-    double *mean = a.mean + a.chunk * g.C, *m2 = a.m2 + a.chunk * g.C;
-    const ColumnState state = g.pack == 1 ? ColumnState{mean, m2, a.scratch}
-                                          : ColumnState{a.scratch + K, a.scratch + 2 * K, a.scratch};
-    for (int64_t k = k0; k < k1; ++k) state.mean[k] = state.m2[k] = 0;
+    double *centre = a.centre + a.chunk * g.C, *offset = a.offset + a.chunk * g.C, *m2 = a.m2 + a.chunk * g.C;
+    const ColumnState state = g.pack == 1
+                                  ? ColumnState{centre, offset, m2, a.scratch}
+                                  : ColumnState{a.scratch + K, a.scratch + 2 * K, a.scratch + 3 * K, a.scratch};
+    for (int64_t k = k0; k < k1; ++k) state.centre[k] = state.offset[k] = state.m2[k] = 0;
     if (masked) for (int64_t k = k0; k < k1; ++k) state.count[k] = 0;
     const ColumnChunk chunk(g, a.chunk);
     double count = 0;
@@ -188,12 +189,14 @@ template <class X, int masked> void reduce_columns(const ReduceArgs& a) noexcept
         return;
     }
     double total = 0;
-    for (int64_t c = 0; c < g.C; ++c) mean[c] = m2[c] = 0;
+    for (int64_t c = 0; c < g.C; ++c) centre[c] = offset[c] = m2[c] = 0;
     for (int64_t p = 0; p < g.pack; ++p) {
         const double n = masked ? state.count[p * g.C] : count + (p < chunk.tail ? 1 : 0);
-        const MergeWeights merge(total, n);
-        for (int64_t c = 0; c < g.C; ++c)
-            merge.into(mean[c], m2[c], state.mean[p * g.C + c], state.m2[p * g.C + c]);
+        const Merge merge(total, n);
+        for (int64_t c = 0; c < g.C; ++c) {
+            const int64_t k = p * g.C + c;
+            merge.into(centre[c], offset[c], m2[c], {n, state.centre[k], state.offset[k], state.m2[k]});
+        }
         total += n;
     }
     a.count[a.chunk] = total;

@@ -116,8 +116,8 @@ template <class X, int masked> void reduce_rows(const ReduceArgs& a) noexcept {
     const Grid g = a.grid;
     auto x = static_cast<const typename X::S*>(a.x);
     auto w = static_cast<const typename X::T*>(a.mask);
-    double *mean = a.mean + a.chunk * g.C, *m2 = a.m2 + a.chunk * g.C;
-    for (int64_t c = a.c0; c < a.c1; ++c) mean[c] = m2[c] = 0;
+    double *centre = a.centre + a.chunk * g.C, *offset = a.offset + a.chunk * g.C, *m2 = a.m2 + a.chunk * g.C;
+    for (int64_t c = a.c0; c < a.c1; ++c) centre[c] = offset[c] = m2[c] = 0;
     double count = 0;
     for (int64_t b = a.chunk * g.chunk_blocks; b < chunk_end(g, a.chunk); ++b) {
         const RowBlock k(g, b);
@@ -128,7 +128,7 @@ template <class X, int masked> void reduce_rows(const ReduceArgs& a) noexcept {
                                                                       g.C * g.S, g.S)
                                           : block_of_rows<X>(p, k.rows, k.len, g.C * g.S);
             n = m.n;  // the same for every channel
-            MergeWeights(count, n).into(mean[c], m2[c], m.mean, m.m2);
+            Merge(count, n).into(centre[c], offset[c], m2[c], m);
         }
         count += n;
     }

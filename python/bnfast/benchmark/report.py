@@ -176,12 +176,17 @@ def _left_out_lines(left_out: list[Row], titles: dict[str, str]) -> list[str]:
     return [f"- {titles[peer]}, {count[peer, reason]} cases: {reason}" for peer, reason in reasons]
 
 
+def _digits(value: float) -> str:
+    """Three digits, never an exponent: 0.00354, 9.87, 98.8, 98800."""
+    return f"{value:.3g}" if 1e-4 <= value < 1000 else f"{value:.0f}" if value >= 1000 else f"{value:.6f}"
+
+
 def _ms(row: Row | None) -> str:
-    return f"{1e3 * row['seconds']:.3g}" if row else "-"
+    return _digits(1e3 * row["seconds"]) if row else "-"
 
 
 def _ms_and_ratio(row: Row | None) -> str:
-    return f"{_ms(row)} ({row['ratio']:.3g})" if row and row["ratio"] else _ms(row)
+    return f"{_ms(row)} ({_digits(row['ratio'])})" if row and row["ratio"] else _ms(row)
 
 
 def _table(heads: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:

@@ -17,6 +17,7 @@ from bnfast.cli.errors import UserError, positive_int, require
 
 SETS = ("resnet50", "dense", "tiny")
 QUICK_ROUNDS = 3
+HEADINGS = {"fresh": "dropped", "held": "3 alive", "reused": "reused", "warm": "warm malloc"}
 TITLES = {peer.name: peer.title for peer in PEERS}
 NEEDED = {"copy", "bnfast"}  # every figure is relative to one of them
 
@@ -60,7 +61,8 @@ def run(arguments: argparse.Namespace) -> int:
         rounds = arguments.rounds or (QUICK_ROUNDS if arguments.quick else None)
         rows, left_out = _measure(work, peers, arguments.outputs, rounds)
     finally:
-        bnfast.set_num_threads(threads_before)
+        at_default = threads_before == bnfast.build_info()["default_threads"]
+        bnfast.set_num_threads(None if at_default else threads_before)
     _print_summary(about, rows, left_out)
     if arguments.out:
         settings = {name: getattr(arguments, name) for name in ("op", "layout", "dtype", "outputs", "rounds", "quick")}
@@ -133,25 +135,27 @@ def _measure(
 
 
 def _print_summary(about: dict[str, Any], rows: list[report.Row], left_out: list[report.Row]) -> None:
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
     print(machine.sentence(about))
     summaries = [s for s in report.summarize(rows) if s.peer not in report.TORCHES]  # "torch" is the better of them
-    cells = {(s.dtype, s.op, s.peer, s.mode): f"{s.geomean:.2f} ({s.worst:.2f})" for s in summaries}
-    table = Table(title="Time over bnfast's: geomean (least), above 1 bnfast is faster", title_justify="left")
-    for heading in ("op", "peer"):
-        table.add_column(heading)
+    cells = {(s.dtype, s.op, s.peer, s.mode): f"{_digits(s.geomean)} ({_digits(s.worst)})" for s in summaries}
+    title = "Time over bnfast's: geomean (least); above 1 bnfast is faster"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("peer", no_wrap=True, min_width=19)
     modes = [mode for mode in timing.MODES if any(s.mode == mode for s in summaries)]
     for mode in modes:
-        table.add_column(report.MODE_TITLES[mode], justify="right")
+        table.add_column(HEADINGS[mode], justify="right", no_wrap=True)
     last = None
     for dtype, op, peer in dict.fromkeys((s.dtype, s.op, s.peer) for s in summaries):
-        if last not in (None, (dtype, op)):
+        if last != (dtype, op):
             table.add_section()
+            table.add_row(f"[bold]{op}[/bold]" if dtype == "float32" else f"[bold]{op} {dtype}[/bold]")
         last = dtype, op
         figures = (cells.get((dtype, op, peer, mode), "-") for mode in modes)
-        table.add_row(op if dtype == "float32" else f"{op} {dtype}", TITLES.get(peer, peer), *figures)
+        table.add_row(f"  {TITLES.get(peer, peer)}", *figures)
     Console().print(table)
     for row in (row for row in left_out if row["reason"].startswith("wrong result")):
         print(f"{TITLES[row['peer']]}, {row['op']} {row['shape']} {row['layout']} {row['dtype']}: {row['reason']}")
@@ -166,6 +170,11 @@ def _write(
     (folder / "bench.md").write_text(report.markdown(about, rows, left_out, TITLES))
     figure.save(folder / "bench.png", rows, TITLES, machine.sentence(about))
     print(f"wrote {', '.join(str(folder / f'bench.{kind}') for kind in ('json', 'md', 'png'))}")
+
+
+def _digits(value: float) -> str:
+    """9.87, 98.8, 988: three digits, and never an exponent."""
+    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"
 
 
 def _names(known: Any, families: bool = False) -> Callable[[str], list[str]]:

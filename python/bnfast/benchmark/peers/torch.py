@@ -37,7 +37,7 @@ class _Torch(Peer):
         if case.op == "grad":
             return self._grad(case, arrays, x, gamma, beta)
         out = torch.ones_like(x)
-        saved = [torch.ones_like(gamma) if training else torch.empty(0) for _ in range(2)]
+        saved = [torch.ones_like(gamma) if training else torch.empty(0, dtype=gamma.dtype) for _ in range(2)]
         batch_norm = torch.nn.functional.batch_norm
 
         def fresh() -> Any:
