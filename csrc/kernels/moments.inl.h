@@ -14,16 +14,13 @@ namespace {
 
 struct BlockMoments {
     double n, centre, offset, m2;  // the mean is centre + offset
-    template <class T> BNFAST_INLINE BlockMoments(double count, T c, T sum_d, T sum_dd) {
-        const double inv = count > 0 ? 1 / count : 0, s = double(sum_d);
-        const double raw = double(sum_dd) - s * s * inv;
-        n = count;
-        centre = double(c);
-        offset = s * inv;
-        m2 = raw < 0 ? 0 : raw;  // NaN stays NaN
-    }
-    BlockMoments(double count, double c, double o, double m) : n(count), centre(c), offset(o), m2(m) {}
 };
+
+template <class T> BNFAST_INLINE BlockMoments block_moments(double n, T c, T sum_d, T sum_dd) {
+    const double inv = n > 0 ? 1 / n : 0, s = double(sum_d);
+    const double m2 = double(sum_dd) - s * s * inv;
+    return {n, double(c), s * inv, m2 < 0 ? 0 : m2};  // NaN stays NaN
+}
 
 // Chan: na values take in nb.
 struct Merge {

@@ -116,7 +116,7 @@ BNFAST_INLINE BlockMoments weighted_column(const typename X::S* x, const typenam
     const T c = mean - mean == T(0) ? mean : x0;
     const T s1 = sum(weighted([=](int64_t r) { return value(r) - c; }));
     const T s2 = sum(weighted([=](int64_t r) { return (value(r) - c) * (value(r) - c); }));
-    return BlockMoments(double(n), c, s1, s2);
+    return block_moments(double(n), c, s1, s2);
 }
 
 struct ColumnState {  // running moments of packed columns; counts only where weights make them differ
@@ -132,7 +132,7 @@ BNFAST_INLINE void merge_block(const typename X::S* x, int64_t rows, int64_t str
         const int64_t width = k1 - k < tile_columns ? k1 - k : tile_columns;
         column_moments<X>(x + k, rows, stride, width, tile);
         for (int64_t j = 0; j < width; ++j) {
-            const BlockMoments m(double(rows), tile.centre[j], tile.s1[j], tile.s2[j]);
+            const BlockMoments m = block_moments(double(rows), tile.centre[j], tile.s1[j], tile.s2[j]);
             merge.into(state.centre[k + j], state.offset[k + j], state.m2[k + j], m);
         }
     }

@@ -52,7 +52,7 @@ BNFAST_INLINE BlockMoments block_of_rows(const typename X::S* x, int64_t rows, i
             [&](int v, int64_t i, int left) { add(v, X::load_partial(p + i, left, cv)); });
     }
     const T sum_d = sum_lanes<X>(s1), sum_dd = sum_lanes<X>(s2);
-    return BlockMoments(double(rows * len), c, sum_d, sum_dd);
+    return block_moments(double(rows * len), c, sum_d, sum_dd);
 }
 
 // The weighted twin: w has the row length, its own stride. All-ones weights give the same bits.
@@ -97,7 +97,7 @@ BNFAST_INLINE BlockMoments weighted_block_of_rows(const typename X::S* x, const 
         s2[v] += weight > T(0) ? weight * (d * d) : V{};
     });
     const T sum_d = sum_lanes<X>(s), sum_dd = sum_lanes<X>(s2);
-    return BlockMoments(double(n), c, sum_d, sum_dd);
+    return block_moments(double(n), c, sum_d, sum_dd);
 }
 
 // Which part of channel c a block of the rows layout holds.
