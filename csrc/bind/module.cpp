@@ -1,5 +1,9 @@
 // The Python module bnfast._core: view in, view out, the GIL released around the core's call, nothing else.
 // A function whose arguments aren't plain returns None and has changed nothing (see array_view.h).
+#include <cxxabi.h>
+#include <unistd.h>
+
+#include <exception>
 #include <limits>
 
 #include "../dispatch/isa.h"
@@ -13,10 +17,30 @@ namespace {
 
 constexpr double largest = std::numeric_limits<double>::max();
 
-// Calls f without the GIL, having let no exception of ours through it.
-template <class F> auto without_gil(F f) {
-    const py::gil_scoped_release release;
-    return f();
+// Takes the GIL again. A daemon thread that asks for it while the interpreter ends is unwound by Python (before 3.14),
+// through destructors that need the GIL; it sleeps here instead until the process is gone, as 3.14 has it.
+void take_gil(PyThreadState* state) {
+#if defined(__GLIBCXX__)
+    try {
+        PyEval_RestoreThread(state);
+    } catch (const abi::__forced_unwind&) {
+        for (;;) pause();
+    }
+#else
+    PyEval_RestoreThread(state);
+#endif
+}
+
+template <class F> void without_gil(F f) {
+    std::exception_ptr error;
+    PyThreadState* const state = PyEval_SaveThread();
+    try {
+        f();
+    } catch (...) {
+        error = std::current_exception();
+    }
+    take_gil(state);
+    if (error) std::rethrow_exception(error);
 }
 
 template <class F> py::object or_none(F f) {
@@ -80,7 +104,7 @@ py::object train(py::handle x, py::handle gamma, py::handle beta, py::handle mov
         a.mean = v.data[0];
         a.variance = v.data[1];
         a.invstd = v.data[2];
-        without_gil([&] { return bnfast::train(a); });
+        without_gil([&] { bnfast::train(a); });
         return py::make_tuple(y, v.arrays[0], v.arrays[1], v.arrays[2]);
     });
 }
@@ -174,7 +198,8 @@ py::object moments(py::handle x, py::handle axis, py::handle mask) {
         Vectors<2> v(a.shape.C);
         a.mean = v.data[0];
         a.variance = v.data[1];
-        const double count = without_gil([&] { return bnfast::moments(a); });
+        double count = 0;
+        without_gil([&] { count = bnfast::moments(a); });
         return py::make_tuple(count, v.arrays[0], v.arrays[1]);
     });
 }
