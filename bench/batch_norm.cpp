@@ -1,4 +1,5 @@
-// One benchmark a shape x layout x operation x dtype x threads. Each iteration times, in turn, a copy or triad with
+// One benchmark a shape x layout x operation x dtype x threads. Each iteration times, in turn and each with the process
+// at rest before it, a copy or triad with
 // cached stores, one with non-temporal stores, oneDNN (float32) and bnfast, all on warm, preallocated memory; the
 // counters are medians over iterations of times and of ratios within one iteration:
 //   GB/s      bytes that the operation can't avoid (train, infer: 2 tensors; grad: 3) over bnfast's time
@@ -10,9 +11,11 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <ctime>
 #include <functional>
 #include <memory>
 #include <random>
+#include <thread>
 
 #include "bnfast/bnfast.h"
 #include "plan.h"
@@ -43,10 +46,31 @@ struct Aligned {
     template <class T> T* as() { return reinterpret_cast<T*>(data.get()); }
 };
 
+double now() {
+    return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+// Waits until nobody in this process spins any more: libgomp's workers do for some 10 ms after each region, and would
+// take a processor from whoever is measured next.
+void settle() {
+    double used = double(std::clock());
+    for (int i = 0; i < 10; ++i) {
+        std::this_thread::sleep_for(std::chrono::milliseconds(9));  // two ticks of 4 ms: a thread's time counts at ticks
+        const double now_used = double(std::clock());
+        if (now_used - used < 1e-3 * CLOCKS_PER_SEC) return;
+        used = now_used;
+    }
+}
+
+// One call of a run of calls, the team awake: after settling, 2 ms of calls to get going (a processor that slept takes
+// that long to reach its pace, whoever is measured), then the mean of 4 ms of calls, or of one longer call.
 double milliseconds(const std::function<void()>& f) {
-    const auto begin = std::chrono::steady_clock::now();
-    f();
-    return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - begin).count();
+    settle();
+    for (const double begin = now(); now() - begin < 2;) f();
+    const double begin = now();
+    int calls = 0;
+    for (; now() - begin < 4; ++calls) f();
+    return (now() - begin) / calls;
 }
 
 double median(std::vector<double> v) {

@@ -1,8 +1,7 @@
 """Invariant 2: no digits are lost, wherever the values lie. References are computed in float64 (float64 input: long
 double) from the stored input, so the rounding of the input itself doesn't count.
 
-Bounds are in epsilons of the type the kernels compute in (float32 for half types), each with its reason beside it; what
-is measured on this grid lies at half of them or less.
+Bounds are in epsilons of the type the kernels compute in (float32 for half types), each with its reason beside it.
 """
 
 import math

@@ -29,6 +29,7 @@ template <class X, int act> void grad_reduce_rows(const GradReduceArgs& a) noexc
     for (int64_t c = a.c0; c < a.c1; ++c) sum_dy[c] = sum_dy_xmu[c] = 0;
     for (int64_t b = a.chunk * g.chunk_blocks; b < chunk_end(g, a.chunk); ++b) {
         const RowBlock k(g, b);
+        const RowShape<X> row(k.len);
         for (int64_t c = a.c0; c < a.c1; ++c) {
             const V m = X::splat(mean_hi[c]), sc = X::splat(scale[c]), sh = X::splat(shift[c]);
             V s0[X::NV] = {}, s1[X::NV] = {};
@@ -39,8 +40,8 @@ template <class X, int act> void grad_reduce_rows(const GradReduceArgs& a) noexc
             };
             for (int64_t r = 0; r < k.rows; ++r) {
                 const int64_t at = ((k.n + r) * g.C + c) * g.S + k.s;
-                over_row<X>(
-                    k.len,
+                over_row(
+                    row,
                     [&](int v, int64_t i) {
                         add(v, X::load(dy + at + i), X::load(x + at + i),
                             act != act_none && res ? X::load(res + at + i) : V{});

@@ -7,18 +7,24 @@ namespace {
 
 // One channel's `rows` rows of `len` values, `stride` apart.
 
-// visit(v, vector index, offset): every vector of a row in lane order; full ones, then the partial one.
+// What of a row fills no 64 lanes: whole vectors, then `left` values. Known before the rows are walked, so that masks
+// and branches are the same for all of them.
+template <class X> struct RowShape {
+    int64_t body;
+    int whole, left;
+    BNFAST_INLINE explicit RowShape(int64_t len)
+        : body(len / lanes * lanes), whole(int(len % lanes) / X::W), left(int(len % lanes) % X::W) {}
+};
+
+// full(vector, offset) for every whole vector of a row, in lane order, then partial(vector, offset, values).
 template <class X, class Full, class Partial>
-BNFAST_INLINE void over_row(int64_t len, Full full, Partial partial) {
-    int64_t i = 0;
-    for (; i + lanes <= len; i += lanes) {
+BNFAST_INLINE void over_row(const RowShape<X>& row, Full full, Partial partial) {
+    for (int64_t i = 0; i < row.body; i += lanes) {
         BNFAST_UNROLL for (int v = 0; v < X::NV; ++v) full(v, i + v * X::W);
     }
-    if (i == len) return;
     BNFAST_UNROLL for (int v = 0; v < X::NV; ++v) {
-        const int64_t left = len - (i + v * X::W);
-        if (left >= X::W) full(v, i + v * X::W);
-        else if (left > 0) partial(v, i + v * X::W, int(left));
+        if (v < row.whole) full(v, row.body + v * X::W);
+        else if (v == row.whole && row.left) partial(v, row.body + v * X::W, row.left);
     }
 }
 
@@ -28,11 +34,12 @@ BNFAST_INLINE BlockMoments block_of_rows(const typename X::S* x, int64_t rows, i
     using V = typename X::V;
     const T x0 = finite_or_zero(X::load_partial(x, 1, V{})[0]);
     const V shift = X::splat(x0);
+    const RowShape<X> row(len);
     V s[X::NV] = {};
     for (int64_t r = 0; r < rows; ++r) {
         const typename X::S* p = x + r * stride;
-        over_row<X>(
-            len, [&](int v, int64_t i) { s[v] += minus(X::load(p + i), shift); },
+        over_row(
+            row, [&](int v, int64_t i) { s[v] += minus(X::load(p + i), shift); },
             [&](int v, int64_t i, int left) { s[v] += minus(X::load_partial(p + i, left, shift), shift); });
     }
     const T n = T(rows * len);
@@ -47,8 +54,8 @@ BNFAST_INLINE BlockMoments block_of_rows(const typename X::S* x, int64_t rows, i
             s1[v] += d;
             s2[v] += d * d;
         };
-        over_row<X>(
-            len, [&](int v, int64_t i) { add(v, X::load(p + i)); },
+        over_row(
+            row, [&](int v, int64_t i) { add(v, X::load(p + i)); },
             [&](int v, int64_t i, int left) { add(v, X::load_partial(p + i, left, cv)); });
     }
     const T sum_d = sum_lanes<X>(s1), sum_dd = sum_lanes<X>(s2);
@@ -68,6 +75,7 @@ BNFAST_INLINE BlockMoments weighted_block_of_rows(const typename X::S* x, const 
             x0 = finite_or_zero(X::load_partial(x + (i / len) * stride + i % len, 1, V{})[0]);
             found = 1;
         }
+    const RowShape<X> row(len);
     V s[X::NV] = {}, sw[X::NV] = {};
     V s2[X::NV] = {};
     V centre = X::splat(x0);
@@ -75,8 +83,8 @@ BNFAST_INLINE BlockMoments weighted_block_of_rows(const typename X::S* x, const 
         for (int64_t r = 0; r < rows; ++r) {
             const typename X::S* p = x + r * stride;
             const T* q = w + r * w_stride;
-            over_row<X>(
-                len, [&](int v, int64_t i) { add(v, X::load(p + i), Weights::load(q + i)); },
+            over_row(
+                row, [&](int v, int64_t i) { add(v, X::load(p + i), Weights::load(q + i)); },
                 [&](int v, int64_t i, int left) {
                     add(v, X::load_partial(p + i, left, centre), Weights::load_partial(q + i, left, V{}));
                 });

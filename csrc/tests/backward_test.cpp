@@ -121,8 +121,8 @@ TEST_CASE("gradients that reach mean and variance arrive in dx") {
                 const long double share = (masked ? in.mask.get(weight_of(shape, i)) : 1) / (long double)f.count;
                 const long double d = in.x.get(i) - (long double)f.mean[k];
                 const long double expected = share * (dmean[k] + dvariance[k] * 2 * d);
-                worst.add("dx", i, dx.get(i), expected,
-                          8 * 0x1p-52L * share * (std::fabs(dmean[k]) + 2 * std::fabs(dvariance[k]) * (std::fabs(d) + 1)));
+                const long double size = std::fabs(dmean[k]) + 2 * std::fabs(dvariance[k]) * (std::fabs(d) + 1);
+                worst.add("dx", i, dx.get(i), expected, 8 * 0x1p-52L * share * size);
             }
             INFO(c.text());
             CHECK_MESSAGE(worst.ratio <= 1, worst.what);

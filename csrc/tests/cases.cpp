@@ -68,7 +68,8 @@ const std::vector<Shape>& kernel_shapes() {
 std::vector<Case> cases_of(Shape shape, DType dtype) {
     using A = Activation;
     if (shape.size() > 100000)  // long double is slow, and every option has met every loop below
-        return {{shape, dtype, A::relu6, true, true, true, true}, {shape, dtype, A::none, true, false, false, true, 100}};
+        return {{shape, dtype, A::relu6, true, true, true, true},
+                {shape, dtype, A::none, true, false, false, true, 100}};
     return {
         {shape, dtype, A::none, false, false, false, true},
         {shape, dtype, A::relu, true, false, false, true},

@@ -30,7 +30,8 @@ struct FreshPool {
 TEST_CASE("blocks of every size are 64-byte aligned, writable to the end and apart") {
     const FreshPool pool;
     std::vector<std::pair<unsigned char*, std::size_t>> blocks;
-    for (std::size_t bytes : {0, 1, 63, 64, 65, 1000, 4096, 4097, 100000, (2 << 20) - 1, 2 << 20, (2 << 20) + 1, 5000000}) {
+    constexpr int huge = 2 << 20;
+    for (std::size_t bytes : {0, 1, 63, 64, 65, 1000, 4096, 4097, 100000, huge - 1, huge, huge + 1, 5000000}) {
         auto* block = static_cast<unsigned char*>(acquire_block(bytes));
         CHECK(reinterpret_cast<std::uintptr_t>(block) % 64 == 0);
         std::memset(block, int(blocks.size()), bytes);

@@ -273,7 +273,8 @@ TEST_CASE("a group never exceeds the caches it was made for") {
                 if (!p.by_groups || r.serial_bytes != 0) return;
                 for (const Machine* m : {&small_machine(), &usual_machine()}) {
                     const Plan q = make_plan(r, *m);
-                    const int64_t held = std::min(q.group, q.grid.C) * shape.per_channel() * item_bytes(dtype) * r.inputs;
+                    const int64_t channel = shape.per_channel() * item_bytes(dtype) * r.inputs;
+                    const int64_t held = std::min(q.group, q.grid.C) * channel;
                     if (q.by_groups) CHECK(held <= std::max(m->l2 / 2, m->l3 / (2 * q.threads)));
                 }
             });
