@@ -83,6 +83,11 @@ BNFAST_INLINE U16h narrow(U32v v) {
 #endif
 }
 
+// Asks for a line into L2. While a block is read again from L1 nothing else would come from memory; with the next block
+// on its way a channels_last training step of 103 MB takes 7.0 ms instead of 8.6, of 26 MB 1.26 instead of 1.46 (two
+// threads). The address may lie beyond the array.
+BNFAST_INLINE void ask_for(const void* p) { __builtin_prefetch(p, 0, 2); }
+
 template <class To, class From> BNFAST_INLINE To bits_as(From v) {
     static_assert(sizeof(To) == sizeof(From), "same size");
     To r;

@@ -32,9 +32,9 @@ template <class T> struct alignas(64) ColumnTile {
     T centre[tile_columns], s1[tile_columns], s2[tile_columns];
 };
 
-// The two passes over one tile: leaves centre, sum(d) and sum(d*d).
+// The two passes over one tile: leaves centre, sum(d) and sum(d*d). next: how far ahead the tile lies that comes after.
 template <class X>
-BNFAST_INLINE void column_moments(const typename X::S* x, int64_t rows, int64_t stride, int64_t width,
+BNFAST_INLINE void column_moments(const typename X::S* x, int64_t rows, int64_t stride, int64_t width, int64_t next,
                                   ColumnTile<typename X::T>& t) {
     using T = typename X::T;
     using V = typename X::V;
@@ -72,7 +72,10 @@ BNFAST_INLINE void column_moments(const typename X::S* x, int64_t rows, int64_t 
             across<X>(width, [&](int64_t k, int n, auto whole) {
                 const V c = get(t.centre + k);
                 V d[8];
-                BNFAST_UNROLL for (int i = 0; i < 8; ++i) d[i] = minus(at(r + i, k, n, whole), c);
+                BNFAST_UNROLL for (int i = 0; i < 8; ++i) {
+                    ask_for(x + (r + i) * stride + k + next);
+                    d[i] = minus(at(r + i, k, n, whole), c);
+                }
                 store_vector(t.s1 + k, get(t.s1 + k) + sum_of_eight(d));
                 BNFAST_UNROLL for (int i = 0; i < 8; ++i) d[i] *= d[i];
                 store_vector(t.s2 + k, get(t.s2 + k) + sum_of_eight(d));
@@ -130,7 +133,8 @@ BNFAST_INLINE void merge_block(const typename X::S* x, int64_t rows, int64_t str
     ColumnTile<typename X::T> tile;
     for (int64_t k = k0; k < k1; k += tile_columns) {
         const int64_t width = k1 - k < tile_columns ? k1 - k : tile_columns;
-        column_moments<X>(x + k, rows, stride, width, tile);
+        const int64_t next = k + width < k1 ? width : rows * stride + k0 - k;
+        column_moments<X>(x + k, rows, stride, width, next, tile);
         for (int64_t j = 0; j < width; ++j) {
             const BlockMoments m = block_moments(double(rows), tile.centre[j], tile.s1[j], tile.s2[j]);
             merge.into(state.centre[k + j], state.offset[k + j], state.m2[k + j], m);

@@ -28,8 +28,10 @@ BNFAST_INLINE void over_row(const RowShape<X>& row, Full full, Partial partial) 
     }
 }
 
+// next: how far ahead the block lies that comes after this one.
 template <class X>
-BNFAST_INLINE BlockMoments block_of_rows(const typename X::S* x, int64_t rows, int64_t len, int64_t stride) {
+BNFAST_INLINE BlockMoments block_of_rows(const typename X::S* x, int64_t rows, int64_t len, int64_t stride,
+                                         int64_t next) {
     using T = typename X::T;
     using V = typename X::V;
     const T x0 = finite_or_zero(X::load_partial(x, 1, V{})[0]);
@@ -55,7 +57,11 @@ BNFAST_INLINE BlockMoments block_of_rows(const typename X::S* x, int64_t rows, i
             s2[v] += d * d;
         };
         over_row(
-            row, [&](int v, int64_t i) { add(v, X::load(p + i)); },
+            row,
+            [&](int v, int64_t i) {
+                ask_for(p + next + i);
+                add(v, X::load(p + i));
+            },
             [&](int v, int64_t i, int left) { add(v, X::load_partial(p + i, left, cv)); });
     }
     const T sum_d = sum_lanes<X>(s1), sum_dd = sum_lanes<X>(s2);
@@ -128,13 +134,15 @@ template <class X, int masked> void reduce_rows(const ReduceArgs& a) noexcept {
     for (int64_t c = a.c0; c < a.c1; ++c) centre[c] = offset[c] = m2[c] = 0;
     double count = 0;
     for (int64_t b = a.chunk * g.chunk_blocks; b < chunk_end(g, a.chunk); ++b) {
-        const RowBlock k(g, b);
+        const RowBlock k(g, b), after(g, b + 1);
+        const int64_t next_block = ((after.n - k.n) * g.C - (a.c1 - 1 - a.c0)) * g.S + after.s - k.s;
         double n = 0;
         for (int64_t c = a.c0; c < a.c1; ++c) {
             const auto* p = x + (k.n * g.C + c) * g.S + k.s;
+            const int64_t next = c + 1 < a.c1 ? g.S : next_block;
             const BlockMoments m = masked ? weighted_block_of_rows<X>(p, w + k.n * g.S + k.s, k.rows, k.len,
                                                                       g.C * g.S, g.S)
-                                          : block_of_rows<X>(p, k.rows, k.len, g.C * g.S);
+                                          : block_of_rows<X>(p, k.rows, k.len, g.C * g.S, next);
             n = m.n;  // the same for every channel
             Merge(count, n).into(centre[c], offset[c], m2[c], m);
         }
