@@ -201,6 +201,9 @@ def moments(x: Any, *, axis: int = -1, mask: Any = None) -> Moments:
 
     Arguments and errors are those of `batch_norm_train`. Returns Moments(count, mean, variance): count = M, or the
     sum of the weights under a mask; all zero for an empty or fully masked batch.
+
+    Squares are taken in float32 unless x is float64: |x - mean| above 1.8e19 makes the variance infinite, a standard
+    deviation below about 1e-19 makes it 0.
     """
     result = _core.moments(x, axis, None) if mask is None else None
     if result is None:
