@@ -146,27 +146,25 @@ private:
         }
     }
     double* statistic(int i) { return statistics_.data() + i * shape_.C; }
-    void train() {
-        bnfast::TrainArgs a;
+    template <class Args> Args forward() {  // what training and inference share
+        Args a;
         a.x = x_.data.get();
         a.y = y_.data.get();
         a.shape = shape_;
         a.dtype = case_.dtype;
         a.gamma.data = gamma_.data();
         a.beta.data = beta_.data();
+        return a;
+    }
+    void train() {
+        auto a = forward<bnfast::TrainArgs>();
         a.mean = statistic(0);
         a.variance = statistic(1);
         a.invstd = statistic(2);
         bnfast::train(a);
     }
     void infer() {
-        bnfast::InferArgs a;
-        a.x = x_.data.get();
-        a.y = y_.data.get();
-        a.shape = shape_;
-        a.dtype = case_.dtype;
-        a.gamma.data = gamma_.data();
-        a.beta.data = beta_.data();
+        auto a = forward<bnfast::InferArgs>();
         a.moving_mean = {statistic(0), bnfast::DType::float64};
         a.moving_variance = {statistic(1), bnfast::DType::float64};
         bnfast::infer(a);

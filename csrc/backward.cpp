@@ -98,12 +98,7 @@ void grad(const GradArgs& a) {
     const IeeeMode ieee;
     const KernelTable& table = kernels();
     const TypeKernels& kernel = table.types[int(a.dtype)];
-    PlanRequest request;
-    request.shape = a.shape;
-    request.dtype = a.dtype;
-    request.op = Op::grad;
-    request.threads = get_num_threads();
-    request.serial_bytes = serial_bytes();
+    PlanRequest request = request_of(a.shape, a.dtype, Op::grad);
     request.masked = a.mask != nullptr && a.training;
     request.inputs = a.residual ? 3 : 2;
     request.outputs = a.dresidual ? 2 : 1;

@@ -59,16 +59,6 @@ struct Reduction {
     }
 };
 
-PlanRequest request_of(Shape shape, DType dtype, Op op) {
-    PlanRequest request;
-    request.shape = shape;
-    request.dtype = dtype;
-    request.op = op;
-    request.threads = get_num_threads();
-    request.serial_bytes = serial_bytes();
-    return request;
-}
-
 bool all_finite(const double* values, int64_t C) {
     return std::all_of(values, values + C, [](double v) { return std::isfinite(v); });
 }

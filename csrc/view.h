@@ -19,6 +19,16 @@ inline ActivationArgs activation_args(Activation a, double negative_slope) {
     const double unbounded = std::numeric_limits<double>::quiet_NaN();  // compares false: nothing is bounded
     return {a == Activation::relu6 ? 6.0 : unbounded, negative_slope};
 }
+inline PlanRequest request_of(Shape shape, DType dtype, Op op) {
+    PlanRequest request;
+    request.shape = shape;
+    request.dtype = dtype;
+    request.op = op;
+    request.threads = get_num_threads();
+    request.serial_bytes = serial_bytes();
+    return request;
+}
+
 inline ParamVector param_vector(const ConstVector& v) { return {v.data, v.dtype == DType::float64}; }
 
 // Hands out pieces of the calling thread's scratch: first counted, then taken.

@@ -149,7 +149,8 @@ py::object grad(py::handle dy, py::handle x, py::handle mean, py::handle invstd,
                 py::handle residual, py::handle training, py::handle dmean, py::handle dvariance, py::handle out) {
     return or_none([&]() -> py::object {
         const ArrayView xv = input(x), dyv = like(dy, xv), rv = like(residual, xv), mv = input(mean),
-                        sv = input(invstd), gv = optional_input(gamma), bv = optional_input(beta);
+                        sv = input(invstd), gv = optional_input(gamma), bv = optional_input(beta),
+                        dmv = optional_input(dmean), dvv = optional_input(dvariance);
         plain(dyv.dims);
         GradArgs a;
         a.dy = dyv.data;
@@ -166,11 +167,10 @@ py::object grad(py::handle dy, py::handle x, py::handle mean, py::handle invstd,
         a.negative_slope = number_in(negative_slope, 0, largest);
         a.residual = rv.data;
         a.training = boolean(training);
-        a.dmean = vector(optional_input(dmean), C);
-        a.dvariance = vector(optional_input(dvariance), C);
+        a.dmean = vector(dmv, C);
+        a.dvariance = vector(dvv, C);
         const py::array dx = output_for(out, x, xv, {dyv, xv},
-                                        {rv, mv, sv, gv, bv, optional_input(mask), optional_input(dmean),
-                                         optional_input(dvariance)});
+                                        {rv, mv, sv, gv, bv, optional_input(mask), dmv, dvv});
         a.dx = py::detail::array_proxy(dx.ptr())->data;
         const py::array dgamma = vector_like(gv, bv, xv, C, a.dgamma), dbeta = vector_like(gv, bv, xv, C, a.dbeta);
         py::object dresidual = py::none();
