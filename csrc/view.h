@@ -83,6 +83,8 @@ void apply_group(const Plan& plan, Args args, std::int64_t c0, std::int64_t c1, 
     }
     args.c0 = c0;
     args.c1 = c1;
+    // While this group is written the next one is read: (32, 256, 56, 56) train 0.79, grad 0.90; in cache it gains nothing.
+    args.ahead = plan.stream && c1 < g.C ? (c1 - c0) * g.S : 0;
     if (!plan.rows) {
         args.begin = 0;
         args.end = g.N;

@@ -50,6 +50,7 @@ struct ApplyArgs {
     int stream;           // non-temporal stores where y is aligned
     int64_t begin, end;   // rows: flat range of values; columns: packed rows
     int64_t c0, c1;       // columns: range of packed columns (0, K unless a channel group is applied)
+    int64_t ahead;        // rows: how many values ahead of those read now the next group lies; 0: nothing is asked for
 };
 
 struct GradReduceArgs {
@@ -60,6 +61,7 @@ struct GradReduceArgs {
     int64_t chunk, c0, c1;
     double *sum_dy, *sum_dy_xmu;  // [chunks][C]; sum of g and of g*(x - mean_hi)
     double* scratch;              // 2*pack*C doubles, where pack > 1
+    int64_t ahead;                // columns: how many values ahead rows are asked for; 0: not at all
 };
 
 struct GradApplyArgs {
@@ -69,7 +71,7 @@ struct GradApplyArgs {
     Params params;
     ActivationArgs act;
     int stream;
-    int64_t begin, end, c0, c1;
+    int64_t begin, end, c0, c1, ahead;
 };
 
 struct ParamVector {  // (C,) float or double; null data: absent

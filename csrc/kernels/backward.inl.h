@@ -7,55 +7,13 @@
 //        level   = dmean/W - slope_x*mean_lo - (what rounding mean_dy left)*scale
 //   weighted: dx_i = scale*(g - w_i*mean_dy) + w_i*(slope_x*(x - mean_hi) + level);  frozen: dx = scale*g
 #pragma once
+#include "backward_stats.inl.h"
 #include "normalize.inl.h"
-#include "stats_columns.inl.h"
-#include "stats_rows.inl.h"
 
 namespace bnfast {
 namespace {
 
 // ---- rows -----------------------------------------------------------------------------------------------------------
-
-template <class X, int act> void grad_reduce_rows(const GradReduceArgs& a) noexcept {
-    using S = typename X::S;
-    using T = typename X::T;
-    using V = typename X::V;
-    const Grid g = a.grid;
-    auto dy = static_cast<const S*>(a.dy), x = static_cast<const S*>(a.x), res = static_cast<const S*>(a.residual);
-    auto mean_hi = static_cast<const T*>(a.params.mean_hi), scale = static_cast<const T*>(a.params.scale),
-         shift = static_cast<const T*>(a.params.shift);
-    const T bound = T(a.act.bound), slope = T(a.act.negative_slope);
-    double *sum_dy = a.sum_dy + a.chunk * g.C, *sum_dy_xmu = a.sum_dy_xmu + a.chunk * g.C;
-    for (int64_t c = a.c0; c < a.c1; ++c) sum_dy[c] = sum_dy_xmu[c] = 0;
-    for (int64_t b = a.chunk * g.chunk_blocks; b < chunk_end(g, a.chunk); ++b) {
-        const RowBlock k(g, b);
-        const RowShape<X> row(k.len);
-        for (int64_t c = a.c0; c < a.c1; ++c) {
-            const V m = X::splat(mean_hi[c]), sc = X::splat(scale[c]), sh = X::splat(shift[c]);
-            V s0[X::NV] = {}, s1[X::NV] = {};
-            auto add = [&](int v, V grad, V value, V r) {
-                if (act != act_none) grad = gate<act>(V(pre_activation(value, m, sc, sh) + r), grad, bound, slope);
-                s0[v] += grad;
-                s1[v] += grad * minus(value, m);
-            };
-            for (int64_t r = 0; r < k.rows; ++r) {
-                const int64_t at = ((k.n + r) * g.C + c) * g.S + k.s;
-                over_row(
-                    row,
-                    [&](int v, int64_t i) {
-                        add(v, X::load(dy + at + i), X::load(x + at + i),
-                            act != act_none && res ? X::load(res + at + i) : V{});
-                    },
-                    [&](int v, int64_t i, int left) {
-                        add(v, X::load_partial(dy + at + i, left, V{}), X::load_partial(x + at + i, left, m),
-                            act != act_none && res ? X::load_partial(res + at + i, left, V{}) : V{});
-                    });
-            }
-            sum_dy[c] += double(sum_lanes<X>(s0));
-            sum_dy_xmu[c] += double(sum_lanes<X>(s1));
-        }
-    }
-}
 
 template <class X, int mode, int act> void grad_apply_rows(const GradApplyArgs& a) noexcept {
     using S = typename X::S;
@@ -84,6 +42,10 @@ template <class X, int mode, int act> void grad_apply_rows(const GradApplyArgs& 
             to + at, n, stream,
             [&](int64_t i) {
                 const int64_t j = at + i;
+                if (a.ahead) {
+                    ask_for(x + j + a.ahead);
+                    ask_for(dy + j + a.ahead);
+                }
                 const V xi = reads_x ? X::load(x + j) : V{};
                 V grad = X::load(dy + j);
                 if (act != act_none) {
@@ -115,80 +77,6 @@ template <class X, int mode, int act> void grad_apply_rows(const GradApplyArgs& 
 }
 
 // ---- columns --------------------------------------------------------------------------------------------------------
-
-// One tile of a block: adds its sums to sum_dy and sum_dy_xmu (float64, per packed column).
-template <class X, int act, class Residual>
-BNFAST_INLINE void grad_column_tile(const GradReduceArgs& a, int64_t at, int64_t rows, int64_t stride, int64_t k0,
-                                    int64_t width, double* sum_dy, double* sum_dy_xmu, Residual) {
-    using S = typename X::S;
-    using T = typename X::T;
-    using V = typename X::V;
-    using P = typename ComputeStorage<T>::type;
-    auto dy = static_cast<const S*>(a.dy) + at + k0, x = static_cast<const S*>(a.x) + at + k0;
-    auto res = Residual::value ? static_cast<const S*>(a.residual) + at + k0 : nullptr;
-    auto mean_hi = static_cast<const T*>(a.params.mean_hi) + k0, scale = static_cast<const T*>(a.params.scale) + k0,
-         shift = static_cast<const T*>(a.params.shift) + k0;
-    const T bound = T(a.act.bound), slope = T(a.act.negative_slope);
-    alignas(64) T s0[tile_columns] = {}, s1[tile_columns] = {};
-    // Adds eight rows from r on, or one, of one vector of columns.
-    auto add = [&](auto eight, int64_t r, int64_t k, int n, auto whole) {
-        constexpr int R = decltype(eight)::value ? 8 : 1;
-        const V m = load_some<P>(mean_hi + k, n, whole);
-        const V sc = act != act_none ? load_some<P>(scale + k, n, whole) : V{};
-        const V sh = act != act_none ? load_some<P>(shift + k, n, whole) : V{};
-        V g[8], gx[8];
-        BNFAST_UNROLL for (int i = 0; i < R; ++i) {
-            const int64_t j = (r + i) * stride + k;
-            const V value = load_some<X>(x + j, n, whole);
-            g[i] = load_some<X>(dy + j, n, whole);
-            if (act != act_none) {
-                V z = pre_activation(value, m, sc, sh);
-                if (Residual::value) z += load_some<X>(res + j, n, whole);
-                g[i] = gate<act>(z, g[i], bound, slope);
-            }
-            gx[i] = g[i] * minus(value, m);
-        }
-        store_vector(s0 + k, load_vector<V>(s0 + k) + (R == 8 ? sum_of_eight(g) : g[0]));
-        store_vector(s1 + k, load_vector<V>(s1 + k) + (R == 8 ? sum_of_eight(gx) : gx[0]));
-    };
-    by_eights(
-        rows,
-        [&](int64_t r) { across<X>(width, [&](int64_t k, int n, auto whole) { add(Yes{}, r, k, n, whole); }); },
-        [&](int64_t r) { across<X>(width, [&](int64_t k, int n, auto whole) { add(No{}, r, k, n, whole); }); });
-    for (int64_t j = 0; j < width; ++j) {
-        sum_dy[k0 + j] += double(s0[j]);
-        sum_dy_xmu[k0 + j] += double(s1[j]);
-    }
-}
-
-template <class X, int act> void grad_reduce_columns(const GradReduceArgs& a) noexcept {
-    const Grid g = a.grid;
-    const int64_t K = g.pack * g.C, k0 = a.c0, k1 = g.pack == 1 ? a.c1 : K;
-    double *sum_dy = a.sum_dy + a.chunk * g.C, *sum_dy_xmu = a.sum_dy_xmu + a.chunk * g.C;
-    double *s0 = g.pack == 1 ? sum_dy : a.scratch, *s1 = g.pack == 1 ? sum_dy_xmu : a.scratch + K;
-    for (int64_t k = k0; k < k1; ++k) s0[k] = s1[k] = 0;
-    auto block = [&](int64_t r, int64_t rows, int64_t end) {
-        for (int64_t k = k0; k < end; k += tile_columns) {
-            const int64_t width = end - k < tile_columns ? end - k : tile_columns;
-            if (act != act_none && a.residual) grad_column_tile<X, act>(a, r * K, rows, K, k, width, s0, s1, Yes{});
-            else grad_column_tile<X, act>(a, r * K, rows, K, k, width, s0, s1, No{});
-        }
-    };
-    const ColumnChunk chunk(g, a.chunk);
-    for (int64_t r = chunk.first; r < chunk.end; r += g.block_rows)
-        block(r, chunk.end - r < g.block_rows ? chunk.end - r : g.block_rows, k1);
-    if (chunk.tail) block(g.N / g.pack, 1, chunk.tail * g.C);
-    if (g.pack == 1) return;
-    for (int64_t c = 0; c < g.C; ++c) {
-        double t0 = 0, t1 = 0;
-        for (int64_t p = 0; p < g.pack; ++p) {
-            t0 += s0[p * g.C + c];
-            t1 += s1[p * g.C + c];
-        }
-        sum_dy[c] = t0;
-        sum_dy_xmu[c] = t1;
-    }
-}
 
 // With weights the caller gives a grid of pack 1 (apply is elementwise, its grid decides no bits): row r has weight w[r].
 template <class X, int mode, int act> void grad_apply_columns(const GradApplyArgs& a) noexcept {

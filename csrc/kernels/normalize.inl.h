@@ -124,6 +124,7 @@ template <class X, int act> void apply_rows(const ApplyArgs& a) noexcept {
             over_piece<X>(
                 to + at, n, stream,
                 [&](int64_t i) {
+                    if (a.ahead) ask_for(x + at + i + a.ahead);
                     V z = pre_activation(X::load(x + at + i), m, s, b);
                     if (res) z += X::load(res + at + i);
                     store_some<X>(to + at + i, activate<act>(z, bound, slope), X::W, Yes{}, stream);

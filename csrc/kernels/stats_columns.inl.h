@@ -28,41 +28,41 @@ template <class Eight, class One> BNFAST_INLINE void by_eights(int64_t rows, Eig
     for (; r < rows; ++r) one(r);
 }
 
-template <class T> struct alignas(64) ColumnTile {
-    T centre[tile_columns], s1[tile_columns], s2[tile_columns];
+template <class T, int64_t columns = tile_columns> struct alignas(64) ColumnTile {
+    T centre[columns], s1[columns], s2[columns];
 };
 
-// The two passes over one tile: leaves centre, sum(d) and sum(d*d). next: how far ahead the tile lies that comes after.
-template <class X>
-BNFAST_INLINE void column_moments(const typename X::S* x, int64_t rows, int64_t stride, int64_t width, int64_t next,
-                                  ColumnTile<typename X::T>& t) {
-    using T = typename X::T;
+// The first pass over one tile: s1 = sum(x - centre).
+template <class X, class Tile>
+BNFAST_INLINE void sum_deviations(const typename X::S* x, int64_t rows, int64_t stride, int64_t width, Tile& t) {
     using V = typename X::V;
     auto at = [&](int64_t r, int64_t k, int n, auto whole) { return load_some<X>(x + r * stride + k, n, whole); };
-    auto get = [](const T* p) { return load_vector<V>(p); };
-    across<X>(width, [&](int64_t k, int n, auto whole) {
-        store_vector(t.centre + k, finite_or(at(0, k, n, whole), V{}));
-        store_vector(t.s1 + k, V{});
-    });
+    across<X>(width, [&](int64_t k, int, auto) { store_vector(t.s1 + k, V{}); });
     by_eights(
         rows,
         [&](int64_t r) {
             across<X>(width, [&](int64_t k, int n, auto whole) {
-                const V c = get(t.centre + k);
+                const V c = load_vector<V>(t.centre + k);
                 V d[8];
                 BNFAST_UNROLL for (int i = 0; i < 8; ++i) d[i] = minus(at(r + i, k, n, whole), c);
-                store_vector(t.s1 + k, get(t.s1 + k) + sum_of_eight(d));
+                store_vector(t.s1 + k, load_vector<V>(t.s1 + k) + sum_of_eight(d));
             });
         },
         [&](int64_t r) {
             across<X>(width, [&](int64_t k, int n, auto whole) {
-                store_vector(t.s1 + k, get(t.s1 + k) + minus(at(r, k, n, whole), get(t.centre + k)));
+                const V d = minus(at(r, k, n, whole), load_vector<V>(t.centre + k));
+                store_vector(t.s1 + k, load_vector<V>(t.s1 + k) + d);
             });
         });
-    const T inv = T(1) / T(rows);
+}
+
+// The second: s1 = sum(d), s2 = sum(d*d), d = x - centre. next: how far ahead the tile lies that comes after this one.
+template <class X, class Tile>
+BNFAST_INLINE void sum_squares(const typename X::S* x, int64_t rows, int64_t stride, int64_t width, int64_t next,
+                               Tile& t) {
+    using V = typename X::V;
+    auto at = [&](int64_t r, int64_t k, int n, auto whole) { return load_some<X>(x + r * stride + k, n, whole); };
     across<X>(width, [&](int64_t k, int, auto) {
-        const V x0 = get(t.centre + k);
-        store_vector(t.centre + k, finite_or(x0 + get(t.s1 + k) * inv, x0));
         store_vector(t.s1 + k, V{});
         store_vector(t.s2 + k, V{});
     });
@@ -70,24 +70,42 @@ BNFAST_INLINE void column_moments(const typename X::S* x, int64_t rows, int64_t 
         rows,
         [&](int64_t r) {
             across<X>(width, [&](int64_t k, int n, auto whole) {
-                const V c = get(t.centre + k);
+                const V c = load_vector<V>(t.centre + k);
                 V d[8];
                 BNFAST_UNROLL for (int i = 0; i < 8; ++i) {
                     ask_for(x + (r + i) * stride + k + next);
                     d[i] = minus(at(r + i, k, n, whole), c);
                 }
-                store_vector(t.s1 + k, get(t.s1 + k) + sum_of_eight(d));
+                store_vector(t.s1 + k, load_vector<V>(t.s1 + k) + sum_of_eight(d));
                 BNFAST_UNROLL for (int i = 0; i < 8; ++i) d[i] *= d[i];
-                store_vector(t.s2 + k, get(t.s2 + k) + sum_of_eight(d));
+                store_vector(t.s2 + k, load_vector<V>(t.s2 + k) + sum_of_eight(d));
             });
         },
         [&](int64_t r) {
             across<X>(width, [&](int64_t k, int n, auto whole) {
-                const V d = minus(at(r, k, n, whole), get(t.centre + k));
-                store_vector(t.s1 + k, get(t.s1 + k) + d);
-                store_vector(t.s2 + k, get(t.s2 + k) + d * d);
+                const V d = minus(at(r, k, n, whole), load_vector<V>(t.centre + k));
+                store_vector(t.s1 + k, load_vector<V>(t.s1 + k) + d);
+                store_vector(t.s2 + k, load_vector<V>(t.s2 + k) + d * d);
             });
         });
+}
+
+// Leaves centre, sum(d) and sum(d*d) of every column of one tile.
+template <class X>
+BNFAST_INLINE void column_moments(const typename X::S* x, int64_t rows, int64_t stride, int64_t width, int64_t next,
+                                  ColumnTile<typename X::T>& t) {
+    using T = typename X::T;
+    using V = typename X::V;
+    across<X>(width, [&](int64_t k, int n, auto whole) {
+        store_vector(t.centre + k, finite_or(load_some<X>(x + k, n, whole), V{}));
+    });
+    sum_deviations<X>(x, rows, stride, width, t);
+    const T inv = T(1) / T(rows);
+    across<X>(width, [&](int64_t k, int, auto) {
+        const V x0 = load_vector<V>(t.centre + k);
+        store_vector(t.centre + k, finite_or(x0 + load_vector<V>(t.s1 + k) * inv, x0));
+    });
+    sum_squares<X>(x, rows, stride, width, next, t);
 }
 
 // Weighted, one column at a time: row r has weight w[r*w_stride]. Every sum has the order of column_moments, so

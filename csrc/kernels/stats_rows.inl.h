@@ -1,6 +1,7 @@
 // Reduce in the rows layout: 64 virtual lanes run over the rows of one channel's block (moments.inl.h has the maths).
 #pragma once
 #include "moments.inl.h"
+#include "stats_short_rows.inl.h"
 
 namespace bnfast {
 namespace {
@@ -128,6 +129,7 @@ struct RowBlock {
 
 template <class X, int masked> void reduce_rows(const ReduceArgs& a) noexcept {
     const Grid g = a.grid;
+    const int64_t CS = g.C * g.S;
     auto x = static_cast<const typename X::S*>(a.x);
     auto w = static_cast<const typename X::T*>(a.mask);
     double *centre = a.centre + a.chunk * g.C, *offset = a.offset + a.chunk * g.C, *m2 = a.m2 + a.chunk * g.C;
@@ -135,16 +137,30 @@ template <class X, int masked> void reduce_rows(const ReduceArgs& a) noexcept {
     double count = 0;
     for (int64_t b = a.chunk * g.chunk_blocks; b < chunk_end(g, a.chunk); ++b) {
         const RowBlock k(g, b), after(g, b + 1);
-        const int64_t next_block = ((after.n - k.n) * g.C - (a.c1 - 1 - a.c0)) * g.S + after.s - k.s;
+        const auto* block = x + k.n * CS + k.s;  // of channel 0
+        const auto* weights = w + k.n * g.S + k.s;
+        const int64_t next_block = (after.n - k.n) * CS + after.s - k.s;
         double n = 0;
-        for (int64_t c = a.c0; c < a.c1; ++c) {
-            const auto* p = x + (k.n * g.C + c) * g.S + k.s;
-            const int64_t next = c + 1 < a.c1 ? g.S : next_block;
-            const BlockMoments m = masked ? weighted_block_of_rows<X>(p, w + k.n * g.S + k.s, k.rows, k.len,
-                                                                      g.C * g.S, g.S)
-                                          : block_of_rows<X>(p, k.rows, k.len, g.C * g.S, next);
+        auto merge = [&](int64_t c, const BlockMoments& m) {
             n = m.n;  // the same for every channel
             Merge(count, n).into(centre[c], offset[c], m2[c], m);
+        };
+        if (masked) {
+            for (int64_t c = a.c0; c < a.c1; ++c)
+                merge(c, by_short_rows(g) ? weighted_short_rows<X>(block + c * g.S, weights, k.rows, g.S, CS)
+                                          : weighted_block_of_rows<X>(block + c * g.S, weights, k.rows, k.len, CS, g.S));
+        } else if (by_short_rows(g)) {
+            over_short_tiles(g.S, a.c0, a.c1, [&](int64_t c0, int64_t channels) {
+                const bool last = c0 + channels == a.c1;
+                const int64_t next = last ? next_block - (c0 - a.c0) * g.S : channels * g.S;
+                short_row_moments<X>(block + c0 * g.S, k.rows, CS, g.S, channels, next,
+                                     [&](int64_t c, const BlockMoments& m) { merge(c0 + c, m); });
+            });
+        } else {
+            for (int64_t c = a.c0; c < a.c1; ++c) {
+                const int64_t next = c + 1 < a.c1 ? g.S : next_block - (a.c1 - 1 - a.c0) * g.S;
+                merge(c, block_of_rows<X>(block + c * g.S, k.rows, k.len, CS, next));
+            }
         }
         count += n;
     }

@@ -1,0 +1,108 @@
+// Reduce in the rows layout where rows are shorter than the 64 lanes: the rows of a block, S values of every channel of a
+// tile, are columns that lie side by side, so that vectors stay full and loads aligned; S columns make a channel.
+// Moments of (32, 2048, 7, 7), rows of 196 bytes: 0.55 of the time that row by row with a masked fourth vector takes.
+#pragma once
+#include "stats_columns.inl.h"
+
+namespace bnfast {
+namespace {
+
+constexpr int64_t short_columns = 1024;  // 16 channels of 7x7 make whole cache lines, 20 fill a tile
+
+// Whether the blocks of this grid go by columns: a property of the grid alone, because it decides the order of sums.
+BNFAST_INLINE bool by_short_rows(const Grid& g) { return g.S <= lanes && g.block_rows >= 8; }
+
+// tile(first channel, channels, next): [c0, c1) in tiles of at most short_columns columns.
+template <class Tile> BNFAST_INLINE void over_short_tiles(int64_t S, int64_t c0, int64_t c1, Tile tile) {
+    const int64_t most = short_columns / S, step = most >= 16 ? most / 16 * 16 : most;
+    for (int64_t c = c0; c < c1; c += step) tile(c, c1 - c < step ? c1 - c : step);
+}
+
+// S equal values; writes up to a vector more.
+template <class X> BNFAST_INLINE void splat_row(typename X::T* to, int64_t S, typename X::T value) {
+    for (int64_t k = 0; k < S; k += X::W) store_vector(to + k, X::splat(value));
+}
+
+// The sum of S <= 64 column sums, by the tree over 64 lanes.
+template <class X> BNFAST_INLINE typename X::T sum_row(const typename X::T* p, int64_t S) {
+    using Sums = typename ComputeStorage<typename X::T>::type;
+    typename X::V v[X::NV];
+    BNFAST_UNROLL for (int i = 0; i < X::NV; ++i) {
+        const int64_t left = S - i * X::W;
+        v[i] = left >= X::W ? load_vector<typename X::V>(p + i * X::W)
+               : left > 0   ? Sums::load_partial(p + i * X::W, int(left), typename X::V{})
+                            : typename X::V{};
+    }
+    return sum_lanes<X>(v);
+}
+
+// result(channel of the tile, its block moments) for `channels` channels of one block. next: as in sum_squares.
+template <class X, class Result>
+BNFAST_INLINE void short_row_moments(const typename X::S* x, int64_t rows, int64_t stride, int64_t S, int64_t channels,
+                                     int64_t next, Result result) {
+    using T = typename X::T;
+    ColumnTile<T, short_columns + X::W> t;
+    T x0[short_columns];
+    const int64_t width = channels * S;
+    for (int64_t c = 0; c < channels; ++c) {
+        x0[c] = finite_or_zero(X::load_partial(x + c * S, 1, typename X::V{})[0]);
+        splat_row<X>(t.centre + c * S, S, x0[c]);
+    }
+    sum_deviations<X>(x, rows, stride, width, t);
+    const T inv = T(1) / T(rows * S);
+    for (int64_t c = 0; c < channels; ++c) {
+        const T centre = x0[c] + sum_row<X>(t.s1 + c * S, S) * inv;
+        if (centre - centre == T(0)) x0[c] = centre;
+    }
+    for (int64_t c = 0; c < channels; ++c) splat_row<X>(t.centre + c * S, S, x0[c]);
+    sum_squares<X>(x, rows, stride, width, next, t);
+    for (int64_t c = 0; c < channels; ++c)
+        result(c, block_moments(double(rows * S), x0[c], sum_row<X>(t.s1 + c * S, S), sum_row<X>(t.s2 + c * S, S)));
+}
+
+// One channel with weights w (S a row). Every sum has the order of the above, so all-ones weights give the same bits.
+template <class X>
+BNFAST_INLINE BlockMoments weighted_short_rows(const typename X::S* x, const typename X::T* w, int64_t rows, int64_t S,
+                                               int64_t stride) {
+    using T = typename X::T;
+    using V = typename X::V;
+    using Weights = typename ComputeStorage<T>::type;
+    alignas(64) T sums[lanes + X::W];
+    auto sum = [&](auto term) {  // term(values, weights)
+        across<X>(S, [&](int64_t k, int, auto) { store_vector(sums + k, V{}); });
+        auto at = [&](int64_t r, int64_t k, int n, auto whole) {
+            return term(load_some<X>(x + r * stride + k, n, whole), load_some<Weights>(w + r * S + k, n, whole));
+        };
+        by_eights(
+            rows,
+            [&](int64_t r) {
+                across<X>(S, [&](int64_t k, int n, auto whole) {
+                    V t[8];
+                    BNFAST_UNROLL for (int i = 0; i < 8; ++i) t[i] = at(r + i, k, n, whole);
+                    store_vector(sums + k, load_vector<V>(sums + k) + sum_of_eight(t));
+                });
+            },
+            [&](int64_t r) {
+                across<X>(S, [&](int64_t k, int n, auto whole) {
+                    store_vector(sums + k, load_vector<V>(sums + k) + at(r, k, n, whole));
+                });
+            });
+        return sum_row<X>(sums, S);
+    };
+    T x0 = 0;
+    for (int64_t i = rows * S - 1; i >= 0; --i)
+        if (w[i] > T(0)) x0 = finite_or_zero(X::load_partial(x + i / S * stride + i % S, 1, V{})[0]);
+    const T n = sum([](V, V weight) { return weight; });
+    auto deviation = [](T from) { return [from](V value, V weight) { return weight > T(0) ? weight * (value - from) : V{}; }; };
+    const T mean = x0 + sum(deviation(x0)) * (n > T(0) ? T(1) / n : T(0));
+    const T c = mean - mean == T(0) ? mean : x0;
+    const T s1 = sum(deviation(c));
+    const T s2 = sum([c](V value, V weight) {
+        const V d = value - c;
+        return weight > T(0) ? weight * (d * d) : V{};
+    });
+    return block_moments(double(n), c, s1, s2);
+}
+
+}  // namespace
+}  // namespace bnfast
