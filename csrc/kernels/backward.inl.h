@@ -91,7 +91,8 @@ template <class X, int mode, int act> void grad_apply_columns(const GradApplyArg
     const T bound = T(a.act.bound), slope = T(a.act.negative_slope);
     constexpr bool frozen = mode == grad_frozen, gated = act != act_none, reads_x = !frozen || gated;
     with_flags(a.stream && may_stream<X>(dx, K, a.c0), gated && res, [&](auto stream, auto has_residual) {
-        over_columns<X>(a.begin, a.end, a.c0, a.c1, [&](int64_t r, int64_t k, int n, auto whole) {
+        const bool tiled = a.c1 - a.c0 >= wide_row;
+        over_columns<X>(a.begin, a.end, a.c0, a.c1, tiled, [&](int64_t r, int64_t k, int n, auto whole) {
             const int64_t at = r * K + k;
             auto constant = [&](void* p) { return load_some<P>(static_cast<const T*>(p) + k, n, whole); };
             const V sc = constant(a.params.scale), m = reads_x ? constant(a.params.mean_hi) : V{};
@@ -112,6 +113,10 @@ template <class X, int mode, int act> void grad_apply_columns(const GradApplyArg
                 out = mode == grad_weighted ? sc * (grad - weight * mdy) + weight * level : sc * (grad - mdy) + level;
             }
             store_some<X>(dx + at, out, n, whole, stream);
+        }, [&](int64_t r, int64_t k, int64_t n) {
+            ask_for_row(dy + r * K + k, n);
+            if (reads_x) ask_for_row(x + r * K + k, n);
+            if (!stream.value) ask_to_write_row(dx + r * K + k, n);
         });
         if (stream.value) fence_streams();
     });

@@ -19,11 +19,6 @@ template <class T, int64_t columns> struct alignas(64) GradTile {
     T s0[columns], s1[columns];
 };
 
-template <class S> BNFAST_INLINE void ask_for_rows(const S* p, int64_t rows, int64_t stride, int64_t width) {
-    for (int64_t r = 0; r < rows; ++r)
-        for (int64_t k = 0; k < width; k += 64 / int64_t(sizeof(S))) ask_for(p + r * stride + k);
-}
-
 // Leaves the two sums of every column.
 template <class X, int act, class Tile, class Residual>
 BNFAST_INLINE void grad_column_sums(const GradColumns<X>& a, const ActivationArgs& args, Tile& t, Residual) {
@@ -60,8 +55,8 @@ BNFAST_INLINE void grad_column_sums(const GradColumns<X>& a, const ActivationArg
         a.rows,
         [&](int64_t r) {
             if (a.ahead) {
-                ask_for_rows(a.x + r * a.stride + a.ahead, 8, a.stride, a.width);
-                ask_for_rows(a.dy + r * a.stride + a.ahead, 8, a.stride, a.width);
+                for (int64_t i = r; i < r + 8; ++i) ask_for_row(a.x + i * a.stride + a.ahead, a.width);
+                for (int64_t i = r; i < r + 8; ++i) ask_for_row(a.dy + i * a.stride + a.ahead, a.width);
             }
             across<X>(a.width, [&](int64_t k, int n, auto whole) { add(Yes{}, r, k, n, whole); });
         },

@@ -147,16 +147,28 @@ template <class X> BNFAST_INLINE bool may_stream(const void* y, int64_t K, int64
     return reinterpret_cast<uintptr_t>(y) % 64 == 0 && K % line == 0 && c0 % line == 0;
 }
 
-// step(row, column, columns in the vector, Yes: a whole vector) over rows [begin, end), columns [c0, c1).
-template <class X, class Step>
-BNFAST_INLINE void over_columns(int64_t begin, int64_t end, int64_t c0, int64_t c1, Step step) {
-    for (int64_t r = begin; r < end; ++r) {
-        int64_t k = c0;
-        for (; k + 4 * X::W <= c1; k += 4 * X::W) {
-            BNFAST_UNROLL for (int i = 0; i < 4; ++i) step(r, k + i * X::W, X::W, Yes{});
+// Rows from here on go by tiles of half of it where that gains: the constants of a row (3 to 6 vectors) would not stay in
+// L1 until the next. No prefetcher follows such pieces, so each is asked for a row before. (512, 3072) in cache: infer
+// 0.68, grad 0.87 of the time; a streamed forward loses (1.1 to 1.3 at 100 MB), so it goes row by row.
+constexpr int64_t wide_row = 2048;
+
+// step(row, column, columns in the vector, Yes: a whole vector) over rows [begin, end), columns [c0, c1); with `tiled`
+// coming(row, column, columns) a row before.
+template <class X, class Step, class Coming>
+BNFAST_INLINE void over_columns(int64_t begin, int64_t end, int64_t c0, int64_t c1, bool tiled, Step step,
+                                Coming coming) {
+    const int64_t tile = tiled ? wide_row / 2 : c1 - c0;
+    for (int64_t t = c0; t < c1; t += tile) {
+        const int64_t stop = t + tile < c1 ? t + tile : c1;
+        for (int64_t r = begin; r < end; ++r) {
+            if (tiled) coming(r + 1, t, stop - t);
+            int64_t k = t;
+            for (; k + 4 * X::W <= stop; k += 4 * X::W) {
+                BNFAST_UNROLL for (int i = 0; i < 4; ++i) step(r, k + i * X::W, X::W, Yes{});
+            }
+            for (; k + X::W <= stop; k += X::W) step(r, k, X::W, Yes{});
+            if (k < stop) step(r, k, int(stop - k), No{});
         }
-        for (; k + X::W <= c1; k += X::W) step(r, k, X::W, Yes{});
-        if (k < c1) step(r, k, int(c1 - k), No{});
     }
 }
 
@@ -172,12 +184,16 @@ template <class X, int act> void apply_columns(const ApplyArgs& a) noexcept {
          shift = static_cast<const T*>(a.params.shift);
     const T bound = T(a.act.bound), slope = T(a.act.negative_slope);
     with_flags(a.stream && may_stream<X>(y, K, a.c0), res != nullptr, [&](auto stream, auto has_residual) {
-        over_columns<X>(a.begin, a.end, a.c0, a.c1, [&](int64_t r, int64_t k, int n, auto whole) {
+        const bool tiled = a.c1 - a.c0 >= wide_row && !stream.value;
+        over_columns<X>(a.begin, a.end, a.c0, a.c1, tiled, [&](int64_t r, int64_t k, int n, auto whole) {
             const int64_t at = r * K + k;
             V z = pre_activation(load_some<X>(x + at, n, whole), load_some<P>(mean_hi + k, n, whole),
                                  load_some<P>(scale + k, n, whole), load_some<P>(shift + k, n, whole));
             if (has_residual.value) z += load_some<X>(res + at, n, whole);
             store_some<X>(y + at, activate<act>(z, bound, slope), n, whole, stream);
+        }, [&](int64_t r, int64_t k, int64_t n) {
+            ask_for_row(x + r * K + k, n);
+            ask_to_write_row(y + r * K + k, n);
         });
         if (stream.value) fence_streams();
     });

@@ -87,6 +87,12 @@ BNFAST_INLINE U16h narrow(U32v v) {
 // on its way a channels_last training step of 103 MB takes 7.0 ms instead of 8.6, of 26 MB 1.26 instead of 1.46 (two
 // threads). The address may lie beyond the array.
 BNFAST_INLINE void ask_for(const void* p) { __builtin_prefetch(p, 0, 2); }
+template <class S> BNFAST_INLINE void ask_for_row(const S* p, int64_t n) {
+    for (int64_t k = 0; k < n; k += 64 / int64_t(sizeof(S))) ask_for(p + k);
+}
+template <class S> BNFAST_INLINE void ask_to_write_row(const S* p, int64_t n) {
+    for (int64_t k = 0; k < n; k += 64 / int64_t(sizeof(S))) __builtin_prefetch(p + k, 1, 3);
+}
 
 template <class To, class From> BNFAST_INLINE To bits_as(From v) {
     static_assert(sizeof(To) == sizeof(From), "same size");
