@@ -11,7 +11,8 @@ import sys
 import bnfast
 import numpy as np
 import pytest
-from bnfast.cli import datasets, demo, main, quiet, training
+from bnfast import _tf_library
+from bnfast.cli import datasets, demo, info, main, quiet, training
 from bnfast.cli.errors import UserError
 
 
@@ -73,14 +74,32 @@ def test_info_as_json(capsys):
     facts = json.loads(capsys.readouterr().out)
     expected = json.loads(json.dumps(bnfast.build_info(), default=list))
     assert {key: facts[key] for key in expected} == expected
-    assert set(facts) - set(expected) == {"python", "platform", "packages"}
+    assert set(facts) - set(expected) == {"python", "platform", "packages", "bridge"}
     assert facts["packages"]["numpy"] == np.__version__
 
 
 def test_info_names_what_is_missing(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow", None)
     assert main(["info"]) == 0
-    assert "tensorflow       not installed" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "tensorflow       not installed" in out
+    assert "Keras bridge     none (TensorFlow is not installed)" in out
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the native bridge is built on Linux alone")
+def test_info_says_which_bridge_and_why(need, monkeypatch, tmp_path):
+    need("tensorflow")
+    monkeypatch.delenv("BNFAST_BRIDGE", raising=False)
+    assert info.bridge() == {"name": "native", "reason": "_tf.so fits the installed TensorFlow"}
+    monkeypatch.setattr(_tf_library, "PATH", tmp_path / "_tf.so")
+    reason = f"{tmp_path / '_tf.so'} is not there"
+    assert info.bridge() == {"name": "numpy_function", "reason": reason}
+    monkeypatch.setenv("BNFAST_BRIDGE", "native")
+    assert info.bridge() == {"name": None, "reason": reason}
+    monkeypatch.setenv("BNFAST_BRIDGE", "numpy_function")
+    assert info.bridge() == {"name": "numpy_function", "reason": "BNFAST_BRIDGE"}
+    monkeypatch.setenv("BNFAST_BRIDGE", "stone")
+    assert info.bridge()["reason"].startswith("BNFAST_BRIDGE must be one of")
 
 
 def test_the_command_line_imports_nothing_heavy():

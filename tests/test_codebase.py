@@ -144,7 +144,7 @@ def test_the_readme_gives_exactly_two_setup_commands():
     assert README.count("pip install") == 2
 
 
-@pytest.mark.parametrize("block", code_blocks(README, "python"), ids=["numpy", "keras"])
+@pytest.mark.parametrize("block", code_blocks(README, "python"), ids=["numpy", "keras", "model"])
 def test_the_readme_examples_run(need, block):
     if "bnfast.keras" in block:
         need("tensorflow")

@@ -10,6 +10,7 @@
 #include "../machine.h"
 #include "../parallel.h"
 #include "../plan.h"
+#include "../tf/core_api.h"
 #include "array_view.h"
 
 namespace bnfast::bind {
@@ -264,6 +265,7 @@ PYBIND11_MODULE(_core, m) {
     m.def("build_info", &bind::build_info);
     m.def("clear_memory", &clear_memory);
     m.def("set_memory_limit", &set_memory_limit);
+    m.def("_connect_tf", [](const std::string& path) { return tf::connect(path.c_str()); });
     m.def("_set_isa", [](std::optional<std::string> name) { set_isa(name.value_or("")); });
     m.def("_set_serial_bytes", [](std::optional<std::int64_t> n) { set_serial_bytes(n.value_or(-1)); });
     m.def("_set_full_team", &set_full_team);

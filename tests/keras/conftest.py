@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -14,6 +15,19 @@ if "tensorflow" in os.environ.get("BNFAST_REQUIRE", ""):
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "requires_trainable_backend: set by Keras's own test suite")
+
+
+@pytest.fixture(params=["numpy_function", "native"])
+def each_bridge(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The test runs once through either way into TensorFlow; its value says which. Linux always has the native one."""
+    from bnfast.keras import native
+
+    name = str(request.param)
+    available, reason = native.status()
+    if name == "native" and not available:
+        (pytest.fail if sys.platform == "linux" else pytest.skip)(f"native: {reason}")
+    monkeypatch.setenv("BNFAST_BRIDGE", name)
+    return name
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
-"""The way between TensorFlow and the kernels: no copies, nothing written, static shapes, many threads.
+"""The ways between TensorFlow and the kernels: no copies, nothing written, static shapes, many threads.
 
-Pointers: what a kernel call reads and returns, recorded around bnfast.functional, against what TensorFlow holds before
-and after it, seen by a consumer of its own.
+Pointers, through numpy_function: what a kernel call reads and returns, recorded around bnfast.functional, against what
+TensorFlow holds before and after it, seen by a consumer of its own. test_native.py looks at those of the native op.
 """
 
 import threading
@@ -16,6 +16,8 @@ import tensorflow as tf
 from bnfast import functional
 from bnfast.keras import BatchNormalization, bridge, formula, host
 from bnfast.keras.bridge import Options
+
+pytestmark = pytest.mark.usefixtures("each_bridge")
 
 DTYPES = ["float32", "float64", "float16", "bfloat16"]
 SHAPE = (16, 20, 20, 64)  # 0.8 MiB in half precision: never at 0 mod 64 by luck of a small allocator, above every limit
@@ -61,6 +63,7 @@ def forward_and_backward(x: Any, dy: Any) -> tuple[dict[str, Any], Any]:
     return {"x": seen(x), "y": seen(y), "dy": seen(dy), "dx": seen(dx)}, y  # y kept: else dx may lie where y lay
 
 
+@pytest.mark.parametrize("each_bridge", ["numpy_function"], indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
 def test_inputs_are_read_in_place_and_outputs_adopted(
@@ -161,7 +164,7 @@ def test_one_trace_serves_every_batch_and_size() -> None:
     assert len(traces) == 1
 
 
-def test_the_graph_has_one_callback_each_way() -> None:
+def test_the_graph_has_one_op_each_way(each_bridge: str) -> None:
     layer = BatchNormalization(activation="relu")
     layer.build((None, 8))
 
@@ -171,13 +174,14 @@ def test_the_graph_has_one_callback_each_way() -> None:
             loss = tf.reduce_sum(layer(x, training=True) ** 2)
         return tape.gradient(loss, layer.trainable_variables)
 
-    def callbacks(f: Callable[..., Any]) -> list[str]:
+    def ours(f: Callable[..., Any]) -> list[str]:
         graph = tf.function(f).get_concrete_function(tf.TensorSpec([None, 8])).graph
-        return [op.type for op in graph.get_operations() if "PyFunc" in op.type]
+        return [op.type for op in graph.get_operations() if "PyFunc" in op.type or "Bnfast" in op.type]
 
-    assert callbacks(step.python_function) == ["PyFuncStateless"] * 2
-    assert callbacks(lambda x: layer(x, training=False)) == []
-    assert callbacks(lambda x: layer(x)) == []
+    wanted = {"numpy_function": ["PyFuncStateless"] * 2, "native": ["BnfastTrain", "BnfastGrad"]}
+    assert ours(step.python_function) == wanted[each_bridge]
+    assert ours(lambda x: layer(x, training=False)) == []
+    assert ours(lambda x: layer(x)) == []
 
 
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
@@ -210,9 +214,10 @@ def test_many_host_threads(graph: bool, rng: np.random.Generator) -> None:
     assert not any(thread.is_alive() for thread in threads)
 
 
-def test_a_kernel_error_keeps_its_message() -> None:
+def test_a_kernel_error_keeps_its_message(each_bridge: str) -> None:
     x, wrong = tf.ones([4, 3]), tf.ones([2])
-    with pytest.raises(ValueError, match=r"gamma must have shape \(3,\)"):
+    eager = ValueError if each_bridge == "numpy_function" else tf.errors.InvalidArgumentError
+    with pytest.raises(eager, match=r"gamma must have shape \(3,\)"):
         bridge.train(x, wrong)
     with pytest.raises(tf.errors.InvalidArgumentError, match=r"gamma must have shape \(3,\)"):
         tf.function(bridge.train)(x, wrong)

@@ -12,6 +12,8 @@ import tensorflow as tf
 from bnfast.keras import BatchNormalization, bridge
 from bnfast.keras.bridge import Options
 
+pytestmark = pytest.mark.usefixtures("each_bridge")
+
 SHAPES = {2: (7, 3), 3: (4, 5, 3), 4: (3, 4, 2, 5), 5: (2, 3, 2, 2, 3)}
 CASES = [(rank, axis) for rank, shape in SHAPES.items() for axis in range(1, len(shape))] + [(4, -1), (3, 0)]
 ACTIVATIONS = {

@@ -1,11 +1,9 @@
 """Keras's own tests of its layer, from the installed Keras, run with ours in its place.
 
-The module is loaded a second time under another name and its `layers` replaced, so Keras itself is untouched. Tests
-that use renorm are kept apart: it is not supported yet, and must say so.
+The module is loaded a second time under another name and its `layers` replaced, so Keras itself is untouched.
 """
 
 import importlib.util
-import inspect
 import types
 import unittest
 
@@ -31,27 +29,12 @@ def _load() -> types.ModuleType:
 
 MODULE = _load()  # holds the TestCase: at this module's top level pytest would collect it
 NAMES = unittest.TestLoader().getTestCaseNames(MODULE.BatchNormalizationTest)
-RENORM = [
-    name
-    for name in NAMES
-    if "renorm" in name or "renorm=True" in inspect.getsource(getattr(MODULE.BatchNormalizationTest, name))
-]
-
-pytestmark = pytest.mark.filterwarnings("ignore")  # Keras's own, and none of ours
+pytestmark = [pytest.mark.usefixtures("each_bridge"), pytest.mark.filterwarnings("ignore")]  # Keras's own warnings
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in RENORM])
+@pytest.mark.parametrize("name", NAMES)
 def test_upstream(name: str) -> None:
     MODULE.BatchNormalizationTest(name).debug()  # setUp, test, tearDown; a failure is raised
-
-
-@pytest.mark.parametrize("name", RENORM)
-def test_upstream_renorm(name: str) -> None:
-    if name == "test_renorm_invalid_clipping_keys":  # errors come in Keras's own order
-        MODULE.BatchNormalizationTest(name).debug()
-        return
-    with pytest.raises(NotImplementedError, match="renorm=True is not supported yet"):
-        MODULE.BatchNormalizationTest(name).debug()
 
 
 def test_how_many_there_are() -> None:
@@ -60,5 +43,5 @@ def test_how_many_there_are() -> None:
     assert len(correctness) == 16
     assert {"test_bn_basics", "test_trainable_behavior", "test_masked_broadcast_normalization"} <= set(NAMES)
     if keras.__version__ == "3.15.1":
-        assert (len(NAMES), len(RENORM)) == (33, 6)
-    assert len(NAMES) - len(RENORM) >= 25
+        assert len(NAMES) == 33
+    assert len(NAMES) >= 25

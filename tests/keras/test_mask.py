@@ -10,6 +10,8 @@ import keras
 import tensorflow as tf
 from bnfast.keras import BatchNormalization
 
+pytestmark = pytest.mark.usefixtures("each_bridge")
+
 CASES = [
     ((6, 5), -1),
     ((6, 5), 1),

@@ -137,6 +137,7 @@ def _ours(layer: Any) -> Any:
     return kind.from_config(layer.get_config())
 
 
+@pytest.mark.usefixtures("each_bridge")
 def test_optimizer_state_and_training_go_on_after_loading(tmp_path: Path, rng: np.random.Generator) -> None:
     x, t = rng.normal(size=(16, 6, 6, 3)).astype("float32"), rng.normal(size=(16, 2)).astype("float32")
     model = model_of(BatchNormalization, activation="relu")
@@ -160,6 +161,7 @@ np.save(folder + "/y.npy", model.serve(np.load(folder + "/x.npy")).numpy())
 """
 
 
+@pytest.mark.usefixtures("each_bridge")
 def test_an_exported_model_serves_without_bnfast(tmp_path: Path, rng: np.random.Generator) -> None:
     """4-D channels_last (fused op), another axis and rank (plain ops), every fused activation, one applied after."""
     inputs = keras.layers.Input((8, 8, 3))

@@ -14,6 +14,8 @@ pytest.importorskip("tensorflow")
 import keras
 from bnfast.keras import BatchNormalization
 
+pytestmark = pytest.mark.usefixtures("each_bridge")
+
 ZERO_GRADIENT = {"conv1/bias", "conv2/bias", "hidden/bias"}
 STEPS = 20
 

@@ -67,20 +67,26 @@ def rows_of(measured: Measured) -> list[Row]:
 def _figures(measured: Measured, way: Way) -> Row:
     base = measured.find("bnfast", "fresh" if way.mode == "warm" else way.mode)
     copy = measured.find("copy", "reused")
-    quartiles = statistics.quantiles(way.seconds, n=4) if len(way.seconds) > 1 else [way.seconds[0]] * 3
     return {
         "peer": way.peer,
         "mode": way.mode,
         "rounds": len(way.seconds),
         "calls": way.calls,
-        "seconds": _short(median(way.seconds)),
-        "quartiles": [_short(quartiles[0]), _short(quartiles[2])],
-        "ratio": _short(ratio(way, base)) if base and way.peer != "copy" else None,
-        "to_copy": _short(ratio(way, copy, 1 / COPIES[measured.case.op])) if copy else None,
+        "seconds": short(median(way.seconds)),
+        "quartiles": quartiles(way.seconds),
+        "ratio": short(ratio(way, base)) if base and way.peer != "copy" else None,
+        "to_copy": short(ratio(way, copy, 1 / COPIES[measured.case.op])) if copy else None,
     }
 
 
-def _short(value: float) -> float:
+def quartiles(values: Sequence[float]) -> list[float]:
+    """The first and the third."""
+    found = statistics.quantiles(values, n=4) if len(values) > 1 else [values[0]] * 3
+    return [short(found[0]), short(found[2])]
+
+
+def short(value: float) -> float:
+    """Four digits, as the JSON has them."""
     return float(f"{value:.4g}")
 
 
@@ -152,7 +158,7 @@ def _summary_table(rows: list[Row], titles: dict[str, str]) -> str:
         name = {"torch": "torch, better format", **titles}[s.peer]
         figures = (f"{s.geomean:.2f}", f"{s.worst:.2f}", s.worst_at, s.cases)
         table.append([s.op, s.dtype, name, MODE_TITLES[s.mode], *figures])
-    return _table(["op", "dtype", "peer", "outputs", "geomean", "least", "least at", "cases"], table)
+    return markdown_table(["op", "dtype", "peer", "outputs", "geomean", "least", "least at", "cases"], table)
 
 
 def _case_table(rows: list[Row], titles: dict[str, str]) -> str:
@@ -167,7 +173,7 @@ def _case_table(rows: list[Row], titles: dict[str, str]) -> str:
             row = found.get(("bnfast", mode))
             line += [_ms(row), f"{row['to_copy']:.2f}" if row and row["to_copy"] else "-"]
         table.append(line + [_ms_and_ratio(found.get((peer, "fresh"))) for peer in peers])
-    return _table(heads + [f"{titles[peer]}, ms" for peer in peers], table)
+    return markdown_table(heads + [f"{titles[peer]}, ms" for peer in peers], table)
 
 
 def _left_out_lines(left_out: list[Row], titles: dict[str, str]) -> list[str]:
@@ -176,20 +182,21 @@ def _left_out_lines(left_out: list[Row], titles: dict[str, str]) -> list[str]:
     return [f"- {titles[peer]}, {count[peer, reason]} cases: {reason}" for peer, reason in reasons]
 
 
-def _digits(value: float) -> str:
+def digits(value: float) -> str:
     """Three digits, never an exponent: 0.00354, 9.87, 98.8, 98800."""
     return f"{value:.3g}" if 1e-4 <= value < 1000 else f"{value:.0f}" if value >= 1000 else f"{value:.6f}"
 
 
 def _ms(row: Row | None) -> str:
-    return _digits(1e3 * row["seconds"]) if row else "-"
+    return digits(1e3 * row["seconds"]) if row else "-"
 
 
 def _ms_and_ratio(row: Row | None) -> str:
-    return f"{_ms(row)} ({_digits(row['ratio'])})" if row and row["ratio"] else _ms(row)
+    return f"{_ms(row)} ({digits(row['ratio'])})" if row and row["ratio"] else _ms(row)
 
 
-def _table(heads: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
+def markdown_table(heads: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
+    """The text of a table; cells are written with str()."""
     text = [heads, ["---"] * len(heads), *lines]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in text)
 

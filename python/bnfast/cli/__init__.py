@@ -11,10 +11,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from bnfast.cli import bench, demo, info
+from bnfast.cli import bench, demo, info, run
 from bnfast.cli.errors import UserError
 
-COMMANDS = (info, demo, bench)
+COMMANDS = (info, demo, bench, run)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -1,7 +1,7 @@
 """`bnfast bench`: the public API against torch, TensorFlow's fused op, Keras's layer and JAX, and against a copy.
 
 Prints a summary; with --out also leaves bench.json, bench.md and bench.png in that folder. How it measures:
-bnfast.benchmark.timing.
+bnfast.benchmark.timing. With --model it times a whole Keras model instead: bnfast.cli.bench_model.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bnfast.benchmark import allocator, cases, machine, report, timing
+from bnfast.benchmark import allocator, cases, machine, models, report, timing
 from bnfast.benchmark.peers import PEERS, Peer
+from bnfast.cli import bench_model
 from bnfast.cli.errors import UserError, positive_int, require
 
 SETS = ("resnet50", "dense", "tiny")
@@ -20,6 +21,8 @@ QUICK_ROUNDS = 3
 HEADINGS = {"fresh": "dropped", "held": "3 alive", "reused": "reused", "warm": "warm malloc"}
 TITLES = {peer.name: peer.title for peer in PEERS}
 NEEDED = {"copy", "bnfast"}  # every figure is relative to one of them
+SHAPES_ONLY = ("set", "shape", "op", "layout", "dtype", "peers", "outputs")
+MODEL_ONLY = ("batch", "size", "variants", "memory_runs")
 
 
 def register(subparsers: Any) -> None:
@@ -39,12 +42,35 @@ def register(subparsers: Any) -> None:
     add("--rounds", type=positive_int, help="of every case (default: 5 to 15, by how long one takes)")
     add("--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds: to see that it works, not for figures")
     add("--out", type=Path, metavar="DIR", help="leave bench.json, bench.md and bench.png there")
-    parser.set_defaults(run=run)
+    _add_model(parser)
+    parser.set_defaults(run=run, default=parser.get_default)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "a whole model",
+        "one keras.applications model with several batch norms; of the options above it takes"
+        " --threads, --rounds, --quick and --out",
+    )
+    add = group.add_argument
+    add("--model", metavar="NAME", help='MobileNetV2, say, or with arguments of its own "MobileNetV2(alpha=0.35)"')
+    add("--batch", type=positive_int, help=f"images (default: {bench_model.BATCH})")
+    add("--size", type=positive_int, help=f"of an image, in both directions (default: {bench_model.SIZE})")
+    add("--variants", type=_names(models.TITLES, families=True), help=f"{', '.join(models.TITLES)} (default: all)")
+    runs = f"fresh processes a variant for its peak memory, 0: none (default: {bench_model.MEMORY_RUNS})"
+    add("--memory-runs", type=_count, metavar="N", help=runs)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print, write."""
     require("rich", *(["matplotlib"] if arguments.out else []), extra="demo")
+    for option in MODEL_ONLY if arguments.model is None else SHAPES_ONLY:
+        if getattr(arguments, option) != arguments.default(option):
+            clash = "needs --model" if arguments.model is None else f"not together with --model {arguments.model}"
+            raise UserError(f"argument --{option.replace('_', '-')}: {clash}")
+    if arguments.model is not None:
+        _prepare_folder(arguments.out)
+        return bench_model.run(arguments)
     import bnfast
 
     work = _cases(arguments)
@@ -190,6 +216,13 @@ def _names(known: Any, families: bool = False) -> Callable[[str], list[str]]:
         return [name for name in known if name in chosen]
 
     return parse
+
+
+def _count(text: str) -> int:
+    """An argparse type: an integer >= 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be an integer >= 0. Received: {text}")
+    return int(text)
 
 
 def _shape(text: str) -> cases.NamedShape:

@@ -11,6 +11,8 @@ from typing import Any
 
 import bnfast
 
+from .. import _tf_library
+
 PACKAGES = ("numpy", "ml_dtypes", "tensorflow", "keras")
 
 
@@ -40,7 +42,23 @@ def gather() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "packages": {name: package_version(name) for name in PACKAGES},
+        "bridge": bridge(),
     }
+
+
+def bridge() -> dict[str, str | None]:
+    """How a Keras layer with `bridge="auto"` would reach the kernels, and why; no name where none would."""
+    try:
+        wanted = _tf_library.wanted()
+    except ValueError as error:
+        return {"name": None, "reason": str(error)}
+    if wanted == "numpy_function":
+        return {"name": wanted, "reason": "BNFAST_BRIDGE"}
+    fits, reason = _tf_library.probe()
+    if fits:
+        return {"name": "native", "reason": reason}
+    installed = importlib.util.find_spec("tensorflow") is not None
+    return {"name": "numpy_function" if wanted == "auto" and installed else None, "reason": reason}
 
 
 def package_version(module: str) -> str | None:
@@ -68,6 +86,7 @@ def describe(facts: dict[str, Any]) -> str:
         "compiler": facts["compiler"],
         "flags": facts["flags"],
         "threads run by": facts["openmp"],
+        "Keras bridge": f"{facts['bridge']['name'] or 'none'} ({facts['bridge']['reason']})",
     }
     rows |= {name: found or "not installed" for name, found in facts["packages"].items()}
     return "\n".join(f"{label:<16} {text}" for label, text in rows.items())

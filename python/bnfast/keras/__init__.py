@@ -19,8 +19,26 @@ if not hasattr(_keras, "__version__") or int(_keras.__version__.split(".")[0]) <
         "bnfast.keras needs Keras 3. Received: Keras " + getattr(_keras, "__version__", "of unknown version")
     )
 
+from .accelerate import accelerate
+from .fold import fold
 from .layer import BatchNormalization
+from .layer_add import BatchNormalizationAdd
+from .patch import enabled, patch, unpatch
+from .report import report
+from .to_native import to_native
+from .weight_norm import WeightNormalization
 
-__all__ = ["BatchNormalization"]
+__all__ = [
+    "BatchNormalization",
+    "BatchNormalizationAdd",
+    "WeightNormalization",
+    "accelerate",
+    "enabled",
+    "fold",
+    "patch",
+    "report",
+    "to_native",
+    "unpatch",
+]
 
 del _keras, _tensorflow

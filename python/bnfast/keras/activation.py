@@ -35,6 +35,8 @@ def get(activation: Any) -> Callable[..., Any]:
             "activation must be None, a name, a function or a layer instance. "
             f"Received: the class {activation.__name__} (write {activation.__name__}())"
         )
+    if isinstance(activation, dict):  # keras.activations.get reads layers only in Keras 3.6 and later
+        activation = keras.saving.deserialize_keras_object(activation)
     function: Callable[..., Any] = keras.activations.get(activation)
     return function
 

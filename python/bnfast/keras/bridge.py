@@ -1,12 +1,15 @@
-"""bnfast.functional as TensorFlow ops, in graph and in eager mode: one callback forward, one backward.
+"""Training-mode batch norm as TensorFlow ops, in graph and in eager mode: one op forward, one backward.
 
     train       x, gamma, beta -> y, mean, variance; gradients may arrive at all three
     train_step  the same for a layer: moving statistics in, y and the updated moving statistics out
+    moments     x -> mean, variance, which pass no gradient on
 
-Gradients are the kernels' own (batch_norm_grad); their derivative, for second and higher orders, is that of the same
-formula in plain TensorFlow ops. Callbacks keep nothing and write nothing but arrays of their own, so they are
-stateless; moving statistics are updated on copies. gamma, beta and moving_* are float32 or float64 of shape (C,), x is
-float32, float64, float16 or bfloat16; mask, where given, has x's rank and extent 1 on the channel axis.
+Either goes through TensorFlow ops of bnfast's own (`native`) or, wherever these can't be had, through bnfast.functional
+in a numpy_function: this file. Gradients are the kernels' own (batch_norm_grad); their derivative, for second and
+higher orders, is that of the same formula in plain TensorFlow ops. Callbacks keep nothing and write nothing but arrays
+of their own, so they are stateless; moving statistics are updated on copies. gamma, beta and moving_* are float32 or
+float64 of shape (C,), x is float32, float64, float16 or bfloat16; mask, where given, has x's rank and extent 1 on the
+channel axis.
 """
 
 from __future__ import annotations
@@ -18,10 +21,10 @@ import numpy as np
 import tensorflow as tf
 
 from .. import functional
-from . import formula, host
+from . import formula, host, native
 from .formula import Options
 
-__all__ = ["Options", "train", "train_step"]
+__all__ = ["Options", "moments", "train", "train_step"]
 
 _DEFAULT = Options()
 
@@ -33,11 +36,14 @@ def train(
     *,
     mask: tf.Tensor | None = None,
     options: Options = _DEFAULT,
+    bridge: str = "auto",
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """(y, mean, variance) of one batch, each differentiable in x, gamma and beta.
 
     y has x's shape and dtype; mean and variance (population) are (C,), float64 for float64 x and float32 otherwise.
     """
+    if native.choose(bridge) == "native":
+        return native.train(x, gamma, beta, mask, options)
     y, mean, variance = _train(_given(x=x, gamma=gamma, beta=beta), _given(mask=mask), options, {})
     dtype = formula.compute_dtype(x)
     return y, tf.cast(mean, dtype), tf.cast(variance, dtype)
@@ -52,10 +58,37 @@ def train_step(
     mask: tf.Tensor | None,
     momentum: float,
     options: Options,
+    residual: tf.Tensor | None = None,
+    bridge: str = "auto",
+    *,
+    correction: int = 0,
+    nan_policy: str = "propagate",
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """(y, moving_mean, moving_variance), the latter two updated by the kernel and without a gradient."""
+    """(y, moving_mean, moving_variance), the latter two updated by the kernel and without a gradient.
+
+    residual, of x's shape and dtype, is added before the activation. nan_policy: "propagate" or "skip_update".
+    """
+    words: dict[str, Any] = {"correction": correction, "nan_policy": nan_policy}
+    if native.choose(bridge) == "native":
+        vectors = gamma, beta, moving_mean, moving_variance
+        return native.train_step(x, *vectors, mask, momentum, options, residual, **words)
     constants = _given(mask=mask, moving_mean=moving_mean, moving_variance=moving_variance)
-    return _train(_given(x=x, gamma=gamma, beta=beta), constants, options, {"momentum": momentum})
+    primal = _given(x=x, gamma=gamma, beta=beta, residual=residual)
+    return _train(primal, constants, options, {"momentum": momentum, **words})
+
+
+def moments(
+    x: tf.Tensor, *, mask: tf.Tensor | None = None, options: Options = _DEFAULT, bridge: str = "auto"
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """(mean, variance) of one batch, float64 of shape (C,), as constants to the gradient."""
+    if native.choose(bridge) == "native":
+        mean, variance = native.moments(x, mask, options)
+    else:
+        tensors = {name: tf.stop_gradient(tensor) for name, tensor in _given(x=x, mask=mask).items()}
+        mean, variance = host.call(partial(_moments_callback, axis=options.axis), tensors, [tf.float64, tf.float64])
+    for statistic in (mean, variance):
+        statistic.set_shape([x.shape[options.axis]])
+    return tf.stop_gradient(mean), tf.stop_gradient(variance)
 
 
 def _given(**tensors: tf.Tensor | None) -> dict[str, tf.Tensor]:
@@ -92,17 +125,18 @@ def _train(
 
 
 def _gradient(given: dict[str, tf.Tensor], saved: dict[str, tf.Tensor], options: Options) -> Any:
-    """dx, dgamma, dbeta, as many of them as `given` has of x, gamma, beta; its others: dy, dmean, dvariance."""
+    """dx, dgamma, dbeta, dresidual, those whose primal `given` has, in its order; its others: dy, dmean, dvariance."""
 
     def op(*values: tf.Tensor) -> Any:
         tensors = dict(zip(given, values, strict=True))
-        primal = _given(x=tensors["x"], gamma=tensors.get("gamma"), beta=tensors.get("beta"))
+        passed = {**tensors, **saved}
+        straight = [] if options.activation or "residual" not in tensors else [passed.pop("residual")]
+        primal = [passed[name] for name in formula.PRIMAL if name in passed]
         words = {name: value for name, value in options._asdict().items() if name != "epsilon"}  # it is in invstd
-        gradients = host.call(
-            partial(_gradient_callback, **words), {**tensors, **saved}, [tensor.dtype for tensor in primal.values()]
-        )
-        for gradient, tensor in zip(gradients, primal.values(), strict=True):
+        gradients = host.call(partial(_gradient_callback, **words), passed, [tensor.dtype for tensor in primal])
+        for gradient, tensor in zip(gradients, primal, strict=True):
             gradient.set_shape(tensor.shape)
+        gradients += [tf.identity(tensors["dy"]) for _ in straight]  # without an activation dresidual is dy
 
         def derivative(*cotangents: tf.Tensor) -> Any:
             return formula.derivative_of_gradient(tensors, cotangents, saved.get("mask"), options)
@@ -119,11 +153,16 @@ def _train_callback(x: np.ndarray, **words: Any) -> list[np.ndarray]:
     return [*functional.batch_norm_train(x, **words), *moving]
 
 
+def _moments_callback(x: np.ndarray, **words: Any) -> list[np.ndarray]:
+    _, mean, variance = functional.moments(x, **words)
+    return [mean, variance]
+
+
 def _gradient_callback(dy: np.ndarray, x: np.ndarray, **words: Any) -> list[np.ndarray]:
-    """dx and, where gamma and beta were given, dgamma and dbeta in their dtypes."""
+    """dx and, of dgamma, dbeta and dresidual, those whose primal was given, in its dtype."""
     result = functional.batch_norm_grad(dy, x, **words)
-    parameters = {"gamma": result.dgamma, "beta": result.dbeta}
+    others: dict[str, Any] = {"gamma": result.dgamma, "beta": result.dbeta, "residual": result.dresidual}
     return [
         result.dx,
-        *(array.astype(words[name].dtype, copy=False) for name, array in parameters.items() if name in words),
+        *(array.astype(words[name].dtype, copy=False) for name, array in others.items() if name in words),
     ]

@@ -1,7 +1,7 @@
 """Training-mode batch normalization as plain TensorFlow ops: slow, and differentiable as often as anyone likes.
 
     mean = sum(w*x)/W, variance = sum(w*(x - mean)^2)/W, W = sum(w)
-    y = activation(gamma*(x - mean)*invstd + beta), invstd = 1/sqrt(variance + epsilon), 0 where that is 1/0
+    y = activation(gamma*(x - mean)*invstd + beta + residual), invstd = 1/sqrt(variance + epsilon), 0 where that is 1/0
 
 Two uses: the derivative of the kernels' backward (`derivative_of_gradient`), and masks that differ between channels,
 which the kernels don't take (`train_step`). Computes in float32, in float64 for float64 x; W = 0 gives mean = variance
@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import tensorflow as tf
+
+PRIMAL = ("x", "gamma", "beta", "residual")  # what a gradient is asked for, in this order
 
 
 class Options(NamedTuple):
@@ -49,7 +51,12 @@ def per_channel(values: tf.Tensor, x: tf.Tensor, axis: int) -> tf.Tensor:
 
 
 def train(
-    x: tf.Tensor, gamma: tf.Tensor | None, beta: tf.Tensor | None, mask: tf.Tensor | None, options: Options
+    x: tf.Tensor,
+    gamma: tf.Tensor | None,
+    beta: tf.Tensor | None,
+    mask: tf.Tensor | None,
+    options: Options,
+    residual: tf.Tensor | None = None,
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
     """y (x's dtype), and mean, variance (float64) and W, all (C,). mask broadcasts to x, the channel axis included."""
     values = tf.cast(x, compute_dtype(x))
@@ -67,6 +74,8 @@ def train(
         y *= per_channel(gamma, x, options.axis)
     if beta is not None:
         y += per_channel(beta, x, options.axis)
+    if residual is not None:
+        y += tf.cast(residual, y.dtype)
     mean, variance, total = (tf.cast(tf.reshape(t, [-1]), tf.float64) for t in (mean, variance, total))
     return tf.cast(activate(y, options), x.dtype), mean, variance, total
 
@@ -80,12 +89,21 @@ def train_step(
     mask: tf.Tensor | None,
     momentum: float,
     options: Options,
+    residual: tf.Tensor | None = None,
+    *,
+    correction: int = 0,
+    nan_policy: str = "propagate",
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """bridge.train_step on plain ops, for any mask that broadcasts to x. Channels with W = 0 keep their statistics."""
-    y, mean, variance, total = train(x, gamma, beta, mask, options)
+    y, mean, variance, total = train(x, gamma, beta, mask, options, residual)
+    moves = total > 0
+    if nan_policy == "skip_update":
+        moves &= tf.math.is_finite(mean) & tf.math.is_finite(variance)
+    if correction:
+        variance *= tf.where(total > 1, total / tf.maximum(total - 1, 1e-300), 1)
 
     def update(moving: tf.Tensor, batch: tf.Tensor) -> tf.Tensor:
-        return tf.where(total > 0, moving * momentum + tf.cast(batch, moving.dtype) * (1 - momentum), moving)
+        return tf.where(moves, moving * momentum + tf.cast(batch, moving.dtype) * (1 - momentum), moving)
 
     return y, update(moving_mean, mean), update(moving_variance, variance)
 
@@ -96,17 +114,19 @@ def derivative_of_gradient(
     mask: tf.Tensor | None,
     options: Options,
 ) -> list[tf.Tensor | None]:
-    """Vector-Jacobian product of the backward pass (given -> dx, dgamma, dbeta) with one cotangent for each of these.
+    """Vector-Jacobian product of the backward pass (given -> dx, dgamma, dbeta, dresidual), one cotangent for each.
 
-    given: dy, x, and where present dmean, dvariance, gamma, beta; the derivatives come in its order.
+    given: dy, x, and where present dmean, dvariance, gamma, beta, residual; the derivatives come in its order.
     """
     upstream = [name for name in ("dy", "dmean", "dvariance") if name in given]
-    primal = [given[name] for name in ("x", "gamma", "beta") if name in given]
+    arguments = {name: given[name] for name in PRIMAL if name in given}
+    primal = list(arguments.values())
     with tf.GradientTape() as outer:
         outer.watch(list(given.values()))
         with tf.GradientTape() as inner:
             inner.watch(primal)
-            y, mean, variance, _ = train(given["x"], given.get("gamma"), given.get("beta"), mask, options)
+            words = {"gamma": None, "beta": None, **arguments}
+            y, mean, variance, _ = train(mask=mask, options=options, **words)
         outputs = {"dy": y, "dmean": mean, "dvariance": variance}
         gradients = inner.gradient(
             [outputs[name] for name in upstream], primal, output_gradients=[given[name] for name in upstream]

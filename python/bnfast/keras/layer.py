@@ -1,6 +1,6 @@
 """`bnfast.keras.BatchNormalization`: keras.layers.BatchNormalization, trained by bnfast's kernels.
 
-Training goes through `bridge` (one callback forward, one backward), inference through `inference` (TensorFlow ops
+Training goes through `bridge` (one op forward, one backward), inference through `inference` (TensorFlow ops
 only, so that an exported model doesn't need bnfast). Weights, their names and order, config, dtype policies and the
 meaning of `training` and `trainable` are Keras's own. Two things differ, on purpose: a mask is read along the right
 axes for every `axis`, and an empty or fully masked batch leaves the moving statistics as they are.
@@ -8,16 +8,32 @@ axes for every `axis`, and an empty or fully masked batch leaves the moving stat
 
 from __future__ import annotations
 
+import logging
 import math
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import keras
 import tensorflow as tf
 
+from .. import _checks
 from . import activation as activations
-from . import bridge, formula, inference
+from . import adjustment as adjustments
+from . import ghosts, inference, native
+from . import renorm as renorms
+from .axes import Axes, mask_along
 from .formula import Options
+from .training import NAN_POLICIES, Policy, parameter
+from .training import step as training_step
+
+_logger = logging.getLogger("bnfast")
+_VECTORS = ("gamma", "beta", "moving_mean", "moving_variance")
+# The arguments that Keras's layer doesn't have, in a config only where they aren't the defaults.
+_OWN = (
+    *("correction", "nan_policy", "update_statistics", "use_batch_statistics", "trainable_affine"),
+    *("virtual_batch_size", "virtual_batch_grouping", "bridge"),
+)
 
 
 @keras.saving.register_keras_serializable(package="bnfast")
@@ -30,11 +46,52 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         moving = moving*momentum + batch*(1 - momentum)
 
     In inference mode, which includes any call with `trainable = False`, the moving statistics stand for the batch's.
+    Three switches freeze a part of that, whatever `training` says to the layers around (read at every call; traced
+    functions and compiled models keep what they were traced with):
+
+        use_batch_statistics  update_statistics   y uses                        moving statistics
+        None (default)        True (default)      batch's in training           move in training
+        None                  False               batch's in training           never move
+        False                 True                moving ones                   move in training
+        False                 False               moving ones                   never move
+        True                  True                batch's, also in inference    move in training
+        True                  False               batch's, also in inference    never move
+
+    "In training" means training=True and layer.trainable. trainable_affine=False makes gamma and beta weights that
+    aren't trained, which layer.trainable doesn't undo. Keras's usual freeze, trainable = False, is the first row in
+    inference mode. In (False, True) y and the moving statistics come of different passes: x is read once more.
+
+    renorm=True is Keras's: gamma*(xhat*r + d) + beta in training, with its weights and its order of updates. The values
+    of renorm_clipping may be scalar `tf.Variable`s too: assigning to one takes effect without retracing. A config holds
+    the numbers they are at that time, and their order (rmin <= rmax) is checked once, here.
+
+    axis may name several axes, as in tf.keras 2: axis=[1, 2] normalizes every pair of indices on its own, over the
+    others. Weights then have the rank of inputs, with extents of 1 off these axes, and a mask is inputs.shape without
+    them. Axes side by side cost nothing; others cost a copy of x, y, dy and dx.
 
     Args: all of Keras's (axis, momentum, epsilon, center, scale, initializers, regularizers, constraints, dtype, name
     ...), and
         activation: None, a name, a function or a layer instance. relu, relu6 and leaky_relu are fused into the kernels
             (also as keras.activations functions, ReLU, LeakyReLU and Activation layers); any other is applied after.
+        momentum: None makes moving_mean and moving_variance the plain averages over all batches so far, empty ones
+            aside; the weight `batches` counts them.
+        correction: 1 puts variance*W/(W - 1), the sample variance, into moving_variance (PyTorch's habit), 0 the
+            population variance (Keras's). y is the same. Not with renorm.
+        nan_policy: "propagate", or "skip_update": where a channel's mean or variance isn't finite, y is what it is but
+            the channel's moving statistics stay. (`batches` counts the batch for all channels.)
+        update_statistics, use_batch_statistics, trainable_affine: see above.
+        virtual_batch_size: normalize every so many samples (axis 0) on their own, as ghost batches; the moving
+            statistics take the mean of the ghosts' statistics. It must divide the batch. Not with renorm.
+        virtual_batch_grouping: "contiguous": a ghost is a slice of the batch; "strided": of G ghosts number g holds
+            samples g, g + G, ..., as in TF 1 and tf.keras 2.
+        adjustment: a function of the shape of inputs (a tensor) that gives (scale, bias), which broadcast to them; in
+            training y is activation((xhat*scale + bias)*gamma + beta), as in TF 1. A config can't hold it: it is left
+            out, with a line in the log `bnfast`. Not with virtual_batch_size.
+        bridge: how TensorFlow reaches the kernels in training: "native" (TensorFlow ops of bnfast's own),
+            "numpy_function" (a Python callback each way), or "auto": native where it loads, else numpy_function and one
+            line in the log `bnfast`. The environment's BNFAST_BRIDGE decides for "auto".
+        replaces: what this layer was made from, as `accelerate` writes it and `to_native` reads it: the names "norm"
+            and "add", and "place", the batch norm's among Add's inputs.
 
     Call arguments:
         inputs: float tensor of any rank; integers are computed in float32, as in Keras.
@@ -44,77 +101,211 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
             is, and so does any other that fits nothing else.
 
     Raises:
-        RuntimeError: Keras runs on a backend other than TensorFlow.
-        NotImplementedError: synchronized=True, renorm=True, several axes.
+        RuntimeError: Keras runs on a backend other than TensorFlow. In training, bridge="native" where the ops can't
+            be loaded: a saved layer can be opened, and used for inference, all the same.
+        NotImplementedError: synchronized=True.
         ValueError, TypeError: an argument out of range or of the wrong type; the message says which.
 
     Source: Ioffe and Szegedy 2015, arXiv:1502.03167.
     """
 
-    def __init__(self, axis: int = -1, *args: Any, activation: Any = None, **kwargs: Any) -> None:
+    # Defaults: also those of a layer of Keras's that becomes one of these where it sits (inplace.py).
+    correction = 0
+    nan_policy = "propagate"
+    update_statistics = trainable_affine = True
+    use_batch_statistics: bool | None = None
+    virtual_batch_size: int | None = None
+    virtual_batch_grouping = "contiguous"
+    adjustment: adjustments.Adjustment | None = None
+    bridge = "auto"
+    momentum: Any
+    _weight_shape: tuple[int, ...] | None = None  # where it isn't (C,)
+
+    def __init__(
+        self,
+        axis: Any = -1,
+        momentum: float | None = 0.99,
+        *args: Any,
+        activation: Any = None,
+        correction: int = 0,
+        nan_policy: str = "propagate",
+        update_statistics: bool = True,
+        use_batch_statistics: bool | None = None,
+        trainable_affine: bool = True,
+        virtual_batch_size: int | None = None,
+        virtual_batch_grouping: str = "contiguous",
+        adjustment: adjustments.Adjustment | None = None,
+        bridge: str = "auto",
+        replaces: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         if keras.backend.backend() != "tensorflow":
             raise RuntimeError(
                 "bnfast.keras.BatchNormalization needs the TensorFlow backend of Keras (KERAS_BACKEND=tensorflow). "
                 f"Received: {keras.backend.backend()}"
             )
-        super().__init__(_one_axis(axis), *args, **kwargs)
-        for word in ("synchronized", "renorm"):
-            if getattr(self, word, False):
-                raise NotImplementedError(f"{word}=True is not supported yet by bnfast.keras.BatchNormalization")
+        if kwargs.get("renorm"):
+            renorms.check(kwargs.get("renorm_clipping"), kwargs.get("renorm_momentum", 0.99))
+        axes = [_one_axis(one) for one in axis] if isinstance(axis, (list, tuple)) and len(axis) > 1 else axis
+        super().__init__(
+            _one_axis(axes[0] if axes is not axis else axis), 0.0 if momentum is None else momentum, *args, **kwargs
+        )
+        if axes is not axis:
+            self.axis = axes
+        if self.synchronized:
+            raise NotImplementedError("synchronized=True is not supported yet by bnfast.keras.BatchNormalization")
         if not 0 <= self.momentum <= 1:
             raise ValueError(f"momentum must be in [0, 1]. Received: {self.momentum}")
+        self.momentum = None if momentum is None else self.momentum
         if not (self.epsilon >= 0 and math.isfinite(self.epsilon)):
             raise ValueError(f"epsilon must be finite and >= 0. Received: {self.epsilon}")
+        if bridge not in native.BRIDGES:
+            raise ValueError(f"bridge must be one of {native.BRIDGES}. Received: {bridge!r}")
         self.activation = activations.get(activation)
-        self.supports_jit = False  # XLA has no kernel for a callback
+        if virtual_batch_size is not None:
+            ghosts.check(virtual_batch_size, self._renorm is not None)
+        adjustments.check(adjustment, virtual_batch_size)
+        self.adjustment = adjustment
+        self.virtual_batch_size = virtual_batch_size
+        self.virtual_batch_grouping = str(
+            _checks.choice("virtual_batch_grouping", virtual_batch_grouping, ghosts.GROUPINGS)
+        )
+        if correction and self._renorm:
+            raise ValueError(f"correction must be 0 where renorm=True. Received: {correction}")
+        self.correction = _checks.bessel(correction)
+        self.nan_policy = str(_checks.choice("nan_policy", nan_policy, NAN_POLICIES))
+        self.update_statistics = _checks.boolean("update_statistics", update_statistics)
+        if use_batch_statistics is not None:
+            _checks.boolean("use_batch_statistics", use_batch_statistics)
+        self.use_batch_statistics = use_batch_statistics
+        self.trainable_affine = _checks.boolean("trainable_affine", trainable_affine)
+        self.bridge = bridge
+        self.replaces = dict(replaces or {})
+        self.supports_jit = False  # XLA has no kernel for either bridge
 
     def build(self, input_shape: Any) -> None:
-        rank = len(input_shape)
-        if not -rank <= self.axis < rank:
-            raise ValueError(f"axis must be in [{-rank}, {rank}) for inputs of rank {rank}. Received: {self.axis}")
-        if input_shape[self.axis] is None:
-            raise ValueError(f"axis {self.axis} of inputs must have a known extent. Received: {tuple(input_shape)}")
-        super().build(input_shape)
+        axes = Axes.of(self._axes, input_shape)
+        if self.virtual_batch_size is not None and 0 in axes.axes:
+            raise ValueError(f"axis must not be 0, the batch's, with virtual_batch_size. Received: axis={self.axis}")
+        if isinstance(self.axis, int):
+            super().build(input_shape)
+        else:
+            given, self._weight_shape = self.axis, axes.weight_shape(input_shape)
+            self.axis = given[0]
+            try:
+                super().build(input_shape)
+            finally:
+                self.axis = given
+            self.input_spec = keras.layers.InputSpec(ndim=axes.rank, axes={i: input_shape[i] for i in axes.axes})
+        if self.momentum is None:
+            self.batches = self.add_weight(
+                shape=(), initializer="zeros", dtype="int64", name="batches", trainable=False, autocast=False
+            )
         if isinstance(self.activation, keras.layers.Layer) and not self.activation.built:
             self.activation.build(input_shape)
 
+    def add_weight(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("name") in ("gamma", "beta") and not self.trainable_affine:
+            kwargs["trainable"] = False
+        if self._weight_shape is not None and kwargs.get("name") in (*_VECTORS, *renorms.NAMES):
+            kwargs["shape"] = self._weight_shape
+        return super().add_weight(*args, **kwargs)
+
     def call(self, inputs: Any, training: Any = None, mask: Any = None) -> Any:
+        return self._call(inputs, None, training, mask)
+
+    def _call(self, inputs: Any, residual: Any, training: Any, mask: Any) -> Any:
         x = tf.convert_to_tensor(inputs)
         if x.dtype not in (tf.float16, tf.bfloat16):
             x = tf.cast(x, keras.backend.result_type(x.dtype.name, "float32"))
         attached = getattr(inputs, "_keras_mask", None)
         if mask is None and tf.is_tensor(training):  # Keras hands masks on to calls with one tensor argument only
             mask = attached
-        places = (-1, self.axis) if mask is attached else (self.axis, -1)
-        weights = None if mask is None else _weights(mask, x, places)
-        y = tf.cast(self._normalize(x, training, weights), self.compute_dtype)
+        residual = None if residual is None else tf.cast(residual, x.dtype)
+        if isinstance(self.axis, int):
+            places = (-1, self.axis) if mask is attached else (self.axis, -1)
+            weights = None if mask is None else mask_along(mask, x, places)
+            y = self._normalize(x, residual, training, weights, self.axis, lambda: self._drawn(x))
+        else:
+            axes = Axes.of(self._axes, x.shape)
+            weights = None if mask is None else axes.merge(axes.mask(mask, x, mask is attached))
+            residual = None if residual is None else axes.merge(residual)
+
+            def drawn() -> Any:
+                return [axes.merge(tf.broadcast_to(tensor, tf.shape(x))) for tensor in self._drawn(x)]
+
+            y = axes.split(self._normalize(axes.merge(x), residual, training, weights, axes.place, drawn), x)
+        y = tf.cast(y, self.compute_dtype)
         return y if self._fused else tf.cast(self.activation(y), self.compute_dtype)
 
-    def _normalize(self, x: tf.Tensor, training: Any, weights: tf.Tensor | None) -> tf.Tensor:
-        gamma = _parameter(self.gamma) if self.scale else None
-        beta = _parameter(self.beta) if self.center else None
-        moving = _parameter(self.moving_mean), _parameter(self.moving_variance)
+    def _drawn(self, x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        assert self.adjustment is not None
+        return adjustments.draw(self.adjustment, x)
+
+    def _normalize(
+        self,
+        x: tf.Tensor,
+        residual: tf.Tensor | None,
+        training: Any,
+        weights: tf.Tensor | None,
+        axis: int,
+        drawn: Callable[[], Any],
+    ) -> tf.Tensor:
+        gamma = parameter(self.gamma) if self.scale else None
+        beta = parameter(self.beta) if self.center else None
+        state = {name: parameter(getattr(self, name)) for name in self._statistics}
         fused = self._fused or activations.Fused(None)
-        options = Options(self.axis, self.epsilon, *fused)
+        options = Options(axis, self.epsilon, *fused)
 
-        def infer() -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-            return inference.infer(x, gamma, beta, *moving, options), *moving
+        def run(trains: bool) -> tuple[tf.Tensor, dict[str, tf.Tensor]]:
+            of_batch = trains if self.use_batch_statistics is None else self.use_batch_statistics
+            moves = trains and self.update_statistics
+            adjusts, alone = trains and self.adjustment is not None, Options(axis, self.epsilon)
+            scale, shift, added, fusing = (None, None, None, alone) if adjusts else (gamma, beta, residual, options)
+            y, moved = None, state
+            if of_batch:
+                y, moved = training_step(x, scale, shift, state, weights, added, fusing, self._policy)
+            elif moves:
+                _, moved = training_step(tf.stop_gradient(x), None, None, state, weights, None, alone, self._policy)
+            if not of_batch:
+                moving = state["moving_mean"], state["moving_variance"]
+                y = inference.infer(x, scale, shift, *moving, fusing, added)
+            if adjusts:
+                y = adjustments.apply(y, drawn(), gamma, beta, residual, options)
+            return y, moved if moves else state
 
-        def train() -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-            step = bridge.train_step
-            if weights is not None and weights.shape[self.axis] != 1:
-                step = formula.train_step  # weights of their own for each channel: the kernels don't take these
-            return step(x, gamma, beta, *moving, weights, self.momentum, options)
-
-        if not self.trainable or not _possible(training):
-            return infer()[0]
-        if tf.is_tensor(training) and tf.get_static_value(training) is None:
-            y, *moving_new = tf.cond(tf.cast(training, tf.bool), train, infer)
+        trains = self.trainable and _possible(training)
+        if trains and tf.is_tensor(training) and tf.get_static_value(training) is None:
+            y, moved = tf.cond(tf.cast(training, tf.bool), lambda: run(True), lambda: run(False))
         else:
-            y, *moving_new = train()
-        self.moving_mean.assign(moving_new[0])
-        self.moving_variance.assign(moving_new[1])
+            y, moved = run(trains)
+        if trains and self.update_statistics:
+            for name, value in moved.items():
+                variable = getattr(self, name)
+                variable.assign(tf.reshape(value, variable.shape))
         return y
+
+    @property
+    def _axes(self) -> list[int]:
+        return [self.axis] if isinstance(self.axis, int) else list(self.axis)
+
+    @property
+    def _statistics(self) -> tuple[str, ...]:
+        """The names of the weights that training moves."""
+        counted = ("batches",) if self.momentum is None else ()
+        return ("moving_mean", "moving_variance", *(renorms.NAMES if self._renorm else ()), *counted)
+
+    @property
+    def _renorm(self) -> renorms.Renorm | None:
+        if not getattr(self, "renorm", False):  # Keras before 3.14 has none
+            return None
+        return renorms.Renorm(self.renorm_clipping, self.renorm_momentum)
+
+    @property
+    def _policy(self) -> Policy:
+        size = self.virtual_batch_size
+        groups = None if size is None else ghosts.Ghosts(size, self.virtual_batch_grouping)
+        return Policy(self.momentum, self.correction, self.nan_policy, self._renorm, groups, self.bridge)
 
     @property
     def _fused(self) -> activations.Fused | None:
@@ -127,7 +318,14 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         return shape
 
     def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), "activation": keras.activations.serialize(self.activation)}
+        config = {**super().get_config(), "activation": keras.activations.serialize(self.activation)}
+        config["axis"] = self.axis if isinstance(self.axis, int) else list(self.axis)
+        if "renorm_clipping" in config:
+            config["renorm_clipping"] = renorms.plain_clipping(config["renorm_clipping"])
+        if self.adjustment is not None:
+            _logger.warning("the adjustment of layer %s is left out of its config", self.name)
+        words = {name: getattr(self, name) for name in _OWN if getattr(self, name) != getattr(BatchNormalization, name)}
+        return {**config, **words, **({"replaces": dict(self.replaces)} if self.replaces else {})}
 
 
 def _one_axis(axis: Any) -> int:
@@ -147,26 +345,3 @@ def _possible(training: Any) -> bool:
         training = tf.get_static_value(training)
         return training is None or bool(training)
     return bool(training)
-
-
-def _parameter(variable: Any) -> tf.Tensor:
-    """A weight as the kernels take it: float32 or float64."""
-    value = tf.convert_to_tensor(variable)
-    return value if value.dtype in (tf.float32, tf.float64) else tf.cast(value, tf.float32)
-
-
-def _weights(mask: Any, x: tf.Tensor, places: tuple[int, int]) -> tf.Tensor:
-    """The mask as booleans of x's rank, its missing axis at the first of `places` where its extents fit."""
-    mask = tf.cast(mask, tf.bool)
-    if mask.shape.rank != x.shape.rank - 1:
-        raise ValueError(
-            f"mask must have one dimension less than inputs. Received: mask.shape={mask.shape}, inputs.shape={x.shape}"
-        )
-    for place in places:
-        weights = tf.expand_dims(mask, place)
-        if all(m in (1, None) or n in (m, None) for m, n in zip(weights.shape, x.shape, strict=True)):
-            return weights
-    raise ValueError(
-        f"mask must have the shape of inputs without axis {places[0]}, or extents of 1 in it. "
-        f"Received: mask.shape={mask.shape}, inputs.shape={x.shape}"
-    )

@@ -1,0 +1,84 @@
+#include "attributes.h"
+
+namespace bnfast::tf {
+namespace {
+
+class Reader {
+public:
+    explicit Reader(TF_OpKernelConstruction* context) : context_(context) {}
+    std::int64_t integer(const char* name) const {
+        std::int64_t value = 0;
+        TF_OpKernelConstruction_GetAttrInt64(context_, name, &value, status_);
+        status_.check();
+        return value;
+    }
+    double real(const char* name) const {
+        const std::int64_t bits = integer(name);
+        double value;
+        std::memcpy(&value, &bits, sizeof value);
+        return value;
+    }
+    bool optional(const char* name) const {
+        const std::int64_t count = integer(name);
+        if (count > 1) throw Failure{TF_INVALID_ARGUMENT, std::string(name) + " must be 0 or 1"};
+        return count == 1;
+    }
+    int type(const char* name) const {
+        int value = 0;
+        TF_OpKernelConstruction_GetAttrType(context_, name, &value, status_);
+        status_.check();
+        return value;
+    }
+    // The place of a string attribute's value among these words.
+    int choice(const char* name, std::initializer_list<const char*> words) const {
+        char text[16] = "";
+        TF_OpKernelConstruction_GetAttrString(context_, name, text, sizeof text - 1, status_);
+        status_.check();
+        int place = 0;
+        for (const char* const word : words) {
+            if (std::strcmp(text, word) == 0) return place;
+            ++place;
+        }
+        throw Failure{TF_INVALID_ARGUMENT, std::string(name) + " must be one of bnfast's. Received: " + text};
+    }
+    Attributes common() const {
+        Attributes a;
+        a.axis = integer("axis");
+        a.negative_slope = real("negative_slope_bits");
+        a.activation = Activation(choice("activation", {"none", "relu", "relu6", "leaky_relu"}));
+        a.type = type("T");
+        a.gamma = optional("num_gamma");
+        a.beta = optional("num_beta");
+        a.mask = optional("num_mask");
+        a.residual = optional("num_residual");
+        return a;
+    }
+
+private:
+    TF_OpKernelConstruction* const context_;
+    Status status_;
+};
+
+}  // namespace
+
+Attributes train_attributes(TF_OpKernelConstruction* context) {
+    const Reader reader(context);
+    Attributes a = reader.common();
+    a.epsilon = reader.real("epsilon_bits");
+    a.momentum = reader.real("momentum_bits");
+    a.correction = int(reader.integer("correction"));
+    a.nan_policy = NanPolicy(reader.choice("nan_policy", {"propagate", "skip_update"}));
+    return a;
+}
+
+Attributes grad_attributes(TF_OpKernelConstruction* context) {
+    const Reader reader(context);
+    Attributes a = reader.common();
+    a.parameter_type = reader.type("parameter_type");
+    const std::int64_t count = reader.integer("num_statistics");
+    if (count != 0 && count != 2) throw Failure{TF_INVALID_ARGUMENT, "num_statistics must be 0 or 2"};
+    a.statistics = count == 2;
+    return a;
+}
+
+}  // namespace bnfast::tf

@@ -1,0 +1,53 @@
+// The core's side of the TensorFlow op, compiled into _core.
+#include "core_api.h"
+
+#include <dlfcn.h>
+
+#include <cstdio>
+#include <new>
+
+namespace bnfast::tf {
+namespace {
+
+template <class F> Outcome guarded(Message& message, F f) noexcept {
+    const auto said = [&](Outcome outcome, const char* text) {
+        std::snprintf(message.text, sizeof message.text, "%s", text);
+        return outcome;
+    };
+    try {
+        f();
+        return Outcome::fine;
+    } catch (const std::invalid_argument& error) {
+        return said(Outcome::bad_argument, error.what());
+    } catch (const std::bad_alloc&) {
+        return said(Outcome::out_of_memory, "bnfast is out of memory");
+    } catch (const std::exception& error) {
+        return said(Outcome::failed, error.what());
+    } catch (...) {
+        return said(Outcome::failed, "bnfast failed without a message");
+    }
+}
+
+constexpr CoreApi api{
+    BNFAST_VERSION,
+    sizeof(TrainArgs),
+    sizeof(GradArgs),
+    [](const std::int64_t* dims, int rank, int axis, Shape& shape, Message& message) noexcept {
+        return guarded(message, [&] { shape = bnfast::shape_of(dims, rank, axis); });
+    },
+    [](const TrainArgs& args, Message& message) noexcept { return guarded(message, [&] { bnfast::train(args); }); },
+    [](const GradArgs& args, Message& message) noexcept { return guarded(message, [&] { bnfast::grad(args); }); },
+};
+
+}  // namespace
+
+std::string connect(const char* path) {
+    void* const library = dlopen(path, RTLD_NOW | RTLD_NOLOAD);
+    if (!library) return std::string(path) + " is not loaded";
+    const auto f = reinterpret_cast<Connect>(dlsym(library, "bnfast_connect"));
+    const char* const reason = f ? f(&api) : "it has no bnfast_connect";
+    dlclose(library);  // one reference of two: TensorFlow's stays
+    return reason ? reason : "";
+}
+
+}  // namespace bnfast::tf

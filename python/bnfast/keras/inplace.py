@@ -1,0 +1,30 @@
+"""A layer of one class becomes one of another where it sits: the same object, variables and name in all that holds it.
+
+Replacing the object instead would mean finding every attribute, list, dict, closure and graph that holds it, and would
+change the order of the model's variables. Keras's batch norm and ours keep the same variables, so the class is all that
+has to change, with the three arguments that only ours has.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+_ARGUMENTS = ("activation", "bridge", "replaces")
+
+
+def become(layer: Any, other: Any) -> None:
+    """Give a built layer the class of `other`, which was made from its config."""
+    for name in _ARGUMENTS:
+        if hasattr(other, name):
+            setattr(layer, name, getattr(other, name))
+        elif hasattr(layer, name):
+            delattr(layer, name)
+    layer.supports_jit = other.supports_jit
+    layer.__class__ = type(other)
+
+
+def forget_functions(model: Any) -> None:
+    """Drop what was traced with the layers' old classes; and XLA, where layers came that it has no kernel for."""
+    model.train_function = model.test_function = model.predict_function = None
+    if model.compiled:
+        model.jit_compile = bool(model.jit_compile) and all(layer.supports_jit for layer in model._flatten_layers())

@@ -1,0 +1,115 @@
+"""The weights of Dense and convolution layers as float64, and what y -> a*y + b before or after does to them.
+
+    after    a, b per output channel:  kernel*a, bias*a + b
+    before   a, b per input channel:   kernel*a over the inputs, bias + what the kernel makes of the constant b
+
+`before` holds where every output sees the whole kernel: Dense, and convolutions that pad nothing. Kernels, k being the
+spatial extents: Dense (in, out); Conv (*k, in/groups, out); Conv transpose (*k, out, in); DepthwiseConv (*k, in,
+multiplier), output channel in*multiplier + m; SeparableConv that depthwise one, then (*1, in*multiplier, out).
+"""
+
+from __future__ import annotations
+
+from copy import copy
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+
+CONVOLUTIONS = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
+TRANSPOSES = (keras.layers.Conv1DTranspose, keras.layers.Conv2DTranspose, keras.layers.Conv3DTranspose)
+DEPTHWISE = (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)
+SEPARABLE = (keras.layers.SeparableConv1D, keras.layers.SeparableConv2D)
+KINDS = (keras.layers.Dense, *CONVOLUTIONS, *TRANSPOSES, *DEPTHWISE, *SEPARABLE)
+
+
+class Affine(NamedTuple):
+    """y = a*x + b, an entry a channel."""
+
+    a: np.ndarray
+    b: np.ndarray
+
+
+def values(variable: Any) -> np.ndarray:
+    """A variable in float64."""
+    return np.asarray(keras.ops.convert_to_numpy(variable)).astype(np.float64)
+
+
+class Linear:
+    """A built layer of KINDS and weights for it, at first its own. Nothing here changes the layer."""
+
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer
+        separable = isinstance(layer, SEPARABLE)
+        names = ("depthwise_kernel", "pointwise_kernel") if separable else ("kernel",)
+        self.kernels = [values(getattr(layer, name)) for name in names]
+        self.bias = values(layer.bias) if layer.use_bias else np.zeros(self._outputs)
+
+    @staticmethod
+    def takes(layer: Any) -> bool:
+        """Whether this is a layer whose weights are what they seem: no subclass, quantization or LoRA."""
+        return (
+            type(layer) in KINDS
+            and layer.built
+            and layer.dtype_policy.quantization_mode is None
+            and not getattr(layer, "lora_enabled", False)
+        )
+
+    @property
+    def _outputs(self) -> int:
+        shape = self.kernels[-1].shape
+        if isinstance(self.layer, DEPTHWISE):
+            return int(shape[-2] * shape[-1])
+        return int(shape[-2 if isinstance(self.layer, TRANSPOSES) else -1])
+
+    @property
+    def pads(self) -> bool:
+        """Whether some output sees less than the whole kernel, so that a constant input gives no constant output."""
+        layer = self.layer
+        if isinstance(layer, keras.layers.Dense):
+            return False
+        return isinstance(layer, TRANSPOSES) or (layer.padding != "valid" and any(k != 1 for k in layer.kernel_size))
+
+    def after(self, affine: Affine) -> Linear:
+        """With y -> a*y + b on the outputs."""
+        a = affine.a
+        if isinstance(self.layer, DEPTHWISE):
+            a = a.reshape(self.kernels[-1].shape[-2:])
+        kernel = self.kernels[-1] * (a[:, None] if isinstance(self.layer, TRANSPOSES) else a)
+        return self._with([*self.kernels[:-1], kernel], self.bias * affine.a + affine.b)
+
+    def before(self, affine: Affine) -> Linear:
+        """With x -> a*x + b on the inputs; not for a layer that pads."""
+        first, rest = self.kernels[0], self.kernels[1:]
+        a, b = (self._over_inputs(channels) for channels in affine)
+        shift = (first * b).sum(tuple(range(first.ndim - 2)))  # spatial extents are gone: (in, out) or (in, multiplier)
+        if rest:
+            shift = shift.reshape(-1) @ rest[0].reshape(-1, rest[0].shape[-1])
+        elif isinstance(self.layer, DEPTHWISE):
+            shift = shift.reshape(-1)
+        else:
+            shift = shift.sum(0)
+        return self._with([first * a, *rest], self.bias + shift)
+
+    def _with(self, kernels: list[np.ndarray], bias: np.ndarray) -> Linear:
+        other = copy(self)
+        other.kernels, other.bias = kernels, bias
+        return other
+
+    def _over_inputs(self, channels: np.ndarray) -> np.ndarray:
+        """Per input channel -> broadcastable to the last two axes of the first kernel."""
+        if isinstance(self.layer, CONVOLUTIONS) and self.layer.groups > 1:
+            groups = self.layer.groups  # output channel o sees the inputs of group o // (out/groups)
+            return np.repeat(channels.reshape(groups, -1).T, self.kernels[0].shape[-1] // groups, axis=1)
+        return channels[:, None]
+
+    def weights(self) -> list[np.ndarray]:
+        """Kernels and bias in the dtype of the layer's variables, in its order."""
+        dtype = keras.ops.convert_to_numpy(self.layer.variables[0]).dtype
+        with np.errstate(over="ignore"):  # the caller looks for infinities
+            return [array.astype(dtype) for array in (*self.kernels, self.bias)]
+
+
+def channel_axis(layer: Any, rank: int) -> int:
+    """The axis of its channels, of inputs as of outputs."""
+    return 1 if getattr(layer, "data_format", "channels_last") == "channels_first" else rank - 1

@@ -1,0 +1,278 @@
+"""Graph surgery: a copy of a Keras model in which some operations are replaced, fused or dropped, names kept.
+
+The model given is only read: everything is cloned by config, and values are copied. Opening a model up:
+
+    for graph in graphs(model):            # the model itself and each model nested in it as a layer, once each
+        for node in graph.nodes:           # one call of one operation, in the order of the data
+            node.operation, only_input(node), graph.producer(tensor), graph.follower(node)
+    calls(model)[id(operation)]            # all its nodes, over all graphs: more than one for a shared layer
+
+Copying it with a plan, {id(operation): replacement}; what is not in the plan is cloned:
+
+    plan[id(relu)] = (fused,)              # called as the ReLU was: x -> fused(x)
+    plan[id(bn)] = ()                      # dropped: its input goes on in place of its output
+    plan[id(layer)] = (first, second)      # one after the other
+    copy = rebuild(model, plan)            # copy.model, copy.of[id(operation)] = its clone
+    transfer(bn, fused)                    # values of variables; the caller's for what the plan put in, after rebuild
+
+In a Sequential replacements are layers; elsewhere any callable serves, and Bundle hands several tensors on.
+"""
+
+from __future__ import annotations
+
+import inspect
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from copy import copy as shallow_copy
+from dataclasses import dataclass, field
+from types import FunctionType
+from typing import Any
+
+import keras
+
+Replacement = tuple[Callable[..., Any], ...]
+
+
+@dataclass
+class Bundle:
+    """Several tensors in the place of one, for the operation that takes them all."""
+
+    tensors: list[Any]
+
+
+@dataclass
+class Copy:
+    model: Any
+    of: dict[int, Any] = field(default_factory=dict)  # id(operation of the original) -> its clone
+
+    def variables(self, originals: Iterable[Any]) -> dict[int, Any]:
+        """{id(variable): its copy} of the cloned ones of these operations."""
+        pairs = ((original, self.of.get(id(original))) for original in originals)
+        return {id(a): b for original, clone in pairs if clone is not None for a, b in paired(original, clone)}
+
+
+class Graph:
+    """One Functional (or built Sequential) model, read only."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        functional = model._functional if isinstance(model, keras.Sequential) else model
+        by_depth = functional._nodes_by_depth
+        self.nodes = [n for depth in sorted(by_depth, reverse=True) for n in by_depth[depth] if not n.is_input]
+        self.inputs, self.outputs = functional.input, functional.output
+        self._consumers: dict[int, list[Any]] = {}
+        self._producers: dict[int, Any] = {}
+        for node in self.nodes:
+            for tensor in node.input_tensors:
+                self._consumers.setdefault(id(tensor), []).append(node)
+            for tensor in node.outputs:
+                self._producers[id(tensor)] = node
+        self._outputs = {id(tensor) for tensor in keras.tree.flatten(self.outputs)}
+
+    def producer(self, tensor: Any) -> Any:
+        """The node whose output this is, None for a model input."""
+        return self._producers.get(id(tensor))
+
+    def follower(self, node: Any) -> Any:
+        """The node that takes this one's only output, where none other does and it is no output of the model."""
+        if len(node.outputs) != 1 or id(node.outputs[0]) in self._outputs:
+            return None
+        consumers = self._consumers.get(id(node.outputs[0]), [])
+        return consumers[0] if len(consumers) == 1 else None
+
+
+def only_input(node: Any) -> Any:
+    """The tensor x of a call f(x) with nothing else given, but for the mask of x that Keras adds itself; else None."""
+    args, kwargs = node.arguments.args, node.arguments.kwargs
+    if len(args) != 1 or not isinstance(args[0], keras.KerasTensor):
+        return None
+    mask = getattr(args[0], "_keras_mask", None)
+    return args[0] if all(v is None or (name == "mask" and v is mask) for name, v in kwargs.items()) else None
+
+
+def nothing_else(node: Any) -> bool:
+    """Whether what the operation was given besides its inputs is nothing, or what Keras adds itself."""
+    return only_input(node) is not None or all(v is None for v in keras.tree.flatten(node.arguments.kwargs))
+
+
+def is_graph(model: Any) -> bool:
+    """Whether `rebuild` can take this apart: a Functional model or a built Sequential, made by Keras's constructors."""
+    if not isinstance(model, keras.Model):
+        return False
+    init = type(model).__init__
+    spec = inspect.getfullargspec(init)
+    plain = init.__module__.startswith("keras.src.models.") or (spec.varargs is not None and spec.varkw is not None)
+    if isinstance(model, keras.Sequential):
+        return plain and model._functional is not None
+    return plain and isinstance(model, keras.Function)
+
+
+def graphs(model: Any) -> list[Graph]:
+    """The model's graph and those of models nested in it, each once; outer ones first."""
+    found: dict[int, Graph] = {}
+
+    def visit(inner: Any) -> None:
+        if is_graph(inner) and id(inner) not in found:
+            found[id(inner)] = graph = Graph(inner)
+            for node in graph.nodes:
+                visit(node.operation)
+
+    visit(model)
+    return list(found.values())
+
+
+def calls(model: Any) -> dict[int, list[Any]]:
+    """{id(operation): its nodes in all graphs of the model}."""
+    found: dict[int, list[Any]] = {}
+    for graph in graphs(model):
+        for node in graph.nodes:
+            found.setdefault(id(node.operation), []).append(node)
+    return found
+
+
+def operations(model: Any) -> list[Any]:
+    """Every operation of the model's graphs once, models that are graphs themselves left out."""
+    nodes = [node for graph in graphs(model) for node in graph.nodes]
+    return [op for op in {id(node.operation): node.operation for node in nodes}.values() if not is_graph(op)]
+
+
+def layers(model: Any) -> Iterator[Any]:
+    """Every layer, those inside models, wrappers and other layers too; in the order of the data where that is known."""
+    seen: set[int] = set()
+
+    def visit(layer: Any) -> Iterator[Any]:
+        if id(layer) in seen:
+            return
+        seen.add(id(layer))
+        yield layer
+        if is_graph(layer):
+            for node in Graph(layer).nodes:
+                if isinstance(node.operation, keras.layers.Layer):
+                    yield from visit(node.operation)
+        for inner in layer._layers:
+            yield from visit(inner)
+
+    return visit(model)
+
+
+def rebuild(model: Any, plan: Mapping[int, Replacement]) -> Copy:
+    """The copy of a model for which `is_graph` holds; not compiled. See the top of this file for the plan.
+
+    Raises ValueError, naming the layer, where one can't be cloned by its config.
+    """
+    copy = Copy(None)
+    copy.model = _copy_model(model, plan, copy.of)
+    for operation in operations(model):
+        if id(operation) in copy.of:
+            transfer(operation, copy.of[id(operation)])
+    return copy
+
+
+def _copy_model(model: Any, plan: Mapping[int, Replacement], of: dict[int, Any]) -> Any:
+    if id(model) in of:
+        return of[id(model)]
+
+    def replacement(operation: Any) -> Replacement:
+        if id(operation) in plan:
+            return plan[id(operation)]
+        if id(operation) not in of:
+            of[id(operation)] = _copy_model(operation, plan, of) if is_graph(operation) else clone(operation)
+        return (of[id(operation)],)
+
+    if isinstance(model, keras.Sequential):
+        new = [layer for old in model.layers for layer in replacement(old)]
+        copy = type(model)([clone(model._layers[0]), *new], name=model.name)
+    else:
+        copy = _copy_functional(model, replacement)
+    copy._trainable = model.trainable  # the setter would change the layers' flags, which are theirs
+    copy._called = model._called  # Keras exports no model to ONNX that was never called
+    if model.dtype_policy.quantization_mode is None:
+        copy.dtype_policy = model.dtype_policy
+    of[id(model)] = copy
+    return copy
+
+
+def _copy_functional(model: Any, replacement: Callable[[Any], Replacement]) -> Any:
+    graph, values = Graph(model), {}
+    for tensor in keras.tree.flatten(graph.inputs):
+        values[id(tensor)] = clone(tensor._keras_history.operation).output
+    for node in graph.nodes:
+        args, kwargs = node.arguments.fill_in(values)
+        if nothing_else(node):  # a replacement may not take the mask=None that Keras gave
+            kwargs = {}
+        with name_scopes(node.operation):
+            for step in replacement(node.operation):
+                args, kwargs = (step(*args, **kwargs),), {}
+        outputs = args if isinstance(args[0], Bundle) else keras.tree.flatten(args)
+        values.update((id(tensor), value) for tensor, value in zip(node.outputs, outputs, strict=True))
+    inputs, outputs = (
+        keras.tree.map_structure(lambda tensor: values[id(tensor)], tensors)
+        for tensors in (graph.inputs, graph.outputs)
+    )
+    return type(model)(inputs=inputs, outputs=outputs, name=model.name)
+
+
+def name_scopes(operation: Any) -> ExitStack:
+    """The scopes under which a layer was called when it was built: they are part of its variables' paths."""
+    stack = ExitStack()
+    for name in (getattr(operation, "path", None) or "").split("/")[:-1]:
+        stack.enter_context(keras.name_scope(name))
+    return stack
+
+
+def clone(thing: Any, kind: Any = None, **changes: Any) -> Any:
+    """A new, unbuilt layer of this class (or `kind`) and config (but for `changes`, where ... leaves a word out).
+
+    `transfer` copies values. Optimizers and metrics too; keras.ops, which have no state, are copied as they are.
+    """
+    if isinstance(thing, keras.Operation) and not isinstance(thing, keras.layers.Layer):
+        same = shallow_copy(thing)
+        same._inbound_nodes, same._outbound_nodes = [], []
+        return same
+    kind, held = kind or type(thing), vars(thing)
+    try:
+        config = thing.get_config()
+        own = {name: held.get(name, held.get(f"_{name}")) for name in config}
+        config.update((name, value) for name, value in own.items() if isinstance(value, FunctionType))
+        config = {name: value for name, value in {**config, **changes}.items() if value is not ...}
+        if kind is keras.layers.Lambda:  # its from_config takes functions by name only
+            return kind(**config)
+        with keras.saving.custom_object_scope({type(value).__name__: type(value) for value in held.values()}):
+            return kind.from_config(config)
+    except Exception as error:
+        raise ValueError(
+            f"{thing.name} ({kind.__name__}) can't be copied: {kind.__name__}.from_config(get_config()) fails with "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def paired(original: Any, copy: Any) -> list[tuple[Any, Any]]:
+    """(variable, its counterpart) of two layers with the same variables in the same order."""
+    if not isinstance(original, keras.layers.Layer):
+        return []
+    pairs = list(zip(original.variables, copy.variables, strict=False))
+    if len(original.variables) != len(copy.variables) or any(a.shape != b.shape for a, b in pairs):
+        shapes = ([tuple(variable.shape) for variable in layer.variables] for layer in (original, copy))
+        raise ValueError(
+            f"layer {original.name} ({type(original).__name__}) can't be copied: its variables have shapes "
+            "{}, those of the layer made from its config {}".format(*shapes)
+        )
+    return pairs
+
+
+def assign(pairs: Iterable[tuple[Any, Any]]) -> None:
+    for old, new in pairs:
+        new.assign(old)
+        new.trainable = old.trainable
+
+
+def transfer(original: Any, copy: Any) -> None:
+    """Give a built layer another one's state: variables, random seeds, vocabulary; and their trainable flags."""
+    assign(paired(original, copy))
+    if callable(getattr(original, "save_assets", None)) and callable(getattr(original, "get_vocabulary", None)):
+        with tempfile.TemporaryDirectory() as folder:
+            original.save_assets(folder)
+            copy.load_assets(folder)
+    if callable(getattr(copy, "finalize_state", None)):  # Normalization keeps tensors made of its variables
+        copy.finalize_state()

@@ -1,0 +1,235 @@
+"""`bnfast bench --model`: what it compares and writes, and that it stops at a wrong variant and names a missing one.
+Nothing here asserts a time. MobileNet(alpha=0.25) at 32x32 is the smallest of keras.applications: 27 batch norms."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from bnfast.benchmark import model_figure, model_memory, model_report, model_timing, models, timing
+from bnfast.benchmark.peers import Unsupported
+from bnfast.cli import bench_model, main
+
+SMALL = "MobileNet(alpha=0.25)"
+SPEC = models.parse(SMALL, 2, 32)
+COMMAND = ["bench", "--model", SMALL, "--batch", "2", "--size", "32", "--rounds", "1", "--memory-runs", "0"]
+
+
+@pytest.fixture
+def tensorflow(need):
+    need("keras")
+    return need("tensorflow")
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "arguments", "file_name"),
+    [
+        ("ResNet50", "ResNet50", (), "ResNet50-16x224"),
+        (" MobileNetV2( alpha=.35 )", "MobileNetV2", (("alpha", 0.35),), "MobileNetV2-alpha-0.35-16x224"),
+        ("A(b='c/d', e=None)", "A", (("b", "c/d"), ("e", None)), "A-b-c-d-e-None-16x224"),
+        ("A()", "A", (), "A-16x224"),
+    ],
+)
+def test_a_model_is_a_name_or_a_call(text, name, arguments, file_name):
+    spec = models.parse(text)
+    assert (spec.name, spec.arguments, spec.file_name) == (name, arguments, file_name)
+    assert models.parse(spec.text) == spec
+    assert spec.label == f"{spec.text} 16x224x224"
+
+
+@pytest.mark.parametrize("text", ["", "1", "a.B", "A(1)", "A(b=c)", "A(**{})", "A(weights=None)", "A(", "A B", "A()()"])
+def test_anything_else_is_refused(capsys, text):
+    with pytest.raises(ValueError):
+        models.parse(text)
+    assert main(["bench", f"--model={text}"]) == 2
+    assert "argument --model: must be a name of keras.applications, or NAME(argument=value, ...)" in (
+        message := capsys.readouterr().err
+    )
+    assert message.count("\n") == 1
+    assert repr(text) in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch", "2"], "bnfast: argument --batch: needs --model"),
+        (["--memory-runs", "0"], "bnfast: argument --memory-runs: needs --model"),
+        (["--model", "A", "--op", "train"], "bnfast: argument --op: not together with --model A"),
+        (["--model", "A", "--shape", "8,32"], "bnfast: argument --shape: not together with --model A"),
+        (["--model", "A", "--memory-runs", "-1"], "argument --memory-runs: must be an integer >= 0. Received: -1"),
+        (["--model", "A", "--variants", "torch"], "argument --variants: must be of keras, tf-fused, "),
+        (["--model", "A", "--size", "0"], "argument --size: must be an integer >= 1. Received: 0"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(capsys, arguments, message):
+    assert main(["bench", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert message in err
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "message"),
+    [
+        ("MobilNetV2", 32, "must be a name of keras.applications. Received: 'MobilNetV2' (did you mean MobileNetV2"),
+        ("MobileNet(beta=1)", 32, "MobileNet has no argument beta"),
+        ("MobileNet(alpha='x')", 32, "argument --model: MobileNet(alpha='x') 16x32x32: "),
+        ("InceptionV3", 32, "argument --model: InceptionV3 16x32x32: Input size must be at least 75x75"),
+    ],
+)
+def test_models_that_can_not_be_built_are_refused_in_one_line(tensorflow, capfd, model, size, message):
+    assert main(["bench", "--model", model, "--size", str(size)]) == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert message in err.splitlines()[-1]
+
+
+def test_a_model_without_batch_norm_is_refused(tensorflow, capfd, monkeypatch):
+    monkeypatch.setattr(models, "batch_norms", lambda model: [])
+    assert main(COMMAND) == 2
+    assert capfd.readouterr().err.splitlines()[-1] == "bnfast: argument --model: MobileNet has no batch norm"
+
+
+def test_the_command_with_every_variant_that_is_there(tensorflow, tmp_path):
+    folder = tmp_path / "new" / "folder"
+    command = [sys.executable, "-m", "bnfast", *COMMAND, "--threads", "2", "--out", folder]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    found = json.loads((folder / f"{SPEC.file_name}.json").read_text())
+    missing = {row["variant"] for row in found["left_out"]}
+    assert missing <= {"bnfast-native"}
+    rows = {(row["variant"], row["what"]): row for row in found["rows"]}
+    here = [name for name in models.TITLES if name not in missing]
+    assert {name for name, what in rows if what == "predict"} == set(here)
+    assert {name for name, what in rows if what == "train"} == set(here) - {"bnfast-fold"}
+    assert all(row["seconds"] > 0 and row["rounds"] == 1 for (_, what), row in rows.items() if what != "check")
+    for name in here:
+        distance = rows[name, "check"]["predictions"]
+        assert distance > 1e-2 if name == "left-out" else distance <= model_timing.PREDICTIONS
+    layers = {name: rows[name, "check"]["batch_norms"] for name in here}
+    assert layers["keras"] == {"keras.BatchNormalization": 27}
+    assert layers["tf-fused"] == {"FusedBatchNormalization": 27}
+    assert layers["left-out"] == {}
+    assert any(kind.startswith("bnfast.") for kind in layers["bnfast-numpy_function"])
+    text = (folder / f"{SPEC.file_name}.md").read_text()
+    for name in here:
+        assert models.TITLES[name] in done.stdout
+        assert f"| {models.TITLES[name]} |" in text
+    for name in missing:
+        assert f"left out: {models.TITLES[name]}: " in done.stdout
+    assert (folder / f"{SPEC.file_name}.png").read_bytes().startswith(b"\x89PNG\r\n")
+
+
+def test_a_wrong_variant_stops_it_and_a_missing_one_does_not(tensorflow, capfd, monkeypatch):
+    def missing(model):
+        raise Unsupported("not today")
+
+    def wrong(model):
+        made = models._exchanged(model, "fused")
+        models.batch_norms(made)[0].epsilon = 1e-2
+        return made
+
+    monkeypatch.setattr(timing, "settle", lambda: None)
+    monkeypatch.setitem(models._MAKERS, "tf-fused", missing)
+    command = [*COMMAND, "--variants", "tf-fused"]
+    assert main(command) == 0
+    assert "left out: TF fused op: not today" in capfd.readouterr().out
+    monkeypatch.setitem(models._MAKERS, "tf-fused", wrong)
+    assert main(command) == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.splitlines()[-1].startswith("bnfast: TF fused op: predictions differ from Keras's by ")
+
+
+@pytest.mark.skipif(not model_memory.available(), reason="this system doesn't tell a process its peak memory")
+def test_peak_memory_is_that_of_a_process_of_its_own(tensorflow, monkeypatch):
+    said = []
+    found, failed = model_memory.peaks(SPEC, ["keras", "bnfast-fold"], 1, None, said.append)
+    assert failed == {}
+    assert list(found) == ["keras"], "the folded model doesn't train"
+    assert said == ["memory, 1 of 1: Keras's layer"]
+    (run,) = found["keras"]
+    assert 100e6 < run["before_bytes"] < run["peak_bytes"] < 4e9
+    monkeypatch.setattr(model_memory, "_child", lambda spec, name, threads: f"{name} fell over")
+    assert model_memory.peaks(SPEC, ["keras"], 2, None, said.append) == ({}, {"keras": "keras fell over"})
+
+
+def test_a_child_that_fails_says_why():
+    assert model_memory._child(models.Spec("not a name"), "keras", None) == "ValueError: not a name"
+
+
+@pytest.mark.parametrize("scale", [True, False])
+def test_the_fused_layer_is_that_of_tf_keras_2(tensorflow, scale):
+    import keras
+    from bnfast.benchmark.model_layers import FusedBatchNormalization
+
+    x = np.random.default_rng(1).normal(3, 2, (4, 5, 6, 7)).astype(np.float32)
+    ours, base = (
+        kind(scale=scale, center=scale, momentum=0.9)
+        for kind in (FusedBatchNormalization, keras.layers.BatchNormalization)
+    )
+    for training in (True, False):
+        np.testing.assert_allclose(
+            ours(x, training=training), base(x, training=training), atol=2e-2 - 1.9e-2 * training
+        )
+    np.testing.assert_allclose(ours.moving_mean, base.moving_mean, rtol=1e-5)
+    sample = 0.9 + 0.1 * x.astype(np.float64).var((0, 1, 2), ddof=1)
+    np.testing.assert_allclose(ours.moving_variance, sample, rtol=1e-5)
+    flat = FusedBatchNormalization()
+    np.testing.assert_allclose(flat(x[:, 0, 0], training=True).numpy().mean(0), 0, atol=1e-5)
+
+
+def make_measured(times: dict[tuple[str, str], list[float]]) -> model_timing.Measured:
+    ways = [timing.Way(name, mode, int, seconds=seconds) for (name, mode), seconds in times.items()]
+    names = dict.fromkeys(name for name, _ in times)
+    return model_timing.Measured([model_timing.Variant(name, None, {}) for name in names], ways)
+
+
+def test_rows_and_tables(tmp_path):
+    measured = make_measured(
+        {
+            ("keras", "train"): [0.4, 0.8, 4.0],
+            ("bnfast-native", "train"): [0.2, 0.2, 2.0],
+            ("keras", "predict"): [0.08] * 3,
+            ("bnfast-fold", "predict"): [0.06] * 3,
+        }
+    )
+    peaks = {"keras": [3, 1, 2], "bnfast-native": [1, 1, 1]}
+    runs = {name: [{"before_bytes": 5, "peak_bytes": n * 10**9} for n in billions] for name, billions in peaks.items()}
+    rows = model_report.rows_of(measured, runs)
+    assert model_report.table(rows) == [
+        ("Keras's layer", "800", "1.00", "80", "1.00", "2000", "1.00"),
+        ("bnfast, native op", "200", "0.50", "-", "-", "1000", "0.50"),
+        ("bnfast, folded", "-", "-", "60", "0.75", "-", "-"),
+    ]
+    machine = {"cpu": "c", "cores": 2, "l2_bytes": 0, "l3_bytes": 0, "isa": "i", "threads": 2, "load_before": 0}
+    left_out = [{"variant": "tf-fused", "what": "all", "reason": "gone"}]
+    text = model_report.markdown({**machine, "versions": {"python": "3"}}, SPEC.label, rows, left_out)
+    assert "| bnfast, native op | 200 | 0.50 | - | - | 1000 | 0.50 |" in text
+    assert "- TF fused op: gone" in text
+    pytest.importorskip("matplotlib")
+    model_figure.save(tmp_path / "all.png", rows, SPEC.label, "a machine")
+    model_figure.save(tmp_path / "one.png", rows[2:3], SPEC.label, "a machine")
+    assert (tmp_path / "all.png").stat().st_size > (tmp_path / "one.png").stat().st_size > 10_000
+
+
+def test_progress_knows_how_much_there_is_to_do(tensorflow, monkeypatch):
+    monkeypatch.setattr(timing, "settle", lambda: None)
+    names, said = ["keras", "tf-fused"], []
+    measured = model_timing.measure(SPEC, names, 2, said.append)
+    assert len(said) == model_timing.tells(names, 2)
+    assert [variant.name for variant in measured.variants] == names
+    assert measured.variants[1].loss is None, "Dropout draws its own numbers in every variant"
+    assert all(len(way.seconds) == 2 for way in measured.ways)
+    assert (measured.find("keras", "train"), measured.find("left-out", "train")) == (measured.ways[0], None)
+
+
+def test_defaults_are_those_of_the_help(capsys):
+    assert main(["bench", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for value in (bench_model.BATCH, bench_model.SIZE, bench_model.MEMORY_RUNS):
+        assert f"default: {value})" in text
