@@ -157,3 +157,17 @@ def grad(dy, x, mean, invstd, gamma=None, beta=None, *, axis=-1, mask=None, acti
         if dvariance is not None:
             dx = dx + share * np.asarray(dvariance).astype(dtype) * 2 * (r - mean)
     return Grad(unrows(dx, x, axis), dgamma, dbeta, None if residual is None else unrows(dz, x, axis))
+
+
+def weight_norm(v, g, axes):
+    """g * v/|v|, |v| over `axes`; g broadcasts against v."""
+    v = np.asarray(v).astype(wide_dtype(v))
+    return g * v / np.sqrt((v * v).sum(axes, keepdims=True))
+
+
+def weight_norm_grad(dw, v, g, axes):
+    """dv, dg, the latter with extent 1 along `axes`."""
+    dw, v = (np.asarray(a).astype(wide_dtype(v)) for a in (dw, v))
+    norm = np.sqrt((v * v).sum(axes, keepdims=True))
+    dg = (dw * v).sum(axes, keepdims=True) / norm
+    return g / norm * dw - g * dg / norm**2 * v, dg

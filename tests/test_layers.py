@@ -266,7 +266,7 @@ def test_bad_state_changes_nothing(change, error, text):
         ({"axis": 1.0}, TypeError, "axis must be an integer. Received: 1.0"),
         ({"axis": (1, 2)}, NotImplementedError, "axis must be one axis"),
         ({"momentum": 1.5}, ValueError, r"momentum must be in \[0, 1\]. Received: 1.5"),
-        ({"momentum": None}, TypeError, "momentum must be a real number. Received: None"),
+        ({"momentum": "0.9"}, TypeError, "momentum must be a real number. Received: '0.9'"),
         ({"epsilon": -1}, ValueError, "epsilon must be finite and at least 0. Received: -1"),
         ({"center": 1}, TypeError, "center must be True or False. Received: 1"),
         ({"scale": "yes"}, TypeError, "scale must be True or False. Received: 'yes'"),
@@ -301,3 +301,46 @@ def test_learns():
         layer.gamma -= 0.5 * layer.dgamma
         layer.beta -= 0.5 * layer.dbeta
     assert losses[-1] < 1e-4 * losses[0]
+
+
+def test_cumulative_average():
+    """momentum=None, with sample variances: what PyTorch's momentum=None gives, also after a way through a state."""
+    rng = np.random.default_rng(3)
+    batches = [rng.normal(3, 2, (rows, 4)) for rows in (8, 5, 2)]
+    layer = BatchNormalization(momentum=None, correction=1, dtype="float64")
+    for x in batches[:2]:
+        layer(x, training=True)
+    layer(np.zeros((0, 4)), training=True)
+    layer(batches[0], training=True, mask=np.zeros(8))
+    layer(batches[0])
+    again = BatchNormalization(**layer.get_config())
+    again.load_state_dict(layer.state_dict())
+    for each in (layer, again, copy.deepcopy(layer)):
+        each(batches[2], training=True)
+        assert each.batches == 3
+        np.testing.assert_allclose(each.moving_mean, np.mean([x.mean(0) for x in batches], 0), rtol=1e-13)
+        np.testing.assert_allclose(each.moving_variance, np.mean([x.var(0, ddof=1) for x in batches], 0), rtol=1e-13)
+    layer.build(4)
+    assert layer.batches == 0
+
+
+def test_a_cumulative_average_and_its_count_belong_together():
+    layer = BatchNormalization(momentum=None)
+    layer(np.ones((2, 3), np.float32), training=True)
+    state = layer.state_dict()
+    for wrong, error, message in (
+        ({k: v for k, v in state.items() if k != "batches"}, ValueError, r"Missing: \['batches'\]"),
+        (state | {"batches": np.int64(-1)}, ValueError, "batches must be at least 0. Received: -1"),
+        (state | {"batches": 1.5}, TypeError, "batches must be an integer. Received: 1.5"),
+    ):
+        with pytest.raises(error, match=message):
+            layer.load_state_dict(wrong)
+    assert layer.batches == 1
+    with pytest.raises(ValueError, match=r"unknown: \['batches'\]"):
+        BatchNormalization().load_state_dict(state)
+    for leave in (layer.to_keras, layer.to_torch):
+        with pytest.raises(ValueError, match=r"momentum must be a number to leave this layer. Received: None"):
+            leave()
+    source = {"config": layer.get_config(), "weights": [np.ones(3, np.float32)] * 4}
+    with pytest.raises(ValueError, match="source must have a momentum"):
+        BatchNormalization.from_keras(source)

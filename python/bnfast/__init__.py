@@ -14,6 +14,7 @@ from .runtime import (
     set_memory_limit,
     set_num_threads,
 )
+from .weight import weight_norm, weight_norm_grad
 
 __all__ = [
     "BatchNormalization",
@@ -31,6 +32,8 @@ __all__ = [
     "moments",
     "set_memory_limit",
     "set_num_threads",
+    "weight_norm",
+    "weight_norm_grad",
 ]
 
 __version__: str

@@ -63,13 +63,14 @@ def to_keras(layer: BatchNormalization, target: Any = None) -> Any:
 
     Raises:
         RuntimeError: `layer` isn't built.
-        ValueError: `target` isn't built or has other weights, or the activation can't be expressed there.
+        ValueError: `target` isn't built or has other weights, the activation can't be expressed there, or momentum is
+            None.
         TypeError: dtypes differ.
     Warns:
         UserWarning: correction=1; Keras goes on with population variances.
     """
-    state = layer.state_dict()
-    config: dict[str, Any] = {"axis": layer.axis, "momentum": layer.momentum, "epsilon": layer.epsilon}
+    state, momentum = layer.state_dict(), _fixed_momentum(layer)
+    config: dict[str, Any] = {"axis": layer.axis, "momentum": momentum, "epsilon": layer.epsilon}
     config |= {"center": layer.center, "scale": layer.scale}
     if layer.activation is not None:  # bnfast.keras's layer has it, Keras's own has not
         config["activation"] = layer.activation
@@ -90,7 +91,7 @@ def to_keras(layer: BatchNormalization, target: Any = None) -> Any:
     for name, variable in variables.items():
         _check_like(name, state.get(name), variable)
     target.set_weights(weights)
-    target.momentum, target.epsilon = layer.momentum, layer.epsilon
+    target.momentum, target.epsilon = momentum, layer.epsilon
     return target
 
 
@@ -123,6 +124,8 @@ def from_keras(cls: type[BatchNormalization], source: Any) -> BatchNormalization
         activation, fused = _keras_activation(source), bool(getattr(source, "fused", False))
     if config.get("renorm"):
         raise NotImplementedError("source must have renorm=False: this layer has no renorm. Received: renorm=True")
+    if config["momentum"] is None:
+        raise ValueError("source must have a momentum. Received: None (a cumulative average)")
     axis = config["axis"]
     layer = cls(
         axis=axis if isinstance(axis, int) else list(axis),  # type: ignore[arg-type]  # tf_keras: a list of one
@@ -175,7 +178,7 @@ def to_torch(layer: BatchNormalization, target: Any = None) -> Any:
 
     Raises:
         RuntimeError: `layer` isn't built.
-        ValueError: the layer has an activation, or `target` has other weights or no running statistics.
+        ValueError: the layer has an activation or momentum=None; `target` has other weights or no running statistics.
         TypeError: dtypes differ.
     Warns:
         UserWarning: correction=0; PyTorch goes on with sample variances. Inference is the same.
@@ -183,9 +186,9 @@ def to_torch(layer: BatchNormalization, target: Any = None) -> Any:
     state = layer.state_dict()
     if layer.activation is not None:
         raise ValueError(f"activation must be None, as PyTorch's BatchNorm has none. Received: {layer.activation!r}")
+    momentum = _complement(_fixed_momentum(layer))
     if not layer.correction:
         _warn_of_variance("PyTorch averages sample variances", layer.correction)
-    momentum = _complement(layer.momentum)
     if target is None:
         renamed = {TORCH_NAMES[name]: array for name, array in state.items()}
         return {"state_dict": renamed, "eps": layer.epsilon, "momentum": momentum}
@@ -259,6 +262,12 @@ def from_torch(
 def _complement(momentum: float) -> float:
     """1 - momentum in decimal, so that 0.1 is 0.9 and back 0.1, not 0.09999999999999998."""
     return float(1 - Decimal(repr(float(momentum))))
+
+
+def _fixed_momentum(layer: BatchNormalization) -> float:
+    if layer.momentum is None:
+        raise ValueError("momentum must be a number to leave this layer. Received: None (a cumulative average)")
+    return layer.momentum
 
 
 def _widened(name: str, value: Any) -> Array:

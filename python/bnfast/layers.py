@@ -29,7 +29,8 @@ class BatchNormalization:
 
     Args:
         axis: the channel axis.
-        momentum: weight of the old moving value (PyTorch's momentum is 1 minus this).
+        momentum: weight of the old moving value (PyTorch's momentum is 1 minus this). None: the moving statistics are
+            the plain averages over all batches so far, empty and fully masked ones aside.
         epsilon: added to the variance. Keras's default 1e-3; PyTorch's is 1e-5.
         center, scale: whether there is a beta, a gamma. Where not, it is None.
         activation: None, "relu", "relu6" or "leaky_relu" (with `negative_slope`), fused.
@@ -40,6 +41,7 @@ class BatchNormalization:
 
     Attributes:
         gamma, beta, moving_mean, moving_variance: arrays of shape (C,), None before `build`.
+        batches: how many batches the moving statistics have seen since `build`; part of the state with momentum=None.
         dgamma, dbeta, dresidual: set by `backward`, else None. dgamma (dbeta) stays None without scale (center).
 
     A layer can be pickled and deep-copied; what it kept for `backward` and the gradients stay behind.
@@ -52,12 +54,13 @@ class BatchNormalization:
     dgamma: Array | None = None
     dbeta: Array | None = None
     dresidual: Array | None = None
+    batches: int = 0
     _saved: dict[str, Any] | None = None
 
     def __init__(
         self,
         axis: int = -1,
-        momentum: float = 0.99,
+        momentum: float | None = 0.99,
         epsilon: float = 1e-3,
         center: bool = True,
         scale: bool = True,
@@ -69,7 +72,7 @@ class BatchNormalization:
         trainable: bool = True,
     ) -> None:
         self.axis = _checks.one_axis(axis)
-        self.momentum = _checks.real("momentum", momentum, 1.0)
+        self.momentum = None if momentum is None else _checks.real("momentum", momentum, 1.0)
         self.epsilon = _checks.real("epsilon", epsilon)
         self.center = _checks.boolean("center", center)
         self.scale = _checks.boolean("scale", scale)
@@ -96,6 +99,7 @@ class BatchNormalization:
         self.gamma = np.ones(channels, dtype) if self.scale else None
         self.beta = np.zeros(channels, dtype) if self.center else None
         self.moving_mean, self.moving_variance = np.zeros(channels, dtype), np.ones(channels, dtype)
+        self.batches = 0
         self._forget()
 
     @property
@@ -133,6 +137,7 @@ class BatchNormalization:
             raise
 
     def _forward(self, x: Array, training: bool, mask: Any, residual: Any) -> Array:
+        axis = _checks.channel_axis(self.axis, x)
         fused: dict[str, Any] = {
             "axis": self.axis,
             "activation": self.activation,
@@ -141,7 +146,7 @@ class BatchNormalization:
         if training:
             y, mean, _, invstd = batch_norm_train(
                 *(x, self.gamma, self.beta, self.moving_mean, self.moving_variance),
-                momentum=self.momentum,
+                momentum=self.batches / (self.batches + 1) if self.momentum is None else self.momentum,
                 epsilon=self.epsilon,
                 mask=mask,
                 residual=residual,
@@ -149,8 +154,10 @@ class BatchNormalization:
                 nan_policy=self.nan_policy,
                 **fused,
             )
+            weights = _checks.weights(mask, x, axis) if self.momentum is None else None
+            self.batches += bool(x.size and (weights is None or weights.any()))
         else:
-            _checks.weights(mask, x, _checks.channel_axis(self.axis, x))
+            _checks.weights(mask, x, axis)
             y = batch_norm_infer(
                 *(x, self.moving_mean, self.moving_variance, self.gamma, self.beta),
                 epsilon=self.epsilon,
@@ -198,14 +205,16 @@ class BatchNormalization:
         return config
 
     def state_dict(self) -> dict[str, Array]:
-        """Copies of gamma, beta (where the layer has them), moving_mean and moving_variance, by name.
+        """Copies of gamma, beta (where the layer has them), moving_mean and moving_variance, by name; with
+        momentum=None also batches, an int64 of shape ().
 
         Raises:
             RuntimeError: the layer isn't built.
         """
         if not self.built:
             raise RuntimeError("the layer has no state before it is built: call it once, or build(channels)")
-        return {name: getattr(self, name).copy() for name in self._names()}
+        counted = {"batches": np.array(self.batches, np.int64)} if self.momentum is None else {}
+        return {name: getattr(self, name).copy() for name in self._names()} | counted
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Copy `state` in, all or nothing. A layer that isn't built takes its channels and dtype from it (a `dtype`
@@ -215,7 +224,14 @@ class BatchNormalization:
             ValueError: a key is missing or unknown, or a shape is wrong.
             TypeError: a dtype is wrong: none is changed silently.
         """
-        convert.load(self, state, self._names())
+        if self.momentum is None and isinstance(state, Mapping) and "batches" in state:
+            batches = _checks.integer("batches", state["batches"])
+            if batches < 0:
+                raise ValueError(f"batches must be at least 0. Received: {batches}")
+            convert.load(self, {name: array for name, array in state.items() if name != "batches"}, self._names())
+            self.batches = batches
+        else:
+            convert.load(self, state, (*self._names(), *("batches",) * (self.momentum is None)))
         self._forget()
 
     def _names(self) -> tuple[str, ...]:
