@@ -2,7 +2,7 @@
 #include <algorithm>
 
 #include "check.h"
-#include "view.h"
+#include "steps.h"
 
 namespace bnfast {
 namespace {

@@ -3,7 +3,7 @@
 #include <cmath>
 
 #include "check.h"
-#include "view.h"
+#include "steps.h"
 
 namespace bnfast {
 namespace {

@@ -6,7 +6,7 @@
 #include <atomic>
 
 #include "cases.h"
-#include "view.h"
+#include "steps.h"
 
 using namespace bnfast;
 using namespace bnfast::test;
