@@ -82,7 +82,7 @@ def imported_modules(path: Path) -> Iterator[str]:
             yield node.module.split(".")[0]
 
 
-HEAVY = ("keras", "cli", "benchmark")
+HEAVY = ("compat", "keras", "cli", "benchmark")
 
 
 def test_only_keras_the_command_and_the_benchmark_import_tensorflow():

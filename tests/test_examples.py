@@ -43,6 +43,19 @@ def test_bn_variants(need, example):
     assert min(accuracies.values()) > 0.3, accuracies
 
 
+def test_cgan_digits(need, example):
+    need("tensorflow")
+    assert example("cgan_digits").main(["--steps", "150"]) > 0.4  # 0.9 here; noise that heeds no label has 0.1
+
+
+def test_compat_v1_mlp(need, example):
+    need("tensorflow")
+    module = example("compat_v1_mlp")
+    accuracies = module.main(["--steps", str(STEPS)])
+    assert accuracies.keys() == set(module.UPDATES)
+    assert min(accuracies.values()) > 0.6, accuracies
+
+
 def test_mlp_numpy(example):
     assert example("mlp_numpy").main(["--steps", str(STEPS)]) > 0.8
 
@@ -55,6 +68,6 @@ def test_an_example_is_a_script():
 
 def test_every_example_is_tested_and_listed():
     scripts = {path.stem for path in EXAMPLES.glob("*.py")} - {"common"}
-    assert scripts == {*KERAS_EXAMPLES, "bn_variants", "mlp_numpy"}
+    assert scripts == {*KERAS_EXAMPLES, "bn_variants", "cgan_digits", "compat_v1_mlp", "mlp_numpy"}
     readme = (EXAMPLES / "README.md").read_text()
     assert all(f"`{script}.py`" in readme for script in scripts)

@@ -20,6 +20,7 @@ if not hasattr(_keras, "__version__") or int(_keras.__version__.split(".")[0]) <
     )
 
 from .accelerate import accelerate
+from .conditional import ConditionalBatchNormalization
 from .fold import fold
 from .layer import BatchNormalization
 from .layer_add import BatchNormalizationAdd
@@ -31,6 +32,7 @@ from .weight_norm import WeightNormalization
 __all__ = [
     "BatchNormalization",
     "BatchNormalizationAdd",
+    "ConditionalBatchNormalization",
     "WeightNormalization",
     "accelerate",
     "enabled",

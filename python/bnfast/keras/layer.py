@@ -32,7 +32,7 @@ _VECTORS = ("gamma", "beta", "moving_mean", "moving_variance")
 # The arguments that Keras's layer doesn't have, in a config only where they aren't the defaults.
 _OWN = (
     *("correction", "nan_policy", "update_statistics", "use_batch_statistics", "trainable_affine"),
-    *("virtual_batch_size", "virtual_batch_grouping", "bridge"),
+    *("virtual_batch_size", "virtual_batch_grouping", "bridge", "fused"),
 )
 
 
@@ -70,7 +70,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
     them. Axes side by side cost nothing; others cost a copy of x, y, dy and dx.
 
     Args: all of Keras's (axis, momentum, epsilon, center, scale, initializers, regularizers, constraints, dtype, name
-    ...), and
+    ...), `fused` (Keras 2's, kept and read by nothing), and
         activation: None, a name, a function or a layer instance. relu, relu6 and leaky_relu are fused into the kernels
             (also as keras.activations functions, ReLU, LeakyReLU and Activation layers); any other is applied after.
         momentum: None makes moving_mean and moving_variance the plain averages over all batches so far, empty ones
@@ -114,6 +114,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
     nan_policy = "propagate"
     update_statistics = trainable_affine = True
     use_batch_statistics: bool | None = None
+    fused: bool | None = None
     virtual_batch_size: int | None = None
     virtual_batch_grouping = "contiguous"
     adjustment: adjustments.Adjustment | None = None
@@ -136,6 +137,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         virtual_batch_grouping: str = "contiguous",
         adjustment: adjustments.Adjustment | None = None,
         bridge: str = "auto",
+        fused: bool | None = None,
         replaces: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -165,8 +167,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         if virtual_batch_size is not None:
             ghosts.check(virtual_batch_size, self._renorm is not None)
         adjustments.check(adjustment, virtual_batch_size)
-        self.adjustment = adjustment
-        self.virtual_batch_size = virtual_batch_size
+        self.adjustment, self.virtual_batch_size = adjustment, virtual_batch_size
         self.virtual_batch_grouping = str(
             _checks.choice("virtual_batch_grouping", virtual_batch_grouping, ghosts.GROUPINGS)
         )
@@ -175,9 +176,8 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         self.correction = _checks.bessel(correction)
         self.nan_policy = str(_checks.choice("nan_policy", nan_policy, NAN_POLICIES))
         self.update_statistics = _checks.boolean("update_statistics", update_statistics)
-        if use_batch_statistics is not None:
-            _checks.boolean("use_batch_statistics", use_batch_statistics)
-        self.use_batch_statistics = use_batch_statistics
+        for name, value in (("use_batch_statistics", use_batch_statistics), ("fused", fused)):
+            setattr(self, name, None if value is None else _checks.boolean(name, value))
         self.trainable_affine = _checks.boolean("trainable_affine", trainable_affine)
         self.bridge = bridge
         self.replaces = dict(replaces or {})
@@ -214,7 +214,8 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
     def call(self, inputs: Any, training: Any = None, mask: Any = None) -> Any:
         return self._call(inputs, None, training, mask)
 
-    def _call(self, inputs: Any, residual: Any, training: Any, mask: Any) -> Any:
+    def _call(self, inputs: Any, residual: Any, training: Any, mask: Any, affine: bool = True) -> Any:
+        """y; without affine xhat, which neither gamma and beta nor the activation were applied to."""
         x = tf.convert_to_tensor(inputs)
         if x.dtype not in (tf.float16, tf.bfloat16):
             x = tf.cast(x, keras.backend.result_type(x.dtype.name, "float32"))
@@ -225,7 +226,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         if isinstance(self.axis, int):
             places = (-1, self.axis) if mask is attached else (self.axis, -1)
             weights = None if mask is None else mask_along(mask, x, places)
-            y = self._normalize(x, residual, training, weights, self.axis, lambda: self._drawn(x))
+            y = self._normalize(x, residual, training, weights, self.axis, lambda: self._drawn(x), affine)
         else:
             axes = Axes.of(self._axes, x.shape)
             weights = None if mask is None else axes.merge(axes.mask(mask, x, mask is attached))
@@ -234,9 +235,9 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
             def drawn() -> Any:
                 return [axes.merge(tf.broadcast_to(tensor, tf.shape(x))) for tensor in self._drawn(x)]
 
-            y = axes.split(self._normalize(axes.merge(x), residual, training, weights, axes.place, drawn), x)
+            y = axes.split(self._normalize(axes.merge(x), residual, training, weights, axes.place, drawn, affine), x)
         y = tf.cast(y, self.compute_dtype)
-        return y if self._fused else tf.cast(self.activation(y), self.compute_dtype)
+        return y if self._fused or not affine else tf.cast(self.activation(y), self.compute_dtype)
 
     def _drawn(self, x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         assert self.adjustment is not None
@@ -250,11 +251,12 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         weights: tf.Tensor | None,
         axis: int,
         drawn: Callable[[], Any],
+        affine: bool,
     ) -> tf.Tensor:
-        gamma = parameter(self.gamma) if self.scale else None
-        beta = parameter(self.beta) if self.center else None
+        gamma = parameter(self.gamma) if self.scale and affine else None
+        beta = parameter(self.beta) if self.center and affine else None
         state = {name: parameter(getattr(self, name)) for name in self._statistics}
-        fused = self._fused or activations.Fused(None)
+        fused = (self._fused if affine else None) or activations.Fused(None)
         options = Options(axis, self.epsilon, *fused)
 
         def run(trains: bool) -> tuple[tf.Tensor, dict[str, tf.Tensor]]:

@@ -78,7 +78,7 @@ def compose(
 
 def _wide(bound: Any) -> tf.Tensor | None:
     """tf.cast would take a Python float through float32."""
-    if bound is None or isinstance(bound, tf.Variable):
+    if bound is None or tf.is_tensor(bound):  # a variable is one too
         return None if bound is None else tf.cast(bound, tf.float64)
     return tf.constant(float(bound), tf.float64)
 

@@ -1,0 +1,256 @@
+"""`tf.layers.batch_normalization`, which TensorFlow 2.21 has only where tf_keras is installed, in TF 1's graph mode.
+
+    y = gamma*(x - mean)/sqrt(variance + epsilon) + beta, and UPDATE_OPS get moving -= (moving - batch)*(1 - momentum)
+
+Variables come from tf.compat.v1.get_variable, so names, scopes, reuse and checkpoints are TF 1's; the computing is that
+of `bnfast.keras` (training.step in training, inference.infer otherwise). Running y moves nothing: the updates are ops
+of their own. They take away a difference, as TF 1's do, so that two uses of one layer in one Session.run both count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from .. import _checks
+from ..keras import adjustment as adjustments
+from ..keras import ghosts, inference
+from ..keras import renorm as renorms
+from ..keras.axes import Axes
+from ..keras.formula import Options
+from ..keras.training import Policy, parameter
+from ..keras.training import step as training_step
+
+__all__ = ["batch_normalization"]
+
+_SCOPE = "batch_normalization"
+
+
+class _Weights(NamedTuple):
+    gamma: Any
+    beta: Any
+    state: dict[str, Any]  # moving_mean, moving_variance and, with renorm, renorm's
+
+
+def batch_normalization(
+    inputs: Any,
+    axis: Any = -1,
+    momentum: float = 0.99,
+    epsilon: float = 1e-3,
+    center: bool = True,
+    scale: bool = True,
+    beta_initializer: Any = "zeros",
+    gamma_initializer: Any = "ones",
+    moving_mean_initializer: Any = "zeros",
+    moving_variance_initializer: Any = "ones",
+    beta_regularizer: Any = None,
+    gamma_regularizer: Any = None,
+    beta_constraint: Any = None,
+    gamma_constraint: Any = None,
+    training: Any = False,
+    trainable: bool = True,
+    name: str | None = None,
+    reuse: Any = None,
+    renorm: bool = False,
+    renorm_clipping: Any = None,
+    renorm_momentum: float = 0.99,
+    fused: bool | None = None,
+    virtual_batch_size: int | None = None,
+    adjustment: adjustments.Adjustment | None = None,
+) -> tf.Tensor:
+    """Batch normalization of a graph's tensor, with the arguments, variables and results of TF 1's function.
+
+    The moving statistics move when the ops that this adds to tf.compat.v1.GraphKeys.UPDATE_OPS run, with the train op
+    or under tf.control_dependencies; regularizers add to REGULARIZATION_LOSSES.
+
+    Args:
+        inputs: float tensor of known rank, with known extents along axis; float16 and bfloat16 compute in float32.
+        axis: the channel axis, or several: variables then have the rank of inputs, with extents of 1 off these axes.
+        momentum, epsilon: as in the formulas above, momentum in [0, 1].
+        center, scale: whether there is a beta, a gamma.
+        *_initializer: names, TF 1 initializers, Keras ones or functions of shape and dtype; None takes the scope's.
+        *_regularizer, *_constraint: None, a name or a function of the variable.
+        training: a bool or a boolean scalar tensor, such as a placeholder; whether the batch's statistics normalize.
+        trainable: whether gamma and beta are in TRAINABLE_VARIABLES, and whether there are updates. It doesn't say what
+            normalizes.
+        name, reuse: of the variable scope ("batch_normalization", made unique, where there is no name).
+        renorm, renorm_clipping, renorm_momentum: batch renormalization; rmin, rmax, dmax may be scalar tensors.
+        fused: None, True or False. The kernels are the same; but as in TF 1, unless False, inputs of rank 4 or 5, not
+            float64, with one axis, 1 or last, put the sample variance, W/(W - 1) of the batch's, into moving_variance
+            (not with renorm, virtual_batch_size or adjustment).
+        virtual_batch_size: normalize so many samples at a time: of G ghosts number g holds samples g, g + G, ...
+            Variables have the rank of inputs plus 1, as in TF 1.
+        adjustment: a function of inputs' shape giving (scale, bias): (xhat*scale + bias)*gamma + beta in training.
+
+    Returns y, in the shape and dtype of inputs.
+
+    Raises:
+        ValueError, TypeError: an argument out of range or of the wrong type; ValueError: eager execution.
+        tf.errors.InvalidArgumentError: when it runs, virtual_batch_size doesn't divide the batch.
+
+    Source: Ioffe and Szegedy 2015, arXiv:1502.03167.
+    """
+    if tf.compat.v1.executing_eagerly_outside_functions():
+        raise ValueError(
+            "bnfast.compat.v1.batch_normalization needs a graph: with tf.Graph().as_default(), or "
+            "tf.compat.v1.disable_eager_execution(). Received: eager execution"
+        )
+    x = tf.convert_to_tensor(inputs)
+    _check(x, momentum, epsilon, training, fused, center=center, scale=scale, trainable=trainable, renorm=renorm)
+    axes = Axes.of(list(axis) if isinstance(axis, (list, tuple)) else [_checks.integer("axis", axis)], x.shape)
+    if renorm:
+        fixed = {bound: value for bound, value in (renorm_clipping or {}).items() if not tf.is_tensor(value)}
+        renorms.check(fixed, renorm_momentum)
+        if unknown := set(renorm_clipping or {}) - {"rmin", "rmax", "dmax"}:
+            raise ValueError(f"renorm_clipping must have keys rmin, rmax, dmax. Received: {sorted(unknown)}")
+    if virtual_batch_size is not None:
+        ghosts.check(virtual_batch_size, renorm)
+        if 0 in axes.axes:
+            raise ValueError(f"axis must not be 0, the batch's, with virtual_batch_size. Received: axis={axis}")
+    adjustments.check(adjustment, virtual_batch_size)
+    plain = not renorm and virtual_batch_size is None and adjustment is None
+    policy = Policy(
+        float(momentum),
+        correction=int(fused is not False and plain and _fusable(x, axes)),
+        renorm=renorms.Renorm(renorm_clipping or {}, renorm_momentum) if renorm else None,
+        ghosts=None if virtual_batch_size is None else ghosts.Ghosts(virtual_batch_size, "strided"),
+    )
+    shape = _shape(x, axes, virtual_batch_size is not None)
+    dtype = tf.float64 if x.dtype == tf.float64 else tf.float32
+
+    def variable(
+        name: str, initializer: Any, regularizer: Any = None, constraint: Any = None, train: bool = False
+    ) -> Any:
+        return tf.compat.v1.get_variable(
+            name,
+            shape,
+            dtype,
+            initializer=_initializer(initializer),
+            regularizer=keras.regularizers.get(regularizer),
+            constraint=keras.constraints.get(constraint),
+            trainable=train,
+        )
+
+    named = {"name_or_scope": _SCOPE} if name is None and reuse else {"name_or_scope": name, "default_name": _SCOPE}
+    with tf.compat.v1.variable_scope(**named, reuse=reuse) as scope:
+        scope.set_partitioner(None)
+        gamma = variable("gamma", gamma_initializer, gamma_regularizer, gamma_constraint, trainable) if scale else None
+        beta = variable("beta", beta_initializer, beta_regularizer, beta_constraint, trainable) if center else None
+        moving = {"moving_mean": moving_mean_initializer, "moving_variance": moving_variance_initializer}
+        if renorm:
+            root = _root(moving_variance_initializer)
+            moving |= {"moving_stddev": root, "renorm_mean": moving_mean_initializer, "renorm_stddev": root}
+        weights = _Weights(gamma, beta, {name: variable(name, first) for name, first in moving.items()})
+        return _normalize(x, axes, float(epsilon), training, weights, adjustment, policy, trainable)
+
+
+def _normalize(
+    x: tf.Tensor,
+    axes: Axes,
+    epsilon: float,
+    training: Any,
+    weights: _Weights,
+    adjustment: adjustments.Adjustment | None,
+    policy: Policy,
+    updates: bool,
+) -> tf.Tensor:
+    """y; the updates, if wanted, go to UPDATE_OPS."""
+    several = len(axes.axes) > 1
+    merge: Callable[[tf.Tensor], tf.Tensor] = axes.merge if several else tf.identity
+    options = Options(axes.place, epsilon)
+    gamma, beta = (None if vector is None else parameter(vector) for vector in (weights.gamma, weights.beta))
+    state = {name: parameter(variable) for name, variable in weights.state.items()}
+
+    def train() -> list[tf.Tensor]:
+        adjusts = adjustment is not None
+        vectors = (None, None) if adjusts else (gamma, beta)
+        y, moved = training_step(merge(x), *vectors, state, None, None, options, policy)
+        if adjustment is not None:
+            drawn = [merge(tf.broadcast_to(tensor, tf.shape(x))) for tensor in adjustments.draw(adjustment, x)]
+            y = adjustments.apply(y, (drawn[0], drawn[1]), gamma, beta, None, options)
+        return [y, *(moved[name] for name in state)]
+
+    def infer() -> list[tf.Tensor]:
+        y = inference.infer(merge(x), gamma, beta, state["moving_mean"], state["moving_variance"], options)
+        return [y, *(tf.identity(value) for value in state.values())]
+
+    known = tf.get_static_value(training) if tf.is_tensor(training) else training
+    if known is None:
+        y, *moved = tf.cond(tf.cast(training, tf.bool), train, infer)
+    else:
+        y, *moved = train() if known else infer()
+    if updates and (known is None or known):
+        # after y, which may read a variable that TF 1's assignments change in its place
+        with tf.control_dependencies([y]), tf.name_scope("AssignMovingAvg"):
+            for variable, old, new in zip(weights.state.values(), state.values(), moved, strict=True):
+                taken = tf.stop_gradient(tf.reshape(old - new, variable.shape))
+                tf.compat.v1.add_to_collection(
+                    tf.compat.v1.GraphKeys.UPDATE_OPS, tf.compat.v1.assign_sub(variable, taken)
+                )
+    y = axes.split(y, x) if several else y
+    y.set_shape(x.shape)
+    return y
+
+
+def _check(x: tf.Tensor, momentum: Any, epsilon: Any, training: Any, fused: Any, **switches: Any) -> None:
+    """The errors of the arguments that no piece below checks."""
+    if not x.dtype.is_floating:
+        raise TypeError(f"inputs must be of a float dtype. Received: {x.dtype.name}")
+    if x.shape.rank is None:
+        raise ValueError("inputs must have a known rank. Received: a tensor of unknown shape")
+    for name, value in switches.items():
+        _checks.boolean(name, value)
+    if fused is not None:
+        _checks.boolean("fused", fused)
+    if not 0 <= momentum <= 1:
+        raise ValueError(f"momentum must be in [0, 1]. Received: {momentum}")
+    if not 0 <= epsilon < float("inf"):
+        raise ValueError(f"epsilon must be finite and >= 0. Received: {epsilon}")
+    if tf.is_tensor(training):
+        if not (training.dtype.base_dtype.is_bool or training.dtype.base_dtype.is_integer):
+            raise TypeError(f"training must be a bool or a boolean tensor. Received: dtype {training.dtype.name}")
+    elif not isinstance(training, (bool, int, np.bool_)):
+        raise TypeError(f"training must be a bool or a boolean tensor. Received: {training!r}")
+
+
+def _fusable(x: tf.Tensor, axes: Axes) -> bool:
+    """Whether TF 1's fused kernel takes it."""
+    rank = x.shape.rank
+    return x.dtype != tf.float64 and rank in (4, 5) and axes.axes in ((1,), (rank - 1,))
+
+
+def _shape(x: tf.Tensor, axes: Axes, ghosts: bool) -> list[int]:
+    """The variables' shape, TF 1's."""
+    if len(axes.axes) == 1 and not ghosts:
+        return [x.shape[axes.axes[0]]]
+    shape = list(axes.weight_shape(x.shape))
+    return [shape[0], 1, *shape[1:]] if ghosts else shape
+
+
+def _initializer(given: Any) -> Any:
+    """What get_variable takes. Keras's initializers know no `partition_info`, and names are Keras's."""
+    if not isinstance(given, (str, dict, keras.initializers.Initializer)):
+        return given
+    initializer = keras.initializers.get(given)
+
+    def initial(shape: Any, dtype: Any = tf.float32, partition_info: Any = None) -> Any:
+        return initializer(shape, tf.as_dtype(dtype).name)
+
+    return initial
+
+
+def _root(given: Any) -> Any:
+    """The square root of what an initializer gives."""
+    initializer = _initializer(given)
+    if initializer is None:
+        return None
+
+    def initial(shape: Any, dtype: Any = tf.float32, partition_info: Any = None) -> Any:
+        values = initializer() if isinstance(initializer, type) else initializer
+        return tf.sqrt(values(shape, dtype=dtype))
+
+    return initial
