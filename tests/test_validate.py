@@ -77,8 +77,10 @@ AXIS = [
     (True, TypeError, "must be an integer. Received: True"),
     ("1", TypeError, "must be an integer. Received: '1'"),
     (None, TypeError, "must be an integer. Received: None"),
-    ((0, 1), NotImplementedError, r"must be one axis: several axes are not supported yet. Received: \(0, 1\)"),
-    ([], ValueError, r"must name one axis. Received: \[\]"),
+    ((0, -2), ValueError, r"must name each axis once. Received: \(0, -2\) for x of shape \(6, 5\)"),
+    ((0, 2), ValueError, r"must be in \[-2, 2\) for x of shape \(6, 5\). Received: 2"),
+    ([0, 1.0], TypeError, "must be an integer. Received: 1.0"),
+    ([], ValueError, r"must name an axis. Received: \[\]"),
 ]
 NOT_A_NUMBER = [
     ("0.5", TypeError, "must be a real number. Received: '0.5'"),

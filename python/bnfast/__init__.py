@@ -6,6 +6,7 @@ This file is the table of contents. It imports NumPy and nothing heavier.
 from .functional import GradResult, TrainResult, batch_norm_grad, batch_norm_infer, batch_norm_train, moments
 from .layers import BatchNormalization
 from .moments import Moments
+from .renorm import renorm_correction
 from .runtime import (
     build_info,
     clear_memory,
@@ -30,6 +31,7 @@ __all__ = [
     "get_num_threads",
     "memory_statistics",
     "moments",
+    "renorm_correction",
     "set_memory_limit",
     "set_num_threads",
     "weight_norm",

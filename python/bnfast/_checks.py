@@ -7,11 +7,14 @@ Arrays come back as they lie in memory (no copies): what overlaps what can still
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ._arrays import Array, as_array, overlap, same_memory
+
+if TYPE_CHECKING:
+    from ._axes import Axes
 
 ACTIVATIONS = (None, "relu", "relu6", "leaky_relu")
 NAN_POLICIES = ("propagate", "skip_update", "raise")
@@ -28,46 +31,39 @@ def tensor(name: str, value: Any) -> Array:
     return array
 
 
-def channel_axis(axis: Any, x: Array) -> int:
-    """The channel axis of x, 0 <= axis < x.ndim."""
-    index = one_axis(axis)
-    if not -x.ndim <= index < x.ndim:
-        raise ValueError(f"axis must be in [{-x.ndim}, {x.ndim}) for x of shape {x.shape}. Received: {index}")
-    return index % x.ndim
-
-
 def one_axis(axis: Any) -> int:
     if isinstance(axis, tuple | list):
         if len(axis) > 1:
-            raise NotImplementedError(f"axis must be one axis: several axes are not supported yet. Received: {axis!r}")
+            raise NotImplementedError(
+                f"axis must be one axis: several are for batch_norm_train and its like. Received: {axis!r}"
+            )
         if not axis:
             raise ValueError(f"axis must name one axis. Received: {axis!r}")
         axis = axis[0]
     return integer("axis", axis)
 
 
-def vector(name: str, value: Any, x: Array, axis: int, required: bool = False) -> Array | None:
+def vector(name: str, value: Any, axes: Axes, required: bool = False) -> Array | None:
     """One float32 or float64 value a channel."""
     if value is None:
         if required:
-            raise TypeError(f"{name} must be an array of shape ({x.shape[axis]},). Received: None")
+            raise TypeError(f"{name} must be an array of shape {axes.shape}. Received: None")
         return None
     array = as_array(name, value)
     if array.dtype.char not in "fd" or not array.dtype.isnative:
         raise TypeError(f"{name} must have dtype float32 or float64 in native byte order. Received: {array.dtype}")
-    if array.shape != (x.shape[axis],):
-        at = axis if axis < x.ndim - 1 else -1
-        raise ValueError(f"{name} must have shape ({x.shape[axis]},) to match axis {at} of x. Received: {array.shape}")
+    if array.shape != axes.shape:
+        raise ValueError(f"{name} must have shape {axes.shape} to match {axes} of x. Received: {array.shape}")
     return array
 
 
-def state(name: str, value: Any, x: Array, axis: int) -> Array | None:
+def state(name: str, value: Any, axes: Axes) -> Array | None:
     """A vector that is updated in place, so it can't be converted on the way."""
     if value is None:
         return None
     if not isinstance(value, np.ndarray):
         raise TypeError(f"{name} must be a NumPy array, as it is updated in place. Received: {type(value).__name__}")
-    array = vector(name, value, x, axis)
+    array = vector(name, value, axes)
     assert array is not None
     writable_in_place(name, array)
     return array
@@ -123,16 +119,16 @@ def array_or_none(value: Any) -> Array | None:
     return None if value is None else as_array("mask", value)
 
 
-def weights(mask: Any, x: Array, axis: int) -> Array | None:
+def weights(mask: Any, x: Array, axes: Axes) -> Array | None:
     """The mask as N*S contiguous weights, float64 for float64 x, else float32."""
     if mask is None:
         return None
     array = as_array("mask", mask)
     if array.dtype.kind not in "biuf" and array.dtype.name != "bfloat16":
         raise TypeError(f"mask must have a boolean, integer or floating dtype. Received: {array.dtype}")
-    full = x.shape[:axis] + x.shape[axis + 1 :]
+    full = axes.off
     if array.shape != full:
-        kept = (*x.shape[:axis], 1, *x.shape[axis + 1 :])
+        kept = axes.kept
         if array.ndim != x.ndim or any(have not in (1, want) for have, want in zip(array.shape, kept, strict=True)):
             wanted = f"have shape {full}, or broadcast to {kept} with as many axes as x"
             raise ValueError(f"mask must {wanted}. Received: {array.shape}")

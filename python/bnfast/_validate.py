@@ -2,6 +2,7 @@
 
 The four functions train, infer, grad and moments take what the public function of that name took and return the
 argument list of the _core function, in its order: C-contiguous native ndarrays, Python scalars, checked strings.
+Several axes are one in that list (_axes.py), and what _core returns is restored by functional.py.
 Nothing is written here, so whatever raises has changed nothing. Messages say what was wanted and what was received:
 ValueError for values and shapes, TypeError for types and dtypes.
 """
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ._arrays import contiguous
+from ._axes import Axes
 from ._checks import (
     ACTIVATIONS,
     NAN_POLICIES,
@@ -20,7 +21,6 @@ from ._checks import (
     array_or_none,
     bessel,
     boolean,
-    channel_axis,
     choice,
     like,
     real,
@@ -53,17 +53,17 @@ def train(
 ) -> tuple[Any, ...]:
     """Plain arguments for _core.train."""
     x = tensor("x", x)
-    axis = channel_axis(axis, x)
-    gamma = vector("gamma", gamma, x, axis)
-    beta = vector("beta", beta, x, axis)
+    axes = Axes.of(axis, x)
+    gamma = vector("gamma", gamma, axes)
+    beta = vector("beta", beta, axes)
     if (moving_mean is None) != (moving_variance is None):
         given = "moving_mean" if moving_variance is None else "moving_variance"
         raise ValueError(f"moving_mean and moving_variance must be given together. Received: {given} alone")
-    moving_mean = state("moving_mean", moving_mean, x, axis)
-    moving_variance = state("moving_variance", moving_variance, x, axis)
+    moving_mean = state("moving_mean", moving_mean, axes)
+    moving_variance = state("moving_variance", moving_variance, axes)
     momentum = real("momentum", momentum, 1.0)
     epsilon = real("epsilon", epsilon)
-    flat = weights(mask, x, axis)
+    flat = weights(mask, x, axes)
     activation = choice("activation", activation, ACTIVATIONS)
     negative_slope = real("negative_slope", negative_slope)
     residual = like("residual", residual, "x", x)
@@ -75,10 +75,10 @@ def train(
     if moving_mean is not None:
         apart("moving_mean", moving_mean, {"moving_variance": moving_variance, "x": x} | inputs)
         apart("moving_variance", moving_variance, {"x": x} | inputs)
-    x, gamma, beta, residual = (contiguous(a) for a in (x, gamma, beta, residual))
+    vectors = (axes.flat(a) for a in (gamma, beta, moving_mean, moving_variance))
     return (
-        *(x, gamma, beta, moving_mean, moving_variance, axis, momentum, epsilon, flat),
-        *(activation, negative_slope, residual, correction, nan_policy, out),
+        *(axes.merge(x), *vectors, axes.place, momentum, epsilon, flat),
+        *(activation, negative_slope, axes.merge(residual), correction, nan_policy, axes.merge_out(out)),
     )
 
 
@@ -97,19 +97,22 @@ def infer(
 ) -> tuple[Any, ...]:
     """Plain arguments for _core.infer."""
     x = tensor("x", x)
-    axis = channel_axis(axis, x)
-    moving_mean = vector("moving_mean", moving_mean, x, axis, required=True)
-    moving_variance = vector("moving_variance", moving_variance, x, axis, required=True)
-    gamma = vector("gamma", gamma, x, axis)
-    beta = vector("beta", beta, x, axis)
+    axes = Axes.of(axis, x)
+    moving_mean = vector("moving_mean", moving_mean, axes, required=True)
+    moving_variance = vector("moving_variance", moving_variance, axes, required=True)
+    gamma = vector("gamma", gamma, axes)
+    beta = vector("beta", beta, axes)
     epsilon = real("epsilon", epsilon)
     activation = choice("activation", activation, ACTIVATIONS)
     negative_slope = real("negative_slope", negative_slope)
     residual = like("residual", residual, "x", x)
     inputs = {"gamma": gamma, "beta": beta, "moving_mean": moving_mean, "moving_variance": moving_variance}
     out = target(out, {"x": x}, inputs | {"residual": residual})
-    arrays = (contiguous(a) for a in (x, moving_mean, moving_variance, gamma, beta))
-    return (*arrays, axis, epsilon, activation, negative_slope, contiguous(residual), out)
+    vectors = (axes.flat(a) for a in (moving_mean, moving_variance, gamma, beta))
+    return (
+        *(axes.merge(x), *vectors, axes.place, epsilon, activation, negative_slope),
+        *(axes.merge(residual), axes.merge_out(out)),
+    )
 
 
 def grad(
@@ -131,34 +134,34 @@ def grad(
 ) -> tuple[Any, ...]:
     """Plain arguments for _core.grad."""
     x = tensor("x", x)
-    axis = channel_axis(axis, x)
+    axes = Axes.of(axis, x)
     dy = like("dy", tensor("dy", dy), "x", x)
     vectors = {
-        "mean": vector("mean", mean, x, axis, required=True),
-        "invstd": vector("invstd", invstd, x, axis, required=True),
-        "gamma": vector("gamma", gamma, x, axis),
-        "beta": vector("beta", beta, x, axis),
-        "dmean": vector("dmean", dmean, x, axis),
-        "dvariance": vector("dvariance", dvariance, x, axis),
+        "mean": vector("mean", mean, axes, required=True),
+        "invstd": vector("invstd", invstd, axes, required=True),
+        "gamma": vector("gamma", gamma, axes),
+        "beta": vector("beta", beta, axes),
+        "dmean": vector("dmean", dmean, axes),
+        "dvariance": vector("dvariance", dvariance, axes),
     }
-    flat = weights(mask, x, axis)
+    flat = weights(mask, x, axes)
     activation = choice("activation", activation, ACTIVATIONS)
     negative_slope = real("negative_slope", negative_slope)
     residual = like("residual", residual, "x", x)
     training = boolean("training", training)
     out = target(out, {"dy": dy, "x": x}, vectors | {"mask": array_or_none(mask), "residual": residual})
-    gamma, beta = contiguous(vectors["gamma"]), contiguous(vectors["beta"])
+    gamma, beta = axes.flat(vectors["gamma"]), axes.flat(vectors["beta"])
     mean, invstd, dmean, dvariance = (
-        contiguous(vectors[name], np.float64) for name in ("mean", "invstd", "dmean", "dvariance")
+        axes.flat(vectors[name], np.float64) for name in ("mean", "invstd", "dmean", "dvariance")
     )
     return (
-        *(contiguous(dy), contiguous(x), mean, invstd, gamma, beta, axis, flat, activation, negative_slope),
-        *(contiguous(residual), training, dmean, dvariance, out),
+        *(axes.merge(dy), axes.merge(x), mean, invstd, gamma, beta, axes.place, flat, activation, negative_slope),
+        *(axes.merge(residual), training, dmean, dvariance, axes.merge_out(out)),
     )
 
 
 def moments(x: Any, axis: Any, mask: Any) -> tuple[Any, ...]:
     """Plain arguments for _core.moments."""
     x = tensor("x", x)
-    axis = channel_axis(axis, x)
-    return contiguous(x), axis, weights(mask, x, axis)
+    axes = Axes.of(axis, x)
+    return axes.merge(x), axes.place, weights(mask, x, axes)

@@ -72,7 +72,9 @@ def to_keras(layer: BatchNormalization, target: Any = None) -> Any:
     state, momentum = layer.state_dict(), _fixed_momentum(layer)
     config: dict[str, Any] = {"axis": layer.axis, "momentum": momentum, "epsilon": layer.epsilon}
     config |= {"center": layer.center, "scale": layer.scale}
-    if layer.activation is not None:  # bnfast.keras's layer has it, Keras's own has not
+    if layer.virtual_batch_size is not None:  # bnfast.keras's layer has it, and an activation, Keras's own has not
+        config |= {name: getattr(layer, name) for name in ("virtual_batch_size", "virtual_batch_grouping")}
+    if layer.activation is not None:
         config["activation"] = layer.activation
         if layer.activation == "leaky_relu" and layer.negative_slope != 0.2:
             raise ValueError(
@@ -120,6 +122,8 @@ def from_keras(cls: type[BatchNormalization], source: Any) -> BatchNormalization
             raise ValueError("source must be built: call it once, or source.build(input_shape)")
         names = ("axis", "momentum", "epsilon", "center", "scale", "renorm")
         config = {name: getattr(source, name, False) for name in names}
+        ghosts = ("virtual_batch_size", "virtual_batch_grouping")
+        config |= {name: getattr(source, name) for name in ghosts if hasattr(source, name)}
         state = {name: getattr(source, name, None) for name in ORDER}
         activation, fused = _keras_activation(source), bool(getattr(source, "fused", False))
     if config.get("renorm"):
@@ -136,8 +140,13 @@ def from_keras(cls: type[BatchNormalization], source: Any) -> BatchNormalization
         activation=activation[0],
         negative_slope=activation[1],
         correction=int(fused),
+        virtual_batch_size=config.get("virtual_batch_size"),
+        virtual_batch_grouping=config.get("virtual_batch_grouping", "strided"),  # tf_keras's, which has no word for it
     )
-    layer.load_state_dict({name: _widened(name, a) for name, a in state.items() if a is not None})
+    arrays = {name: _widened(name, a) for name, a in state.items() if a is not None}
+    if layer.virtual_batch_size is not None:  # tf_keras's weights are then of rank x.ndim + 1
+        arrays = {name: a.reshape(-1) for name, a in arrays.items()}
+    layer.load_state_dict(arrays)
     return layer
 
 

@@ -2,21 +2,22 @@
 
 Each is one call into _core, which takes the plain case and declines (None) all else, having changed nothing; only
 then _validate looks: it raises the error that names the argument, or returns plain arguments for a second call.
-A mask always goes that way, as its values need a check.
+A mask always goes that way, as its values need a check, and so do several axes, which _axes.py makes one.
 Notation: M values a channel, invstd = 1/sqrt(variance + epsilon), xhat = (x - mean)*invstd.
 Formulas: Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from . import _core, _validate
-from ._arrays import Array
+from ._arrays import Array, as_array
+from ._axes import Axes
 from .moments import Moments
 
 __all__ = ["GradResult", "TrainResult", "batch_norm_grad", "batch_norm_infer", "batch_norm_train", "moments"]
@@ -49,7 +50,7 @@ def batch_norm_train(
     moving_mean: Array | None = None,
     moving_variance: Array | None = None,
     *,
-    axis: int = -1,
+    axis: int | Sequence[int] = -1,
     momentum: float = 0.99,
     epsilon: float = 1e-3,
     mask: Any = None,
@@ -70,11 +71,13 @@ def batch_norm_train(
             `__dlpack__` on the CPU; read in place if C-contiguous, else copied once. Never written.
         gamma, beta: float32 or float64 of shape (C,); None stands for ones and zeros.
         moving_mean, moving_variance: both or neither; writeable C-contiguous arrays of shape (C,), float32 or float64.
-        axis: the channel axis, whose extent is C.
+        axis: the channel axis, whose extent is C; or several, as (1, 2), each pair of whose indices is a channel. (C,)
+            then stands for their extents in the order of x, as (3, 4). Axes side by side cost nothing more; others
+            are brought together by one copy of x, residual and y (dy and dx).
         momentum: weight of the old moving value, in [0, 1].
         epsilon: added to the variance, >= 0.
         mask: weights >= 0 of the statistics, W = their sum in M's place; all of x is normalized. Shape of x without
-            the channel axis, or of equal rank, 1 on the channel axis and each other extent 1 or x's.
+            the channel axes, or of equal rank, 1 on the channel axes and each other extent 1 or x's.
             Read as float64 for float64 x, else as float32.
         activation: None, "relu", "relu6" or "leaky_relu" (slope `negative_slope` below 0).
         residual: array of x's shape and dtype, added before the activation.
@@ -89,7 +92,7 @@ def batch_norm_train(
         the moving statistics alone.
 
     Raises:
-        ValueError, TypeError: an argument is wrong; NotImplementedError: several axes; nothing is changed.
+        ValueError, TypeError: an argument is wrong; nothing is changed.
         FloatingPointError: nan_policy="raise" and the statistics of some channel are not finite; nothing is changed.
     """
     # fmt: off
@@ -101,7 +104,7 @@ def batch_norm_train(
         result = _again(_core.train, _validate.train(
             x, gamma, beta, moving_mean, moving_variance, axis, momentum, epsilon, mask,
             activation, negative_slope, residual, correction, nan_policy, out,
-        ))
+        ), axis, x, out)
     # fmt: on
     return tuple.__new__(TrainResult, result)
 
@@ -113,7 +116,7 @@ def batch_norm_infer(
     gamma: Any = None,
     beta: Any = None,
     *,
-    axis: int = -1,
+    axis: int | Sequence[int] = -1,
     epsilon: float = 1e-3,
     activation: str | None = None,
     negative_slope: float = 0.2,
@@ -132,9 +135,9 @@ def batch_norm_infer(
         x, moving_mean, moving_variance, gamma, beta, axis, epsilon, activation, negative_slope, residual, out,
     )
     if y is None:
-        y = _again(_core.infer, _validate.infer(
+        (y,) = _again(_core.infer, _validate.infer(
             x, moving_mean, moving_variance, gamma, beta, axis, epsilon, activation, negative_slope, residual, out,
-        ))
+        ), axis, x, out)
     # fmt: on
     return y
 
@@ -147,7 +150,7 @@ def batch_norm_grad(
     gamma: Any = None,
     beta: Any = None,
     *,
-    axis: int = -1,
+    axis: int | Sequence[int] = -1,
     mask: Any = None,
     activation: str | None = None,
     negative_slope: float = 0.2,
@@ -180,7 +183,7 @@ def batch_norm_grad(
         copy of it where `out` is dy.
 
     Raises:
-        ValueError, TypeError, NotImplementedError: as in `batch_norm_train`. A non-finite dy is no error.
+        ValueError, TypeError: as in `batch_norm_train`. A non-finite dy is no error.
     """
     # fmt: off
     result = None if mask is not None else _core.grad(
@@ -191,12 +194,12 @@ def batch_norm_grad(
         result = _again(_core.grad, _validate.grad(
             dy, x, mean, invstd, gamma, beta, axis, mask, activation, negative_slope,
             residual, training, dmean, dvariance, out,
-        ))
+        ), axis, x, out)
     # fmt: on
     return tuple.__new__(GradResult, result)
 
 
-def moments(x: Any, *, axis: int = -1, mask: Any = None) -> Moments:
+def moments(x: Any, *, axis: int | Sequence[int] = -1, mask: Any = None) -> Moments:
     """Count, mean and population variance of every channel of x, in float64.
 
     Arguments and errors are those of `batch_norm_train`. Returns Moments(count, mean, variance): count = M, or the
@@ -207,13 +210,15 @@ def moments(x: Any, *, axis: int = -1, mask: Any = None) -> Moments:
     """
     result = _core.moments(x, axis, None) if mask is None else None
     if result is None:
-        result = _again(_core.moments, _validate.moments(x, axis, mask))
+        result = _again(_core.moments, _validate.moments(x, axis, mask), axis, x)
     return tuple.__new__(Moments, result)
 
 
-def _again(kernel: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+def _again(kernel: Callable[..., Any], args: tuple[Any, ...], axis: Any, x: Any, out: Any = None) -> tuple[Any, ...]:
     result = kernel(*args)
     if result is None:  # unreachable unless _core and _validate disagree, which is ours to mend
         plain = [f"{a.dtype}{a.shape}" if isinstance(a, np.ndarray) else a for a in args]
         raise RuntimeError(f"bnfast is broken: _core.{kernel.__name__} declined arguments that are valid: {plain}")
-    return result
+    result = result if isinstance(result, tuple) else (result,)
+    several = isinstance(axis, tuple | list) and len(axis) > 1
+    return Axes.of(axis, as_array("x", x)).restore(result, out) if several else result

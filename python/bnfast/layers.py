@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from . import _checks, convert
+from . import _checks, _ghosts, convert
 from ._arrays import Array
+from ._axes import Axes
 from .functional import batch_norm_grad, batch_norm_infer, batch_norm_train
 
 __all__ = ["BatchNormalization"]
@@ -38,6 +39,11 @@ class BatchNormalization:
         correction: 0 keeps the population variance in moving_variance (Keras), 1 the sample variance (PyTorch).
         dtype: of the parameters, "float32" or "float64"; None: float64 where the first x is, else float32.
         trainable: False freezes the layer, as in Keras: a call with training=True then runs like training=False.
+        virtual_batch_size: training normalizes each so many samples (axis 0) by themselves, as ghost batches (Hoffer
+            2017, https://arxiv.org/abs/1705.08741), and must divide the batch; the moving statistics take the mean of
+            the ghosts' statistics, those that hold nothing aside. None: the batch is one.
+        virtual_batch_grouping: "contiguous": samples side by side make a ghost; "strided": every G-th of G ghosts (TF
+            1's, and tf.keras 2's), at one copy of x and y.
 
     Attributes:
         gamma, beta, moving_mean, moving_variance: arrays of shape (C,), None before `build`.
@@ -70,6 +76,8 @@ class BatchNormalization:
         correction: int = 0,
         dtype: Any = None,
         trainable: bool = True,
+        virtual_batch_size: int | None = None,
+        virtual_batch_grouping: str = "contiguous",
     ) -> None:
         self.axis = _checks.one_axis(axis)
         self.momentum = None if momentum is None else _checks.real("momentum", momentum, 1.0)
@@ -82,6 +90,10 @@ class BatchNormalization:
         self.correction = _checks.bessel(correction)
         self.dtype = _checks.parameter_dtype(dtype)
         self.trainable = _checks.boolean("trainable", trainable)
+        self.virtual_batch_size = _ghosts.check(virtual_batch_size)
+        self.virtual_batch_grouping = _checks.choice(
+            "virtual_batch_grouping", virtual_batch_grouping, _ghosts.GROUPINGS
+        )
 
     def build(self, channels: int, dtype: Any = None) -> None:
         """Make the arrays: ones for gamma and moving_variance, zeros for beta and moving_mean. Called by the first
@@ -122,7 +134,7 @@ class BatchNormalization:
             FloatingPointError: nan_policy="raise" met non-finite statistics; the layer's state is unchanged.
         """
         x = _checks.tensor("x", x)
-        axis = _checks.channel_axis(self.axis, x)
+        axis = Axes.of(self.axis, x).place
         training = _checks.boolean("training", training) and self.trainable
         if self.built and x.shape[axis] != self.channels:
             wanted = f"{self.channels} channels on axis {self.axis}, for which this layer was built"
@@ -137,16 +149,27 @@ class BatchNormalization:
             raise
 
     def _forward(self, x: Array, training: bool, mask: Any, residual: Any) -> Array:
-        axis = _checks.channel_axis(self.axis, x)
+        axes = Axes.of(self.axis, x)
         fused: dict[str, Any] = {
             "axis": self.axis,
             "activation": self.activation,
             "negative_slope": self.negative_slope,
         }
-        if training:
+        momentum = self.batches / (self.batches + 1) if self.momentum is None else self.momentum
+        size, grouping = self.virtual_batch_size, self.virtual_batch_grouping
+        ghosts = _ghosts.slices(x, axes, size, grouping) if training else []
+        if ghosts:
+            assert self.moving_mean is not None
+            assert self.moving_variance is not None
+            policy = {"epsilon": self.epsilon, "nan_policy": self.nan_policy}
+            result = _ghosts.train(x, ghosts, self.gamma, self.beta, axes, mask, residual, **policy, **fused)
+            moving = self.moving_mean, self.moving_variance
+            self.batches += _ghosts.update(moving, result, momentum, self.correction, self.nan_policy)
+            y, mean, invstd, mask = result.y, result.mean, result.invstd, result.mask
+        elif training:
             y, mean, _, invstd = batch_norm_train(
                 *(x, self.gamma, self.beta, self.moving_mean, self.moving_variance),
-                momentum=self.batches / (self.batches + 1) if self.momentum is None else self.momentum,
+                momentum=momentum,
                 epsilon=self.epsilon,
                 mask=mask,
                 residual=residual,
@@ -154,10 +177,10 @@ class BatchNormalization:
                 nan_policy=self.nan_policy,
                 **fused,
             )
-            weights = _checks.weights(mask, x, axis) if self.momentum is None else None
+            weights = _checks.weights(mask, x, axes) if self.momentum is None else None
             self.batches += bool(x.size and (weights is None or weights.any()))
         else:
-            _checks.weights(mask, x, axis)
+            _checks.weights(mask, x, axes)
             y = batch_norm_infer(
                 *(x, self.moving_mean, self.moving_variance, self.gamma, self.beta),
                 epsilon=self.epsilon,
@@ -167,6 +190,8 @@ class BatchNormalization:
             mean, invstd = self._moving_mean_and_invstd()
         self._saved = {"x": x, "mean": mean, "invstd": invstd, "residual": residual, "training": training, **fused}
         self._saved["mask"] = mask if training else None
+        if ghosts:
+            self._saved["ghosts"] = ghosts
         return y
 
     def _moving_mean_and_invstd(self) -> tuple[Array, Array]:
@@ -188,7 +213,8 @@ class BatchNormalization:
         """
         if self._saved is None:
             raise RuntimeError("backward needs a call of this layer before it: call layer(x, training=True) first")
-        dx, dgamma, dbeta, dresidual = batch_norm_grad(dy, gamma=self.gamma, beta=self.beta, **self._saved)
+        gradients = _ghosts.grad if "ghosts" in self._saved else batch_norm_grad
+        dx, dgamma, dbeta, dresidual = gradients(dy, gamma=self.gamma, beta=self.beta, **self._saved)
         self.dgamma = dgamma if self.scale else None
         self.dbeta = dbeta if self.center else None
         self.dresidual = dresidual
@@ -200,6 +226,7 @@ class BatchNormalization:
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments, in plain types: `BatchNormalization(**layer.get_config())` is its like."""
         names = "axis momentum epsilon center scale activation negative_slope nan_policy correction dtype trainable"
+        names += " virtual_batch_size virtual_batch_grouping"
         config = {name: getattr(self, name) for name in names.split()}
         config["dtype"] = None if self.dtype is None else self.dtype.name
         return config

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
@@ -27,7 +27,7 @@ except ImportError as error:
     ) from error
 
 from .. import _validate, functional
-from .._arrays import Array
+from .._arrays import Array, as_array
 from ..functional import GradResult, TrainResult
 from ..moments import Moments
 
@@ -38,7 +38,7 @@ Sent = TypeVar("Sent")
 Own = TypeVar("Own")
 
 
-def moments(x: Any, *, axis: int = -1, mask: Any = None, comm: Any = None) -> Moments:
+def moments(x: Any, *, axis: int | Sequence[int] = -1, mask: Any = None, comm: Any = None) -> Moments:
     """Count, mean and population variance of every channel, over the x of all ranks.
 
     Args:
@@ -61,7 +61,7 @@ def batch_norm_train(
     moving_mean: Array | None = None,
     moving_variance: Array | None = None,
     *,
-    axis: int = -1,
+    axis: int | Sequence[int] = -1,
     momentum: float = 0.99,
     epsilon: float = 1e-3,
     mask: Any = None,
@@ -135,7 +135,7 @@ def batch_norm_grad(
     gamma: Any = None,
     beta: Any = None,
     *,
-    axis: int = -1,
+    axis: int | Sequence[int] = -1,
     mask: Any = None,
     activation: str | None = None,
     negative_slope: float = 0.2,
@@ -169,7 +169,8 @@ def batch_norm_grad(
             *(dy, x, mean, invstd, gamma, beta, axis, mask, activation, negative_slope),
             *(residual, training, None, None, out),
         )
-        wide = np.ones(scale.shape) if own_gamma is None else own_gamma.astype(np.float64)  # and so are the sums
+        scale = scale.reshape(as_array("invstd", invstd).shape)  # (C,), or the extents of several axes
+        wide = np.ones(scale.shape) if own_gamma is None else own_gamma.astype(np.float64).reshape(scale.shape)
         frozen = functional.batch_norm_grad(dy, x, mean, invstd, wide, beta, training=False, **options)
         extents = plain.shape[:channels] + plain.shape[channels + 1 :]
         weight = float(math.prod(extents) if weights is None else weights.sum(dtype=np.float64))

@@ -1,0 +1,236 @@
+"""Several channel axes: the bits of one axis on the merged array, formulas, tf.keras 2, masks, out, bad input."""
+
+import math
+
+import agreement as ag
+import bnfast
+import numpy as np
+import pytest
+import reference
+
+CASES = [
+    ((6, 3, 4), (1, 2)),
+    ((3, 4, 6), (0, 1)),
+    ((6, 3, 4), (0, 2)),
+    ((4, 3, 2, 5), [1, 3]),
+    ((4, 3, 2, 5), (-1, 1)),
+    ((4, 3, 2, 5), (2, 1)),
+    ((2, 3, 2, 2, 3), (1, 2, 4)),
+    ((4, 3, 2, 5), (1, 2, 3)),
+    ((3, 4), (0, 1)),
+    ((0, 3, 4), (1, 2)),
+    ((0, 3, 4), (0, 2)),
+    ((2, 1, 3, 1), (0, 2)),
+]
+cases = pytest.mark.parametrize(("shape", "axis"), CASES, ids=str)
+
+
+def merged(array, axis):
+    """The axes brought together at the end, as one: the definition."""
+    axes = sorted(a % array.ndim for a in axis)
+    moved = np.moveaxis(array, axes, range(-len(axes), 0))
+    return np.ascontiguousarray(moved).reshape(*moved.shape[: -len(axes)], math.prod(moved.shape[-len(axes) :]))
+
+
+def adjacent(shape, axis):
+    axes = sorted(a % len(shape) for a in axis)
+    return axes[-1] - axes[0] == len(axes) - 1
+
+
+def one_axis(array, axis):
+    """What the kernels are given: (array, axis) with axes side by side merged where they are, others at the end."""
+    axes = sorted(a % array.ndim for a in axis)
+    if not adjacent(array.shape, axis):
+        return merged(array, axis), -1
+    channels = math.prod(array.shape[axes[0] : axes[-1] + 1])
+    return array.reshape(*array.shape[: axes[0]], channels, *array.shape[axes[-1] + 1 :]), axes[0]
+
+
+def inputs(shape, axis, dtype=np.float32):
+    rng = np.random.default_rng(3)
+    extents = tuple(shape[a] for a in sorted(a % len(shape) for a in axis))
+    tensors = [rng.standard_normal(shape).astype(dtype) for _ in range(3)]
+    return tensors, [v.reshape(extents) for v in ag.vectors(int(np.prod(extents)), rng)]
+
+
+def same(a, b):
+    assert (a is None) == (b is None)
+    if a is not None:
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a.reshape(-1), b.reshape(-1))
+
+
+@cases
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_equal_bits_to_one_axis(shape, axis, dtype):
+    (x, dy, residual), (gamma, beta, mean, variance) = inputs(shape, axis, ag.dtype_of(dtype))
+    flat, place = one_axis(x, axis)
+    plain = {"axis": place, "activation": "relu", "residual": one_axis(residual, axis)[0]}
+    words = {"axis": axis, "activation": "relu", "residual": residual}
+    ours, theirs = ([v.copy() for v in (mean, variance)], [v.reshape(-1).copy() for v in (mean, variance)])
+    train = bnfast.batch_norm_train(x, gamma, beta, *ours, **words)
+    wanted = bnfast.batch_norm_train(flat, gamma.ravel(), beta.ravel(), *theirs, **plain)
+    assert train.y.shape == shape
+    assert train.y.flags.c_contiguous
+    assert train.mean.shape == train.variance.shape == train.invstd.shape == gamma.shape
+    same(one_axis(train.y, axis)[0], wanted.y)
+    for a, b in zip((*train[1:], *ours), (*wanted[1:], *theirs), strict=True):
+        same(a, b)
+    grad = bnfast.batch_norm_grad(dy, x, train.mean, train.invstd, gamma, beta, dmean=mean, dvariance=mean, **words)
+    vectors = (wanted.mean, wanted.invstd, gamma.ravel(), beta.ravel())
+    more = {"dmean": mean.ravel(), "dvariance": mean.ravel()}
+    back = bnfast.batch_norm_grad(one_axis(dy, axis)[0], flat, *vectors, **more, **plain)
+    assert grad.dx.shape == grad.dresidual.shape == shape
+    assert grad.dgamma.shape == grad.dbeta.shape == gamma.shape
+    same(one_axis(grad.dx, axis)[0], back.dx)
+    same(one_axis(grad.dresidual, axis)[0], back.dresidual)
+    same(grad.dgamma, back.dgamma)
+    same(grad.dbeta, back.dbeta)
+    y = bnfast.batch_norm_infer(x, *ours, gamma, beta, **words)
+    assert y.shape == shape
+    same(one_axis(y, axis)[0], bnfast.batch_norm_infer(flat, *theirs, gamma.ravel(), beta.ravel(), **plain))
+    ours, theirs = bnfast.moments(x, axis=axis), bnfast.moments(flat, axis=place)
+    assert ours.count == theirs.count
+    assert ours.mean.shape == gamma.shape
+    same(ours.mean, theirs.mean)
+    same(ours.variance, theirs.variance)
+
+
+@cases
+@pytest.mark.parametrize("masked", [False, True])
+def test_against_formulas(shape, axis, masked):
+    (x, dy, _), (gamma, beta, *_) = inputs(shape, axis, np.float64)
+    flat, flat_dy = merged(x, axis), merged(dy, axis)
+    off = flat.shape[:-1]
+    mask = np.random.default_rng(4).integers(0, 3, off).astype(np.float64) if masked else None
+    train = bnfast.batch_norm_train(x, gamma, beta, axis=axis, mask=mask)
+    wanted = reference.train(flat, gamma.ravel(), beta.ravel(), mask=mask)
+    np.testing.assert_allclose(merged(train.y, axis), wanted.y.astype(float), rtol=1e-9, atol=1e-11)
+    np.testing.assert_allclose(train.variance.ravel(), wanted.variance.astype(float), rtol=1e-12, atol=1e-13)
+    grad = bnfast.batch_norm_grad(dy, x, train.mean, train.invstd, gamma, beta, axis=axis, mask=mask)
+    back = reference.grad(flat_dy, flat, wanted.mean, wanted.invstd, gamma.ravel(), beta.ravel(), mask=mask)
+    np.testing.assert_allclose(merged(grad.dx, axis), back.dx.astype(float), rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(grad.dgamma.ravel(), back.dgamma.astype(float), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(grad.dbeta.ravel(), back.dbeta.astype(float), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((6, 3, 4), [1, 2]), ((4, 3, 2, 5), [1, 3])], ids=str)
+def test_equal_to_tf_keras(shape, axis, need):
+    tf, layers = need("tensorflow"), need("tf_keras").layers
+    (x, dy, _), (gamma, beta, mean, variance) = inputs(shape, axis, np.float64)
+    theirs = layers.BatchNormalization(axis=list(axis), momentum=0.75, dtype="float64")
+    theirs.build(shape)
+    theirs.set_weights([v.reshape(w.shape) for v, w in zip((gamma, beta, mean, variance), theirs.weights, strict=True)])
+    with tf.GradientTape() as tape:
+        given = tf.constant(x)
+        tape.watch(given)
+        y = theirs(given, training=True)
+    dx, dgamma, dbeta = tape.gradient(y, [given, *theirs.trainable_variables], output_gradients=tf.constant(dy))
+    vectors = [v.astype(np.float64) for v in (gamma, beta, mean, variance)]
+    train = bnfast.batch_norm_train(x, *vectors, axis=axis, momentum=0.75)
+    grad = bnfast.batch_norm_grad(dy, x, train.mean, train.invstd, *vectors[:2], axis=axis)
+    pairs = [(train.y, y), (grad.dx, dx), (grad.dgamma, dgamma), (grad.dbeta, dbeta)]
+    pairs += list(zip(vectors, theirs.get_weights(), strict=True))
+    for ours, wanted in pairs:
+        np.testing.assert_allclose(ours, np.asarray(wanted).reshape(ours.shape), rtol=1e-9, atol=1e-11)
+
+
+@cases
+def test_masks_in_both_writings(shape, axis):
+    (x, *_), _ = inputs(shape, axis)
+    axes = tuple(a % len(shape) for a in axis)
+    kept = tuple(1 if i in axes else extent for i, extent in enumerate(shape))
+    mask = np.random.default_rng(5).random(kept) < 0.7
+    bare = mask.reshape([extent for i, extent in enumerate(shape) if i not in axes])
+    wide, narrow = (bnfast.moments(x, axis=axis, mask=m) for m in (mask, bare))
+    assert wide.count == narrow.count == (mask.sum() if x.size else 0)
+    same(wide.mean, narrow.mean)
+    same(wide.variance, narrow.variance)
+
+
+@cases
+def test_out(shape, axis):
+    (x, dy, _), (gamma, beta, *_) = inputs(shape, axis)
+    train = bnfast.batch_norm_train(x, gamma, beta, axis=axis)
+    grad = bnfast.batch_norm_grad(dy, x, train.mean, train.invstd, gamma, axis=axis)
+    for out in (np.empty_like(x), dy.copy()):
+        given = out if out.size and np.array_equal(out, dy) else dy
+        back = bnfast.batch_norm_grad(given, x, train.mean, train.invstd, gamma, axis=axis, out=out)
+        assert back.dx is out
+        same(out, grad.dx)
+    moving = [np.zeros(gamma.shape, np.float32), np.ones(gamma.shape, np.float32)]
+    for out in (np.empty_like(x), x):
+        wanted = bnfast.batch_norm_infer(x, *moving, gamma, beta, axis=axis)
+        apart = np.empty_like(x)
+        assert bnfast.batch_norm_infer(x, *moving, gamma, beta, axis=axis, out=apart) is apart
+        same(apart, wanted)
+        assert bnfast.batch_norm_train(x, gamma, beta, axis=axis, out=out).y is out
+        same(out, train.y)
+
+
+@cases
+def test_x_that_is_not_contiguous_is_not_written(shape, axis):
+    (x, *_), (gamma, beta, *_) = inputs(shape, axis)
+    for odd in (np.asfortranarray(x), np.repeat(x, 2, -1)[..., ::2]):
+        y = bnfast.batch_norm_train(odd, gamma, beta, axis=axis).y
+        assert y.flags.c_contiguous
+        same(y, bnfast.batch_norm_train(x, gamma, beta, axis=axis).y)
+        np.testing.assert_array_equal(odd, x)
+    axes = sorted(a % x.ndim for a in axis)
+    order = [*(i for i in range(x.ndim) if i not in axes), *axes]
+    free = np.ascontiguousarray(x.transpose(order)).transpose(np.argsort(order))  # merges as it lies in memory
+    same(bnfast.batch_norm_train(free, gamma, beta, axis=axis).y, y)
+    np.testing.assert_array_equal(free, x)
+
+
+def test_side_by_side_copies_nothing():
+    x = np.random.default_rng(6).standard_normal((6, 3, 4)).astype(np.float32)
+    dy = np.ones_like(x)
+    train = bnfast.batch_norm_train(x, axis=(1, 2))
+    grad = bnfast.batch_norm_grad(dy, x, train.mean, train.invstd, axis=(1, 2), residual=x)
+    assert np.shares_memory(grad.dresidual, dy)
+
+
+def test_channels_are_named_in_the_order_of_x():
+    x = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+    mean = bnfast.moments(x, axis=(2, 0)).mean
+    np.testing.assert_array_equal(mean, x.mean(1))
+    x[1, 0, 2] = np.inf
+    moving = np.zeros((2, 4)), np.ones((2, 4))
+    with pytest.raises(FloatingPointError, match=r"channels? 6\b"):
+        bnfast.batch_norm_train(x, None, None, *moving, axis=(2, 0), nan_policy="raise", out=np.empty_like(x))
+    assert not moving[0].any()
+    bnfast.batch_norm_train(x, None, None, *moving, axis=(2, 0), nan_policy="skip_update")
+    assert np.argwhere(moving[0] == 0).tolist() == [[1, 2]]
+
+
+X = np.ones((6, 3, 4), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "text"),
+    [
+        ({"axis": (1, 3)}, ValueError, r"axis must be in \[-3, 3\) for x of shape \(6, 3, 4\). Received: 3"),
+        ({"axis": (1, -2)}, ValueError, r"axis must name each axis once. Received: \(1, -2\)"),
+        ({"axis": (1, True)}, TypeError, "axis must be an integer. Received: True"),
+        (
+            {"gamma": np.ones(12)},
+            ValueError,
+            r"gamma must have shape \(3, 4\) to match axes \(1, 2\) of x. Rec.*\(12,\)",
+        ),
+        ({"moving_mean": np.ones((4, 3)).T}, ValueError, "moving_mean must be C-contiguous"),
+        ({"mask": np.ones((6, 3))}, ValueError, r"mask must have shape \(6,\), or broadcast to \(6, 1, 1\)"),
+        ({"residual": np.ones((6, 12), np.float32)}, ValueError, r"residual must have the shape of x, \(6, 3, 4\)"),
+        ({"out": np.ones((6, 12), np.float32)}, ValueError, r"out must have the shape of x, \(6, 3, 4\)"),
+        ({"out": X[:, ::-1]}, ValueError, "out must be C-contiguous"),
+        ({"residual": X, "out": X}, ValueError, "out must not overlap residual"),
+    ],
+    ids=str,
+)
+def test_what_is_refused(words, error, text):
+    x, moving = X.copy(), {"moving_mean": np.zeros((3, 4)), "moving_variance": np.ones((3, 4))}
+    before = X.copy()
+    with pytest.raises(error, match=text):
+        bnfast.batch_norm_train(x, **{"axis": (1, 2), **moving, **words})
+    assert not moving["moving_mean"].any()
+    np.testing.assert_array_equal(X, before)
