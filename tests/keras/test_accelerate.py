@@ -251,3 +251,18 @@ def test_a_batch_norm_of_ours_is_fused_too() -> None:
     assert fast.get_layer("last").bridge == "numpy_function"
     assert report(fast).removed["ours"] == "last"
     same_predictions(model, fast)
+
+
+def test_without_the_op_little_data_stays_with_keras(monkeypatch):
+    model = keras.Sequential([keras.Input((64, 64, 3)), L.Conv2D(64, 3), L.BatchNormalization(name="large"),
+                              L.GlobalAveragePooling2D(), L.BatchNormalization(name="small")])  # fmt: skip
+    assert states(quiet(model)) == {"large": "bnfast", "small": "bnfast"}
+    monkeypatch.setattr("bnfast.keras.native.status", lambda: (False, "it isn't there"))
+    monkeypatch.delenv("BNFAST_BRIDGE", raising=False)
+    fast = quiet(model)
+    assert states(fast) == {"large": "bnfast", "small": "native"}
+    assert "8 KiB" in report(fast).native[0].reason
+    assert "it isn't there" in report(fast).native[0].reason
+    with pytest.raises(ValueError, match="small stays native: 8 KiB"):
+        quiet(model, strict=True)
+    assert states(quiet(model, bridge="numpy_function")) == {"large": "bnfast", "small": "bnfast"}

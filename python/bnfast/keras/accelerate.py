@@ -60,7 +60,7 @@ def accelerate(
             "layer by layer: accelerate(model, inplace=True) replaces the layers of the model itself"
         )
     finder = Finder(model)
-    reasons = {id(norm): why_native(norm, finder.shape(norm)) for norm in found if not enabled(norm)}
+    reasons = {id(norm): why_native(norm, finder.shape(norm), bridge) for norm in found if not enabled(norm)}
     if strict:
         for norm in found:
             if reasons.get(id(norm)) is not None:

@@ -9,11 +9,15 @@ removed names of the layers that this one stands for
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import tensorflow as tf
+
+from .. import _tf_library
 from . import activation as activations
 from . import native
 from .fusion import Finder
@@ -24,6 +28,9 @@ from .rebuild import layers
 
 KERAS = BatchNormalization.__bases__[0]  # by this way also while keras.layers.BatchNormalization names ours
 OURS = (BatchNormalization, BatchNormalizationAdd, PatchedBatchNormalization)
+
+USUAL_BATCH = 32
+SMALL_BYTES = 256 << 10
 
 
 @dataclass(frozen=True)
@@ -99,7 +106,7 @@ def _bridge(layer: Any) -> str:
         return str(layer.bridge)
 
 
-def why_native(layer: Any, shape: tuple[int | None, ...] | None) -> str | None:
+def why_native(layer: Any, shape: tuple[int | None, ...] | None, bridge: str = "auto") -> str | None:
     """Why `accelerate` leaves this batch norm as it is, None where it doesn't. shape: its input's, None if unknown."""
     kind = type(layer)
     if kind not in (KERAS, PatchedBatchNormalization):
@@ -111,9 +118,22 @@ def why_native(layer: Any, shape: tuple[int | None, ...] | None) -> str | None:
         return "it is quantized"
     if not layer.built:
         return "it is not built"
-    return worth_it(layer, shape)
+    return worth_it(layer, shape, bridge)
 
 
-def worth_it(layer: Any, shape: tuple[int | None, ...] | None) -> str | None:
-    """Why this layer would be slower on bnfast than on Keras's own code, by measurement; None where it wouldn't."""
-    return None
+def worth_it(layer: Any, shape: tuple[int | None, ...] | None, bridge: str) -> str | None:
+    """Why this layer would be slower on bnfast than on Keras's own code, by measurement; None where it wouldn't.
+
+    Through the TensorFlow op none is: (8, 32) takes 0.83 of Keras's time. Where that can't be had, a callback each way
+    costs 0.13 ms more than Keras's ops do on little data: (32, 300) 2.1 times, 256 KiB 1.1 times, 512 KiB 0.55 times.
+    """
+    if shape is None or None in shape[1:] or _tf_library.wanted(bridge) != "auto" or native.status()[0]:
+        return None
+    batch = USUAL_BATCH if shape[0] is None else shape[0]
+    size = batch * math.prod(extent for extent in shape[1:] if extent) * tf.as_dtype(layer.compute_dtype).size
+    if size >= SMALL_BYTES:
+        return None
+    return (
+        f"{size / 1024:.0f} KiB of input (a batch of unknown size taken as {USUAL_BATCH}) are too little for "
+        f"numpy_function, and the TensorFlow op can't be used: {native.status()[1]}"
+    )
