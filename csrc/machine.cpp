@@ -78,11 +78,25 @@ double quota_threads() {
     return quota > 0 && period > 0 ? quota / period : 0;
 }
 
+// cgroup v2's memory.max ("max" or bytes), v1's memory.limit_in_bytes (huge where there is none).
+std::int64_t usable_memory() {
+    std::int64_t bytes = 0;
+#if defined(_SC_PHYS_PAGES) && defined(_SC_PAGESIZE)
+    bytes = std::max<std::int64_t>(0, std::int64_t(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGESIZE));
+#endif
+    for (const char* file : {"/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"}) {
+        const std::int64_t limit = std::strtoll(first_line(file).c_str(), nullptr, 10);
+        if (limit > 0 && bytes > 0) bytes = std::min(bytes, limit);
+    }
+    return bytes;
+}
+
 Machine look() {
     Machine m;
     m.l1d = cache_bytes(1, "BNFAST_L1_BYTES", m.l1d, 1 << 20);
     m.l2 = cache_bytes(2, "BNFAST_L2_BYTES", m.l2, 64 << 20);
     m.l3 = cache_bytes(3, "BNFAST_L3_BYTES", 8 * m.l2, std::int64_t(512) << 20);
+    m.memory = usable_memory();
     const int affinity = affinity_threads();
     const double quota = quota_threads();
     m.threads = affinity;

@@ -13,14 +13,12 @@ using namespace bnfast;
 
 namespace {
 
-constexpr std::int64_t usual_limit = std::int64_t(512) << 20;
-
-// Starts from an empty pool and leaves the usual limit behind.
+// Starts from an empty pool and leaves the limit that it met behind.
 struct FreshPool {
     const MemoryStatistics before;
     FreshPool() : before((clear_memory(), memory_statistics())) {}
     ~FreshPool() {
-        set_memory_limit(usual_limit);
+        set_memory_limit(before.limit_bytes);
         clear_memory();
     }
 };
@@ -100,6 +98,38 @@ TEST_CASE("the limit bounds what is kept, clearing gives it back, blocks in use 
     release_block(used);
     CHECK(memory_statistics().held_bytes == 0);
     CHECK(memory_statistics().in_use_bytes == pool.before.in_use_bytes);
+}
+
+TEST_CASE("above the limit what was kept longest goes first") {
+    const FreshPool pool;
+    set_memory_limit(5 << 20);
+    std::vector<void*> old, now;
+    for (int i = 0; i < 4; ++i) old.push_back(acquire_block(1 << 20));
+    for (int i = 0; i < 2; ++i) now.push_back(acquire_block(2 << 20));
+    for (void* block : old) release_block(block);
+    for (void* block : now) release_block(block);
+    CHECK(memory_statistics().held_bytes == 5 << 20);
+    const std::int64_t fresh = memory_statistics().fresh;
+    for (void*& block : now) block = acquire_block(2 << 20);
+    CHECK(memory_statistics().fresh == fresh);
+    CHECK(acquire_block(1 << 20) == old[3]);
+    CHECK(memory_statistics().held_bytes == 0);
+    for (void* block : {now[0], now[1], old[3]}) release_block(block);
+}
+
+TEST_CASE("sizes that are asked for no more make room: all stays within 5/4 of what was in use at one time") {
+    const FreshPool pool;
+    for (std::size_t megabytes = 8; megabytes < 13; ++megabytes) {
+        std::vector<void*> blocks;
+        for (int i = 0; i < 4; ++i) blocks.push_back(acquire_block(megabytes << 20));
+        for (void* block : blocks) release_block(block);
+        const std::int64_t held = memory_statistics().held_bytes;
+        CHECK(held >= std::int64_t(4 * megabytes << 20));
+        CHECK(held <= std::int64_t(5 * megabytes << 20));
+    }
+    const std::int64_t fresh = memory_statistics().fresh;
+    release_block(acquire_block(12 << 20));
+    CHECK(memory_statistics().fresh == fresh);
 }
 
 TEST_CASE("what can't be had is std::bad_alloc, at once") {

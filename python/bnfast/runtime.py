@@ -50,8 +50,9 @@ def clear_memory() -> None:
 def set_memory_limit(limit_bytes: int) -> None:
     """Keep at most `limit_bytes` of memory for new outputs once the arrays that had it are gone; 0 keeps none.
 
-    What is kept above a lower limit goes back to the system at once. Arrays in use do not count, and no call fails for
-    this limit. The default is 512 MiB.
+    What is kept above a lower limit goes back to the system at once, what was kept longest first. Arrays in use do not
+    count, and no call fails for this limit. The default is a quarter of the memory that this process may use
+    (physical, or its cgroup's limit), at least 512 MiB.
 
     Raises:
         TypeError: `limit_bytes` is not an integer.
