@@ -21,6 +21,16 @@ void check_tensor(const void* data, Shape s, DType dtype, const char* name) {
     require(data || s.size() == 0, std::string(name) + " must not be null");
 }
 
+void check_tensor(const void* data, GroupShape s, DType dtype, const char* name) {
+    require(s.A == 1 || s.S == 1, "shape must have A = 1 or S = 1. Received: A = " + std::to_string(s.A) +
+                                      ", S = " + std::to_string(s.S));
+    require(s.G >= 1 && s.C % s.G == 0, "G must divide C = " + std::to_string(s.C) + ". Received: " +
+                                            std::to_string(s.G));
+    require(s.A >= 0 && s.N >= 0, "shape must have extents >= 0. Received: N = " + std::to_string(s.N) +
+                                      ", A = " + std::to_string(s.A));
+    check_tensor(data, Shape{s.N, s.C, s.A == 1 ? s.S : s.A}, dtype, name);
+}
+
 void check_vector(const ConstVector& v, const char* name) {
     require(!v.data || v.dtype == DType::float32 || v.dtype == DType::float64,
             std::string(name) + " must be float32 or float64. Received: DType " + std::to_string(int(v.dtype)));
@@ -91,6 +101,26 @@ void check(const GradArgs& a) {
 void check(const MomentsArgs& a) {
     check_tensor(a.x, a.shape, a.dtype, "x");
     require((a.mean && a.variance) || a.shape.C == 0, "mean and variance must not be null");
+}
+
+void check(const GroupNormArgs& a) {
+    check_tensor(a.x, a.shape, a.dtype, "x");
+    check_tensor(a.y, a.shape, a.dtype, "y");
+    check_vector(a.gamma, "gamma");
+    check_vector(a.beta, "beta");
+    check_epsilon(a.epsilon);
+    require((a.mean && a.invstd) || a.shape.N == 0, "mean and invstd must not be null");
+}
+
+void check(const GroupNormGradArgs& a) {
+    check_tensor(a.dy, a.shape, a.dtype, "dy");
+    check_tensor(a.x, a.shape, a.dtype, "x");
+    check_tensor(a.dx, a.shape, a.dtype, "dx");
+    check_vector(a.gamma, "gamma");
+    check_vector(a.dgamma, "dgamma");
+    check_vector(a.dbeta, "dbeta");
+    require((a.mean && a.invstd) || a.shape.N == 0, "mean and invstd must not be null");
+    require((a.dgamma.data && a.dbeta.data) || a.shape.C == 0, "dgamma and dbeta must not be null");
 }
 
 Shape shape_of(const int64_t* dims, int rank, int axis) {

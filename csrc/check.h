@@ -8,5 +8,7 @@ void check(const TrainArgs& args);
 void check(const InferArgs& args);
 void check(const GradArgs& args);
 void check(const MomentsArgs& args);
+void check(const GroupNormArgs& args);
+void check(const GroupNormGradArgs& args);
 
 }  // namespace bnfast

@@ -118,8 +118,7 @@ Plan make_plan(const PlanRequest& request, const Machine& machine) {
     const Grid& g = plan.grid;
     plan.rows = g.S > 1;
     const int64_t tensor = request.shape.size() * item_bytes(request.dtype);
-    const int64_t serial = request.serial_bytes >= 0 ? request.serial_bytes : default_serial_bytes;
-    plan.threads = tensor < serial ? 1 : std::max(1, request.threads);
+    plan.threads = threads_for(tensor, request.threads, request.serial_bytes);
     // Streaming loses while the consumer may still find y in cache: it starts where in- and outputs exceed the LLC.
     plan.stream = tensor * (request.inputs + request.outputs) > machine.l3;
     schedule_groups(plan, request, machine);
@@ -132,6 +131,10 @@ Plan make_plan(const PlanRequest& request, const Machine& machine) {
     plan.bytes_read = tensor * request.inputs * reads;
     plan.bytes_written = tensor * request.outputs;
     return plan;
+}
+
+int threads_for(int64_t tensor_bytes, int threads, int64_t serial) {
+    return tensor_bytes < (serial >= 0 ? serial : default_serial_bytes) ? 1 : std::max(1, threads);
 }
 
 void set_serial_bytes(int64_t bytes) { serial_override = bytes; }

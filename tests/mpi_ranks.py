@@ -89,10 +89,13 @@ def errors(mpi, comm):
     x = np.arange(12, dtype=np.float32).reshape(4, 3)
     moving = np.zeros(3, np.float32), np.ones(3, np.float32)
     bad = np.full((4, 3), np.inf, np.float32) if first else x
+    wide = np.ones((2, 3, 4 if first else 1), np.float32)
+    statistics = np.zeros(wide.shape[1:]), np.ones(wide.shape[1:])
     results = {
         "gamma": outcome(mpi.batch_norm_train, x, np.ones(3 - first, np.float32), None, *moving),
         "grad": outcome(mpi.batch_norm_grad, x, x, np.zeros(3), np.ones(3), axis=1 + first),
         "channels": outcome(mpi.batch_norm_train, x[:, : 2 + first], None, None),
+        "extents": outcome(mpi.batch_norm_grad, wide, wide, *statistics, axis=(1, 2)),
         "nan_policy": outcome(mpi.batch_norm_train, bad, None, None, *moving, nan_policy="raise"),
         "comm": outcome(mpi.moments, x, comm=comm.rank),
     }

@@ -171,3 +171,50 @@ def weight_norm_grad(dw, v, g, axes):
     norm = np.sqrt((v * v).sum(axes, keepdims=True))
     dg = (dw * v).sum(axes, keepdims=True) / norm
     return g / norm * dw - g * dg / norm**2 * v, dg
+
+
+def standardize(w, axes, epsilon):
+    """xhat, mean and invstd of w, already wide, over `axes`; an empty row has mean and variance 0."""
+    count = max(math.prod(w.shape[i] for i in axes), 1)
+    mean = w.sum(axes, keepdims=True) / count
+    invstd = inverse_std(((w - mean) ** 2).sum(axes, keepdims=True) / count, epsilon)
+    return (w - mean) * invstd, mean, invstd
+
+
+def normalized_gradient(g, xhat, invstd, axes):
+    """dx, where g is the gradient with respect to xhat."""
+    count = max(math.prod(g.shape[i] for i in axes), 1)
+    sum_g, sum_g_xhat = g.sum(axes, keepdims=True), (g * xhat).sum(axes, keepdims=True)
+    return invstd * (g - sum_g / count - xhat * sum_g_xhat / count)
+
+
+def group_norm(x, groups, gamma=None, beta=None, *, axis=-1, epsilon=1e-3, dy=None):
+    """y, mean, invstd and, of a dy, dx, dgamma, dbeta; statistics (N, groups)."""
+    first = np.moveaxis(np.asarray(x), axis, 1)
+    split = (len(first), groups, first.shape[1] // groups, math.prod(first.shape[2:]))
+    xhat, mean, invstd = standardize(first.astype(wide_dtype(x)).reshape(split), (2, 3), epsilon)
+    gamma, beta = (p.reshape(1, *split[1:3], 1) for p in parameters(gamma, beta, first.shape[1], wide_dtype(x)))
+
+    def back(a):
+        return np.moveaxis(a.reshape(first.shape), 1, axis)
+
+    results = [back(gamma * xhat + beta), mean[..., 0, 0], invstd[..., 0, 0]]
+    if dy is not None:
+        dy = np.moveaxis(np.asarray(dy), axis, 1).astype(xhat.dtype).reshape(split)
+        results += [back(normalized_gradient(gamma * dy, xhat, invstd, (2, 3)))]
+        results += [(dy * xhat).sum((0, 3)).reshape(-1), dy.sum((0, 3)).reshape(-1)]
+    return results
+
+
+def layer_norm(x, gamma=None, beta=None, *, axes=(-1,), epsilon=1e-3, dy=None):
+    """As group_norm; gamma and beta in the extents of `axes`, statistics in those of the others."""
+    axes = tuple(sorted(a % np.ndim(x) for a in axes))
+    xhat, mean, invstd = standardize(np.asarray(x).astype(wide_dtype(x)), axes, epsilon)
+    shape = [n if i in axes else 1 for i, n in enumerate(np.shape(x))]
+    gamma, beta = (p.reshape(shape) for p in parameters(gamma, beta, shape, xhat.dtype))
+    results = [gamma * xhat + beta, np.squeeze(mean, axes), np.squeeze(invstd, axes)]
+    if dy is not None:
+        dy = np.asarray(dy).astype(xhat.dtype)
+        others = tuple(i for i in range(dy.ndim) if i not in axes)
+        results += [normalized_gradient(gamma * dy, xhat, invstd, axes), (dy * xhat).sum(others), dy.sum(others)]
+    return results

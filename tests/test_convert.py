@@ -1,159 +1,10 @@
-"""State between the NumPy layer, Keras and PyTorch; what counts is that training goes on the same on both sides."""
+"""State between the NumPy layer and Keras's layers; what counts is that training goes on the same on both sides."""
 
 import agreement as ag
 import numpy as np
 import pytest
 from bnfast import BatchNormalization
-
-
-def batches(n=5, rows=7, channels=4, dtype=np.float32, seed=1):
-    rng = np.random.default_rng(seed)
-    return [ag.batch((rows, channels), 1, dtype, rng, offset=2) for _ in range(n)]
-
-
-def trained(**options):
-    layer = BatchNormalization(**options)
-    for x in batches():
-        layer(x, training=True)
-    rng = np.random.default_rng(2)
-    gamma, beta, *_ = ag.vectors(4, rng)
-    if layer.scale:
-        layer.gamma[:] = gamma
-    if layer.center:
-        layer.beta[:] = beta
-    return layer
-
-
-def close(a, b):
-    np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=2e-5, atol=2e-6)
-
-
-@pytest.fixture
-def torch(need):
-    return need("torch")
-
-
-def torch_module(torch, cls="BatchNorm1d", **options):
-    """A module with odd parameters, whose running statistics have moved."""
-    module = getattr(torch.nn, cls)(4, **options)
-    with torch.no_grad():
-        if module.affine:
-            module.weight.copy_(torch.tensor([1.5, -0.5, 2.0, 0.25]))
-            module.bias.copy_(torch.tensor([0.5, 0.0, -1.0, 3.0]))
-        for x in batches(seed=3):
-            module(torch.from_numpy(x))
-    return module
-
-
-def go_on_together(layer, module, torch):
-    for x in batches(seed=4):
-        close(layer(x, training=True), module.train()(torch.from_numpy(x)).detach())
-        close(layer.moving_mean, module.running_mean)
-        close(layer.moving_variance, module.running_var)
-    x = batches(1, seed=5)[0]
-    close(layer(x), module.eval()(torch.from_numpy(x)).detach())
-
-
-@pytest.mark.parametrize("momentum", [0.1, 0.25, 0.99, 0.0, 1.0])
-@pytest.mark.parametrize("eps", [1e-5, 1e-2])
-def test_training_goes_on_after_from_torch(torch, momentum, eps):
-    module = torch_module(torch, momentum=momentum, eps=eps)
-    layer = BatchNormalization.from_torch(module)
-    assert layer.correction == 1
-    assert layer.epsilon == eps
-    assert layer.momentum == pytest.approx(1 - momentum, abs=1e-15)
-    assert layer.axis == 1
-    go_on_together(layer, module, torch)
-
-
-def test_population_variance_would_drift_apart_from_torch(torch):
-    """The reason for correction=1: with 7 rows, running_var grows by up to 7/6."""
-    module = torch_module(torch, momentum=0.5)
-    layer = BatchNormalization.from_torch(module)
-    layer.correction = 0
-    for x in batches(seed=4):
-        layer(x, training=True)
-        module(torch.from_numpy(x))
-    ratio = module.running_var.numpy() / layer.moving_variance
-    assert (ratio > 1.1).all()
-
-
-def test_training_goes_on_after_to_torch(torch):
-    layer = trained(momentum=0.9, epsilon=1e-4, correction=1)
-    module = layer.to_torch(torch.nn.BatchNorm1d(4))
-    assert module.eps == 1e-4
-    assert module.momentum == 0.1
-    go_on_together(layer, module, torch)
-
-
-def test_torch_round_trips(torch):
-    module = torch_module(torch)
-    plain = BatchNormalization.from_torch(module).to_torch()
-    assert plain["eps"] == 1e-5
-    assert plain["momentum"] == 0.1
-    assert list(plain["state_dict"]) == ["weight", "bias", "running_mean", "running_var"]
-    for name, array in plain["state_dict"].items():
-        assert np.array_equal(array, module.state_dict()[name].numpy())
-    fresh = torch.nn.BatchNorm1d(4, eps=plain["eps"], momentum=plain["momentum"])
-    fresh.load_state_dict({name: torch.from_numpy(a) for name, a in plain["state_dict"].items()})
-    again = BatchNormalization.from_torch(plain)
-    assert again.momentum == 0.9
-    go_on_together(again, fresh, torch)
-
-
-def test_bare_torch_state_dict_needs_eps_and_momentum(torch):
-    state = torch_module(torch).state_dict()
-    for settings in ({}, {"eps": 1e-5}, {"momentum": 0.1}):
-        with pytest.raises(ValueError, match=r"eps and momentum must be passed with a state dict. Received: eps="):
-            BatchNormalization.from_torch(state, **settings)
-    layer = BatchNormalization.from_torch(state, eps=1e-5, momentum=0.1, axis=-1)
-    assert layer.axis == -1
-    assert np.array_equal(layer.gamma, state["weight"].numpy())
-
-
-def test_cumulative_momentum_is_an_error(torch):
-    module = torch_module(torch, momentum=None)
-    with pytest.raises(ValueError, match=r"momentum must be a number: pass momentum=. Received: None \(PyTorch"):
-        BatchNormalization.from_torch(module)
-    assert BatchNormalization.from_torch(module, momentum=0.2).momentum == 0.8
-
-
-def test_torch_without_affine_or_statistics(torch):
-    layer = BatchNormalization.from_torch(torch_module(torch, affine=False))
-    assert layer.gamma is None
-    assert layer.beta is None
-    assert layer.to_torch(torch.nn.BatchNorm1d(4, affine=False)).eps == 1e-5
-    with pytest.raises(ValueError, match=r"target must have a gamma|target must have no gamma"):
-        layer.to_torch(torch.nn.BatchNorm1d(4))
-    with pytest.raises(ValueError, match=r"running_mean and running_var \(track_running_stats=True\)"):
-        BatchNormalization.from_torch(torch.nn.BatchNorm1d(4, track_running_stats=False))
-    with pytest.raises(TypeError, match=r"source must be a torch BatchNorm module or a mapping. Received: Linear"):
-        BatchNormalization.from_torch(torch.nn.Linear(2, 2))
-
-
-@pytest.mark.parametrize(("kind", "wanted"), [("float16", "f4"), ("bfloat16", "f4"), ("float64", "f8")])
-def test_torch_dtypes(torch, kind, wanted):
-    module = torch_module(torch).to(getattr(torch, kind))
-    layer = BatchNormalization.from_torch(module)
-    assert layer.gamma.dtype == layer.moving_variance.dtype == np.dtype(wanted)
-    assert np.array_equal(layer.moving_mean, module.running_mean.double().numpy())
-
-
-def test_to_torch_errors_leave_the_target_alone(torch):
-    layer, module = trained(correction=1), torch_module(torch)
-    before = {name: t.clone() for name, t in module.state_dict().items()}
-    with pytest.raises(ValueError, match=r"activation must be None.*Received: 'relu'"):
-        trained(correction=1, activation="relu").to_torch(module)
-    with pytest.raises(ValueError, match=r"target's gamma must have shape \(4,\). Received: \(5,\)"):
-        layer.to_torch(torch.nn.BatchNorm1d(5))
-    with pytest.raises(TypeError, match=r"target's gamma must have dtype float32.*Received: float64"):
-        layer.to_torch(torch.nn.BatchNorm1d(4, dtype=torch.float64))
-    with pytest.raises(RuntimeError, match=r"no state before it is built"):
-        BatchNormalization().to_torch()
-    with pytest.warns(UserWarning, match=r"PyTorch averages sample variances, this layer has correction=0"):
-        trained().to_torch()
-    assert all(torch.equal(before[name], t) for name, t in module.state_dict().items())
-    assert module.momentum == 0.1
+from conversion import batches, close, trained
 
 
 @pytest.fixture
@@ -165,7 +16,7 @@ def keras_layer(keras, cls=None, **options):
     layer = (cls or keras.layers.BatchNormalization)(**options)
     layer.build((None, 4))
     rng = np.random.default_rng(6)
-    weights = [rng.uniform(0.5, 2, 4).astype(np.float32) for _ in layer.get_weights()]
+    weights = [rng.uniform(0.5, 2, w.shape).astype(w.dtype) for w in layer.get_weights()]
     layer.set_weights(weights)
     return layer
 
@@ -244,8 +95,30 @@ def test_keras_errors(keras):
         trained(activation="relu").to_keras(keras_layer(keras))
     with pytest.raises(ValueError, match=r"target must have a gamma, like this layer"):
         trained().to_keras(keras_layer(keras, scale=False))
-    with pytest.warns(UserWarning, match=r"Keras averages population variances, this layer has correction=1"):
-        trained(correction=1).to_keras()
+    with pytest.warns(UserWarning, match=r"this target averages population variances, this layer has correction=1"):
+        trained(correction=1).to_keras(keras_layer(keras))
+    before = keras_layer(keras).get_weights()
+    for words, error, text in (
+        ({"nan_policy": "skip_update"}, ValueError, r"nan_policy must be 'propagate' for a target.*: 'skip_update'"),
+        ({"nan_policy": "raise"}, ValueError, r'nan_policy must be "propagate" or "skip_update" for Keras'),
+        ({"momentum": None}, ValueError, r"target must have momentum=None, like this layer. Received: momentum=0.99"),
+    ):
+        target = keras_layer(keras)
+        with pytest.raises(error, match=text):
+            trained(**words).to_keras(target)
+        assert all(np.array_equal(*pair) for pair in zip(target.get_weights(), before, strict=True))
+    ghosts = BatchNormalization(virtual_batch_size=2)
+    ghosts.build(4)
+    with pytest.raises(ValueError, match=r"virtual_batch_size must be None for a target.*Received: 2"):
+        ghosts.to_keras(keras_layer(keras))
+    renorm = keras_layer(keras, renorm=True)
+    with pytest.raises(ValueError, match="target must have renorm=False, like this layer"):
+        trained().to_keras(renorm)
+    with pytest.raises(ValueError, match=r"source must have renorm=False: this layer has no renorm. Received: True"):
+        BatchNormalization.from_keras(renorm)
+    source = {"config": renorm.get_config(), "weights": renorm.get_weights()}
+    with pytest.raises(ValueError, match="source must have renorm=False"):
+        BatchNormalization.from_keras(source)
 
 
 def test_mappings_without_keras():
@@ -259,8 +132,9 @@ def test_mappings_without_keras():
     for change, error, text in (
         ({"weights": plain["weights"][:2]}, ValueError, r"must hold \['beta', .*Received: 2 arrays"),
         ({"config": {"axis": -1}}, ValueError, r"Missing: \['momentum', 'epsilon', 'center', 'scale'\]"),
-        ({"config": {**plain["config"], "renorm": True}}, NotImplementedError, "renorm=False"),
-        ({"config": {**plain["config"], "axis": [1, 2]}}, NotImplementedError, "axis must be one axis"),
+        ({"config": {**plain["config"], "renorm": True}}, ValueError, "renorm=False"),
+        ({"config": {**plain["config"], "axis": [1, 2]}}, ValueError, r"moving_mean must have the extents of axes"),
+        ({"config": {**plain["config"], "update_statistics": False}}, ValueError, "update_statistics=True: this layer"),
         ({"config": {**plain["config"], "activation": "tanh"}}, ValueError, "activation must be one of"),
     ):
         with pytest.raises(error, match=text):
@@ -269,3 +143,109 @@ def test_mappings_without_keras():
         BatchNormalization.from_keras({"gamma": np.ones(3)})
     with pytest.raises(ValueError, match=r"negative_slope must be 0.2"):
         trained(activation="leaky_relu", negative_slope=0.1).to_keras()
+
+
+OURS = [
+    {"momentum": None, "scale": False},
+    {"momentum": 0.5, "correction": 1, "nan_policy": "skip_update", "trainable": False},
+    {"activation": "relu6", "epsilon": 1e-2, "virtual_batch_size": 7},
+    {"virtual_batch_size": 1, "virtual_batch_grouping": "strided", "center": False},
+]
+
+
+@pytest.mark.parametrize("options", OURS, ids=str)
+def test_bnfast_keras_and_back(need, keras, options):
+    """By a mapping and by a target, what our Keras layer has comes along."""
+    need("tensorflow")
+    import bnfast.keras as ours
+
+    layer = trained(**options)
+    plain = layer.to_keras()
+    fresh = ours.BatchNormalization(**plain["config"])
+    fresh.build((None, 4))
+    fresh.set_weights(plain["weights"])
+    words = {name: options[name] for name in ("momentum", "scale", "center", "activation") if name in options}
+    target = keras_layer(keras, ours.BatchNormalization, **words)
+    assert layer.to_keras(target) is target
+    target.trainable = layer.trainable
+    mapping = {"config": fresh.get_config(), "weights": fresh.get_weights()}
+    for source in (plain, fresh, target, mapping):
+        again = BatchNormalization.from_keras(source)
+        assert again.get_config() == layer.get_config() | {"virtual_batch_grouping": again.virtual_batch_grouping}
+        if layer.virtual_batch_size is not None:
+            assert again.virtual_batch_grouping == layer.virtual_batch_grouping
+        assert again.batches == (5 if layer.momentum is None else 0)
+        for name, array in layer.state_dict().items():
+            assert np.array_equal(again.state_dict()[name], array)
+    go_on_with_keras(layer, target, keras)
+    if layer.momentum is None:
+        assert int(target.batches) == layer.batches
+        with pytest.raises(ValueError, match=r"target must have a momentum, like this layer. Received: momentum=None"):
+            trained(scale=False).to_keras(target)
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ({"update_statistics": False}, "update_statistics=True: this layer has no update_statistics. Received: False"),
+        ({"use_batch_statistics": True}, "use_batch_statistics=None: .*Received: True"),
+        ({"trainable_affine": False}, "trainable_affine=True: .*Received: False"),
+        ({"adjustment": lambda shape: None}, "adjustment=None: .*Received: <function"),
+    ],
+    ids=str,
+)
+def test_what_our_keras_layer_alone_has_is_refused(need, keras, words, text):
+    need("tensorflow")
+    import bnfast.keras as ours
+
+    source = keras_layer(keras, ours.BatchNormalization, **words)
+    with pytest.raises(ValueError, match=f"source must have {text}"):
+        BatchNormalization.from_keras(source)
+
+
+def test_the_fused_flag_of_our_keras_layer_says_nothing(need, keras):
+    need("tensorflow")
+    import bnfast.keras as ours
+
+    source = keras_layer(keras, ours.BatchNormalization, fused=True)
+    for each in (source, {"config": source.get_config(), "weights": source.get_weights()}):
+        assert BatchNormalization.from_keras(each).correction == 0
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((6, 3, 4), [1, 2]), ((6, 2, 3, 4), [-3, 3])], ids=str)
+@pytest.mark.parametrize("package", ["bnfast.keras", "tf_keras"])
+def test_several_axes_and_keras(need, keras, package, shape, axis):
+    need("tensorflow")
+    import bnfast.keras as ours
+
+    make = ours.BatchNormalization if package == "bnfast.keras" else need("tf_keras").layers.BatchNormalization
+    x = np.random.default_rng(8).standard_normal(shape).astype(np.float32)
+    source = make(axis=axis, momentum=0.5)
+    source(x, training=True)
+    for each in (source, {"config": source.get_config(), "weights": source.get_weights()}):
+        layer = BatchNormalization.from_keras(each)
+        assert layer.channels == (shape[axis[0]], shape[axis[1]])
+        close(layer(x), source(x, training=False))
+    close(layer(x, training=True), source(x, training=True))
+    close(layer.moving_variance.ravel(), np.asarray(source.moving_variance).ravel())
+    with pytest.raises(ValueError, match="target must be given for several axes"):
+        layer.to_keras()
+    target = make(axis=axis)
+    target.build(shape)
+    close(layer.to_keras(target)(x, training=False), layer(x))
+    assert target.momentum == 0.5
+    other = make(axis=axis)
+    other.build([extent + 1 for extent in shape])
+    with pytest.raises(ValueError, match=r"target's gamma must have shape \(\d, 4\). Received: \(\d, 5\)"):
+        layer.to_keras(other)
+
+
+@pytest.mark.parametrize("axis", [-1, 1, [1, 2]], ids=str)
+def test_ghosts_of_tf_keras(need, axis):
+    """Built, its layers count the axes behind one more, the ghosts', which from_keras undoes."""
+    x = np.random.default_rng(9).standard_normal((12, 3, 4)).astype(np.float32)
+    source = need("tf_keras").layers.BatchNormalization(axis=axis, virtual_batch_size=4)
+    source(x, training=True)
+    for each in (source, {"config": source.get_config(), "weights": source.get_weights()}):
+        close(BatchNormalization.from_keras(each)(x), source(x))
+    close(BatchNormalization.from_keras(source)(x, training=True), source(x, training=True))

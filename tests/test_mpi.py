@@ -1,6 +1,7 @@
 """bnfast.distributed.mpi: 2 and 4 ranks, started with mpirun, against one process. The ranks run mpi_ranks.py."""
 
 import importlib
+import inspect
 import pickle
 import shutil
 import subprocess
@@ -119,11 +120,22 @@ def test_an_error_on_one_rank_is_an_error_on_all(world):
         assert rank["channels"] == (
             f"ValueError: x must have the same number of channels on every rank. Received, by rank: {received}"
         )
+        assert rank["extents"].endswith(f"Received, by rank: {[(3, 4)] + [(3, 1)] * (size - 1)}")
         text = "x has non-finite batch statistics in channels 0, 1, 2"
         assert rank["nan_policy"] == f"FloatingPointError: {text}"
         assert rank["comm"] == "TypeError: comm must be an mpi4py intracommunicator or None. Received: int"
         assert equal(rank["moving"], [[0, 0, 0], [1, 1, 1]])
         assert rank["count after"] == 4 * size
+
+
+def test_the_arguments_are_those_of_bnfast(need):
+    need("mpi4py")
+    from bnfast.distributed import mpi
+
+    for name in mpi.__all__:
+        parameters = (inspect.signature(getattr(package, name)).parameters for package in (mpi, bnfast))
+        ours, theirs = ([str(p) for p in each.values() if p.name not in ("dmean", "dvariance")] for each in parameters)
+        assert ours == [*theirs, "comm: 'Any' = None"], name
 
 
 def test_without_mpi4py_it_says_what_to_install(monkeypatch):

@@ -234,3 +234,64 @@ def test_what_is_refused(words, error, text):
         bnfast.batch_norm_train(x, **{"axis": (1, 2), **moving, **words})
     assert not moving["moving_mean"].any()
     np.testing.assert_array_equal(X, before)
+
+
+def made(axis, vectors, **words):
+    layer = bnfast.BatchNormalization(axis=axis, momentum=0.75, **words)
+    layer.load_state_dict(dict(zip(("gamma", "beta", "moving_mean", "moving_variance"), vectors, strict=True)))
+    return layer
+
+
+GHOSTS = [{"virtual_batch_size": 2, "virtual_batch_grouping": grouping} for grouping in ("contiguous", "strided")]
+LAYERS = [(*case, {"activation": "relu"}) for case in CASES]
+LAYERS += [(shape, axis, ghosts) for shape, axis in CASES if shape[0] in (4, 6) and 0 not in axis for ghosts in GHOSTS]
+
+
+@pytest.mark.parametrize(("shape", "axis", "words"), LAYERS, ids=str)
+def test_the_layer_has_the_bits_of_one_axis(shape, axis, words):
+    (x, dy, residual), vectors = inputs(shape, axis)
+    flat, place = one_axis(x, axis)
+    mask = np.random.default_rng(7).random([1 if i == place % flat.ndim else e for i, e in enumerate(flat.shape)]) < 0.7
+    off = [extent for i, extent in enumerate(shape) if i not in {a % len(shape) for a in axis}]
+    ours, theirs = made(axis, vectors, **words), made(place, [v.ravel() for v in vectors], **words)
+    assert ours.channels == vectors[0].shape
+    for training in (True, False):
+        y = ours(x, training=training, mask=mask.reshape(off), residual=residual)
+        same(one_axis(y, axis)[0], theirs(flat, training=training, mask=mask, residual=one_axis(residual, axis)[0]))
+        same(one_axis(ours.backward(dy), axis)[0], theirs.backward(one_axis(dy, axis)[0]))
+        for name in ("dgamma", "dbeta", "moving_mean", "moving_variance"):
+            assert getattr(ours, name).shape == vectors[0].shape
+            same(getattr(ours, name), getattr(theirs, name))
+    again = bnfast.BatchNormalization(**ours.get_config())
+    again.load_state_dict(ours.state_dict())
+    same(again(x, residual=residual), ours(x, residual=residual))
+    fresh = bnfast.BatchNormalization(axis=axis)
+    fresh(x, training=True)
+    assert fresh.gamma.shape == fresh.moving_variance.shape == ours.channels
+
+
+def test_what_the_layer_refuses():
+    layer = bnfast.BatchNormalization(axis=[1, -1])
+    assert layer.get_config()["axis"] == layer.axis == (1, -1)
+    with pytest.raises(ValueError, match=r"channels must be 2 integers, one for each of the axes \(1, -1\).*: 12"):
+        layer.build(12)
+    with pytest.raises(ValueError, match=r"moving_mean must have the extents of axes \(1, -1\).*Received: \(12,\)"):
+        layer.load_state_dict({name: np.ones(12) for name in ("gamma", "beta", "moving_mean", "moving_variance")})
+    with pytest.raises(ValueError, match=r"axis must name each axis once. Received: \(1, -1\) for x of shape \(6, 3\)"):
+        layer(X[:, :, 0])
+    assert not layer.built
+    layer(X, training=True)
+    with pytest.raises(ValueError, match=r"x must have \(3, 4\) channels on axis \(1, -1\), for which.*\(6, 4, 3\)"):
+        layer(X.reshape(6, 4, 3))
+    with pytest.raises(ValueError, match=r"channels must be \(3, 4\), for which.*Received: \(4, 3\)"):
+        layer.build((4, 3))
+    with pytest.raises(ValueError, match=r"gamma must have shape \(3, 4\), one value a channel. Received: \(12,\)"):
+        layer.load_state_dict({**layer.state_dict(), "gamma": np.ones(12, np.float32)})
+    with pytest.raises(ValueError, match="axis must not be 0, the batch's, where there are ghosts"):
+        bnfast.BatchNormalization(axis=(0, 2), virtual_batch_size=2)(X, training=True)
+    with pytest.raises(TypeError, match=r"axis must be an integer. Received: 1.5"):
+        bnfast.BatchNormalization(axis=(1, 1.5))
+    with pytest.raises(ValueError, match=r"channels must be an integer. Received: "):
+        bnfast.BatchNormalization().build((3, 4))
+    with pytest.raises(ValueError, match=r"channels must be at least 0. Received: -1"):
+        bnfast.BatchNormalization().build(-1)

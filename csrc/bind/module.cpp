@@ -1,69 +1,15 @@
 // The Python module bnfast._core: view in, view out, the GIL released around the core's call, nothing else.
 // A function whose arguments aren't plain returns None and has changed nothing (see array_view.h).
-#include <cxxabi.h>
-#include <unistd.h>
-
-#include <exception>
-#include <limits>
-
 #include "../dispatch/isa.h"
 #include "../machine.h"
 #include "../parallel.h"
 #include "../plan.h"
 #include "../tf/core_api.h"
-#include "array_view.h"
+#include "call.h"
+#include "group_norm.h"
 
 namespace bnfast::bind {
 namespace {
-
-constexpr double largest = std::numeric_limits<double>::max();
-
-// Takes the GIL again. A daemon thread that asks for it while the interpreter ends is unwound by Python (before 3.14),
-// through destructors that need the GIL; it sleeps here instead until the process is gone, as 3.14 has it.
-void take_gil(PyThreadState* state) {
-#if defined(__GLIBCXX__)
-    try {
-        PyEval_RestoreThread(state);
-    } catch (const abi::__forced_unwind&) {
-        for (;;) pause();
-    }
-#else
-    PyEval_RestoreThread(state);
-#endif
-}
-
-template <class F> void without_gil(F f) {
-    std::exception_ptr error;
-    PyThreadState* const state = PyEval_SaveThread();
-    try {
-        f();
-    } catch (...) {
-        error = std::current_exception();
-    }
-    take_gil(state);
-    if (error) std::rethrow_exception(error);
-}
-
-template <class F> py::object or_none(F f) {
-    try {
-        return f();
-    } catch (const Declined&) {
-        return py::none();
-    }
-}
-
-// The array to write: out, which is exactly one of `same` or disjoint from every input, or a new one.
-py::array output_for(py::handle out, py::handle x, const ArrayView& view, std::initializer_list<ArrayView> same,
-                     std::initializer_list<ArrayView> disjoint) {
-    if (out.is_none()) {
-        return new_array(py::reinterpret_borrow<py::array>(x).dtype(), view.dims, view.rank, view.bytes());
-    }
-    const ArrayView o = output(out);
-    plain(o.same_shape(view) && o.dtype == view.dtype);
-    for (const ArrayView& s : same) plain(o.data == s.data || !o.overlaps(s));
-    for (const ArrayView& d : disjoint) plain(!o.overlaps(d));
-    return py::reinterpret_borrow<py::array>(out);
-}
 
 py::object train(py::handle x, py::handle gamma, py::handle beta, py::handle moving_mean, py::handle moving_variance,
                  py::handle axis, py::handle momentum, py::handle epsilon, py::handle mask, py::handle activation,
@@ -133,16 +79,6 @@ py::object infer(py::handle x, py::handle moving_mean, py::handle moving_varianc
         without_gil([&] { bnfast::infer(a); });
         return y;
     });
-}
-
-py::array vector_like(const ArrayView& gamma, const ArrayView& beta, const ArrayView& x, std::int64_t C, Vector& to) {
-    const DType compute = x.dtype == DType::float64 ? DType::float64 : DType::float32;
-    to.dtype = gamma.dims ? gamma.dtype : beta.dims ? beta.dtype : compute;
-    const py::dtype dtype = to.dtype == DType::float64 ? py::dtype::of<double>() : py::dtype::of<float>();
-    const py::ssize_t dims[] = {py::ssize_t(C)};
-    py::array made = new_array(dtype, dims, 1, C * dtype.itemsize());
-    to.data = py::detail::array_proxy(made.ptr())->data;
-    return made;
 }
 
 py::object grad(py::handle dy, py::handle x, py::handle mean, py::handle invstd, py::handle gamma, py::handle beta,
@@ -259,6 +195,10 @@ PYBIND11_MODULE(_core, m) {
     m.def("infer", &bind::infer);
     m.def("grad", &bind::grad);
     m.def("moments", &bind::moments);
+    m.def("group_norm", &bind::group_norm);
+    m.def("group_norm_grad", &bind::group_norm_grad);
+    m.def("layer_norm", &bind::layer_norm);
+    m.def("layer_norm_grad", &bind::layer_norm_grad);
     m.def("empty", &bind::empty);
     m.def("get_num_threads", &get_num_threads);
     m.def("set_num_threads", [](std::optional<int> n) { set_num_threads(n.value_or(0)); });

@@ -114,6 +114,21 @@ struct MovingArgs {
     int skip_non_finite;
 };
 
+constexpr int64_t row_block = 2048;  // columns of a row that are summed together
+
+// `rows` rows, `stride` values apart, columns [k0, k1) of each; row i has the constants at i*constant_step.
+struct RowArgs {
+    const void *x, *dy;
+    void* y;  // or dx
+    int64_t rows, stride, k0, k1, constant_step;
+    int64_t ahead;  // how many values ahead of those read now the next rows lie; 0: nothing is asked for
+    Params params;
+    const void *gamma, *beta;         // by column, in the compute type
+    double *row_sum, *row_sum_xmu;    // of dy*gamma and dy*gamma*(x - mean_hi), at i*constant_step
+    double *sum_dy, *sum_dy_xhat;     // by column; added to
+    int stream;
+};
+
 struct TypeKernels {
     void (*reduce_rows[2])(const ReduceArgs&) noexcept;  // [masked]
     void (*reduce_columns[2])(const ReduceArgs&) noexcept;
@@ -125,6 +140,9 @@ struct TypeKernels {
     void (*grad_apply_columns[grad_mode_count][act_count])(const GradApplyArgs&) noexcept;
     void (*fold)(const FoldArgs&) noexcept;
     void (*grad_fold)(const GradFoldArgs&) noexcept;
+    void (*row_apply)(const RowArgs&) noexcept;
+    void (*row_grad_reduce)(const RowArgs&) noexcept;
+    void (*row_grad_apply)(const RowArgs&) noexcept;
 };
 
 struct KernelTable {

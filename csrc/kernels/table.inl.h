@@ -2,6 +2,7 @@
 #pragma once
 #include "backward.inl.h"
 #include "normalize.inl.h"
+#include "row_norm.inl.h"
 #include "stats_columns.inl.h"
 #include "stats_rows.inl.h"
 
@@ -24,6 +25,9 @@ template <class X> constexpr TypeKernels kernels_of() {
          {grad_apply_columns<X, 2, 0>, grad_apply_columns<X, 2, 1>, grad_apply_columns<X, 2, 2>}},
         fold<X>,
         grad_fold<X>,
+        row_apply<X>,
+        row_grad_reduce<X>,
+        row_grad_apply<X>,
     };
 }
 

@@ -3,7 +3,17 @@
 This file is the table of contents. It imports NumPy and nothing heavier.
 """
 
+from .double_backward import GradGradResult, batch_norm_grad_grad
 from .functional import GradResult, TrainResult, batch_norm_grad, batch_norm_infer, batch_norm_train, moments
+from .group_norm import (
+    NormGradResult,
+    NormResult,
+    group_norm,
+    group_norm_grad,
+    instance_norm,
+    instance_norm_grad,
+)
+from .layer_norm import layer_norm, layer_norm_grad
 from .layers import BatchNormalization
 from .moments import Moments
 from .renorm import renorm_correction
@@ -19,16 +29,26 @@ from .weight import weight_norm, weight_norm_grad
 
 __all__ = [
     "BatchNormalization",
+    "GradGradResult",
     "GradResult",
     "Moments",
+    "NormGradResult",
+    "NormResult",
     "TrainResult",
     "__version__",
     "batch_norm_grad",
+    "batch_norm_grad_grad",
     "batch_norm_infer",
     "batch_norm_train",
     "build_info",
     "clear_memory",
     "get_num_threads",
+    "group_norm",
+    "group_norm_grad",
+    "instance_norm",
+    "instance_norm_grad",
+    "layer_norm",
+    "layer_norm_grad",
     "memory_statistics",
     "moments",
     "renorm_correction",

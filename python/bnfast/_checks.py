@@ -31,16 +31,14 @@ def tensor(name: str, value: Any) -> Array:
     return array
 
 
-def one_axis(axis: Any) -> int:
-    if isinstance(axis, tuple | list):
-        if len(axis) > 1:
-            raise NotImplementedError(
-                f"axis must be one axis: several are for batch_norm_train and its like. Received: {axis!r}"
-            )
-        if not axis:
-            raise ValueError(f"axis must name one axis. Received: {axis!r}")
-        axis = axis[0]
-    return integer("axis", axis)
+def channel_axes(axis: Any) -> int | tuple[int, ...]:
+    """One axis as an int, several as a tuple; whether they fit is seen with x (Axes.of)."""
+    if not isinstance(axis, tuple | list):
+        return integer("axis", axis)
+    if not axis:
+        raise ValueError(f"axis must name an axis. Received: {axis!r}")
+    axes = tuple([integer("axis", one) for one in axis])
+    return axes if len(axes) > 1 else axes[0]
 
 
 def vector(name: str, value: Any, axes: Axes, required: bool = False) -> Array | None:
@@ -146,6 +144,19 @@ def integer(name: str, value: Any) -> int:
     if isinstance(value, bool | np.bool_) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an integer. Received: {value!r} ({type(value).__name__})")
     return int(value.__index__())
+
+
+def extents(name: str, value: Any, axis: int | tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a layer's vectors: C, or the extents of several axes."""
+    count = 1 if isinstance(axis, int) else len(axis)
+    given = value if isinstance(value, tuple | list) else (value,)
+    if len(given) != count:
+        wanted = "an integer" if count == 1 else f"{count} integers, one for each of the axes {axis}"
+        raise ValueError(f"{name} must be {wanted}. Received: {value!r}")
+    shape = tuple([integer(name, one) for one in given])
+    if any(extent < 0 for extent in shape):
+        raise ValueError(f"{name} must be at least 0. Received: {value!r}")
+    return shape
 
 
 def boolean(name: str, value: Any) -> bool:

@@ -3,7 +3,8 @@
 One call of the kernels a ghost, so that a mask may differ between ghosts, and a ghost has the bits of its own call.
 "contiguous": ghost g holds samples g*size to (g + 1)*size - 1, which are read and written where they lie; "strided":
 samples g, g + G, g + 2G ..., G the number of ghosts, as TF 1 has it: these are copied, once on the way in and out.
-Statistics are (G, C). The moving ones take the mean over the ghosts that hold anything, whatever their weight.
+Statistics are (G, C), C standing for the extents of several axes. The moving ones take the mean over the ghosts that
+hold anything, whatever their weight.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ GROUPINGS = ("contiguous", "strided")
 
 class GhostResult(NamedTuple):
     """y, and every ghost's mean, population variance, invstd: (G, C), and the weight it holds: (G,).
-    mask: the weights in x's shape without the channel axis, or None."""
+    mask: the weights in x's shape without the channel axes, or None."""
 
     y: Array
     mean: npt.NDArray[np.float64]
@@ -50,7 +51,7 @@ def slices(x: Array, axes: Axes, size: int | None, grouping: str | None) -> list
     """
     if size is None:
         return []
-    if axes.place == 0:
+    if axes.axes[0] == 0:
         raise ValueError(f"axis must not be 0, the batch's, where there are ghosts. Received: x of shape {x.shape}")
     if len(x) % size:
         raise ValueError(f"virtual_batch_size must divide the batch. Received: {size}, and x of shape {x.shape}")
@@ -93,7 +94,7 @@ def update(moving: tuple[Array, Array], result: GhostResult, momentum: float, co
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
         bessel = np.where((count > 1) & (correction == 1), count / (count - 1), 1.0)
         mean = result.mean[present].mean(0)
-        variance = (result.variance[present] * bessel[:, None]).mean(0)
+        variance = (result.variance[present].T * bessel).T.mean(0)
         where = np.isfinite(mean) & np.isfinite(variance) if policy == "skip_update" else True
         for old, batch in zip(moving, (mean, variance), strict=True):
             new = old.astype(np.float64) * momentum + batch * (1 - momentum)
@@ -119,7 +120,7 @@ def grad(
     dx = np.empty(x.shape, x.dtype)
     itself = residual is not None and words["activation"] is None  # dresidual is dy
     dresidual = dy if itself else None if residual is None else np.empty(x.shape, x.dtype)
-    sums = np.zeros((2, mean.shape[1]))
+    sums = np.zeros((2, *mean.shape[1:]))
     for g, ghost in enumerate(ghosts):
         out = dx[ghost] if dx[ghost].flags.c_contiguous else None
         part = batch_norm_grad(

@@ -6,12 +6,12 @@ reference to x, mask and residual (no copies, so these must not be overwritten i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from . import _checks, _ghosts, convert
+from . import _checks, _ghosts, convert, convert_torch
 from ._arrays import Array
 from ._axes import Axes
 from .functional import batch_norm_grad, batch_norm_infer, batch_norm_train
@@ -29,7 +29,8 @@ class BatchNormalization:
         y = layer(x)                    # inference: normalizes with the moving statistics
 
     Args:
-        axis: the channel axis.
+        axis: the channel axis; or several, as (1, 2): each pair of their indices is a channel then, and (C,) stands
+            for their extents in the order of x, as (3, 4).
         momentum: weight of the old moving value (PyTorch's momentum is 1 minus this). None: the moving statistics are
             the plain averages over all batches so far, empty and fully masked ones aside.
         epsilon: added to the variance. Keras's default 1e-3; PyTorch's is 1e-5.
@@ -65,7 +66,7 @@ class BatchNormalization:
 
     def __init__(
         self,
-        axis: int = -1,
+        axis: int | Sequence[int] = -1,
         momentum: float | None = 0.99,
         epsilon: float = 1e-3,
         center: bool = True,
@@ -79,7 +80,7 @@ class BatchNormalization:
         virtual_batch_size: int | None = None,
         virtual_batch_grouping: str = "contiguous",
     ) -> None:
-        self.axis = _checks.one_axis(axis)
+        self.axis = _checks.channel_axes(axis)
         self.momentum = None if momentum is None else _checks.real("momentum", momentum, 1.0)
         self.epsilon = _checks.real("epsilon", epsilon)
         self.center = _checks.boolean("center", center)
@@ -95,22 +96,20 @@ class BatchNormalization:
             "virtual_batch_grouping", virtual_batch_grouping, _ghosts.GROUPINGS
         )
 
-    def build(self, channels: int, dtype: Any = None) -> None:
+    def build(self, channels: int | Sequence[int], dtype: Any = None) -> None:
         """Make the arrays: ones for gamma and moving_variance, zeros for beta and moving_mean. Called by the first
-        call; calling it again with the same number of channels starts over.
+        call; calling it again with the same channels starts over. channels: C, or the extents of several axes.
 
         Raises:
             ValueError: `channels` is negative, or not what the layer was built for.
         """
-        channels = _checks.integer("channels", channels)
-        if channels < 0:
-            raise ValueError(f"channels must be at least 0. Received: {channels}")
-        if self.built and channels != self.channels:
+        shape = _checks.extents("channels", channels, self.axis)
+        if self.moving_mean is not None and shape != self.moving_mean.shape:
             raise ValueError(f"channels must be {self.channels}, for which this layer was built. Received: {channels}")
         dtype = self.dtype or _checks.parameter_dtype(dtype) or np.dtype(np.float32)
-        self.gamma = np.ones(channels, dtype) if self.scale else None
-        self.beta = np.zeros(channels, dtype) if self.center else None
-        self.moving_mean, self.moving_variance = np.zeros(channels, dtype), np.ones(channels, dtype)
+        self.gamma = np.ones(shape, dtype) if self.scale else None
+        self.beta = np.zeros(shape, dtype) if self.center else None
+        self.moving_mean, self.moving_variance = np.zeros(shape, dtype), np.ones(shape, dtype)
         self.batches = 0
         self._forget()
 
@@ -120,9 +119,11 @@ class BatchNormalization:
         return self.moving_mean is not None
 
     @property
-    def channels(self) -> int | None:
-        """C, or None before `build`."""
-        return None if self.moving_mean is None else self.moving_mean.shape[0]
+    def channels(self) -> int | tuple[int, ...] | None:
+        """C, or the extents of several axes; None before `build`."""
+        if self.moving_mean is None:
+            return None
+        return self.moving_mean.shape[0] if isinstance(self.axis, int) else self.moving_mean.shape
 
     def __call__(self, x: Any, training: bool = False, mask: Any = None, residual: Any = None) -> Array:
         """y = activation(gamma*(x - mean)/sqrt(variance + epsilon) + beta + residual), with the statistics of the
@@ -134,22 +135,21 @@ class BatchNormalization:
             FloatingPointError: nan_policy="raise" met non-finite statistics; the layer's state is unchanged.
         """
         x = _checks.tensor("x", x)
-        axis = Axes.of(self.axis, x).place
+        axes = Axes.of(self.axis, x)
         training = _checks.boolean("training", training) and self.trainable
-        if self.built and x.shape[axis] != self.channels:
+        if self.moving_mean is not None and axes.shape != self.moving_mean.shape:
             wanted = f"{self.channels} channels on axis {self.axis}, for which this layer was built"
             raise ValueError(f"x must have {wanted}. Received: shape {x.shape}")
         if self.built:
-            return self._forward(x, training, mask, residual)
-        self.build(x.shape[axis], "float64" if x.dtype == np.float64 else "float32")
+            return self._forward(x, axes, training, mask, residual)
+        self.build(axes.shape, "float64" if x.dtype == np.float64 else "float32")
         try:
-            return self._forward(x, training, mask, residual)
+            return self._forward(x, axes, training, mask, residual)
         except BaseException:
             self.gamma = self.beta = self.moving_mean = self.moving_variance = None
             raise
 
-    def _forward(self, x: Array, training: bool, mask: Any, residual: Any) -> Array:
-        axes = Axes.of(self.axis, x)
+    def _forward(self, x: Array, axes: Axes, training: bool, mask: Any, residual: Any) -> Array:
         fused: dict[str, Any] = {
             "axis": self.axis,
             "activation": self.activation,
@@ -274,13 +274,13 @@ class BatchNormalization:
         return convert.from_keras(cls, source)
 
     def to_torch(self, target: Any = None) -> Any:
-        """This layer for PyTorch, see `bnfast.convert.to_torch`."""
-        return convert.to_torch(self, target)
+        """This layer for PyTorch, see `bnfast.convert_torch.to_torch`."""
+        return convert_torch.to_torch(self, target)
 
     @classmethod
     def from_torch(cls, source: Any, *, axis: int = 1, **settings: Any) -> BatchNormalization:
-        """A layer with settings and state of a PyTorch module, see `bnfast.convert.from_torch`."""
-        return convert.from_torch(cls, source, axis=axis, **settings)
+        """A layer with settings and state of a PyTorch module, see `bnfast.convert_torch.from_torch`."""
+        return convert_torch.from_torch(cls, source, axis=axis, **settings)
 
     def __getstate__(self) -> dict[str, Any]:
         left = ("_saved", "dgamma", "dbeta", "dresidual")

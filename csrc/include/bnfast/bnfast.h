@@ -97,6 +97,35 @@ struct MomentsArgs {
 };
 double moments(const MomentsArgs& args);
 
+// ---- group norm; instance norm: G = C; layer norm over trailing axes: N rows of C values, G = 1 ------------------
+
+struct GroupShape {  // (N samples, A, C channels, S), contiguous; A or S is 1; G groups of C/G channels
+    std::int64_t N = 1, A = 1, C = 1, S = 1, G = 1;
+    std::int64_t size() const { return N * A * C * S; }
+};
+
+struct GroupNormArgs {
+    const void* x = nullptr;
+    void* y = nullptr;  // exactly x, or disjoint from every input
+    GroupShape shape;
+    DType dtype = DType::float32;
+    ConstVector gamma, beta;  // (C,); absent: 1 and 0
+    double epsilon = 1e-3;
+    double *mean = nullptr, *invstd = nullptr;  // (N, G) results; an empty group has mean and variance 0
+};
+void group_norm(const GroupNormArgs& args);
+
+struct GroupNormGradArgs {
+    const void *dy = nullptr, *x = nullptr;
+    void* dx = nullptr;  // exactly dy or x, or disjoint from every input
+    GroupShape shape;
+    DType dtype = DType::float32;
+    const double *mean = nullptr, *invstd = nullptr;  // (N, G), as group_norm returned them
+    ConstVector gamma;
+    Vector dgamma, dbeta;  // (C,) results
+};
+void group_norm_grad(const GroupNormGradArgs& args);
+
 struct NonFiniteError : std::runtime_error {
     explicit NonFiniteError(std::vector<std::int64_t> at);
     std::vector<std::int64_t> channels;

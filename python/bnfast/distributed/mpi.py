@@ -239,6 +239,6 @@ def _merged(parts: list[Moments]) -> Moments:
 
 
 def _same_channels(vectors: list[Vector]) -> None:
-    channels = [len(vector) for vector in vectors]
+    channels = [len(vector) if vector.ndim == 1 else vector.shape for vector in vectors]
     if len(set(channels)) > 1:
         raise ValueError(f"x must have the same number of channels on every rank. Received, by rank: {channels}")

@@ -1,0 +1,73 @@
+// What every binding is made of: the GIL released around the core's call, None for what isn't plain, arrays to write.
+#pragma once
+#include <cxxabi.h>
+#include <unistd.h>
+
+#include <exception>
+#include <limits>
+
+#include "array_view.h"
+
+namespace bnfast::bind {
+
+constexpr double largest = std::numeric_limits<double>::max();
+
+// Takes the GIL again. A daemon thread that asks for it while the interpreter ends is unwound by Python (before 3.14),
+// through destructors that need the GIL; it sleeps here instead until the process is gone, as 3.14 has it.
+inline void take_gil(PyThreadState* state) {
+#if defined(__GLIBCXX__)
+    try {
+        PyEval_RestoreThread(state);
+    } catch (const abi::__forced_unwind&) {
+        for (;;) pause();
+    }
+#else
+    PyEval_RestoreThread(state);
+#endif
+}
+
+template <class F> void without_gil(F f) {
+    std::exception_ptr error;
+    PyThreadState* const state = PyEval_SaveThread();
+    try {
+        f();
+    } catch (...) {
+        error = std::current_exception();
+    }
+    take_gil(state);
+    if (error) std::rethrow_exception(error);
+}
+
+template <class F> py::object or_none(F f) {
+    try {
+        return f();
+    } catch (const Declined&) {
+        return py::none();
+    }
+}
+
+// The array to write: out, which is exactly one of `same` or disjoint from every input, or a new one.
+inline py::array output_for(py::handle out, py::handle x, const ArrayView& view,
+                            std::initializer_list<ArrayView> same, std::initializer_list<ArrayView> disjoint) {
+    if (out.is_none()) {
+        return new_array(py::reinterpret_borrow<py::array>(x).dtype(), view.dims, view.rank, view.bytes());
+    }
+    const ArrayView o = output(out);
+    plain(o.same_shape(view) && o.dtype == view.dtype);
+    for (const ArrayView& s : same) plain(o.data == s.data || !o.overlaps(s));
+    for (const ArrayView& d : disjoint) plain(!o.overlaps(d));
+    return py::reinterpret_borrow<py::array>(out);
+}
+
+inline py::array vector_like(const ArrayView& gamma, const ArrayView& beta, const ArrayView& x, std::int64_t C,
+                             Vector& to) {
+    const DType compute = x.dtype == DType::float64 ? DType::float64 : DType::float32;
+    to.dtype = gamma.dims ? gamma.dtype : beta.dims ? beta.dtype : compute;
+    const py::dtype dtype = to.dtype == DType::float64 ? py::dtype::of<double>() : py::dtype::of<float>();
+    const py::ssize_t dims[] = {py::ssize_t(C)};
+    py::array made = new_array(dtype, dims, 1, C * dtype.itemsize());
+    to.data = py::detail::array_proxy(made.ptr())->data;
+    return made;
+}
+
+}  // namespace bnfast::bind

@@ -1,0 +1,119 @@
+#include "group_norm.h"
+
+#include <algorithm>
+
+#include "call.h"
+
+namespace bnfast::bind {
+namespace {
+
+GroupShape group_shape(const ArrayView& x, py::handle axis, py::handle groups) {
+    int at = integer(axis);
+    plain(x.rank >= 2 && at >= -x.rank && at < x.rank);
+    at = at < 0 ? at + x.rank : at;
+    plain(at > 0);
+    GroupShape s{x.dims[0], 1, x.dims[at], 1, std::max<std::int64_t>(1, x.dims[at])};
+    for (int i = 1; i < at; ++i) s.A *= x.dims[i];
+    for (int i = at + 1; i < x.rank; ++i) s.S *= x.dims[i];
+    if (!groups.is_none()) {
+        plain(PyLong_CheckExact(groups.ptr()));
+        int overflow = 0;
+        s.G = PyLong_AsLongLongAndOverflow(groups.ptr(), &overflow);
+        plain(!overflow);
+    }
+    plain((s.A == 1 || s.S == 1) && s.G >= 1 && s.C % s.G == 0);
+    return s;
+}
+
+// The last axis: rows of one group.
+GroupShape layer_shape(const ArrayView& x, py::handle axis) {
+    plain(x.rank >= 1 && (integer(axis) == -1 || integer(axis) == x.rank - 1));
+    GroupShape s{1, 1, x.dims[x.rank - 1], 1, 1};
+    for (int i = 0; i < x.rank - 1; ++i) s.N *= x.dims[i];
+    return s;
+}
+
+struct Dims {  // of mean and invstd
+    py::ssize_t groups[2];
+    const py::ssize_t* at;
+    int rank;
+    Dims(const ArrayView& x, const GroupShape& s, bool layer)
+        : groups{py::ssize_t(s.N), py::ssize_t(s.G)}, at(layer ? x.dims : groups), rank(layer ? x.rank - 1 : 2) {}
+    Dims(const Dims&) = delete;
+};
+
+const double* statistics(const ArrayView& v, const Dims& d) {
+    plain(v.rank == d.rank && std::equal(d.at, d.at + d.rank, v.dims) && v.dtype == DType::float64);
+    return static_cast<const double*>(v.data);
+}
+
+void* data_of(const py::array& a) { return py::detail::array_proxy(a.ptr())->data; }
+
+py::object forward(py::handle x, py::handle groups, py::handle gamma, py::handle beta, py::handle axis,
+                   py::handle epsilon, py::handle out, bool layer) {
+    return or_none([&]() -> py::object {
+        const ArrayView xv = input(x), gv = optional_input(gamma), bv = optional_input(beta);
+        GroupNormArgs a;
+        a.x = xv.data;
+        a.dtype = xv.dtype;
+        a.shape = layer ? layer_shape(xv, axis) : group_shape(xv, axis, groups);
+        a.gamma = vector(gv, a.shape.C);
+        a.beta = vector(bv, a.shape.C);
+        a.epsilon = number_in(epsilon, 0, largest);
+        const py::array y = output_for(out, x, xv, {xv}, {gv, bv});
+        const Dims dims(xv, a.shape, layer);
+        const std::int64_t bytes = a.shape.N * a.shape.G * 8;
+        const py::array mean = new_array(py::dtype::of<double>(), dims.at, dims.rank, bytes);
+        const py::array invstd = new_array(py::dtype::of<double>(), dims.at, dims.rank, bytes);
+        a.y = data_of(y);
+        a.mean = static_cast<double*>(data_of(mean));
+        a.invstd = static_cast<double*>(data_of(invstd));
+        without_gil([&] { bnfast::group_norm(a); });
+        return py::make_tuple(y, mean, invstd);
+    });
+}
+
+py::object backward(py::handle dy, py::handle x, py::handle mean, py::handle invstd, py::handle groups,
+                    py::handle gamma, py::handle axis, py::handle out, bool layer) {
+    return or_none([&]() -> py::object {
+        const ArrayView xv = input(x), dyv = like(dy, xv), mv = input(mean), sv = input(invstd),
+                        gv = optional_input(gamma);
+        plain(dyv.dims);
+        GroupNormGradArgs a;
+        a.dy = dyv.data;
+        a.x = xv.data;
+        a.dtype = xv.dtype;
+        a.shape = layer ? layer_shape(xv, axis) : group_shape(xv, axis, groups);
+        const Dims dims(xv, a.shape, layer);
+        a.mean = statistics(mv, dims);
+        a.invstd = statistics(sv, dims);
+        a.gamma = vector(gv, a.shape.C);
+        const py::array dx = output_for(out, x, xv, {dyv, xv}, {mv, sv, gv});
+        a.dx = data_of(dx);
+        const py::array dgamma = vector_like(gv, {}, xv, a.shape.C, a.dgamma);
+        const py::array dbeta = vector_like(gv, {}, xv, a.shape.C, a.dbeta);
+        without_gil([&] { bnfast::group_norm_grad(a); });
+        return py::make_tuple(dx, dgamma, dbeta);
+    });
+}
+
+}  // namespace
+
+py::object group_norm(py::handle x, py::handle groups, py::handle gamma, py::handle beta, py::handle axis,
+                      py::handle epsilon, py::handle out) {
+    return forward(x, groups, gamma, beta, axis, epsilon, out, false);
+}
+py::object group_norm_grad(py::handle dy, py::handle x, py::handle mean, py::handle invstd, py::handle groups,
+                           py::handle gamma, py::handle axis, py::handle out) {
+    return backward(dy, x, mean, invstd, groups, gamma, axis, out, false);
+}
+py::object layer_norm(py::handle x, py::handle gamma, py::handle beta, py::handle axis, py::handle epsilon,
+                      py::handle out) {
+    return forward(x, py::none(), gamma, beta, axis, epsilon, out, true);
+}
+py::object layer_norm_grad(py::handle dy, py::handle x, py::handle mean, py::handle invstd, py::handle gamma,
+                           py::handle axis, py::handle out) {
+    return backward(dy, x, mean, invstd, py::none(), gamma, axis, out, true);
+}
+
+}  // namespace bnfast::bind

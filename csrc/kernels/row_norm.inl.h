@@ -1,0 +1,128 @@
+// Rows of K values whose statistics belong to the row, gamma and beta to the place in it: layer norm over trailing axes,
+// group norm where a channel is one value. (Channels of many values are pieces of rows, with constants of their own:
+// apply_rows and apply_columns do those.)
+//
+//   y  = ((x - mean_hi)*scale + shift)*gamma + beta,  scale = invstd, shift = -mean_lo*invstd
+//   t  = dy*gamma;  dx = scale*(t - mean_dy) + (slope_x*(x - mean_hi) + level), constants from grad_fold on the sums
+//        of t and t*(x - mean_hi) over the row
+// The sums of a row have the 64 lanes and the blocks of 2048 values; those of a column add the rows of a block in order
+// in the compute type, and block to block in float64.
+#pragma once
+#include "normalize.inl.h"
+#include "stats_rows.inl.h"
+
+namespace bnfast {
+namespace {
+
+// step(column, columns in the vector, whole) over [k0, k1).
+template <class X, class Step> BNFAST_INLINE void along(int64_t k0, int64_t k1, Step step) {
+    int64_t k = k0;
+    for (; k + 4 * X::W <= k1; k += 4 * X::W) {
+        BNFAST_UNROLL for (int i = 0; i < 4; ++i) step(k + i * X::W, X::W, Yes{});
+    }
+    for (; k + X::W <= k1; k += X::W) step(k, X::W, Yes{});
+    if (k < k1) step(k, int(k1 - k), No{});
+}
+
+template <class X> struct RowConstant {  // of row i, in every lane
+    const typename X::T* at;
+    int64_t step;
+    BNFAST_INLINE RowConstant(const void* p, const RowArgs& a)
+        : at(static_cast<const typename X::T*>(p)), step(a.constant_step) {}
+    BNFAST_INLINE typename X::V operator[](int64_t i) const { return X::splat(at[i * step]); }
+};
+
+template <class X> void row_apply(const RowArgs& a) noexcept {
+    using S = typename X::S;
+    using T = typename X::T;
+    using V = typename X::V;
+    using P = typename ComputeStorage<T>::type;
+    auto gamma = static_cast<const T*>(a.gamma), beta = static_cast<const T*>(a.beta);
+    const RowConstant<X> mean_hi(a.params.mean_hi, a), scale(a.params.scale, a), shift(a.params.shift, a);
+    with_flags(a.stream && may_stream<X>(a.y, a.stride, a.k0), false, [&](auto stream, auto) {
+        for (int64_t i = 0; i < a.rows; ++i) {
+            auto x = static_cast<const S*>(a.x) + i * a.stride;
+            auto y = static_cast<S*>(a.y) + i * a.stride;
+            const V m = mean_hi[i], s = scale[i], b = shift[i];
+            along<X>(a.k0, a.k1, [&](int64_t k, int n, auto whole) {
+                if (a.ahead) ask_for(x + k + a.ahead);
+                const V z = pre_activation(load_some<X>(x + k, n, whole), m, s, b);
+                const V out = z * load_some<P>(gamma + k, n, whole) + load_some<P>(beta + k, n, whole);
+                store_some<X>(y + k, out, n, whole, stream);
+            });
+        }
+        if (stream.value) fence_streams();
+    });
+}
+
+// At most row_block columns; adds to sum_dy and sum_dy_xhat of the columns, leaves those of the rows.
+template <class X> void row_grad_reduce(const RowArgs& a) noexcept {
+    using S = typename X::S;
+    using T = typename X::T;
+    using V = typename X::V;
+    using P = typename ComputeStorage<T>::type;
+    alignas(64) T dy_of[row_block + X::W], dy_xhat_of[row_block + X::W];
+    const int64_t width = a.k1 - a.k0;
+    for (int64_t k = 0; k < width; k += X::W) {
+        store_vector(dy_of + k, V{});
+        store_vector(dy_xhat_of + k, V{});
+    }
+    auto gamma = static_cast<const T*>(a.gamma) + a.k0;
+    const RowConstant<X> mean_hi(a.params.mean_hi, a), scale(a.params.scale, a), shift(a.params.shift, a);
+    const RowShape<X> row(width);
+    for (int64_t i = 0; i < a.rows; ++i) {
+        auto x = static_cast<const S*>(a.x) + i * a.stride + a.k0;
+        auto dy = static_cast<const S*>(a.dy) + i * a.stride + a.k0;
+        const V m = mean_hi[i], s = scale[i], b = shift[i];
+        V s0[X::NV] = {}, s1[X::NV] = {};
+        auto add = [&](int v, int64_t k, V g, V d, V weight) {
+            const V t = g * weight;
+            s0[v] += t;
+            s1[v] += t * d;
+            store_vector(dy_of + k, load_vector<V>(dy_of + k) + g);
+            store_vector(dy_xhat_of + k, load_vector<V>(dy_xhat_of + k) + g * (d * s + b));
+        };
+        over_row(
+            row, [&](int v, int64_t k) { add(v, k, X::load(dy + k), minus(X::load(x + k), m), P::load(gamma + k)); },
+            [&](int v, int64_t k, int left) {
+                add(v, k, X::load_partial(dy + k, left, V{}), minus(X::load_partial(x + k, left, m), m),
+                    P::load_partial(gamma + k, left, V{}));
+            });
+        a.row_sum[i * a.constant_step] = double(sum_lanes<X>(s0));
+        a.row_sum_xmu[i * a.constant_step] = double(sum_lanes<X>(s1));
+    }
+    for (int64_t k = 0; k < width; ++k) {
+        a.sum_dy[a.k0 + k] += double(dy_of[k]);
+        a.sum_dy_xhat[a.k0 + k] += double(dy_xhat_of[k]);
+    }
+}
+
+template <class X> void row_grad_apply(const RowArgs& a) noexcept {
+    using S = typename X::S;
+    using T = typename X::T;
+    using V = typename X::V;
+    using P = typename ComputeStorage<T>::type;
+    auto gamma = static_cast<const T*>(a.gamma);
+    const RowConstant<X> mean_hi(a.params.mean_hi, a), scale(a.params.scale, a), mean_dy(a.params.mean_dy, a),
+        slope_x(a.params.slope_x, a), level(a.params.level, a);
+    with_flags(a.stream && may_stream<X>(a.y, a.stride, a.k0), false, [&](auto stream, auto) {
+        for (int64_t i = 0; i < a.rows; ++i) {
+            auto x = static_cast<const S*>(a.x) + i * a.stride, dy = static_cast<const S*>(a.dy) + i * a.stride;
+            auto dx = static_cast<S*>(a.y) + i * a.stride;
+            const V m = mean_hi[i], s = scale[i], mdy = mean_dy[i], sx = slope_x[i], lv = level[i];
+            along<X>(a.k0, a.k1, [&](int64_t k, int n, auto whole) {
+                if (a.ahead) {
+                    ask_for(x + k + a.ahead);
+                    ask_for(dy + k + a.ahead);
+                }
+                const V t = load_some<X>(dy + k, n, whole) * load_some<P>(gamma + k, n, whole);
+                const V out = s * (t - mdy) + (sx * (load_some<X>(x + k, n, whole) - m) + lv);
+                store_some<X>(dx + k, out, n, whole, stream);
+            });
+        }
+        if (stream.value) fence_streams();
+    });
+}
+
+}  // namespace
+}  // namespace bnfast

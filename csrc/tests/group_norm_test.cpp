@@ -1,0 +1,264 @@
+// Group norm and its special cases against the formulas in long double; the same bits on every instruction set and team;
+// batch norm's bits where a sample is a batch; empty input; bad arguments.
+#include <doctest/doctest.h>
+
+#include <cmath>
+#include <limits>
+#include <random>
+
+#include "cases.h"
+#include "dispatch/isa.h"
+#include "parallel.h"
+
+using namespace bnfast;
+using namespace bnfast::test;
+
+namespace {
+
+using std::int64_t;
+
+struct Norm {
+    GroupShape shape;
+    DType dtype;
+    bool affine;
+    Array x, dy, gamma, beta;
+    Norm(GroupShape s, DType type, bool has_affine, double offset = 0)
+        : shape(s), dtype(type), affine(has_affine), x(type, s.size()), dy(type, s.size()),
+          gamma(compute_type(type), s.C), beta(compute_type(type), s.C) {
+        std::mt19937 random(unsigned(s.size() + s.G));
+        std::normal_distribution<double> normal(0, 1);
+        for (int64_t i = 0; i < x.size; ++i) {
+            x.set(i, offset + 0.5 + normal(random));
+            dy.set(i, normal(random));
+        }
+        for (int64_t c = 0; c < s.C; ++c) {
+            gamma.set(c, normal(random));
+            beta.set(c, normal(random));
+        }
+    }
+    int64_t channel(int64_t i) const { return i / shape.S % shape.C; }
+    int64_t row(int64_t i) const {
+        return i / (shape.A * shape.C * shape.S) * shape.G + channel(i) / (shape.C / shape.G);
+    }
+};
+
+struct Out {
+    Array y, dx, dgamma, dbeta;
+    std::vector<double> mean, invstd;
+    bool same_bits(const Out& o) const {
+        return y.same_bits(o.y) && dx.same_bits(o.dx) && dgamma.same_bits(o.dgamma) && dbeta.same_bits(o.dbeta) &&
+               same(mean, o.mean) && same(invstd, o.invstd);
+    }
+};
+
+Out run(const Norm& n, int shift = 0) {
+    const int64_t rows = n.shape.N * n.shape.G, C = n.shape.C;
+    Out o{Array(n.dtype, n.x.size, shift, 64), Array(n.dtype, n.x.size, shift, 64), Array(n.gamma.dtype, C, 0, 64),
+          Array(n.gamma.dtype, C, 0, 64), std::vector<double>(std::size_t(rows), -7),
+          std::vector<double>(std::size_t(rows), -7)};
+    GroupNormArgs a;
+    a.x = n.x.data();
+    a.y = o.y.data();
+    a.shape = n.shape;
+    a.dtype = n.dtype;
+    if (n.affine) {
+        a.gamma = {n.gamma.data(), n.gamma.dtype};
+        a.beta = {n.beta.data(), n.beta.dtype};
+    }
+    a.mean = o.mean.data();
+    a.invstd = o.invstd.data();
+    group_norm(a);
+    GroupNormGradArgs g;
+    g.dy = n.dy.data();
+    g.x = n.x.data();
+    g.dx = o.dx.data();
+    g.shape = n.shape;
+    g.dtype = n.dtype;
+    g.mean = o.mean.data();
+    g.invstd = o.invstd.data();
+    g.gamma = a.gamma;
+    g.dgamma = {o.dgamma.data(), o.dgamma.dtype};
+    g.dbeta = {o.dbeta.data(), o.dbeta.dtype};
+    group_norm_grad(g);
+    CHECK((o.y.guards_intact() && o.dx.guards_intact() && o.dgamma.guards_intact() && o.dbeta.guards_intact()));
+    return o;
+}
+
+// The largest error over its bound.
+Worst check(const Norm& n, const Out& o) {
+    const GroupShape s = n.shape;
+    const std::size_t rows = std::size_t(s.N * s.G), channels = std::size_t(s.C);
+    const long double M = (long double)(s.A * (s.C / s.G) * s.S);
+    const long double eps = compute_type(n.dtype) == DType::float64 ? 0x1p-52L : 0x1p-23L;
+    const long double half = n.dtype == DType::float16 ? 0x1p-11L : n.dtype == DType::bfloat16 ? 0x1p-8L : 0;
+    Wide mean(rows), variance(rows), invstd(rows), sum_g(rows), sum_gx(rows), size_g(rows), dgamma(channels),
+        dbeta(channels), size_gamma(channels), size_beta(channels);
+    auto at = [&](Wide& w, int64_t i) -> long double& { return w[std::size_t(i)]; };
+    auto gamma = [&](int64_t i) { return n.affine ? (long double)n.gamma.get(n.channel(i)) : 1; };
+    for (int64_t i = 0; i < n.x.size; ++i) at(mean, n.row(i)) += n.x.get(i) / M;
+    for (int64_t i = 0; i < n.x.size; ++i) {
+        const long double d = n.x.get(i) - at(mean, n.row(i));
+        at(variance, n.row(i)) += d * d / M;
+    }
+    Worst worst;
+    for (std::size_t r = 0; r < rows; ++r) {
+        invstd[r] = 1 / std::sqrt(variance[r] + (long double)1e-3);
+        worst.add("mean", int64_t(r), o.mean[r], mean[r], 4 * eps * (std::fabs(mean[r]) + std::sqrt(variance[r])));
+        worst.add("invstd", int64_t(r), o.invstd[r], invstd[r], invstd[r] * (eps > 1e-10L ? 1e-6L : 1e-12L));
+    }
+    auto xhat = [&](int64_t i) { return (n.x.get(i) - at(mean, n.row(i))) * at(invstd, n.row(i)); };
+    for (int64_t i = 0; i < n.x.size; ++i) {
+        const long double dy = n.dy.get(i), h = xhat(i), g = dy * gamma(i);
+        at(sum_g, n.row(i)) += g / M;
+        at(sum_gx, n.row(i)) += g * h / M;
+        at(size_g, n.row(i)) += std::fabs(g) * (1 + std::fabs(h)) / M;
+        at(dbeta, n.channel(i)) += dy;
+        at(dgamma, n.channel(i)) += dy * h;
+        at(size_beta, n.channel(i)) += std::fabs(dy);
+        at(size_gamma, n.channel(i)) += std::fabs(dy) * (1 + std::fabs(h));
+    }
+    for (int64_t i = 0; i < n.x.size; ++i) {
+        const long double h = xhat(i), g = n.dy.get(i) * gamma(i), s1 = at(invstd, n.row(i));
+        const long double y = h * gamma(i) + (n.affine ? n.beta.get(n.channel(i)) : 0);
+        const long double tiny = half > 0 ? 6e-8L : 0;
+        worst.add("y", i, o.y.get(i), y,
+                  16 * eps * (1 + std::fabs(h)) * (std::fabs(gamma(i)) + 1) + half * std::fabs(y) + tiny);
+        const long double dx = s1 * (g - at(sum_g, n.row(i)) - h * at(sum_gx, n.row(i)));
+        worst.add("dx", i, o.dx.get(i), dx,
+                  16 * eps * s1 * (std::fabs(g) + (1 + std::fabs(h)) * at(size_g, n.row(i))) + half * std::fabs(dx) +
+                      tiny);
+    }
+    for (int64_t c = 0; c < s.C; ++c) {
+        worst.add("dgamma", c, o.dgamma.get(c), at(dgamma, c), 16 * eps * at(size_gamma, c));
+        worst.add("dbeta", c, o.dbeta.get(c), at(dbeta, c), 16 * eps * at(size_beta, c));
+    }
+    return worst;
+}
+
+const GroupShape shapes[] = {
+    {5, 1, 6, 35, 3},     {3, 1, 4, 5000, 2},  {70, 1, 12, 3, 12}, {2, 1, 1, 300000, 1},  // pieces
+    {4, 35, 6, 1, 3},     {3, 700, 23, 1, 23}, {9, 49, 64, 1, 8},  {2, 9000, 3, 1, 1},    // columns
+    {300, 1, 100, 1, 1},  {500, 1, 24, 1, 4},  {7, 1, 5000, 1, 1}, {90, 1, 3, 1, 1},      // vectors
+    {1, 1, 100003, 1, 1}, {40, 1, 7, 1, 7},    {3, 11, 1, 1, 1},
+};
+
+std::string text(const Norm& n) {
+    const GroupShape s = n.shape;
+    std::string t = name_of(n.dtype);
+    for (int64_t e : {s.N, s.A, s.C, s.S, s.G}) t += " " + std::to_string(e);
+    return t + (n.affine ? " affine" : "");
+}
+
+}  // namespace
+
+TEST_CASE("group norm: near the oracle, the same bits on every instruction set, team and alignment") {
+    for (const GroupShape& shape : shapes)
+        for (DType dtype : all_dtypes)
+            for (bool affine : {true, false}) {
+                const Norm n(shape, dtype, affine);
+                INFO(text(n));
+                Out first;
+                {
+                    const Settings settings("baseline", 1);
+                    first = run(n);
+                }
+                const Worst worst = check(n, first);
+                INFO(worst.what);
+                CHECK(worst.ratio <= 1);
+                for (const std::string& isa : usable_isas())
+                    for (int threads : {1, 2, 3, 8}) {
+                        INFO(isa << " threads " << threads);
+                        const Settings settings(isa, threads);
+                        CHECK(run(n, threads == 3).same_bits(first));
+                        CHECK(last_isa() == isa);
+                    }
+            }
+}
+
+TEST_CASE("group norm: large offsets cost the variance no digits") {
+    for (const GroupShape& shape : shapes) {
+        if (shape.A * (shape.C / shape.G) * shape.S < 3) continue;
+        const Norm n(shape, DType::float64, false, 1e4);
+        const Out o = run(n);
+        Norm centred = n;
+        for (int64_t i = 0; i < n.x.size; ++i) centred.x.set(i, n.x.get(i) - 1e4);
+        const Out expected = run(centred);
+        for (std::size_t r = 0; r < o.invstd.size(); ++r)
+            CHECK(std::fabs(o.invstd[r] / expected.invstd[r] - 1) < 1e-12);
+    }
+}
+
+TEST_CASE("instance norm of a sample is batch norm of it, bit by bit") {
+    for (GroupShape shape : {GroupShape{1, 1, 5, 700, 5}, GroupShape{1, 700, 5, 1, 5}, GroupShape{1, 1, 9, 20, 9}})
+        for (DType dtype : all_dtypes) {
+            const Norm n(shape, dtype, true);
+            const Out o = run(n);
+            const Shape s{shape.A, shape.C, shape.S};
+            Array y(dtype, n.x.size), dx(dtype, n.x.size), dgamma(n.gamma.dtype, s.C), dbeta(n.gamma.dtype, s.C);
+            std::vector<double> mean(std::size_t(s.C)), variance(mean), invstd(mean);
+            TrainArgs t;
+            t.x = n.x.data();
+            t.y = y.data();
+            t.shape = s;
+            t.dtype = dtype;
+            t.gamma = {n.gamma.data(), n.gamma.dtype};
+            t.beta = {n.beta.data(), n.beta.dtype};
+            t.mean = mean.data();
+            t.variance = variance.data();
+            t.invstd = invstd.data();
+            train(t);
+            GradArgs g;
+            g.dy = n.dy.data();
+            g.x = n.x.data();
+            g.dx = dx.data();
+            g.shape = s;
+            g.dtype = dtype;
+            g.mean = {mean.data(), DType::float64};
+            g.invstd = {invstd.data(), DType::float64};
+            g.gamma = t.gamma;
+            g.dgamma = {dgamma.data(), dgamma.dtype};
+            g.dbeta = {dbeta.data(), dbeta.dtype};
+            grad(g);
+            INFO(text(n));
+            CHECK(Out{y, dx, dgamma, dbeta, mean, invstd}.same_bits(o));
+        }
+}
+
+TEST_CASE("group norm of nothing: zero mean, zero gradients") {
+    for (GroupShape shape : {GroupShape{0, 1, 4, 3, 2}, GroupShape{2, 1, 4, 0, 2}, GroupShape{2, 0, 4, 1, 4}}) {
+        const Out o = run(Norm(shape, DType::float32, true));
+        for (double m : o.mean) CHECK(m == 0);
+        for (double v : o.invstd) CHECK(v == doctest::Approx(1 / std::sqrt(1e-3)));
+        for (int64_t c = 0; c < 4; ++c) CHECK((o.dgamma.get(c) == 0 && o.dbeta.get(c) == 0));
+    }
+}
+
+TEST_CASE("group norm: bad arguments raise and write nothing") {
+    float x[6] = {1, 2, 3, 4, 5, 6}, y[6] = {-7, -7, -7, -7, -7, -7};
+    double mean[3] = {-7, -7, -7}, invstd[3] = {-7, -7, -7};
+    GroupNormArgs good;
+    good.x = x;
+    good.y = y;
+    good.shape = {1, 1, 3, 2, 3};
+    good.mean = mean;
+    good.invstd = invstd;
+    auto raises = [](const GroupNormArgs& args, const char* what) {
+        CHECK_THROWS_WITH_AS(group_norm(args), doctest::Contains(what), std::invalid_argument);
+    };
+    GroupNormArgs a = good;
+    a.shape.G = 2;
+    raises(a, "G must divide C = 3. Received: 2");
+    a = good;
+    a.shape = {1, 2, 3, 2, 3};
+    raises(a, "A = 1 or S = 1");
+    a = good;
+    a.epsilon = std::numeric_limits<double>::infinity();
+    raises(a, "epsilon");
+    a = good;
+    a.mean = nullptr;
+    raises(a, "mean and invstd must not be null");
+    a = good;
+    a.y = nullptr;
+    raises(a, "y must not be null");
+    CHECK((y[0] == -7 && mean[0] == -7 && invstd[0] == -7));
+}

@@ -1,0 +1,27 @@
+"""What the tests of conversion share: batches, and layers of the NumPy API that have seen them."""
+
+import agreement as ag
+import numpy as np
+from bnfast import BatchNormalization
+
+
+def batches(n=5, rows=7, channels=4, dtype=np.float32, seed=1):
+    rng = np.random.default_rng(seed)
+    return [ag.batch((rows, channels), 1, dtype, rng, offset=2) for _ in range(n)]
+
+
+def trained(**options):
+    layer = BatchNormalization(**options)
+    for x in batches():
+        layer(x, training=True)
+    rng = np.random.default_rng(2)
+    gamma, beta, *_ = ag.vectors(4, rng)
+    if layer.scale:
+        layer.gamma[:] = gamma
+    if layer.center:
+        layer.beta[:] = beta
+    return layer
+
+
+def close(a, b):
+    np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=2e-5, atol=2e-6)
