@@ -36,15 +36,15 @@ def same_predictions(model: Any, other: Any, *shapes: tuple[int, ...]) -> None:
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
-def residual_net(dtype: str = "float32", compiled: Any = None, add: Any = None) -> Any:
+def residual_net(dtype: str = "float32", compiled: Any = None, add: Any = None, **norm: Any) -> Any:
     """conv, BN, ReLU; a block with two BNs into one Add; one with an identity shortcut; a head."""
     inputs = keras.Input((8, 8, 3), dtype=dtype, name="image")
     words = {"dtype": dtype, "use_bias": False}
     x = L.Conv2D(4, 3, padding="same", name="conv0", **words)(inputs)
-    x = L.ReLU(name="relu0", dtype=dtype)(KERAS(name="bn0", momentum=0.9, dtype=dtype)(x))
+    x = L.ReLU(name="relu0", dtype=dtype)(KERAS(name="bn0", momentum=0.9, dtype=dtype, **norm)(x))
     for i in (1, 2):
-        y = KERAS(name=f"bn{i}", dtype=dtype)(L.Conv2D(4, 3, padding="same", name=f"conv{i}", **words)(x))
-        shortcut = KERAS(name="bn1s", dtype=dtype)(L.Conv2D(4, 1, name="conv1s", **words)(x)) if i == 1 else x
+        y = KERAS(name=f"bn{i}", dtype=dtype, **norm)(L.Conv2D(4, 3, padding="same", name=f"conv{i}", **words)(x))
+        shortcut = KERAS(name="bn1s", dtype=dtype, **norm)(L.Conv2D(4, 1, name="conv1s", **words)(x)) if i == 1 else x
         total = add(shortcut, y) if add else L.Add(name=f"add{i}", dtype=dtype)([shortcut, y])
         x = L.Activation("relu", name=f"out{i}", dtype=dtype)(total)
     x = L.Dense(5, name="head", dtype=dtype)(L.GlobalAveragePooling2D(dtype=dtype)(x))

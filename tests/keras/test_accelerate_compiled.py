@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("tensorflow")
 import keras
-from bnfast.keras import report
+from bnfast.keras import report, to_native
 from keras import layers as L
 from test_accelerate import KERAS, data, quiet, randomize, residual_net
 from test_accelerate_state import dense_net
@@ -43,6 +43,33 @@ def test_training_goes_on_where_it_was(name: str) -> None:
         np.testing.assert_allclose(
             found[f"{removed.get(layer, layer)}/{part}"], weight, rtol=1e-6, atol=1e-9, err_msg=weight.path
         )
+
+
+@pytest.mark.skipif("renorm" not in KERAS().get_config(), reason="Keras 3.14 and later")
+@pytest.mark.parametrize("inplace", [False, True])
+def test_renorm_comes_along_and_back(inplace: bool) -> None:
+    """Its three weights and the optimizer's slots too: there, a step, and back, a step, is as Keras all the way."""
+    words = {"renorm": True, "renorm_clipping": {"rmin": 0.7, "rmax": 1.4, "dmax": 0.3}, "renorm_momentum": 0.8}
+    model, twin = (residual_net("float64", keras.optimizers.Adam(0.01), **words) for _ in range(2))
+    for step in range(5):
+        if step == 1:
+            model = quiet(model, inplace=inplace)
+            assert {row.state.split()[0] for row in report(model).rows} == {"bnfast"}
+            assert sum("+" in row.state for row in report(model).rows) == (0 if inplace else 3)
+        if step == 3:
+            model = to_native(model, inplace=inplace)
+            assert {row.state for row in report(model).rows} == {"native"}
+        results = [m.train_on_batch(*data("float64", step), return_dict=True) for m in (model, twin)]
+        np.testing.assert_allclose(results[0]["loss"], results[1]["loss"], rtol=1e-6)
+    found = {weight.path: weight.numpy() for weight in model.weights}
+    assert found.keys() == {weight.path for weight in twin.weights}
+    assert "bn1s/renorm_stddev" in found
+    for weight in twin.weights:
+        np.testing.assert_allclose(found[weight.path], weight, rtol=1e-6, atol=1e-9, err_msg=weight.path)
+    for name in ("bn0", "bn1", "bn1s", "bn2"):
+        norm = model.get_layer(name)
+        assert type(norm) is KERAS
+        assert norm.get_config() == twin.get_layer(name).get_config()
 
 
 def test_slots_follow_their_weights_and_files_their_order(tmp_path: Any) -> None:

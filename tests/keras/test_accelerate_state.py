@@ -186,12 +186,11 @@ class Custom(KERAS):  # type: ignore[misc,valid-type]
 
 LEFT_ALONE = {
     "Custom is a class of its own": lambda: Custom(name="bn"),
-    "synchronized=True is not supported": lambda: KERAS(name="bn", synchronized=True),
 }
 
 
 if "renorm" in KERAS().get_config():  # Keras 3.14 and later
-    LEFT_ALONE["renorm=True is not supported"] = lambda: KERAS(name="bn", renorm=True)
+    LEFT_ALONE["renorm=True with sync"] = lambda: KERAS(name="bn", renorm=True, synchronized=True)
 
 
 @pytest.mark.parametrize("reason", LEFT_ALONE)

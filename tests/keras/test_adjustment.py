@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("tensorflow")
 import tensorflow as tf
 from bnfast.keras import BatchNormalization, BatchNormalizationAdd
+from taped import gradients
 
 pytestmark = pytest.mark.usefixtures("each_bridge")
 CASES = [((6, 4), -1), ((4, 3, 2, 5), 1), ((4, 3, 2, 5), -1), ((4, 3, 5), [1, 2]), ((4, 3, 2, 5), [1, 3])]
@@ -25,13 +26,6 @@ def by_sample(shape: Any) -> Any:
 def by_channel(shape: Any) -> Any:
     """One for each value along the last axis."""
     return tf.linspace(tf.constant(0.5, tf.float64), 1.5, shape[-1]), tf.zeros([1], tf.float64)
-
-
-def gradients(call: Callable[[Any], Any], x: Any, dy: Any, variables: list[Any]) -> list[Any]:
-    with tf.GradientTape() as tape:
-        tape.watch(x)
-        y = call(x)
-    return [y, *tape.gradient(y, [x, *variables], output_gradients=dy)]
 
 
 @pytest.mark.parametrize("words", [{}, {"renorm": True, "renorm_clipping": {"rmax": 1.2, "rmin": 0.9}}], ids=str)

@@ -11,6 +11,7 @@ pytest.importorskip("tensorflow")
 import keras
 import tensorflow as tf
 from bnfast.keras import BatchNormalization, BatchNormalizationAdd, fold
+from taped import gradients, made
 
 pytestmark = pytest.mark.usefixtures("each_bridge")
 CASES = [
@@ -21,21 +22,6 @@ CASES = [
     ((4, 3, 2, 5), [3, 2]),
 ]
 CASES += [((4, 3, 2, 5), [1, 2]), ((2, 3, 2, 2, 3), [1, 2, 4]), ((4, 3, 2, 5), [1, 2, 3])]
-
-
-def made(shape: Any, kind: Any = BatchNormalization, **words: Any) -> Any:
-    layer = kind(**words)
-    layer.build(shape)
-    rng = np.random.default_rng(7)
-    layer.set_weights([rng.uniform(0.5, 1.5, w.shape) for w in layer.weights])
-    return layer
-
-
-def gradients(call: Callable[[Any], Any], x: Any, dy: Any, variables: list[Any]) -> list[Any]:
-    with tf.GradientTape() as tape:
-        tape.watch(x)
-        y = call(x)
-    return [y, *tape.gradient(y, [x, *variables], output_gradients=dy)]
 
 
 def close(actual: Any, wanted: Any, tolerance: float = 1e-12) -> None:

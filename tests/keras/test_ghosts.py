@@ -10,24 +10,10 @@ import pytest
 pytest.importorskip("tensorflow")
 import tensorflow as tf
 from bnfast.keras import BatchNormalization, BatchNormalizationAdd
+from taped import gradients, made
 
 pytestmark = pytest.mark.usefixtures("each_bridge")
 CASES = [((12, 5), -1), ((12, 3, 4), 1), ((12, 3, 4), 2), ((12, 3, 2, 5), 1), ((12, 3, 2, 5), -1), ((12, 3, 2, 5), 2)]
-
-
-def made(shape: tuple[int, ...], **words: Any) -> Any:
-    layer = BatchNormalization(**words)
-    layer.build(shape)
-    rng = np.random.default_rng(7)
-    layer.set_weights([rng.uniform(0.5, 1.5, w.shape) for w in layer.weights])
-    return layer
-
-
-def gradients(call: Callable[[Any], Any], x: Any, dy: Any, variables: list[Any]) -> list[Any]:
-    with tf.GradientTape() as tape:
-        tape.watch(x)
-        y = call(x)
-    return [y, *tape.gradient(y, [x, *variables], output_gradients=tf.cast(dy, y.dtype))]
 
 
 def close(actual: Any, wanted: Any, tolerance: float = 1e-12) -> None:

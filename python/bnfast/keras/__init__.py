@@ -1,6 +1,7 @@
 """bnfast.keras: the Keras 3 layer (TensorFlow backend) over bnfast's kernels.
 
-This file is the table of contents. The layer is `BatchNormalization`; `bridge` holds the TensorFlow ops under it.
+This file is the table of contents. The layer is `BatchNormalization`; `bridge` holds the TensorFlow ops under it, and
+`norms` those under its relatives.
 """
 
 try:
@@ -22,8 +23,10 @@ if not hasattr(_keras, "__version__") or int(_keras.__version__.split(".")[0]) <
 from .accelerate import accelerate
 from .conditional import ConditionalBatchNormalization
 from .fold import fold
+from .group_norm import GroupNormalization, InstanceNormalization
 from .layer import BatchNormalization
 from .layer_add import BatchNormalizationAdd
+from .layer_norm import LayerNormalization
 from .patch import enabled, patch, unpatch
 from .report import report
 from .to_native import to_native
@@ -33,6 +36,9 @@ __all__ = [
     "BatchNormalization",
     "BatchNormalizationAdd",
     "ConditionalBatchNormalization",
+    "GroupNormalization",
+    "InstanceNormalization",
+    "LayerNormalization",
     "WeightNormalization",
     "accelerate",
     "enabled",

@@ -28,7 +28,8 @@ def accelerate(
 
     Each keras.layers.BatchNormalization (that class itself) becomes a `bnfast.keras.BatchNormalization`. Where the
     output of one goes into nothing but a ReLU, ReLU6 or LeakyReLU, the two become one layer, and so do BN + Add and
-    BN + Add + activation (`BatchNormalizationAdd`): it takes the name of the last of them. Others stay as they are.
+    BN + Add + activation (`BatchNormalizationAdd`): it takes the name of the last of them. Others stay as they are, and
+    so do Keras's layer and group norms: bnfast.keras has layers of the same names to put in their place.
     `bnfast.keras.report(model)` says of each what it is now, why, and which names went; `to_native` leads back.
 
     Args:

@@ -3,6 +3,7 @@
     train       x, gamma, beta -> y, mean, variance; gradients may arrive at all three
     train_step  the same for a layer: moving statistics in, y and the updated moving statistics out
     moments     x -> mean, variance, which pass no gradient on
+    gradient    the backward op alone, with statistics of the caller's
 
 Either goes through TensorFlow ops of bnfast's own (`native`) or, wherever these can't be had, through bnfast.functional
 in a numpy_function: this file. Gradients are the kernels' own (batch_norm_grad); their derivative, for second and
@@ -24,7 +25,7 @@ from .. import functional
 from . import formula, host, native
 from .formula import Options
 
-__all__ = ["Options", "moments", "train", "train_step"]
+__all__ = ["Options", "gradient", "moments", "train", "train_step"]
 
 _DEFAULT = Options()
 
@@ -89,6 +90,36 @@ def moments(
     for statistic in (mean, variance):
         statistic.set_shape([x.shape[options.axis]])
     return tf.stop_gradient(mean), tf.stop_gradient(variance)
+
+
+def gradient(
+    dy: tf.Tensor,
+    x: tf.Tensor,
+    mean: tf.Tensor,
+    invstd: tf.Tensor,
+    gamma: tf.Tensor,
+    beta: tf.Tensor,
+    dmean: tf.Tensor,
+    dvariance: tf.Tensor,
+    *,
+    mask: tf.Tensor | None = None,
+    residual: tf.Tensor | None = None,
+    options: Options = _DEFAULT,
+    bridge: str = "auto",
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor | None]:
+    """dx, dgamma, dbeta, dresidual (None without residual), for xhat = (x - mean)*invstd with any mean and invstd.
+
+    The (C,) vectors are float64. Other than a train's own, this isn't to be differentiated: it would give the
+    derivative that goes with x's own mean and invstd.
+    """
+    if native.choose(bridge) == "native":
+        vectors = mean, invstd, gamma, beta, dmean, dvariance
+        return native.gradient(dy, x, *vectors, mask, residual, options)
+    saved = {"mean": mean, "invstd": invstd, **_given(mask=mask)}
+    upstream = {"dy": dy, "dmean": dmean, "dvariance": dvariance}
+    primal = _given(x=x, gamma=gamma, beta=beta, residual=residual)
+    dx, dgamma, dbeta, *dresidual = _gradient({**upstream, **primal}, saved, options)
+    return dx, dgamma, dbeta, dresidual[0] if dresidual else None
 
 
 def _given(**tensors: tf.Tensor | None) -> dict[str, tf.Tensor]:

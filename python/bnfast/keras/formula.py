@@ -11,11 +11,12 @@ order and wrong in the second.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import tensorflow as tf
 
+Merge = Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor, tf.Tensor]]
 PRIMAL = ("x", "gamma", "beta", "residual")  # what a gradient is asked for, in this order
 
 
@@ -57,8 +58,12 @@ def train(
     mask: tf.Tensor | None,
     options: Options,
     residual: tf.Tensor | None = None,
+    merge: Merge | None = None,
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
-    """y (x's dtype), and mean, variance (float64) and W, all (C,). mask broadcasts to x, the channel axis included."""
+    """y (x's dtype), and mean, variance (float64) and W, all (C,). mask broadcasts to x, the channel axis included.
+
+    merge: what becomes of mean, variance and W (float64) before they are used, differentiable; None: nothing.
+    """
     values = tf.cast(x, compute_dtype(x))
     axes = [i for i in range(x.shape.rank) if i != options.axis % x.shape.rank]
     weights = tf.ones_like(values) if mask is None else tf.broadcast_to(tf.cast(mask, values.dtype), tf.shape(x))
@@ -67,6 +72,9 @@ def train(
     mean = tf.math.divide_no_nan(tf.reduce_sum(weights * tf.where(present, values, 0), axes, keepdims=True), total)
     deviation = tf.where(present, values - mean, 0)
     variance = tf.math.divide_no_nan(tf.reduce_sum(weights * deviation**2, axes, keepdims=True), total)
+    if merge is not None:
+        own = (tf.cast(tf.reshape(t, [-1]), tf.float64) for t in (mean, variance, total))
+        mean, variance, total = (per_channel(t, x, options.axis) for t in merge(*own))
     shifted = variance + options.epsilon
     invstd = tf.where(shifted > 0, tf.math.rsqrt(tf.where(shifted > 0, shifted, 1)), 0)
     y = (values - mean) * invstd
@@ -113,6 +121,7 @@ def derivative_of_gradient(
     cotangents: Sequence[tf.Tensor],
     mask: tf.Tensor | None,
     options: Options,
+    merge: Merge | None = None,
 ) -> list[tf.Tensor | None]:
     """Vector-Jacobian product of the backward pass (given -> dx, dgamma, dbeta, dresidual), one cotangent for each.
 
@@ -126,7 +135,7 @@ def derivative_of_gradient(
         with tf.GradientTape() as inner:
             inner.watch(primal)
             words = {"gamma": None, "beta": None, **arguments}
-            y, mean, variance, _ = train(mask=mask, options=options, **words)
+            y, mean, variance, _ = train(mask=mask, options=options, merge=merge, **words)
         outputs = {"dy": y, "dmean": mean, "dvariance": variance}
         gradients = inner.gradient(
             [outputs[name] for name in upstream], primal, output_gradients=[given[name] for name in upstream]

@@ -1,8 +1,8 @@
 """A layer of one class becomes one of another where it sits: the same object, variables and name in all that holds it.
 
 Replacing the object instead would mean finding every attribute, list, dict, closure and graph that holds it, and would
-change the order of the model's variables. Keras's batch norm and ours keep the same variables, so the class is all that
-has to change, with the three arguments that only ours has.
+change the order of the model's variables. Keras's norms and ours keep the same variables, so the class is all that has
+to change, with the three arguments that only our batch norm has, and what Keras keeps of the signature of `call`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 _ARGUMENTS = ("activation", "bridge", "replaces")
+# Keras's LayerNormalization takes no `training`, ours does: Keras looks once, when a layer is made, and here.
+_SIGNATURE = ("_call_signature", "call_signature_parameters", "_call_has_training_arg", "_call_has_context_arg")
 
 
 def become(layer: Any, other: Any) -> None:
@@ -19,6 +21,9 @@ def become(layer: Any, other: Any) -> None:
             setattr(layer, name, getattr(other, name))
         elif hasattr(layer, name):
             delattr(layer, name)
+    for name in _SIGNATURE:
+        if hasattr(other, name):
+            setattr(layer, name, getattr(other, name))
     layer.supports_jit = other.supports_jit
     layer.__class__ = type(other)
 

@@ -9,31 +9,22 @@ axes for every `axis`, and an empty or fully masked batch leaves the moving stat
 from __future__ import annotations
 
 import logging
-import math
-import operator
 from collections.abc import Callable
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from .. import _checks
 from . import activation as activations
 from . import adjustment as adjustments
-from . import ghosts, inference, native
+from . import arguments, freezing, ghosts, synchronized
 from . import renorm as renorms
 from .axes import Axes, mask_along
 from .formula import Options
-from .training import NAN_POLICIES, Policy, parameter
-from .training import step as training_step
+from .training import Batch, Policy, parameter
 
 _logger = logging.getLogger("bnfast")
 _VECTORS = ("gamma", "beta", "moving_mean", "moving_variance")
-# The arguments that Keras's layer doesn't have, in a config only where they aren't the defaults.
-_OWN = (
-    *("correction", "nan_policy", "update_statistics", "use_batch_statistics", "trainable_affine"),
-    *("virtual_batch_size", "virtual_batch_grouping", "bridge", "fused"),
-)
 
 
 @keras.saving.register_keras_serializable(package="bnfast")
@@ -87,6 +78,9 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         adjustment: a function of the shape of inputs (a tensor) that gives (scale, bias), which broadcast to them; in
             training y is activation((xhat*scale + bias)*gamma + beta), as in TF 1. A config can't hold it: it is left
             out, with a line in the log `bnfast`. Not with virtual_batch_size.
+        synchronized: under a tf.distribute strategy the batch is that of all replicas, whose shards may be of any size.
+            Without one, or with one replica, the layer is what it is without. Replicas talk in each training call (not
+            from inside a tf.cond or tf.while_loop). Not with renorm, virtual_batch_size or adjustment.
         bridge: how TensorFlow reaches the kernels in training: "native" (TensorFlow ops of bnfast's own),
             "numpy_function" (a Python callback each way), or "auto": native where it loads, else numpy_function and one
             line in the log `bnfast`. The environment's BNFAST_BRIDGE decides for "auto".
@@ -103,7 +97,6 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
     Raises:
         RuntimeError: Keras runs on a backend other than TensorFlow. In training, bridge="native" where the ops can't
             be loaded: a saved layer can be opened, and used for inference, all the same.
-        NotImplementedError: synchronized=True.
         ValueError, TypeError: an argument out of range or of the wrong type; the message says which.
 
     Source: Ioffe and Szegedy 2015, arXiv:1502.03167.
@@ -148,38 +141,30 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
             )
         if kwargs.get("renorm"):
             renorms.check(kwargs.get("renorm_clipping"), kwargs.get("renorm_momentum", 0.99))
-        axes = [_one_axis(one) for one in axis] if isinstance(axis, (list, tuple)) and len(axis) > 1 else axis
-        super().__init__(
-            _one_axis(axes[0] if axes is not axis else axis), 0.0 if momentum is None else momentum, *args, **kwargs
-        )
+        axes = [arguments.one_axis(one) for one in axis] if isinstance(axis, (list, tuple)) and len(axis) > 1 else axis
+        first = arguments.one_axis(axes[0] if axes is not axis else axis)
+        super().__init__(first, 0.0 if momentum is None else momentum, *args, **kwargs)
         if axes is not axis:
             self.axis = axes
-        if self.synchronized:
-            raise NotImplementedError("synchronized=True is not supported yet by bnfast.keras.BatchNormalization")
-        if not 0 <= self.momentum <= 1:
-            raise ValueError(f"momentum must be in [0, 1]. Received: {self.momentum}")
-        self.momentum = None if momentum is None else self.momentum
-        if not (self.epsilon >= 0 and math.isfinite(self.epsilon)):
-            raise ValueError(f"epsilon must be finite and >= 0. Received: {self.epsilon}")
-        if bridge not in native.BRIDGES:
-            raise ValueError(f"bridge must be one of {native.BRIDGES}. Received: {bridge!r}")
-        self.activation = activations.get(activation)
-        if virtual_batch_size is not None:
-            ghosts.check(virtual_batch_size, self._renorm is not None)
-        adjustments.check(adjustment, virtual_batch_size)
-        self.adjustment, self.virtual_batch_size = adjustment, virtual_batch_size
-        self.virtual_batch_grouping = str(
-            _checks.choice("virtual_batch_grouping", virtual_batch_grouping, ghosts.GROUPINGS)
+        arguments.check(self)
+        own = arguments.own(
+            correction=correction,
+            nan_policy=nan_policy,
+            update_statistics=update_statistics,
+            use_batch_statistics=use_batch_statistics,
+            trainable_affine=trainable_affine,
+            virtual_batch_size=virtual_batch_size,
+            virtual_batch_grouping=virtual_batch_grouping,
+            adjustment=adjustment,
+            bridge=bridge,
+            fused=fused,
+            renorm=self._renorm is not None,
+            synchronized=self.synchronized,
         )
-        if correction and self._renorm:
-            raise ValueError(f"correction must be 0 where renorm=True. Received: {correction}")
-        self.correction = _checks.bessel(correction)
-        self.nan_policy = str(_checks.choice("nan_policy", nan_policy, NAN_POLICIES))
-        self.update_statistics = _checks.boolean("update_statistics", update_statistics)
-        for name, value in (("use_batch_statistics", use_batch_statistics), ("fused", fused)):
-            setattr(self, name, None if value is None else _checks.boolean(name, value))
-        self.trainable_affine = _checks.boolean("trainable_affine", trainable_affine)
-        self.bridge = bridge
+        for name, value in own.items():
+            setattr(self, name, value)
+        self.momentum = None if momentum is None else self.momentum
+        self.activation = activations.get(activation)
         self.replaces = dict(replaces or {})
         self.supports_jit = False  # XLA has no kernel for either bridge
 
@@ -257,31 +242,16 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         beta = parameter(self.beta) if self.center and affine else None
         state = {name: parameter(getattr(self, name)) for name in self._statistics}
         fused = (self._fused if affine else None) or activations.Fused(None)
-        options = Options(axis, self.epsilon, *fused)
-
-        def run(trains: bool) -> tuple[tf.Tensor, dict[str, tf.Tensor]]:
-            of_batch = trains if self.use_batch_statistics is None else self.use_batch_statistics
-            moves = trains and self.update_statistics
-            adjusts, alone = trains and self.adjustment is not None, Options(axis, self.epsilon)
-            scale, shift, added, fusing = (None, None, None, alone) if adjusts else (gamma, beta, residual, options)
-            y, moved = None, state
-            if of_batch:
-                y, moved = training_step(x, scale, shift, state, weights, added, fusing, self._policy)
-            elif moves:
-                _, moved = training_step(tf.stop_gradient(x), None, None, state, weights, None, alone, self._policy)
-            if not of_batch:
-                moving = state["moving_mean"], state["moving_variance"]
-                y = inference.infer(x, scale, shift, *moving, fusing, added)
-            if adjusts:
-                y = adjustments.apply(y, drawn(), gamma, beta, residual, options)
-            return y, moved if moves else state
-
-        trains = self.trainable and _possible(training)
-        if trains and tf.is_tensor(training) and tf.get_static_value(training) is None:
-            y, moved = tf.cond(tf.cast(training, tf.bool), lambda: run(True), lambda: run(False))
-        else:
-            y, moved = run(trains)
-        if trains and self.update_statistics:
+        trains = freezing.trains(training, self.trainable)
+        y, moved = freezing.normalize(
+            Batch(x, gamma, beta, weights, residual),
+            state,
+            Options(axis, self.epsilon, *fused),
+            self._policy,
+            freezing.Switches(trains, self.use_batch_statistics, self.update_statistics),
+            None if self.adjustment is None else drawn,
+        )
+        if trains is not False and self.update_statistics:
             for name, value in moved.items():
                 variable = getattr(self, name)
                 variable.assign(tf.reshape(value, variable.shape))
@@ -307,7 +277,8 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
     def _policy(self) -> Policy:
         size = self.virtual_batch_size
         groups = None if size is None else ghosts.Ghosts(size, self.virtual_batch_grouping)
-        return Policy(self.momentum, self.correction, self.nan_policy, self._renorm, groups, self.bridge)
+        together = self.synchronized and synchronized.replicas() > 1
+        return Policy(self.momentum, self.correction, self.nan_policy, self._renorm, groups, self.bridge, together)
 
     @property
     def _fused(self) -> activations.Fused | None:
@@ -326,24 +297,6 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
             config["renorm_clipping"] = renorms.plain_clipping(config["renorm_clipping"])
         if self.adjustment is not None:
             _logger.warning("the adjustment of layer %s is left out of its config", self.name)
-        words = {name: getattr(self, name) for name in _OWN if getattr(self, name) != getattr(BatchNormalization, name)}
+        own = {name: getattr(self, name) for name in arguments.OWN}
+        words = {name: value for name, value in own.items() if value != getattr(BatchNormalization, name)}
         return {**config, **words, **({"replaces": dict(self.replaces)} if self.replaces else {})}
-
-
-def _one_axis(axis: Any) -> int:
-    """The axis as an int; Keras 2 and tf.keras configs hold a list of one."""
-    axes = axis if isinstance(axis, (list, tuple)) else [axis]
-    if len(axes) > 1:
-        raise NotImplementedError(f"several axes are not supported yet. Received: axis={axis}")
-    try:
-        return operator.index(axes[0])
-    except (IndexError, TypeError):
-        raise TypeError(f"axis must be an integer. Received: {axis!r}") from None
-
-
-def _possible(training: Any) -> bool:
-    """Whether this call trains, or may: a tensor whose value the graph will know may."""
-    if tf.is_tensor(training):
-        training = tf.get_static_value(training)
-        return training is None or bool(training)
-    return bool(training)

@@ -2,7 +2,7 @@
 
     status         -> (available, reason); loads bnfast/_tf.so at the first call, once a process, and never raises
     choose         which bridge a layer's `bridge` argument and the environment's BNFAST_BRIDGE come to
-    train, train_step   as in `bridge`
+    train, train_step, moments, gradient   as in `bridge`
 
 The kernels run inside TensorFlow's executor, without Python and the GIL, on the threads and scratch of bnfast._core.
 y may take x's buffer and dx that of dy or x, where TensorFlow holds it for nothing else. Their second and higher
@@ -164,6 +164,37 @@ def train_step(
     """bridge.train_step. The (C,) vectors have one dtype, float32 or float64."""
     vectors, words = (gamma, beta, moving_mean, moving_variance), {"correction": correction, "nan_policy": nan_policy}
     return _train(tf.convert_to_tensor(x), *vectors, mask, momentum, options, residual, **words)
+
+
+def gradient(
+    dy: tf.Tensor,
+    x: tf.Tensor,
+    mean: tf.Tensor,
+    invstd: tf.Tensor,
+    gamma: tf.Tensor,
+    beta: tf.Tensor,
+    dmean: tf.Tensor,
+    dvariance: tf.Tensor,
+    mask: tf.Tensor | None,
+    residual: tf.Tensor | None,
+    options: Options,
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor | None]:
+    """bridge.gradient."""
+    read = [] if residual is None or options.activation is None else [residual]
+    result = _load().ops.bnfast_grad(
+        dy=dy,
+        x=x,
+        saved=tf.stack([mean, invstd]),
+        gamma=[gamma],
+        beta=[beta],
+        mask=[] if mask is None else [_weights(mask, x, options.axis)],
+        residual=read,
+        parameter_type=tf.float64,
+        statistics=[dmean, dvariance],
+        **_attributes(options),
+    )
+    straight = None if residual is None else dy  # without an activation dresidual is dy
+    return result.dx, result.dgamma, result.dbeta, result.dresidual[0] if read else straight
 
 
 def _train(

@@ -22,7 +22,8 @@ from typing import Any
 import keras
 from keras.src import api_export
 
-from . import layer, native
+from . import arguments, freezing, layer, native
+from . import renorm as renorms
 
 KERAS: Any = layer.BatchNormalization.__base__  # whatever keras.layers names now
 API_NAME = "keras.layers.BatchNormalization"
@@ -68,7 +69,7 @@ class PatchedBatchNormalization(layer.BatchNormalization, metaclass=_LikeKeras):
     """What keras.layers.BatchNormalization is while the patch is on: Keras's arguments, Keras's config.
 
     It is saved under Keras's name, so files load where bnfast isn't installed. What bnfast's layer doesn't take
-    (renorm, synchronized, another backend) runs Keras's own code, and `entry.reason` says why.
+    (renorm with synchronized, another backend) runs Keras's own code, and `entry.reason` says why.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -90,7 +91,7 @@ class PatchedBatchNormalization(layer.BatchNormalization, metaclass=_LikeKeras):
     def call(self, inputs: Any, training: Any = None, mask: Any = None) -> Any:
         if self.entry.reason is not None:
             return KERAS.call(self, inputs, training=training, mask=mask)
-        if self.trainable and layer._possible(training):
+        if self.trainable and freezing.possible(training):
             self.entry.bridge = _bridge(self)
         return super().call(inputs, training=training, mask=mask)
 
@@ -99,6 +100,8 @@ class PatchedBatchNormalization(layer.BatchNormalization, metaclass=_LikeKeras):
 
     def get_config(self) -> dict[str, Any]:
         config: dict[str, Any] = KERAS.get_config(self)
+        if "renorm_clipping" in config:
+            config["renorm_clipping"] = renorms.plain_clipping(config["renorm_clipping"])
         return config
 
 
@@ -113,10 +116,11 @@ def _unsupported(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         return f"Keras runs on {keras.backend.backend()}"
     try:
         given = inspect.signature(KERAS.__init__).bind(None, *args, **kwargs).arguments
-        for word in ("renorm", "synchronized"):
-            if given.get(word):
-                return f"{word}=True"
-        layer._one_axis(given.get("axis", -1))
+        if given.get("renorm"):
+            if given.get("synchronized"):
+                return "renorm=True with synchronized=True"
+            renorms.check(given.get("renorm_clipping"), given.get("renorm_momentum", 0.99))
+        arguments.one_axis(given.get("axis", -1))
         if not 0 <= float(given.get("momentum", 0.99)) <= 1:
             return "momentum outside [0, 1]"
         epsilon = float(given.get("epsilon", 1e-3))
@@ -158,7 +162,7 @@ def patch() -> Patch:
             model = keras.applications.MobileNetV2(weights=None)
 
     Models built under the patch keep bnfast's layer after it; their files and configs name Keras's. Arguments that
-    bnfast's layer doesn't support (renorm=True, synchronized=True, a backend other than TensorFlow) give Keras's own
+    bnfast's layer doesn't support (renorm with synchronized, a backend other than TensorFlow) give Keras's own
     behaviour. Code compiled with `tf.function(jit_compile=True)` can't hold bnfast's layer: XLA has no kernel for it.
     """
     with _lock:

@@ -111,9 +111,8 @@ def why_native(layer: Any, shape: tuple[int | None, ...] | None, bridge: str = "
     kind = type(layer)
     if kind not in (KERAS, PatchedBatchNormalization):
         return f"{kind.__name__} is a class of its own: what it computes is not known"
-    for word in ("renorm", "synchronized"):
-        if getattr(layer, word, False):
-            return f"{word}=True is not supported yet"
+    if getattr(layer, "renorm", False) and layer.synchronized:
+        return "renorm=True with synchronized=True is not supported"
     if layer.dtype_policy.quantization_mode is not None:
         return "it is quantized"
     if not layer.built:

@@ -1,5 +1,6 @@
 """`to_native(model)`: the way back from `accelerate`, to a model of Keras's layers alone, which loads without bnfast.
 
+Layer, group and instance norms, which `accelerate` never makes, become Keras's too.
 A fused layer is taken apart again: batch norm, Add, activation, under the names that it stands for (its `replaces`).
 Of one written by hand, BatchNormalization(activation=...), the name stays with the batch norm, or with the activation
 where that is an output of the model, whose names stay; the other is called NAME_bn, NAME_add or NAME_activation.
@@ -16,14 +17,23 @@ from . import activation as activations
 from . import renorm
 from .accelerate import check
 from .compiled import carry_over
+from .group_norm import GroupNormalization, InstanceNormalization
 from .inplace import become, forget_functions
 from .layer_add import BatchNormalizationAdd
+from .layer_norm import LayerNormalization
 from .rebuild import Graph, Replacement, assign, clone, graphs, is_graph, layers, operations, paired, rebuild
 from .report import KERAS, OURS
 
+# Those without moving statistics, and Keras's class and words for them; nothing is ever fused into these.
+RELATIVES: dict[Any, tuple[Any, dict[str, Any]]] = {
+    LayerNormalization: (LayerNormalization.__bases__[0], {}),
+    GroupNormalization: (GroupNormalization.__bases__[0], {}),
+    InstanceNormalization: (GroupNormalization.__bases__[0], {"groups": -1}),
+}
+
 
 def to_native(model: Any, *, inplace: bool = False) -> Any:
-    """A model with the same weights, names and outputs and with Keras's own batch norms; export and convert this one.
+    """A model with the same weights, names and outputs and with Keras's own norms; export and convert this one.
 
     Args:
         model: a built Functional or Sequential model with layers of bnfast's. It is not changed.
@@ -38,7 +48,7 @@ def to_native(model: Any, *, inplace: bool = False) -> Any:
             or inside a layer of another kind, a batch norm has an activation or an Add fused into it.
     """
     check(model)
-    ours = [layer for layer in layers(model) if type(layer) in OURS]
+    ours = [layer for layer in layers(model) if _is_ours(layer)]
     if not ours:
         raise ValueError(f"model {model.name} has no layer of bnfast's: it is native as it is")
     if inplace:
@@ -73,7 +83,7 @@ def _copied(model: Any, ours: list[Any]) -> Any:
     for original in operations(model):
         if isinstance(original, keras.layers.Layer) and id(original) in copy.of:
             for inner in list(layers(copy.of[id(original)])):
-                if type(inner) in OURS:
+                if _is_ours(inner):
                     become(inner, _norm(inner, inner.name))
     variables = copy.variables(operations(model))
     variables.update((id(old), new) for old, new in pairs)
@@ -86,6 +96,10 @@ def _output_nodes(graph: Graph) -> list[Any]:
     return [node for node in nodes if node is not None]
 
 
+def _is_ours(layer: Any) -> bool:
+    return type(layer) in OURS or type(layer) in RELATIVES
+
+
 def _alone(layer: Any) -> None:
     if isinstance(layer, BatchNormalizationAdd) or not _linear(layer):
         raise ValueError(
@@ -94,11 +108,16 @@ def _alone(layer: Any) -> None:
 
 
 def _linear(layer: Any) -> bool:
+    if type(layer) in RELATIVES:
+        return True
     return activations.fuse(layer.activation, layer.compute_dtype) == activations.Fused(None)
 
 
 def _norm(layer: Any, name: str) -> Any:
     """Keras's layer for this one, unbuilt."""
+    if type(layer) in RELATIVES:
+        kind, words = RELATIVES[type(layer)]
+        return clone(layer, kind, name=name, **words)
     return clone(layer, KERAS, name=name, activation=..., bridge=..., replaces=...)
 
 

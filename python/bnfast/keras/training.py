@@ -25,6 +25,21 @@ State = dict[str, tf.Tensor]
 NAN_POLICIES = ("propagate", "skip_update")
 
 
+class Batch(NamedTuple):
+    """What a step normalizes, and with what: the first arguments of `step`, described there."""
+
+    x: tf.Tensor
+    gamma: tf.Tensor | None
+    beta: tf.Tensor | None
+    mask: tf.Tensor | None
+    residual: tf.Tensor | None
+
+    @property
+    def primal(self) -> dict[str, tf.Tensor]:
+        """Those that are there and get a gradient, by name."""
+        return {name: getattr(self, name) for name in formula.PRIMAL if getattr(self, name) is not None}
+
+
 class Policy(NamedTuple):
     """What a layer does in training beside normalizing. momentum None: the average of all batches, by count."""
 
@@ -34,6 +49,7 @@ class Policy(NamedTuple):
     renorm: renorms.Renorm | None = None
     ghosts: Ghosts | None = None  # not together with renorm
     bridge: str = "auto"
+    synchronized: bool = False  # more than one replica: `synchronized.step` stands for `step`
 
 
 def step(

@@ -1,0 +1,85 @@
+"""`bnfast.keras.GroupNormalization`: keras.layers.GroupNormalization, trained by bnfast's kernels.
+
+`InstanceNormalization` is that with a group of its own for each channel, as TensorFlow Addons had it. Everything goes
+through `norms`, but for integers, which are left to Keras's own code.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from . import norms
+
+
+@keras.saving.register_keras_serializable(package="bnfast")
+class GroupNormalization(keras.layers.GroupNormalization):  # type: ignore[misc]
+    """Group normalization with the arguments, weights and results of `keras.layers.GroupNormalization`.
+
+    The channels along `axis` are cut into `groups` slices, one after the other. With mean and variance over each
+    sample's slice, all other axes included, and gamma and beta of shape (C,):
+
+        y = gamma*(x - mean)/sqrt(variance + epsilon) + beta
+
+    The same formula holds in inference, so `training` chooses no result, only the way: with training=True, as in fit,
+    from 256 KiB of x on the kernels, a Python callback each way; else TensorFlow's own ops. (A batch of unknown size
+    counts as 32.) Second-order gradients are exact, which Keras's aren't: tf.nn.moments leaves out a term.
+    Integers, computed as Keras does, are left to Keras's code. XLA can't run the callbacks: supports_jit is False.
+
+    Args: all of Keras's: groups (-1: as many as channels), axis, epsilon, center, scale, initializers, regularizers,
+        constraints, dtype, name ...
+
+    Call arguments:
+        inputs: a tensor of any rank from 2 on; axis 0 is the samples'.
+        training: None, True, False or a boolean tensor.
+
+    Raises:
+        RuntimeError: Keras runs on a backend other than TensorFlow.
+        ValueError, TypeError: epsilon is negative or not finite; and all that Keras's layer raises.
+
+    Source: Wu and He 2018, arXiv:1803.08494.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        norms.check(self)
+
+    def call(self, inputs: Any, training: Any = None) -> Any:
+        axis = self.axis % len(inputs.shape)
+        if axis == 0 or not norms.takes(inputs):  # what Keras makes of axis=0 is its own matter
+            return super().call(inputs)
+        y = norms.normalize(inputs, self.gamma, self.beta, norms.Norm((axis,), self.groups, self.epsilon), training)
+        return tf.cast(y, self.compute_dtype)
+
+
+@keras.saving.register_keras_serializable(package="bnfast")
+class InstanceNormalization(GroupNormalization):
+    """Instance normalization: mean and variance of each channel of each sample on its own, over all other axes.
+
+        y = gamma*(x - mean)/sqrt(variance + epsilon) + beta
+
+    That is `bnfast.keras.GroupNormalization` with groups = C, whose remarks hold here too.
+
+    Args: those of TensorFlow Addons' layer of this name: axis, epsilon, center, scale, beta_initializer,
+        gamma_initializer, beta_regularizer, gamma_regularizer, beta_constraint, gamma_constraint, and those of any
+        layer: dtype, name ... The `groups` in a config of Addons' layer is dropped.
+
+    Call arguments, errors: those of GroupNormalization.
+
+    Source: Ulyanov, Vedaldi and Lempitsky 2016, arXiv:1607.08022.
+    """
+
+    def __init__(self, axis: int = -1, epsilon: float = 1e-3, *args: Any, **kwargs: Any) -> None:
+        if "groups" in kwargs:
+            raise TypeError(f"InstanceNormalization takes no groups: it has C of them. Received: {kwargs['groups']!r}")
+        super().__init__(-1, axis, epsilon, *args, **kwargs)
+
+    def get_config(self) -> dict[str, Any]:
+        return {name: value for name, value in super().get_config().items() if name != "groups"}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> InstanceNormalization:
+        kept = {name: value for name, value in config.items() if name != "groups"}
+        return super().from_config(kept)  # type: ignore[no-any-return]
