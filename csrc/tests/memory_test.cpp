@@ -117,7 +117,7 @@ TEST_CASE("above the limit what was kept longest goes first") {
     for (void* block : {now[0], now[1], old[3]}) release_block(block);
 }
 
-TEST_CASE("sizes that are asked for no more make room: all stays within 5/4 of what was in use at one time") {
+TEST_CASE("sizes that are asked for no more make room: all stays within twice what was in use at one time") {
     const FreshPool pool;
     for (std::size_t megabytes = 8; megabytes < 13; ++megabytes) {
         std::vector<void*> blocks;
@@ -125,7 +125,7 @@ TEST_CASE("sizes that are asked for no more make room: all stays within 5/4 of w
         for (void* block : blocks) release_block(block);
         const std::int64_t held = memory_statistics().held_bytes;
         CHECK(held >= std::int64_t(4 * megabytes << 20));
-        CHECK(held <= std::int64_t(5 * megabytes << 20));
+        CHECK(held <= std::int64_t(8 * megabytes << 20));
     }
     const std::int64_t fresh = memory_statistics().fresh;
     release_block(acquire_block(12 << 20));

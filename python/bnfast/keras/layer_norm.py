@@ -22,7 +22,7 @@ class LayerNormalization(keras.layers.LayerNormalization):  # type: ignore[misc]
         y = gamma*(x - mean)/sqrt(variance + epsilon) + beta
 
     The same formula holds in inference, so `training` chooses no result, only the way: with training=True, as in fit,
-    from 256 KiB of x on the kernels, a Python callback each way; else TensorFlow's own ops. (A batch of unknown size
+    from 1 MiB of x on the kernels, a Python callback each way; else TensorFlow's own ops. (A batch of unknown size
     counts as 32.) Second-order gradients are exact, which Keras's aren't: tf.nn.moments leaves out a term.
     Integers, computed as Keras does, and rms_scaling=True are left to Keras's code. XLA can't run the callbacks:
     supports_jit is False.

@@ -57,7 +57,7 @@ def normalize(x: Any, gamma: Any, beta: Any, norm: Norm, training: Any) -> tf.Te
     for name, variable in (("gamma", gamma), ("beta", beta)):
         if variable is not None:  # custom_gradient takes no None, and treats variables apart
             primal[name] = tf.reshape(tf.cast(tf.convert_to_tensor(variable), dtype), extents)
-    if not _possible(training) or _small(x):
+    if not _possible(training) or _small(x, norm):
         return formula.normalize(**{"gamma": None, "beta": None, **primal}, norm=norm)
 
     def op(*values: tf.Tensor) -> Any:
@@ -78,16 +78,17 @@ def _possible(training: Any) -> bool:
     return bool(training)
 
 
-def _small(x: tf.Tensor) -> bool:
-    """Whether a callback each way costs more than it gains: as with batch norm, by the size that `report` names.
+def _small(x: tf.Tensor, norm: Norm) -> bool:
+    """Whether a callback each way costs more than it gains: by the size that `report` names, a layer norm by four.
 
-    Both ways in a graph, in Keras's time: a layer norm of 128 KiB 1.7, 256 KiB 1.3, 2 MiB 0.6, 12 MiB 0.23; a group
-    norm of 256 KiB 0.94, 1 MiB 0.53, 12 MiB 0.14. A batch of unknown size counts as in `report`, any other unknown
+    Both ways in a graph, in Keras's time: a layer norm of 256 KiB 1.3, 1 MiB 0.8, 2 MiB 0.6, 12 MiB 0.23; a group norm
+    of 256 KiB 0.94, 1 MiB 0.53, 12 MiB 0.14. A batch of unknown size counts as in `report`, any other unknown
     extent as large.
     """
     batch, *others = x.shape
     size = x.dtype.size * (USUAL_BATCH if batch is None else batch)
-    return 0 in others or (None not in others and size * math.prod(others) < SMALL_BYTES)
+    least = SMALL_BYTES if norm.groups else 4 * SMALL_BYTES
+    return 0 in others or (None not in others and size * math.prod(others) < least)
 
 
 def _gradient(given: dict[str, tf.Tensor], saved: dict[str, tf.Tensor], norm: Norm) -> Any:
