@@ -15,7 +15,7 @@ pytest.importorskip("tensorflow")
 import tensorflow as tf
 from bnfast import functional
 from bnfast.keras import BatchNormalization, bridge, formula, host
-from bnfast.keras.bridge import Options
+from bnfast.keras.bridge import Batch, Options
 
 pytestmark = pytest.mark.usefixtures("each_bridge")
 
@@ -93,7 +93,7 @@ def test_no_input_is_written(dtype: str, graph: bool, rng: np.random.Generator) 
         gamma, beta, mean, variance = (variable.value() for variable in statistics)
         with tf.GradientTape() as tape:
             tape.watch([x, gamma, beta])
-            y, new_mean, new_variance = bridge.train_step(x, gamma, beta, mean, variance, None, 0.9, Options())
+            y, new_mean, new_variance = bridge.train_step(Batch(x, gamma, beta), (mean, variance), 0.9, Options())
         return new_mean, new_variance, tape.gradient(y, [x, gamma, beta], output_gradients=dy)
 
     new_mean, new_variance, _ = (tf.function(run) if graph else run)()
@@ -231,7 +231,8 @@ def test_formula_equals_the_kernels(dtype: str, rng: np.random.Generator) -> Non
     x, mask = tf.cast(values, dtype), tf.constant(mask)
     parameters = [tf.constant(rng.uniform(0.5, 2, 4)) for _ in range(4)]
     options = Options(activation="relu6")
-    ours = bridge.train_step(x, *parameters, mask, 0.9, options)
+    given = Batch(x, *parameters[:2], mask), tuple(parameters[2:]), 0.9, options
+    ours = bridge.train_step(*given)
     tolerance = {"float32": 2e-6, "float64": 1e-13, "float16": 2e-3}[dtype]
-    for actual, wanted in zip(formula.train_step(x, *parameters, mask, 0.9, options), ours, strict=True):
+    for actual, wanted in zip(formula.train_step(*given), ours, strict=True):
         np.testing.assert_allclose(actual, wanted, rtol=tolerance, atol=tolerance)

@@ -10,7 +10,7 @@ pytest.importorskip("tensorflow")
 import keras
 import tensorflow as tf
 from bnfast.keras import BatchNormalizationAdd, bridge, formula
-from bnfast.keras.formula import Options
+from bnfast.keras.formula import Batch, Options
 
 pytestmark = pytest.mark.usefixtures("each_bridge")
 
@@ -96,7 +96,7 @@ def test_second_order(activation: Any, rng: np.random.Generator) -> None:
             outer.watch([x, gamma, residual])
             with tf.GradientTape() as inner:
                 inner.watch([x, residual])
-                y = step(x, gamma, beta, zeros, ones, None, 0.9, options, residual)[0]
+                y = step(Batch(x, gamma, beta, residual=residual), (zeros, ones), 0.9, options)[0]
                 loss = tf.reduce_sum(y**3)
             squares = [tf.reduce_sum(g**2) for g in inner.gradient(loss, [x, residual])]
             total = tf.add_n(squares)

@@ -17,7 +17,7 @@ import bnfast
 import tensorflow as tf
 from bnfast import _core, _tf_library
 from bnfast.keras import BatchNormalization, bridge, native
-from bnfast.keras.bridge import Options
+from bnfast.keras.bridge import Batch, Options
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the op is built on Linux alone")
 
@@ -89,7 +89,8 @@ def test_both_bridges_give_the_same_bits(axis: int, dtype: str, rng: np.random.G
                     with tf.GradientTape() as tape:
                         tape.watch(sources)
                         options = Options(axis, 1e-2, activation, 0.3)
-                        y, *moving = bridge.train_step(x, *vectors, weights, 0.9, options, **given, bridge=name)
+                        batch = Batch(x, *vectors[:2], weights, **given)
+                        y, *moving = bridge.train_step(batch, tuple(vectors[2:]), 0.9, options, name)
                     return [y, *moving, *tape.gradient(y, sources, output_gradients=dy)]
 
                 results = [tf.function(run)("native"), run("native"), run("numpy_function")]
@@ -103,9 +104,8 @@ def test_scalars_keep_all_their_digits(rng: np.random.Generator) -> None:
     x = rng.normal(size=(50, 2)) * 1e-3
     mean, variance = np.zeros(2), np.ones(2)
     options = Options(-1, 1 / 3, "leaky_relu", 1 / 7)
-    y, new_mean, new_variance = bridge.train_step(
-        tf.constant(x), None, None, tf.constant(mean), tf.constant(variance), None, 1 - 1e-12, options
-    )
+    moving = tf.constant(mean), tf.constant(variance)
+    y, new_mean, new_variance = bridge.train_step(Batch(tf.constant(x)), moving, 1 - 1e-12, options)
     wanted = bnfast.batch_norm_train(
         x, None, None, mean, variance, momentum=1 - 1e-12, epsilon=1 / 3, activation="leaky_relu", negative_slope=1 / 7
     )
@@ -124,7 +124,7 @@ def test_a_gradient_takes_the_buffer_of_the_one_it_replaces() -> None:
         x = v * 2.0
         with tf.GradientTape() as tape:
             tape.watch(x)
-            y, _, _ = bridge.train_step(x, None, None, tf.zeros(64), tf.ones(64), None, 0.9, options)
+            y, _, _ = bridge.train_step(Batch(x), (tf.zeros(64), tf.ones(64)), 0.9, options)
         with tf.control_dependencies([y]):
             dy = w + 1.0
         at = pointer(dy)
@@ -137,7 +137,7 @@ def test_a_gradient_takes_the_buffer_of_the_one_it_replaces() -> None:
         x = v * 2.0
         at = pointer(x)
         with tf.control_dependencies([at]):
-            y = bridge.train_step(tf.identity(x), None, None, tf.zeros(64), tf.ones(64), None, 0.9, options)[0]
+            y = bridge.train_step(Batch(tf.identity(x)), (tf.zeros(64), tf.ones(64)), 0.9, options)[0]
         return at, pointer(y), y
 
     v, w = tf.random.normal(SHAPE, seed=1), tf.random.normal(SHAPE, seed=2)

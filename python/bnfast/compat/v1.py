@@ -21,7 +21,7 @@ from ..keras import adjustment as adjustments
 from ..keras import ghosts, inference
 from ..keras import renorm as renorms
 from ..keras.axes import Axes
-from ..keras.formula import Options
+from ..keras.formula import Batch, Options
 from ..keras.training import Policy, parameter
 from ..keras.training import step as training_step
 
@@ -168,7 +168,7 @@ def _normalize(
     def train() -> list[tf.Tensor]:
         adjusts = adjustment is not None
         vectors = (None, None) if adjusts else (gamma, beta)
-        y, moved = training_step(merge(x), *vectors, state, None, None, options, policy)
+        y, moved = training_step(Batch(merge(x), *vectors), state, options, policy)
         if adjustment is not None:
             drawn = [merge(tf.broadcast_to(tensor, tf.shape(x))) for tensor in adjustments.draw(adjustment, x)]
             y = adjustments.apply(y, (drawn[0], drawn[1]), gamma, beta, None, options)

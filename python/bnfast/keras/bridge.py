@@ -23,9 +23,9 @@ import tensorflow as tf
 
 from .. import functional
 from . import formula, host, native
-from .formula import Options
+from .formula import Batch, Options
 
-__all__ = ["Options", "gradient", "moments", "train", "train_step"]
+__all__ = ["Batch", "Options", "gradient", "moments", "train", "train_step"]
 
 _DEFAULT = Options()
 
@@ -51,31 +51,24 @@ def train(
 
 
 def train_step(
-    x: tf.Tensor,
-    gamma: tf.Tensor | None,
-    beta: tf.Tensor | None,
-    moving_mean: tf.Tensor,
-    moving_variance: tf.Tensor,
-    mask: tf.Tensor | None,
+    batch: Batch,
+    moving: tuple[tf.Tensor, tf.Tensor],
     momentum: float,
     options: Options,
-    residual: tf.Tensor | None = None,
     bridge: str = "auto",
     *,
     correction: int = 0,
     nan_policy: str = "propagate",
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """(y, moving_mean, moving_variance), the latter two updated by the kernel and without a gradient.
+    """(y, moving mean, moving variance), the latter two updated by the kernel and without a gradient.
 
-    residual, of x's shape and dtype, is added before the activation. nan_policy: "propagate" or "skip_update".
+    moving: mean and variance so far. nan_policy: "propagate" or "skip_update".
     """
     words: dict[str, Any] = {"correction": correction, "nan_policy": nan_policy}
     if native.choose(bridge) == "native":
-        vectors = gamma, beta, moving_mean, moving_variance
-        return native.train_step(x, *vectors, mask, momentum, options, residual, **words)
-    constants = _given(mask=mask, moving_mean=moving_mean, moving_variance=moving_variance)
-    primal = _given(x=x, gamma=gamma, beta=beta, residual=residual)
-    return _train(primal, constants, options, {"momentum": momentum, **words})
+        return native.train_step(batch, moving, momentum, options, **words)
+    constants = _given(mask=batch.mask, moving_mean=moving[0], moving_variance=moving[1])
+    return _train(_given(**batch.primal), constants, options, {"momentum": momentum, **words})
 
 
 def moments(

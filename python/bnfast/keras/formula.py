@@ -29,6 +29,26 @@ class Options(NamedTuple):
     negative_slope: float = 0.2
 
 
+class Batch(NamedTuple):
+    """What a training step normalizes, and with what; absent ones are None.
+
+    x is float32, float64, float16 or bfloat16; gamma and beta are (C,), float32 or float64. mask has x's rank and
+    weighs the statistics; the kernels take one of extent 1 on the channel axis. residual is of x's shape and dtype
+    and is added before the activation.
+    """
+
+    x: tf.Tensor
+    gamma: tf.Tensor | None = None
+    beta: tf.Tensor | None = None
+    mask: tf.Tensor | None = None
+    residual: tf.Tensor | None = None
+
+    @property
+    def primal(self) -> dict[str, tf.Tensor]:
+        """Those that are there and get a gradient, by name."""
+        return {name: getattr(self, name) for name in PRIMAL if getattr(self, name) is not None}
+
+
 def activate(y: tf.Tensor, options: Options) -> tf.Tensor:
     """The fused activation as a TensorFlow op."""
     if options.activation is None:
@@ -89,31 +109,26 @@ def train(
 
 
 def train_step(
-    x: tf.Tensor,
-    gamma: tf.Tensor | None,
-    beta: tf.Tensor | None,
-    moving_mean: tf.Tensor,
-    moving_variance: tf.Tensor,
-    mask: tf.Tensor | None,
+    batch: Batch,
+    moving: tuple[tf.Tensor, tf.Tensor],
     momentum: float,
     options: Options,
-    residual: tf.Tensor | None = None,
     *,
     correction: int = 0,
     nan_policy: str = "propagate",
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """bridge.train_step on plain ops, for any mask that broadcasts to x. Channels with W = 0 keep their statistics."""
-    y, mean, variance, total = train(x, gamma, beta, mask, options, residual)
+    y, mean, variance, total = train(batch.x, batch.gamma, batch.beta, batch.mask, options, batch.residual)
     moves = total > 0
     if nan_policy == "skip_update":
         moves &= tf.math.is_finite(mean) & tf.math.is_finite(variance)
     if correction:
         variance *= tf.where(total > 1, total / tf.maximum(total - 1, 1e-300), 1)
 
-    def update(moving: tf.Tensor, batch: tf.Tensor) -> tf.Tensor:
-        return tf.where(moves, moving * momentum + tf.cast(batch, moving.dtype) * (1 - momentum), moving)
+    def update(old: tf.Tensor, new: tf.Tensor) -> tf.Tensor:
+        return tf.where(moves, old * momentum + tf.cast(new, old.dtype) * (1 - momentum), old)
 
-    return y, update(moving_mean, mean), update(moving_variance, variance)
+    return y, update(moving[0], mean), update(moving[1], variance)
 
 
 def derivative_of_gradient(

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from . import adjustment, inference, synchronized
-from .formula import Options
-from .training import Batch, Policy, State, step
+from .formula import Batch, Options
+from .training import Policy, State, step
 
 
 class Switches(NamedTuple):
@@ -72,13 +72,13 @@ def normalize(
 def _run(
     batch: Batch, state: State, options: Options, policy: Policy, of_batch: bool, moves: bool
 ) -> tuple[tf.Tensor, State]:
-    x, gamma, beta, mask, residual = batch
     moved = state
     if of_batch:
-        y, moved = step(x, gamma, beta, state, mask, residual, options, policy)
+        y, moved = step(batch, state, options, policy)
     else:
+        x, gamma, beta, mask, residual = batch
         if moves:
             plain = options._replace(activation=None)
-            _, moved = step(tf.stop_gradient(x), None, None, state, mask, None, plain, policy)
+            _, moved = step(Batch(tf.stop_gradient(x), mask=mask), state, plain, policy)
         y = inference.infer(x, gamma, beta, state["moving_mean"], state["moving_variance"], options, residual)
     return y, moved if moves else state

@@ -20,8 +20,8 @@ from . import adjustment as adjustments
 from . import arguments, freezing, ghosts, synchronized
 from . import renorm as renorms
 from .axes import Axes, mask_along
-from .formula import Options
-from .training import Batch, Policy, parameter
+from .formula import Batch, Options
+from .training import Policy, parameter
 
 _logger = logging.getLogger("bnfast")
 _VECTORS = ("gamma", "beta", "moving_mean", "moving_variance")

@@ -24,7 +24,7 @@ import tensorflow as tf
 
 from .. import _core, _tf_library
 from . import formula
-from .formula import Options
+from .formula import Batch, Options
 
 BRIDGES = _tf_library.BRIDGES
 
@@ -134,7 +134,7 @@ def train(
     channels = x.shape[options.axis] or tf.shape(x)[options.axis]
     zeros = tf.zeros([channels], tf.float64)
     gamma, beta = (None if vector is None else tf.cast(vector, tf.float64) for vector in (gamma, beta))
-    y, mean, variance = _train(x, gamma, beta, zeros, zeros, mask, 0.0, options, statistics_gradient=True)
+    y, mean, variance = train_step(Batch(x, gamma, beta, mask), (zeros, zeros), 0.0, options, statistics_gradient=True)
     dtype = formula.compute_dtype(x)
     return y, tf.cast(mean, dtype), tf.cast(variance, dtype)
 
@@ -144,26 +144,8 @@ def moments(x: tf.Tensor, mask: tf.Tensor | None, options: Options) -> tuple[tf.
     x = tf.stop_gradient(x)
     zeros = tf.zeros([x.shape[options.axis] or tf.shape(x)[options.axis]], tf.float64)
     plain = Options(options.axis, options.epsilon)
-    _, mean, variance = _train(x, None, None, zeros, zeros, mask, 0.0, plain)
+    _, mean, variance = train_step(Batch(x, mask=mask), (zeros, zeros), 0.0, plain)
     return mean, variance
-
-
-def train_step(
-    x: tf.Tensor,
-    gamma: tf.Tensor | None,
-    beta: tf.Tensor | None,
-    moving_mean: tf.Tensor,
-    moving_variance: tf.Tensor,
-    mask: tf.Tensor | None,
-    momentum: float,
-    options: Options,
-    residual: tf.Tensor | None = None,
-    correction: int = 0,
-    nan_policy: str = "propagate",
-) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """bridge.train_step. The (C,) vectors have one dtype, float32 or float64."""
-    vectors, words = (gamma, beta, moving_mean, moving_variance), {"correction": correction, "nan_policy": nan_policy}
-    return _train(tf.convert_to_tensor(x), *vectors, mask, momentum, options, residual, **words)
 
 
 def gradient(
@@ -197,22 +179,16 @@ def gradient(
     return result.dx, result.dgamma, result.dbeta, result.dresidual[0] if read else straight
 
 
-def _train(
-    x: tf.Tensor,
-    gamma: tf.Tensor | None,
-    beta: tf.Tensor | None,
-    moving_mean: tf.Tensor,
-    moving_variance: tf.Tensor,
-    mask: tf.Tensor | None,
-    momentum: float,
-    options: Options,
-    residual: tf.Tensor | None = None,
-    **attributes: Any,
+def train_step(
+    batch: Batch, moving: tuple[tf.Tensor, tf.Tensor], momentum: float, options: Options, **attributes: Any
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """bridge.train_step; attributes: the op's others. The (C,) vectors have one dtype, float32 or float64."""
+    x, gamma, beta, mask, residual = batch
+    x = tf.convert_to_tensor(x)
     y, mean, variance, _ = _load().ops.bnfast_train(
         x=x,
-        moving_mean=moving_mean,
-        moving_variance=moving_variance,
+        moving_mean=moving[0],
+        moving_variance=moving[1],
         gamma=[] if gamma is None else [gamma],
         beta=[] if beta is None else [beta],
         mask=[] if mask is None else [_weights(mask, x, options.axis)],

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from . import bridge, formula, inference
-from .formula import Options
-from .training import Batch, Policy, State
+from .formula import Batch, Options
+from .training import Policy, State
 
 
 class Moments(NamedTuple):
@@ -136,8 +136,8 @@ def _normalize(
 
         def by_kernels() -> tf.Tensor:
             r, d = tf.sqrt(own.variance + options.epsilon) * invstd, (own.mean - mean) * invstd
-            vectors = gamma * r, beta + gamma * d, zeros, zeros
-            return bridge.train_step(given.x, *vectors, given.mask, 0.0, options, given.residual, way)[0]
+            corrected = given._replace(gamma=gamma * r, beta=beta + gamma * d)
+            return bridge.train_step(corrected, (zeros, zeros), 0.0, options, way)[0]
 
         def frozen() -> tf.Tensor:
             return inference.infer(given.x, gamma, beta, mean, used.variance, options, given.residual)

@@ -1,6 +1,6 @@
 """One training step of the Keras layer: the batch's y, and the layer's statistics after it.
 
-    step    x, gamma, beta, state -> y, state
+    step    batch, state -> y, state
 
 What a layer adds to batch norm is put between reduce, fold and apply here, with TensorFlow ops on (C,) vectors; every
 pass over x is one of `bridge`'s. Passes beyond those of plain training (one or two reads and a write): renorm reads x
@@ -18,26 +18,11 @@ import tensorflow as tf
 
 from . import bridge, formula
 from . import renorm as renorms
-from .formula import Options
+from .formula import Batch, Options
 from .ghosts import Ghosts
 
 State = dict[str, tf.Tensor]
 NAN_POLICIES = ("propagate", "skip_update")
-
-
-class Batch(NamedTuple):
-    """What a step normalizes, and with what: the first arguments of `step`, described there."""
-
-    x: tf.Tensor
-    gamma: tf.Tensor | None
-    beta: tf.Tensor | None
-    mask: tf.Tensor | None
-    residual: tf.Tensor | None
-
-    @property
-    def primal(self) -> dict[str, tf.Tensor]:
-        """Those that are there and get a gradient, by name."""
-        return {name: getattr(self, name) for name in formula.PRIMAL if getattr(self, name) is not None}
 
 
 class Policy(NamedTuple):
@@ -52,17 +37,9 @@ class Policy(NamedTuple):
     synchronized: bool = False  # more than one replica: `synchronized.step` stands for `step`
 
 
-def step(
-    x: tf.Tensor,
-    gamma: tf.Tensor | None,
-    beta: tf.Tensor | None,
-    state: Mapping[str, tf.Tensor],
-    mask: tf.Tensor | None,
-    residual: tf.Tensor | None,
-    options: Options,
-    policy: Policy,
-) -> tuple[tf.Tensor, State]:
-    """y in x's shape and dtype, and the new state. mask: of x's rank, any that broadcasts to x."""
+def step(batch: Batch, state: Mapping[str, tf.Tensor], options: Options, policy: Policy) -> tuple[tf.Tensor, State]:
+    """y in x's shape and dtype, and the new state. batch.mask: of x's rank, any that broadcasts to x."""
+    x, mask = batch.x, batch.mask
     momentum, moved = policy.momentum, dict(state)
     if momentum is None:
         present = _present(x, mask)
@@ -71,17 +48,18 @@ def step(
         moved["batches"] += tf.cast(present, moved["batches"].dtype)
     if policy.renorm is not None:
         mean, variance, valid = _moments(x, mask, options, policy)
-        gamma, beta = renorms.compose(mean, variance, state, gamma, beta, options.epsilon, policy.renorm)
+        affine = renorms.compose(mean, variance, state, batch.gamma, batch.beta, options.epsilon, policy.renorm)
+        batch = batch._replace(gamma=affine[0], beta=affine[1])
         moved |= renorms.update(mean, variance, valid, state, momentum, options.epsilon, policy.renorm)
     if policy.ghosts is not None:
-        y, means, variances, valid = _ghosts(x, gamma, beta, mask, residual, options, policy, policy.ghosts)
-        for name, batch in (("moving_mean", means), ("moving_variance", variances)):
-            wide = tf.cast(state[name], tf.float64) * momentum + batch * (1 - momentum)
+        y, means, variances, valid = _ghosts(batch, options, policy, policy.ghosts)
+        for name, statistic in (("moving_mean", means), ("moving_variance", variances)):
+            wide = tf.cast(state[name], tf.float64) * momentum + statistic * (1 - momentum)
             moved[name] = tf.where(valid, tf.cast(wide, state[name].dtype), state[name])
         return y, moved
     # bnfast's TensorFlow op has its momentum as an attribute: a tensor can't be one
     fixed = 0.0 if policy.momentum is None else policy.momentum
-    given = (x, gamma, beta, state["moving_mean"], state["moving_variance"], mask, fixed, options, residual)
+    given = (batch, (state["moving_mean"], state["moving_variance"]), fixed, options)
     words: dict[str, Any] = {"correction": policy.correction, "nan_policy": policy.nan_policy}
     if _by_channel(mask, options):
         y, *moving = formula.train_step(*given, **words)
@@ -94,33 +72,25 @@ def step(
 
 
 def _ghosts(
-    x: tf.Tensor,
-    gamma: tf.Tensor | None,
-    beta: tf.Tensor | None,
-    mask: tf.Tensor | None,
-    residual: tf.Tensor | None,
-    options: Options,
-    policy: Policy,
-    ghosts: Ghosts,
+    batch: Batch, options: Options, policy: Policy, ghosts: Ghosts
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
     """y, the ghosts' mean statistics (those of tf.keras 2: no ghost counts more than another), whether they are valid.
 
     A mask differs between ghosts, so it makes weights of their own for each channel, which run on TensorFlow's ops.
     """
-    axis = options.axis % x.shape.rank
+    x, axis = batch.x, options.axis % batch.x.shape.rank
     count, channels = ghosts.count(x), x.shape[axis]
-    options = options._replace(axis=axis)
-    gamma, beta = (None if v is None else tf.tile(tf.cast(v, tf.float64), [count]) for v in (gamma, beta))
+    gamma, beta = (None if v is None else tf.tile(tf.cast(v, tf.float64), [count]) for v in (batch.gamma, batch.beta))
+    mask = None if batch.mask is None else tf.broadcast_to(batch.mask, tf.shape(x))
+    tensors = (None if tensor is None else ghosts.merge(tensor, axis, count) for tensor in (x, mask, batch.residual))
+    x_of_ghosts, mask, residual = tensors
     zeros = tf.zeros([count * channels], tf.float64)
-    residual = None if residual is None else ghosts.merge(residual, axis, count)
+    given = (Batch(x_of_ghosts, gamma, beta, mask, residual), (zeros, zeros), 0.0, options._replace(axis=axis))
     words: dict[str, Any] = {"correction": policy.correction}
     if mask is None:
-        given = (ghosts.merge(x, axis, count), gamma, beta, zeros, zeros, None, 0.0, options, residual)
         y, *statistics = bridge.train_step(*given, policy.bridge, **words)
         weights = tf.ones([count, 1], tf.float64)
     else:
-        mask = ghosts.merge(tf.broadcast_to(mask, tf.shape(x)), axis, count)
-        given = (ghosts.merge(x, axis, count), gamma, beta, zeros, zeros, mask, 0.0, options, residual)
         y, *statistics = formula.train_step(*given, **words)
         present = tf.reduce_any(mask, [i for i in range(x.shape.rank) if i != axis])
         weights = tf.cast(tf.reshape(present, [count, channels]), tf.float64)
