@@ -8,44 +8,50 @@ namespace {
 
 using std::int64_t;
 
-void require(bool fine, const std::string& message) {
-    if (!fine) throw std::invalid_argument(message);
+const char* text(const char* words) { return words; }
+template <class Number> std::string text(Number n) { return std::to_string(n); }
+
+template <class... Parts> [[noreturn, gnu::noinline, gnu::cold]] void refuse(Parts... parts) {
+    std::string message;
+    (message.append(text(parts)), ...);
+    throw std::invalid_argument(message);
+}
+
+// The message is put together only where it is needed: in every call it took half the time of an (8, 32) training step.
+template <class... Parts> void require(bool fine, Parts... parts) {
+    if (!fine) refuse(parts...);
 }
 
 void check_tensor(const void* data, Shape s, DType dtype, const char* name) {
-    require(s.N >= 0 && s.C >= 0 && s.S >= 0, "shape must have extents >= 0. Received: (" + std::to_string(s.N) + ", " +
-                                                  std::to_string(s.C) + ", " + std::to_string(s.S) + ")");
-    require(int(dtype) >= 0 && int(dtype) <= 3, "dtype must be one of DType's. Received: " + std::to_string(int(dtype)));
+    require(s.N >= 0 && s.C >= 0 && s.S >= 0, "shape must have extents >= 0. Received: (", s.N, ", ", s.C, ", ", s.S,
+            ")");
+    require(int(dtype) >= 0 && int(dtype) <= 3, "dtype must be one of DType's. Received: ", int(dtype));
     const int64_t most = std::numeric_limits<int64_t>::max() / 16;
     require(s.C == 0 || s.N == 0 || s.S <= most / s.C / s.N, "shape must have fewer than 2^59 values");
-    require(data || s.size() == 0, std::string(name) + " must not be null");
+    require(data || s.size() == 0, name, " must not be null");
 }
 
 void check_tensor(const void* data, GroupShape s, DType dtype, const char* name) {
-    require(s.A == 1 || s.S == 1, "shape must have A = 1 or S = 1. Received: A = " + std::to_string(s.A) +
-                                      ", S = " + std::to_string(s.S));
-    require(s.G >= 1 && s.C % s.G == 0, "G must divide C = " + std::to_string(s.C) + ". Received: " +
-                                            std::to_string(s.G));
-    require(s.A >= 0 && s.N >= 0, "shape must have extents >= 0. Received: N = " + std::to_string(s.N) +
-                                      ", A = " + std::to_string(s.A));
+    require(s.A == 1 || s.S == 1, "shape must have A = 1 or S = 1. Received: A = ", s.A, ", S = ", s.S);
+    require(s.G >= 1 && s.C % s.G == 0, "G must divide C = ", s.C, ". Received: ", s.G);
+    require(s.A >= 0 && s.N >= 0, "shape must have extents >= 0. Received: N = ", s.N, ", A = ", s.A);
     check_tensor(data, Shape{s.N, s.C, s.A == 1 ? s.S : s.A}, dtype, name);
 }
 
 void check_vector(const ConstVector& v, const char* name) {
-    require(!v.data || v.dtype == DType::float32 || v.dtype == DType::float64,
-            std::string(name) + " must be float32 or float64. Received: DType " + std::to_string(int(v.dtype)));
+    require(!v.data || v.dtype == DType::float32 || v.dtype == DType::float64, name,
+            " must be float32 or float64. Received: DType ", int(v.dtype));
 }
 void check_vector(const Vector& v, const char* name) { check_vector(ConstVector{v.data, v.dtype}, name); }
 
 void check_epsilon(double epsilon) {
-    require(epsilon >= 0 && std::isfinite(epsilon),
-            "epsilon must be finite and >= 0. Received: " + std::to_string(epsilon));
+    require(epsilon >= 0 && std::isfinite(epsilon), "epsilon must be finite and >= 0. Received: ", epsilon);
 }
 
 void check_activation(Activation a, double negative_slope) {
-    require(int(a) >= 0 && int(a) <= 3, "activation must be one of Activation's. Received: " + std::to_string(int(a)));
+    require(int(a) >= 0 && int(a) <= 3, "activation must be one of Activation's. Received: ", int(a));
     require(negative_slope >= 0 && std::isfinite(negative_slope),
-            "negative_slope must be finite and >= 0. Received: " + std::to_string(negative_slope));
+            "negative_slope must be finite and >= 0. Received: ", negative_slope);
 }
 
 }  // namespace
@@ -59,12 +65,10 @@ void check(const TrainArgs& a) {
     check_vector(a.moving_variance, "moving_variance");
     require(!a.moving_mean.data == !a.moving_variance.data,
             "moving_mean and moving_variance must be given together");
-    require(a.momentum >= 0 && a.momentum <= 1,
-            "momentum must lie in [0, 1]. Received: " + std::to_string(a.momentum));
+    require(a.momentum >= 0 && a.momentum <= 1, "momentum must lie in [0, 1]. Received: ", a.momentum);
     check_epsilon(a.epsilon);
     check_activation(a.activation, a.negative_slope);
-    require(a.correction == 0 || a.correction == 1,
-            "correction must be 0 or 1. Received: " + std::to_string(a.correction));
+    require(a.correction == 0 || a.correction == 1, "correction must be 0 or 1. Received: ", a.correction);
     require((a.mean && a.variance && a.invstd) || a.shape.C == 0, "mean, variance and invstd must not be null");
 }
 
@@ -125,8 +129,7 @@ void check(const GroupNormGradArgs& a) {
 
 Shape shape_of(const int64_t* dims, int rank, int axis) {
     const int at = axis < 0 ? axis + rank : axis;
-    require(rank >= 1 && at >= 0 && at < rank, "axis must lie in [-" + std::to_string(rank) + ", " +
-                                                   std::to_string(rank) + "). Received: " + std::to_string(axis));
+    require(rank >= 1 && at >= 0 && at < rank, "axis must lie in [-", rank, ", ", rank, "). Received: ", axis);
     Shape s;
     for (int i = 0; i < at; ++i) s.N *= dims[i];
     s.C = dims[at];
