@@ -111,14 +111,15 @@ def test_keras_errors(keras):
     ghosts.build(4)
     with pytest.raises(ValueError, match=r"virtual_batch_size must be None for a target.*Received: 2"):
         ghosts.to_keras(keras_layer(keras))
-    renorm = keras_layer(keras, renorm=True)
-    with pytest.raises(ValueError, match="target must have renorm=False, like this layer"):
-        trained().to_keras(renorm)
-    with pytest.raises(ValueError, match=r"source must have renorm=False: this layer has no renorm. Received: True"):
-        BatchNormalization.from_keras(renorm)
-    source = {"config": renorm.get_config(), "weights": renorm.get_weights()}
-    with pytest.raises(ValueError, match="source must have renorm=False"):
-        BatchNormalization.from_keras(source)
+    with pytest.raises(ValueError, match=r"target must have renorm=False, like this layer. Received: renorm=True"):
+        trained().to_keras(keras_layer(keras, renorm=True))
+    for words, text in (
+        ({"renorm": True}, "target must have renorm=True, like this layer. Received: renorm=False"),
+        ({"update_statistics": False}, "update_statistics must be True for a target.*Received: False"),
+        ({"adjustment": lambda shape: (1, 0)}, "adjustment must be None for Keras, where it takes and gives tensors"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            trained(**words).to_keras(keras_layer(keras))
 
 
 def test_mappings_without_keras():
@@ -132,9 +133,9 @@ def test_mappings_without_keras():
     for change, error, text in (
         ({"weights": plain["weights"][:2]}, ValueError, r"must hold \['beta', .*Received: 2 arrays"),
         ({"config": {"axis": -1}}, ValueError, r"Missing: \['momentum', 'epsilon', 'center', 'scale'\]"),
-        ({"config": {**plain["config"], "renorm": True}}, ValueError, "renorm=False"),
+        ({"config": {**plain["config"], "renorm": True}}, ValueError, r"'renorm_stddev'\]. Received: 3 arrays"),
         ({"config": {**plain["config"], "axis": [1, 2]}}, ValueError, r"moving_mean must have the extents of axes"),
-        ({"config": {**plain["config"], "update_statistics": False}}, ValueError, "update_statistics=True: this layer"),
+        ({"config": {**plain["config"], "num_classes": 3}}, ValueError, "must have no num_classes to become a"),
         ({"config": {**plain["config"], "activation": "tanh"}}, ValueError, "activation must be one of"),
     ):
         with pytest.raises(error, match=text):
@@ -184,23 +185,69 @@ def test_bnfast_keras_and_back(need, keras, options):
             trained(scale=False).to_keras(target)
 
 
+SWITCHES = {"update_statistics": False, "use_batch_statistics": True, "trainable_affine": False}
+RENORM = {"renorm": True, "renorm_clipping": {"rmin": 0.75, "rmax": 1.5, "dmax": 0.5}, "renorm_momentum": 0.5}
+
+
 @pytest.mark.parametrize(
-    ("words", "text"),
+    ("make", "words"),
     [
-        ({"update_statistics": False}, "update_statistics=True: this layer has no update_statistics. Received: False"),
-        ({"use_batch_statistics": True}, "use_batch_statistics=None: .*Received: True"),
-        ({"trainable_affine": False}, "trainable_affine=True: .*Received: False"),
-        ({"adjustment": lambda shape: None}, "adjustment=None: .*Received: <function"),
+        *[(make, RENORM) for make in ("bnfast", "keras", "tf_keras")],
+        *[("bnfast", words) for words in (SWITCHES, {**RENORM, "momentum": None})],
     ],
     ids=str,
 )
-def test_what_our_keras_layer_alone_has_is_refused(need, keras, words, text):
+def test_renorm_and_switches_go_there_and_back(need, keras, words, make):
     need("tensorflow")
     import bnfast.keras as ours
 
-    source = keras_layer(keras, ours.BatchNormalization, **words)
-    with pytest.raises(ValueError, match=f"source must have {text}"):
+    cls = {"bnfast": ours, "keras": keras.layers, "tf_keras": need("tf_keras").layers}[make].BatchNormalization
+    source, fresh = (keras_layer(keras, cls, **words) for _ in range(2))
+    layer = BatchNormalization.from_keras(source)
+    assert {name: getattr(layer, name) for name in words} == words
+    layer(batches(1)[0], training=True)
+    layer.renorm_clipping = {"rmax": 2.0} if layer.renorm else None
+    layer.to_keras(fresh)
+    assert not layer.renorm or (fresh.renorm_clipping, fresh.renorm_momentum) == ({"rmax": 2.0}, 0.5)
+    go_on_with_keras(layer, fresh, keras)
+    if make == "bnfast":
+        for given in (layer.to_keras(), {"config": fresh.get_config(), "weights": fresh.get_weights()}):
+            back = BatchNormalization.from_keras(given)
+            assert {name: getattr(back, name) for name in words} == {name: getattr(layer, name) for name in words}
+
+
+def test_labels_go_there_and_back(need, keras):
+    need("tensorflow")
+    import bnfast
+    import bnfast.keras as ours
+
+    source, fresh = (ours.ConditionalBatchNormalization(3) for _ in range(2))
+    for each in (source, fresh):
+        each.build([(8, 4), (8,)])
+    rng = np.random.default_rng(6)
+    source.set_weights([rng.uniform(0.5, 2, w.shape) for w in source.weights])
+    layer = bnfast.ConditionalBatchNormalization.from_keras(source)
+    x, labels = batches(1)[0], rng.integers(0, 3, len(batches(1)[0]))
+    close(layer(x, labels, training=True), np.asarray(source([x, labels], training=True)))
+    layer.to_keras(fresh)
+    for actual, wanted in zip(fresh.get_weights(), source.get_weights(), strict=True):
+        close(actual, wanted)
+    assert bnfast.ConditionalBatchNormalization.from_keras(layer.to_keras()).num_classes == 3
+    with pytest.raises(ValueError, match=r"source must have no num_classes to become a BatchNormalization.*: 3"):
         BatchNormalization.from_keras(source)
+    with pytest.raises(ValueError, match=r"target must have num_classes=3, like this layer. Received: num_classes=N"):
+        layer.to_keras(keras_layer(keras, ours.BatchNormalization))
+
+
+def test_an_adjustment_stays_behind(need, keras):
+    need("tensorflow")
+    import bnfast.keras as ours
+
+    source = keras_layer(keras, ours.BatchNormalization, adjustment=lambda shape: None)
+    with pytest.raises(ValueError, match=r"source must have adjustment=None: it takes tensors. Received: <function"):
+        BatchNormalization.from_keras(source)
+    with pytest.raises(ValueError, match=r"target must have adjustment=None, like this layer. Received: adj"):
+        trained().to_keras(source)
 
 
 def test_the_fused_flag_of_our_keras_layer_says_nothing(need, keras):

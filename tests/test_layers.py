@@ -209,6 +209,8 @@ def test_config_round_trip():
     options = {"axis": 1, "momentum": 0.5, "epsilon": 0.0, "center": False, "scale": False, "activation": "leaky_relu"}
     options |= {"negative_slope": 0.0, "nan_policy": "raise", "correction": 1, "dtype": "float64", "trainable": False}
     options |= {"virtual_batch_size": 4, "virtual_batch_grouping": "strided"}
+    options |= {"renorm": False, "renorm_clipping": {"rmax": 3.0}, "renorm_momentum": 0.5, "trainable_affine": False}
+    options |= {"update_statistics": False, "use_batch_statistics": True}
     layer = BatchNormalization(**options)
     assert layer.get_config() == options
     assert BatchNormalization(**layer.get_config()).get_config() == options

@@ -3,6 +3,7 @@
 This file is the table of contents. It imports NumPy and nothing heavier.
 """
 
+from .conditional import ConditionalBatchNormalization
 from .double_backward import GradGradResult, batch_norm_grad_grad
 from .functional import GradResult, TrainResult, batch_norm_grad, batch_norm_infer, batch_norm_train, moments
 from .group_norm import (
@@ -29,6 +30,7 @@ from .weight import weight_norm, weight_norm_grad
 
 __all__ = [
     "BatchNormalization",
+    "ConditionalBatchNormalization",
     "GradGradResult",
     "GradResult",
     "Moments",

@@ -165,6 +165,12 @@ def boolean(name: str, value: Any) -> bool:
     return bool(value)
 
 
+def optional_boolean(name: str, value: Any) -> bool | None:
+    if value is not None and not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be None, True or False. Received: {value!r} ({type(value).__name__})")
+    return None if value is None else bool(value)
+
+
 def parameter_dtype(dtype: Any) -> np.dtype[Any] | None:
     """The dtype of a layer's parameters."""
     if dtype is None:

@@ -3,6 +3,7 @@
 Values carry over as they are; what differs is what they mean from the next training step on:
 - momentum is the weight of the old value here and in Keras, of the new one in PyTorch: one is 1 minus the other.
 - epsilon is 1e-3 by default here and in Keras, 1e-5 in PyTorch: it is always carried along, never assumed.
+- renorm, the switches that freeze a part and labels are on both sides; a NumPy adjustment can't be one of tensors.
 - Keras's moving_variance averages population variances, PyTorch's running_var sample variances (times M/(M - 1)), and
   so does tf_keras where its fused kernel runs: here correction=0 and correction=1. Inference isn't concerned.
 What one side has and the other has not is an error, unless it changes nothing.
@@ -19,23 +20,22 @@ import numpy as np
 
 from . import _checks
 from ._arrays import Array, as_array
+from ._renorm_step import NAMES
 
 if TYPE_CHECKING:
     from .layers import BatchNormalization
 
 __all__ = ["check_like", "from_keras", "load", "to_keras", "warn_of_variance", "widened"]
 
-ORDER = ("gamma", "beta", "moving_mean", "moving_variance")  # of Keras's get_weights; with momentum=None then batches
+# Of Keras's get_weights; renorm's only with renorm, and with momentum=None then batches.
+ORDER = ("gamma", "beta", "moving_mean", "moving_variance", *NAMES)
 BASIC = ("axis", "momentum", "epsilon", "center", "scale")
-CARRIED = ("correction", "nan_policy", "virtual_batch_size", "virtual_batch_grouping", "trainable")
-# What Keras's layers or ours for Keras have and this one has not, and the value at which it isn't missed.
-REFUSED = {
-    "renorm": False,
-    "update_statistics": True,
-    "use_batch_statistics": None,
-    "trainable_affine": True,
-    "adjustment": None,
-}
+RENORM = ("renorm", "renorm_clipping", "renorm_momentum")  # Keras's own has them too
+SWITCHES: dict[str, Any] = {"update_statistics": True, "use_batch_statistics": None, "trainable_affine": True}
+CARRIED = (
+    *("correction", "nan_policy", "virtual_batch_size", "virtual_batch_grouping"),
+    *("update_statistics", "use_batch_statistics"),
+)
 
 
 def load(layer: BatchNormalization, state: Mapping[str, Any], names: tuple[str, ...]) -> None:
@@ -61,8 +61,8 @@ def load(layer: BatchNormalization, state: Mapping[str, Any], names: tuple[str, 
             raise TypeError(f"{name} must have dtype {wanted}, like the layer's. Received: {array.dtype}")
         if array.dtype.char not in "fd" or not array.dtype.isnative:
             raise TypeError(f"{name} must have dtype float32 or float64 in native byte order. Received: {array.dtype}")
-        if array.shape != shape:
-            raise ValueError(f"{name} must have shape {shape}, one value a channel. Received: {array.shape}")
+        if array.shape != (wanted := layer._shape_of(name, shape)):
+            raise ValueError(f"{name} must have shape {wanted}, one value a channel. Received: {array.shape}")
     if layer.built:
         for name, array in arrays.items():
             getattr(layer, name)[...] = array
@@ -76,15 +76,17 @@ def to_keras(layer: BatchNormalization, target: Any = None) -> Any:
 
     Without a target: {"config": ..., "weights": [...]}, so that with bnfast.keras's layer
     `k = BatchNormalization(**config); k.build(shape); k.set_weights(weights)`. So it is with Keras's own, unless the
-    config has words that Keras hasn't: activation, correction, nan_policy, virtual_batch_size and momentum=None are
-    there where they aren't the defaults. With `target`, a built Keras layer with the same gamma and beta: its weights,
-    momentum, epsilon and, if it is bnfast.keras's, those words are set, and it is returned. Its axis and its trainable
-    stay its own.
+    config has words that Keras hasn't: activation, correction, nan_policy, virtual_batch_size, update_statistics,
+    use_batch_statistics, trainable_affine and momentum=None are there where they aren't the defaults. With `target`, a
+    built Keras layer with the same gamma, beta and renorm: its weights, momentum, epsilon, renorm_clipping,
+    renorm_momentum and, if it is bnfast.keras's, those words are set, and it is returned. Its axis, trainable and
+    trainable_affine stay its own.
 
     Raises:
         RuntimeError: `layer` isn't built.
-        ValueError: `target` isn't built, has other weights or can't have what this layer has; nan_policy="raise"; no
-            target for several axes, as Keras's weights then have inputs' rank.
+        ValueError: `target` isn't built, has other weights or can't have what this layer has; nan_policy="raise"; an
+            adjustment, as Keras's takes and gives tensors; no target for several axes, as Keras's weights then have
+            inputs' rank.
         TypeError: dtypes differ.
     Warns:
         UserWarning: correction is 1 and Keras's own target goes on with population variances, or the other way round.
@@ -103,18 +105,30 @@ def to_keras(layer: BatchNormalization, target: Any = None) -> Any:
     _check_target(layer, target)
     variables: dict[str, Any] = {name: getattr(target, name, None) for name in ORDER}
     for name, variable in variables.items():
-        check_like(name, state.get(name), variable, None if variable is None else _extents(target.axis, variable.shape))
+        check_like(name, state.get(name), variable, None if variable is None else _shape(name, variable, target))
     variables["batches"] = getattr(target, "batches", None)
     target.set_weights([state[name].reshape(tuple(variables[name].shape)) for name in names])
     target.momentum, target.epsilon = layer.momentum, layer.epsilon
+    if layer.renorm:
+        target.renorm_clipping, target.renorm_momentum = dict(layer.renorm_clipping or {}), layer.renorm_momentum
     if hasattr(target, "nan_policy"):
-        for name in CARRIED[:-1]:
+        for name in CARRIED:
             setattr(target, name, getattr(layer, name))
     return target
 
 
+def _shape(name: str, variable: Any, target: Any) -> tuple[int, ...]:
+    """The shape that a variable of Keras's has here."""
+    rows = hasattr(target, "num_classes") and name in ("gamma", "beta")
+    shape = tuple(variable.shape)
+    return (shape[0], *_extents(target.axis, shape[1:])) if rows else _extents(target.axis, shape)
+
+
 def _words(layer: BatchNormalization) -> dict[str, Any]:
-    """What bnfast.keras's layer has and Keras's own has not, where it isn't the default."""
+    """What isn't the default, most of which only bnfast.keras's layer has."""
+    if layer.adjustment is not None:
+        wanted = "None for Keras, where it takes and gives tensors"
+        raise ValueError(f"adjustment must be {wanted}. Received: {layer.adjustment!r}")
     if layer.nan_policy == "raise":
         raise ValueError('nan_policy must be "propagate" or "skip_update" for Keras. Received: \'raise\'')
     slope = layer.negative_slope
@@ -129,7 +143,10 @@ def _words(layer: BatchNormalization) -> dict[str, Any]:
         words["nan_policy"] = layer.nan_policy
     if layer.virtual_batch_size is not None:
         words |= {name: getattr(layer, name) for name in ("virtual_batch_size", "virtual_batch_grouping")}
-    return words
+    if layer.renorm:
+        words |= {name: getattr(layer, name) for name in RENORM}
+    words |= {name: value for name, plain in SWITCHES.items() if (value := getattr(layer, name)) is not plain}
+    return words | ({"num_classes": layer.num_classes} if hasattr(layer, "num_classes") else {})
 
 
 def _check_target(layer: BatchNormalization, target: Any) -> None:
@@ -138,14 +155,16 @@ def _check_target(layer: BatchNormalization, target: Any) -> None:
         raise ValueError("target must be built: call it once, or target.build(input_shape)")
     if _activation(getattr(target, "activation", None)) != layer.activation:
         raise ValueError(f"target must have activation {layer.activation!r}, like this layer. Received: {target!r}")
-    if getattr(target, "renorm", False):
-        raise ValueError("target must have renorm=False, like this layer. Received: renorm=True")
+    for name, plain in (("renorm", False), ("num_classes", None), ("adjustment", None)):
+        ours, theirs = (getattr(one, name, plain) for one in (layer, target))
+        if ours != theirs:
+            raise ValueError(f"target must have {name}={ours}, like this layer. Received: {name}={theirs}")
     if (getattr(target, "momentum", 0.0) is None) != (layer.momentum is None):
         wanted = "momentum=None" if layer.momentum is None else "a momentum"
         raise ValueError(f"target must have {wanted}, like this layer. Received: momentum={target.momentum}")
     if hasattr(target, "nan_policy"):
         return
-    for name, plain in (("nan_policy", "propagate"), ("virtual_batch_size", None)):
+    for name, plain in {"nan_policy": "propagate", "virtual_batch_size": None, **SWITCHES}.items():
         for value in (getattr(layer, name), getattr(target, name, plain)):
             if value != plain:
                 raise ValueError(
@@ -164,9 +183,8 @@ def from_keras(cls: type[BatchNormalization], source: Any) -> BatchNormalization
     float32. Initializers, regularizers, constraints and `synchronized`, which is nothing to one process, stay behind.
 
     Raises:
-        ValueError: `source` isn't built or lacks something, its activation is not one of ours, or it has renorm,
-            update_statistics=False, use_batch_statistics, trainable_affine=False or an adjustment, which this layer
-            has not.
+        ValueError: `source` isn't built or lacks something, its activation is not one of ours, it has an adjustment,
+            which takes and gives tensors, or has labels where `cls` has none, or the other way round.
         TypeError: it is neither a mapping nor a batch normalization layer.
     """
     if isinstance(source, Mapping):
@@ -177,9 +195,12 @@ def from_keras(cls: type[BatchNormalization], source: Any) -> BatchNormalization
         config, state = _from_layer(source)
         ours = hasattr(source, "nan_policy")
         activation = _activation(getattr(source, "activation", None)), float(getattr(source, "negative_slope", 0.2))
-    for name, plain in REFUSED.items():
-        if config.get(name, plain) != plain:
-            raise ValueError(f"source must have {name}={plain}: this layer has no {name}. Received: {config[name]}")
+    if config.get("adjustment") is not None:
+        raise ValueError(f"source must have adjustment=None: it takes tensors. Received: {config['adjustment']}")
+    classes = {"num_classes": config["num_classes"]} if config.get("num_classes") is not None else {}
+    if bool(classes) != hasattr(cls, "num_classes"):
+        wanted = "a num_classes" if hasattr(cls, "num_classes") else "no num_classes"
+        raise ValueError(f"source must have {wanted} to become a {cls.__name__}. Received: {classes or 'none'}")
     momentum, axis, size = config["momentum"], config["axis"], config.get("virtual_batch_size")
     batches = state.pop("batches", None)
     arrays = {name: widened(name, array) for name, array in state.items() if array is not None}
@@ -201,10 +222,21 @@ def from_keras(cls: type[BatchNormalization], source: Any) -> BatchNormalization
         trainable=bool(config.get("trainable", True)),
         virtual_batch_size=size,
         virtual_batch_grouping=config.get("virtual_batch_grouping", "contiguous" if ours else "strided"),
+        **(_renorm(config) | {name: config.get(name, plain) for name, plain in SWITCHES.items()} | classes),
     )
     vectors: dict[str, Any] = {n: a.reshape(extents) if a.shape == shape else a for n, a in arrays.items()}
     layer.load_state_dict(vectors if momentum is not None else vectors | {"batches": np.asarray(batches)})
     return layer
+
+
+def _renorm(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of renorm; tf.Variables among the bounds become the numbers they are now."""
+    if not config.get("renorm"):
+        return {}
+    given = dict(config.get("renorm_clipping") or {})
+    clipping = {name: None if bound is None else float(np.asarray(bound)) for name, bound in given.items()}
+    momentum = float(config.get("renorm_momentum", 0.99))
+    return {"renorm": True, "renorm_clipping": clipping or None, "renorm_momentum": momentum}
 
 
 def _from_mapping(source: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -213,11 +245,12 @@ def _from_mapping(source: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, 
     config, weights = dict(source["config"]), list(source["weights"])
     if absent := [name for name in BASIC if name not in config]:
         raise ValueError(f"source['config'] must be a BatchNormalization's. Missing: {absent}")
-    names = [n for n in ORDER if (n != "gamma" or config["scale"]) and (n != "beta" or config["center"])]
+    present = {"gamma": config["scale"], "beta": config["center"]} | dict.fromkeys(NAMES, config.get("renorm"))
+    names = [name for name in ORDER if present.get(name, True)]
     names += ["batches"] if config["momentum"] is None else []
-    if len(weights) != len(names) and not config.get("renorm"):  # which has more, and is refused by name
+    if len(weights) != len(names):
         raise ValueError(f"source['weights'] must hold {names}. Received: {len(weights)} arrays")
-    return config, dict(zip(names, weights, strict=False))
+    return config, dict(zip(names, weights, strict=True))
 
 
 def _from_layer(source: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -225,7 +258,7 @@ def _from_layer(source: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         raise TypeError(f"source must be a Keras BatchNormalization or a mapping. Received: {type(source).__name__}")
     if not getattr(source, "built", False):
         raise ValueError("source must be built: call it once, or source.build(input_shape)")
-    names = (*BASIC, *CARRIED, *REFUSED, "fused")
+    names = (*BASIC, *CARRIED, *RENORM, "trainable", "trainable_affine", "adjustment", "num_classes", "fused")
     config = {name: getattr(source, name) for name in names if hasattr(source, name)}
     counted = ("batches",) if config["momentum"] is None else ()
     return config, {name: getattr(source, name, None) for name in (*ORDER, *counted)}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import _checks
-from .convert import check_like, warn_of_variance, widened
+from .convert import SWITCHES, check_like, warn_of_variance, widened
 
 if TYPE_CHECKING:
     from .layers import BatchNormalization
@@ -21,6 +21,9 @@ __all__ = ["from_torch", "to_torch"]
 
 NAMES = {"gamma": "weight", "beta": "bias", "moving_mean": "running_mean", "moving_variance": "running_var"}
 COUNT = "num_batches_tracked"
+# What our layers have and PyTorch's have not, and the value at which it isn't missed.
+REFUSED = {"activation": None, "virtual_batch_size": None, "nan_policy": "propagate", "renorm": False}
+REFUSED |= {"adjustment": None, "num_classes": None, **SWITCHES}
 
 
 def to_torch(layer: BatchNormalization, target: Any = None) -> Any:
@@ -33,8 +36,9 @@ def to_torch(layer: BatchNormalization, target: Any = None) -> Any:
 
     Raises:
         RuntimeError: `layer` isn't built.
-        ValueError: the layer has what PyTorch's has not: an activation, several axes, ghosts or a nan_policy; or
-            `target` has other weights or no running statistics.
+        ValueError: the layer has what PyTorch's has not: an activation, several axes, ghosts, a nan_policy, renorm, an
+            adjustment, labels or a switch that isn't the default; or `target` has other weights or no running
+            statistics.
         TypeError: dtypes differ.
     Warns:
         UserWarning: correction=0; PyTorch goes on with sample variances. Inference is the same.
@@ -42,9 +46,8 @@ def to_torch(layer: BatchNormalization, target: Any = None) -> Any:
     state = layer.state_dict()
     if not isinstance(layer.axis, int):
         raise ValueError(f"axis must be one axis, as in PyTorch's BatchNorm. Received: {layer.axis}")
-    for name, plain in (("activation", None), ("virtual_batch_size", None), ("nan_policy", "propagate")):
-        if getattr(layer, name) != plain:
-            value = getattr(layer, name)
+    for name, plain in REFUSED.items():
+        if (value := getattr(layer, name, plain)) != plain:
             raise ValueError(f"{name} must be {plain!r}, as PyTorch's BatchNorm has no other. Received: {value!r}")
     momentum = None if layer.momentum is None else _complement(layer.momentum)
     if not layer.correction:

@@ -1,20 +1,22 @@
 """A batch normalization layer over NumPy arrays: parameters, moving statistics, forward, backward, state.
 
-It holds arrays and passes them to `functional`; no numerics live here. `backward` reads what the last call kept: a
-reference to x, mask and residual (no copies, so these must not be overwritten in between), and mean and invstd.
+It holds arrays and passes them to `_forward`; no numerics live here. `backward` reads what the last call kept: a
+reference to x, mask and residual (no copies, so these must not be overwritten in between), and mean and invstd; where
+samples have something of their own (_per_sample.py), also xhat.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from . import _checks, _ghosts, convert, convert_torch
+from . import _checks, _forward, _ghosts, _per_sample, _renorm_step, convert, convert_torch
 from ._arrays import Array
 from ._axes import Axes
-from .functional import batch_norm_grad, batch_norm_infer, batch_norm_train
+from ._batch import Batch, Policy, Renorm
+from .functional import GradResult
 
 __all__ = ["BatchNormalization"]
 
@@ -45,9 +47,32 @@ class BatchNormalization:
             the ghosts' statistics, those that hold nothing aside. None: the batch is one.
         virtual_batch_grouping: "contiguous": samples side by side make a ghost; "strided": every G-th of G ghosts (TF
             1's, and tf.keras 2's), at one copy of x and y.
+        renorm: batch renormalization (Ioffe 2017, https://arxiv.org/abs/1702.03275) as in Keras: in training y =
+            gamma*(xhat*r + d) + beta with r and d of `renorm_correction`; x is read once more. Not with ghosts or
+            correction=1.
+        renorm_clipping: a dict of rmin, rmax and dmax, or some of them; may be reassigned between steps.
+        renorm_momentum: that of renorm_mean and renorm_stddev.
+        update_statistics, use_batch_statistics, trainable_affine: which part of the layer is frozen, see below.
+        adjustment: a function of x.shape that gives (scale, bias), which broadcast to x: in training y =
+            activation((xhat*scale + bias)*gamma + beta + residual), as in TF 1. Constants to `backward`. Runs on NumPy
+            after the kernels, which make xhat in x's dtype; `backward` keeps xhat. Not with ghosts.
+
+    Three switches freeze a part of the layer, and may be reassigned between calls. "In training" means training=True
+    and layer.trainable. trainable_affine=False leaves dgamma and dbeta None.
+
+        use_batch_statistics  update_statistics   y uses                        moving statistics
+        None (default)        True (default)      batch's in training           move in training
+        None                  False               batch's in training           never move
+        False                 True                moving ones                   move in training
+        False                 False               moving ones                   never move
+        True                  True                batch's, also in inference    move in training
+        True                  False               batch's, also in inference    never move
+
+    In (False, True) the moving statistics move after y, in a training pass of their own.
 
     Attributes:
         gamma, beta, moving_mean, moving_variance: arrays of shape (C,), None before `build`.
+        moving_stddev, renorm_mean, renorm_stddev: with renorm, likewise.
         batches: how many batches the moving statistics have seen since `build`; part of the state with momentum=None.
         dgamma, dbeta, dresidual: set by `backward`, else None. dgamma (dbeta) stays None without scale (center).
 
@@ -58,11 +83,14 @@ class BatchNormalization:
     beta: Array | None = None
     moving_mean: Array | None = None
     moving_variance: Array | None = None
+    moving_stddev: Array | None = None
+    renorm_mean: Array | None = None
+    renorm_stddev: Array | None = None
     dgamma: Array | None = None
     dbeta: Array | None = None
     dresidual: Array | None = None
     batches: int = 0
-    _saved: dict[str, Any] | None = None
+    _backward: Callable[[Any], GradResult] | None = None
 
     def __init__(
         self,
@@ -79,6 +107,13 @@ class BatchNormalization:
         trainable: bool = True,
         virtual_batch_size: int | None = None,
         virtual_batch_grouping: str = "contiguous",
+        renorm: bool = False,
+        renorm_clipping: Mapping[str, float | None] | None = None,
+        renorm_momentum: float = 0.99,
+        update_statistics: bool = True,
+        use_batch_statistics: bool | None = None,
+        trainable_affine: bool = True,
+        adjustment: Callable[[tuple[int, ...]], tuple[Any, Any]] | None = None,
     ) -> None:
         self.axis = _checks.channel_axes(axis)
         self.momentum = None if momentum is None else _checks.real("momentum", momentum, 1.0)
@@ -95,6 +130,12 @@ class BatchNormalization:
         self.virtual_batch_grouping = _checks.choice(
             "virtual_batch_grouping", virtual_batch_grouping, _ghosts.GROUPINGS
         )
+        self.renorm = _renorm_step.check(renorm, renorm_clipping, renorm_momentum, virtual_batch_size, correction)
+        self.renorm_clipping, self.renorm_momentum = renorm_clipping, float(renorm_momentum)
+        self.update_statistics = _checks.boolean("update_statistics", update_statistics)
+        self.use_batch_statistics = _checks.optional_boolean("use_batch_statistics", use_batch_statistics)
+        self.trainable_affine = _checks.boolean("trainable_affine", trainable_affine)
+        self.adjustment = _per_sample.check_adjustment(adjustment, virtual_batch_size)
 
     def build(self, channels: int | Sequence[int], dtype: Any = None) -> None:
         """Make the arrays: ones for gamma and moving_variance, zeros for beta and moving_mean. Called by the first
@@ -107,9 +148,9 @@ class BatchNormalization:
         if self.moving_mean is not None and shape != self.moving_mean.shape:
             raise ValueError(f"channels must be {self.channels}, for which this layer was built. Received: {channels}")
         dtype = self.dtype or _checks.parameter_dtype(dtype) or np.dtype(np.float32)
-        self.gamma = np.ones(shape, dtype) if self.scale else None
-        self.beta = np.zeros(shape, dtype) if self.center else None
-        self.moving_mean, self.moving_variance = np.zeros(shape, dtype), np.ones(shape, dtype)
+        for name in self._names():
+            fill = np.zeros if name in ("beta", "moving_mean", "renorm_mean") else np.ones
+            setattr(self, name, fill(self._shape_of(name, shape), dtype))
         self.batches = 0
         self._forget()
 
@@ -134,106 +175,83 @@ class BatchNormalization:
             ValueError, TypeError: an argument is wrong; the layer is unchanged (not even built).
             FloatingPointError: nan_policy="raise" met non-finite statistics; the layer's state is unchanged.
         """
+        return self._call(x, training, mask, residual)
+
+    def _call(self, x: Any, training: Any, mask: Any, residual: Any, labels: Any = None) -> Array:
         x = _checks.tensor("x", x)
         axes = Axes.of(self.axis, x)
         training = _checks.boolean("training", training) and self.trainable
         if self.moving_mean is not None and axes.shape != self.moving_mean.shape:
             wanted = f"{self.channels} channels on axis {self.axis}, for which this layer was built"
             raise ValueError(f"x must have {wanted}. Received: shape {x.shape}")
-        if self.built:
-            return self._forward(x, axes, training, mask, residual)
-        self.build(axes.shape, "float64" if x.dtype == np.float64 else "float32")
+        unbuilt = not self.built
+        if unbuilt:
+            self.build(axes.shape, "float64" if x.dtype == np.float64 else "float32")
         try:
-            return self._forward(x, axes, training, mask, residual)
+            batch = self._batch(x, axes, mask, residual, labels)
+            of_batch = training if self.use_batch_statistics is None else self.use_batch_statistics
+            moves = training and self.update_statistics
+            adjustment = self.adjustment if training else None
+            passed = _forward.forward(batch, self._state(), self._policy(), of_batch, moves, adjustment)
         except BaseException:
-            self.gamma = self.beta = self.moving_mean = self.moving_variance = None
+            if unbuilt:
+                for name in self._names():
+                    setattr(self, name, None)
             raise
+        self.batches += moves and passed.present
+        self._backward = passed.backward
+        return passed.y
 
-    def _forward(self, x: Array, axes: Axes, training: bool, mask: Any, residual: Any) -> Array:
-        fused: dict[str, Any] = {
-            "axis": self.axis,
-            "activation": self.activation,
-            "negative_slope": self.negative_slope,
-        }
-        momentum = self.batches / (self.batches + 1) if self.momentum is None else self.momentum
-        size, grouping = self.virtual_batch_size, self.virtual_batch_grouping
-        ghosts = _ghosts.slices(x, axes, size, grouping) if training else []
-        if ghosts:
-            assert self.moving_mean is not None
-            assert self.moving_variance is not None
-            policy = {"epsilon": self.epsilon, "nan_policy": self.nan_policy}
-            result = _ghosts.train(x, ghosts, self.gamma, self.beta, axes, mask, residual, **policy, **fused)
-            moving = self.moving_mean, self.moving_variance
-            self.batches += _ghosts.update(moving, result, momentum, self.correction, self.nan_policy)
-            y, mean, invstd, mask = result.y, result.mean, result.invstd, result.mask
-        elif training:
-            y, mean, _, invstd = batch_norm_train(
-                *(x, self.gamma, self.beta, self.moving_mean, self.moving_variance),
-                momentum=momentum,
-                epsilon=self.epsilon,
-                mask=mask,
-                residual=residual,
-                correction=self.correction,
-                nan_policy=self.nan_policy,
-                **fused,
-            )
-            weights = _checks.weights(mask, x, axes) if self.momentum is None else None
-            self.batches += bool(x.size and (weights is None or weights.any()))
-        else:
-            _checks.weights(mask, x, axes)
-            y = batch_norm_infer(
-                *(x, self.moving_mean, self.moving_variance, self.gamma, self.beta),
-                epsilon=self.epsilon,
-                residual=residual,
-                **fused,
-            )
-            mean, invstd = self._moving_mean_and_invstd()
-        self._saved = {"x": x, "mean": mean, "invstd": invstd, "residual": residual, "training": training, **fused}
-        self._saved["mask"] = mask if training else None
-        if ghosts:
-            self._saved["ghosts"] = ghosts
-        return y
+    def _batch(self, x: Array, axes: Axes, mask: Any, residual: Any, labels: Any) -> Batch:
+        return Batch(
+            *(x, self.axis, axes, self.gamma, self.beta, mask, residual), self.activation, self.negative_slope, labels
+        )
 
-    def _moving_mean_and_invstd(self) -> tuple[Array, Array]:
-        """Copies, as the moving statistics may move before `backward`."""
-        assert self.moving_mean is not None
-        assert self.moving_variance is not None
-        total = self.moving_variance.astype(np.float64) + self.epsilon
-        with np.errstate(divide="ignore", invalid="ignore"):
-            invstd = np.where(total == 0, 0.0, 1 / np.sqrt(total))  # 0 as in TrainResult.invstd
-        return self.moving_mean.astype(np.float64), invstd
+    def _state(self) -> dict[str, Array]:
+        names = ("moving_mean", "moving_variance", *_renorm_step.NAMES * self.renorm)
+        return {name: getattr(self, name) for name in names}
+
+    def _policy(self) -> Policy:
+        return Policy(
+            self.batches / (self.batches + 1) if self.momentum is None else self.momentum,
+            *(self.epsilon, self.correction, self.nan_policy, self.virtual_batch_size, self.virtual_batch_grouping),
+            Renorm(self.renorm_clipping, self.renorm_momentum) if self.renorm else None,
+        )
 
     def backward(self, dy: Any) -> Array:
         """dx for the last call; dgamma, dbeta and dresidual become attributes, replacing those of an earlier call.
-        After a call in inference mode (or of a frozen layer) this is the gradient with constant statistics.
+        After a call that used the moving statistics this is the gradient with constant statistics.
 
         Raises:
             RuntimeError: there was no call since the layer was made, built, loaded, unpickled or copied.
             ValueError, TypeError: dy hasn't the shape and dtype of that call's x.
         """
-        if self._saved is None:
+        if self._backward is None:
             raise RuntimeError("backward needs a call of this layer before it: call layer(x, training=True) first")
-        gradients = _ghosts.grad if "ghosts" in self._saved else batch_norm_grad
-        dx, dgamma, dbeta, dresidual = gradients(dy, gamma=self.gamma, beta=self.beta, **self._saved)
-        self.dgamma = dgamma if self.scale else None
-        self.dbeta = dbeta if self.center else None
+        dx, dgamma, dbeta, dresidual = self._backward(dy)
+        learns = self.trainable_affine
+        self.dgamma = dgamma.reshape(self.gamma.shape) if learns and self.gamma is not None else None
+        self.dbeta = dbeta.reshape(self.beta.shape) if learns and self.beta is not None else None
         self.dresidual = dresidual
         return dx
 
     def _forget(self) -> None:
-        self._saved = self.dgamma = self.dbeta = self.dresidual = None
+        self._backward = self.dgamma = self.dbeta = self.dresidual = None
 
     def get_config(self) -> dict[str, Any]:
-        """The constructor's arguments, in plain types: `BatchNormalization(**layer.get_config())` is its like."""
+        """The constructor's arguments, in plain types: `BatchNormalization(**layer.get_config())` is its like. An
+        adjustment, which is a function, is in it where there is one."""
         names = "axis momentum epsilon center scale activation negative_slope nan_policy correction dtype trainable"
-        names += " virtual_batch_size virtual_batch_grouping"
+        names += " virtual_batch_size virtual_batch_grouping renorm renorm_clipping renorm_momentum update_statistics"
+        names += " use_batch_statistics trainable_affine"
         config = {name: getattr(self, name) for name in names.split()}
         config["dtype"] = None if self.dtype is None else self.dtype.name
-        return config
+        config["renorm_clipping"] = None if self.renorm_clipping is None else dict(self.renorm_clipping)
+        return config if self.adjustment is None else config | {"adjustment": self.adjustment}
 
     def state_dict(self) -> dict[str, Array]:
-        """Copies of gamma, beta (where the layer has them), moving_mean and moving_variance, by name; with
-        momentum=None also batches, an int64 of shape ().
+        """Copies of gamma, beta (where the layer has them), moving_mean and moving_variance, by name; with renorm
+        also moving_stddev, renorm_mean and renorm_stddev; with momentum=None also batches, an int64 of shape ().
 
         Raises:
             RuntimeError: the layer isn't built.
@@ -262,7 +280,13 @@ class BatchNormalization:
         self._forget()
 
     def _names(self) -> tuple[str, ...]:
-        return (*("gamma",) * self.scale, *("beta",) * self.center, "moving_mean", "moving_variance")
+        """The state's arrays, in Keras's order."""
+        own = (*("gamma",) * self.scale, *("beta",) * self.center, "moving_mean", "moving_variance")
+        return own + _renorm_step.NAMES * self.renorm
+
+    def _shape_of(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the array of that name, `shape` being that of a vector."""
+        return shape
 
     def to_keras(self, target: Any = None) -> Any:
         """This layer for Keras, see `bnfast.convert.to_keras`."""
@@ -283,9 +307,9 @@ class BatchNormalization:
         return convert_torch.from_torch(cls, source, axis=axis, **settings)
 
     def __getstate__(self) -> dict[str, Any]:
-        left = ("_saved", "dgamma", "dbeta", "dresidual")
+        left = ("_backward", "dgamma", "dbeta", "dresidual")
         return {name: value for name, value in self.__dict__.items() if name not in left}
 
     def __repr__(self) -> str:
         config = ", ".join(f"{name}={value!r}" for name, value in self.get_config().items())
-        return f"BatchNormalization({config})"
+        return f"{type(self).__name__}({config})"

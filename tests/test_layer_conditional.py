@@ -1,0 +1,210 @@
+"""A gamma and a beta for each class in NumPy: a float64 reference, one class as the plain layer, Keras's, errors."""
+
+import copy
+
+import agreement as ag
+import numpy as np
+import pytest
+import reference
+from bnfast import BatchNormalization, ConditionalBatchNormalization
+
+CASES = [((6, 4), -1), ((6, 3, 2, 4), -1), ((6, 4, 3, 2), 1), ((6, 3, 4), 2), ((6, 3, 4), (1, 2))]
+cases = pytest.mark.parametrize(("shape", "axis"), CASES, ids=str)
+LABELS = np.array([2, 0, 2, 1, 0, 2])
+CLASSES = 4  # the last one isn't in the batch
+
+
+def extents(shape, axis):
+    return tuple(shape[i] for i in axis) if isinstance(axis, tuple) else shape[axis]
+
+
+def made(shape, axis, classes=CLASSES, dtype="float64", **words):
+    layer = ConditionalBatchNormalization(classes, axis=axis, momentum=0.75, **words)
+    layer.build(extents(shape, axis), dtype)
+    rng = np.random.default_rng(3)
+    for array in layer.state_dict():
+        getattr(layer, array)[...] = rng.uniform(0.5, 1.5, getattr(layer, array).shape)
+    return layer
+
+
+def inputs(shape, axis, dtype=np.float64):
+    rng = np.random.default_rng(4)
+    along = axis[-1] if isinstance(axis, tuple) else axis
+    return [ag.batch(shape, along, dtype, rng) for _ in range(3)]
+
+
+def rows(array, axis):
+    """(N, S, C) with several axes merged."""
+    axes = [a % array.ndim for a in np.ravel(axis)]
+    return np.moveaxis(array, axes, range(-len(axes), 0)).reshape(
+        len(array), -1, np.prod([array.shape[a] for a in axes])
+    )
+
+
+def by_class(values):
+    return np.stack([values[k == LABELS].sum((0, 1)) for k in range(CLASSES)])
+
+
+@cases
+@pytest.mark.parametrize("activation", [None, "relu", "leaky_relu"])
+@pytest.mark.parametrize("extras", [False, True], ids=["plain", "mask and residual"])
+def test_against_formulas(shape, axis, activation, extras):
+    layer = made(shape, axis, activation=activation)
+    x, dy, residual = inputs(shape, axis)
+    mask = np.random.default_rng(5).random([n for i, n in enumerate(shape) if i not in np.ravel(axis) % len(shape)])
+    words = {"mask": mask, "residual": residual} if extras else {}
+    before = layer.state_dict()
+    y, dx = layer(x, LABELS, training=True, **words), layer.backward(dy)
+
+    flat, dy3 = rows(x, axis), rows(dy, axis)
+    weights = mask.reshape(flat.shape[:2]) if extras else None
+    plain = reference.train(flat, mask=weights)
+    gamma, beta = (before[name].reshape(CLASSES, -1)[LABELS][:, None] for name in ("gamma", "beta"))
+    z = plain.y * gamma + beta + (rows(residual, axis) if extras else 0)
+    dz = dy3 * reference.activation_slope(z, activation)
+    inner = reference.grad((dz * gamma).astype(np.longdouble), flat, plain.mean, plain.invstd, mask=weights)
+    wanted = [(rows(y, axis), reference.activate(z, activation)), (rows(dx, axis), inner.dx)]
+    wanted += [(layer.dgamma, by_class(dz * plain.y)), (layer.dbeta, by_class(dz))]
+    wanted += [(layer.moving_mean, 0.75 * before["moving_mean"].ravel() + 0.25 * plain.mean)]
+    wanted += [(rows(layer.dresidual, axis), dz)] if extras else []
+    for actual, expected in wanted:
+        expected = expected.astype(float).reshape(actual.shape)
+        np.testing.assert_allclose(actual, expected, rtol=1e-9, atol=1e-10)
+    assert layer.gamma.shape == layer.dgamma.shape == (CLASSES, *np.atleast_1d(extents(shape, axis)))
+    assert not layer.dgamma[3].any()
+
+
+@cases
+def test_inference(shape, axis):
+    layer = made(shape, axis)
+    x, dy, _ = inputs(shape, axis)
+    y, dx = layer(x, LABELS[:, None]), layer.backward(dy)
+    plain = BatchNormalization(axis=axis)
+    for n, label in enumerate(LABELS):
+        state = layer.state_dict()
+        plain.load_state_dict({**state, "gamma": state["gamma"][label], "beta": state["beta"][label]})
+        np.testing.assert_allclose(y[n : n + 1], plain(x[n : n + 1]), rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(dx[n : n + 1], plain.backward(dy[n : n + 1]), rtol=1e-12, atol=1e-12)
+
+
+@cases
+@pytest.mark.parametrize("dtype", ag.DTYPES)
+@pytest.mark.parametrize("words", [{}, {"virtual_batch_size": 3}, {"activation": "relu", "renorm": True}], ids=str)
+def test_one_class_has_the_bits_of_the_plain_layer(shape, axis, dtype, words):
+    x, dy, residual = inputs(shape, axis, ag.dtype_of(dtype))
+    parameters = "float64" if dtype == "float64" else "float32"
+    ours = made(shape, axis, 1, parameters, **words)
+    plain = BatchNormalization(axis=axis, momentum=0.75, **words)
+    state = ours.state_dict()
+    plain.load_state_dict({**state, "gamma": state["gamma"][0], "beta": state["beta"][0]})
+    labels = np.zeros(6, np.uint8)
+    for training in (True, False):
+        given = {"training": training, "residual": residual}
+        np.testing.assert_array_equal(ours(x, labels, **given), plain(x, **given))
+        np.testing.assert_array_equal(ours.backward(dy), plain.backward(dy))
+        for name in ("dgamma", "dbeta"):
+            np.testing.assert_array_equal(getattr(ours, name), getattr(plain, name)[None])
+    np.testing.assert_array_equal(ours.moving_variance, plain.moving_variance)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        {},
+        {"scale": False},
+        {"center": False},
+        {"virtual_batch_size": 3},
+        {"renorm": True},
+        {"update_statistics": False},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_equals_our_keras_layer(need, words, dtype):
+    tf = need("tensorflow")
+    import bnfast.keras
+
+    shape = (6, 3, 2, 4)
+    ours = made(shape, -1, dtype=dtype, **words)
+    given = ours.to_keras()
+    theirs = bnfast.keras.ConditionalBatchNormalization(**given["config"], dtype=dtype)
+    theirs.build([shape, (6,)])
+    theirs.set_weights(given["weights"])
+    x, dy, _ = inputs(shape, -1, np.dtype(dtype))
+    with tf.GradientTape() as tape:
+        sources = [tf.constant(x), *(v.value for v in (theirs.gamma, theirs.beta) if v is not None)]
+        tape.watch(sources)
+        y = theirs([sources[0], LABELS], training=True)
+    wanted = [y, *tape.gradient(y, sources, output_gradients=tf.constant(dy))]
+    actual = [ours(x, LABELS, training=True), ours.backward(dy)]
+    actual += [d for d in (ours.dgamma, ours.dbeta) if d is not None]
+    tolerance = 1e-9 if dtype == "float64" else 1e-5
+    for a, b in zip(actual, wanted, strict=True):
+        assert a.dtype == dtype
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=2 * tolerance)
+    for name in ours.state_dict():
+        np.testing.assert_allclose(getattr(ours, name), getattr(theirs, name), rtol=tolerance)
+
+
+def test_adjustment_comes_before_gamma_and_beta():
+    shape = (6, 3, 4)
+    x, dy, _ = inputs(shape, -1)
+    layer = made(shape, -1, adjustment=lambda extents: (2.0, np.arange(6.0)[:, None, None]))
+    y, dx = layer(x, LABELS, training=True), layer.backward(dy)
+    alone = BatchNormalization(center=False, scale=False)
+    u = alone(x, training=True) * 2 + np.arange(6.0)[:, None, None]
+    gamma, beta = layer.gamma[LABELS][:, None], layer.beta[LABELS][:, None]
+    np.testing.assert_allclose(y, u * gamma + beta, rtol=1e-12)
+    np.testing.assert_allclose(dx, alone.backward(dy * gamma * 2), rtol=1e-11, atol=1e-12)
+    np.testing.assert_allclose(layer.dgamma, by_class(dy * u), rtol=1e-11, atol=1e-12)
+
+
+def test_state_and_config():
+    layer = made((6, 3, 4), -1, renorm=True)
+    fresh = ConditionalBatchNormalization(**layer.get_config())
+    fresh.load_state_dict(layer.state_dict())
+    for name, array in copy.deepcopy(fresh).state_dict().items():
+        np.testing.assert_array_equal(array, getattr(layer, name))
+    assert fresh.gamma.shape == (4, 4)
+    assert eval(repr(layer)).num_classes == 4
+    with pytest.raises(ValueError, match=r"gamma must have shape \(3, 4\), .*Received: \(4, 4\)"):
+        ConditionalBatchNormalization(3, renorm=True).load_state_dict(layer.state_dict())
+    with pytest.raises(ValueError, match=r"num_classes must be None, as PyTorch's BatchNorm has no other. Received: 4"):
+        made((6, 3, 4), -1).to_torch()
+
+
+@pytest.mark.parametrize(
+    ("labels", "error", "text"),
+    [
+        (None, TypeError, r"labels must be an array of integers of shape \(N,\). Received: None"),
+        (LABELS.astype(float), TypeError, "labels must have an integer dtype. Received: float64"),
+        (LABELS[:3], ValueError, r"labels must have shape \(N,\) or \(N, 1\) with N = 6. Received: \(3,\)"),
+        (LABELS - 1, ValueError, r"labels must be in \[0, 4\). Received: -1"),
+        (LABELS + 2, ValueError, r"labels must be in \[0, 4\). Received: 4"),
+        (list(LABELS), TypeError, "labels must be a NumPy array or .*Received: list"),
+    ],
+    ids=str,
+)
+def test_wrong_labels_change_nothing(labels, error, text):
+    x = np.ones((6, 4), np.float32)
+    layer = ConditionalBatchNormalization(4)
+    with pytest.raises(error, match=text):
+        layer(x, labels, training=True)
+    assert not layer.built
+    layer = made((6, 4), -1)
+    before = layer.state_dict()
+    with pytest.raises(error, match=text):
+        layer(x, labels, training=True)
+    for name, array in layer.state_dict().items():
+        np.testing.assert_array_equal(array, before[name])
+
+
+def test_what_is_refused():
+    with pytest.raises(ValueError, match=r"num_classes must be at least 1. Received: 0"):
+        ConditionalBatchNormalization(0)
+    with pytest.raises(TypeError, match=r"num_classes must be an integer. Received: 2.0"):
+        ConditionalBatchNormalization(2.0)
+    with pytest.raises(
+        ValueError, match=r"axis must not be 0, the samples'. Received: axis=-2 for x of shape \(6, 4\)"
+    ):
+        ConditionalBatchNormalization(2, axis=-2)(np.ones((6, 4), np.float32), LABELS)
