@@ -82,7 +82,10 @@ Pool& pool() {
 void* allocate(std::size_t bytes) {
     void* block = nullptr;
     const std::size_t alignment = bytes >= huge ? huge : 64;
-    if (posix_memalign(&block, alignment, bytes) != 0) throw std::bad_alloc();
+    if (posix_memalign(&block, alignment, bytes) != 0) {
+        clear_memory();  // what is kept may be what the system lacks
+        if (posix_memalign(&block, alignment, bytes) != 0) throw std::bad_alloc();
+    }
 #if defined(__linux__)
     if (bytes >= huge) madvise(block, bytes, MADV_HUGEPAGE);
 #endif
@@ -133,9 +136,14 @@ void release_block(void* block) noexcept {
         const std::lock_guard<std::mutex> lock(p.mutex);
         const std::size_t size = p.size_of.at(block);
         p.in_use -= std::int64_t(size);
-        p.kept[size].push_back({block, p.events++});
-        p.held += std::int64_t(size);
-        p.shed(p.limit, gone);
+        if (std::int64_t(size) <= p.limit) {
+            p.kept[size].push_back({block, p.events++});
+            p.held += std::int64_t(size);
+            p.shed(p.limit, gone);
+        } else {  // it alone is too much: no reason to part with the others
+            p.size_of.erase(block);
+            gone.push_back(block);
+        }
     }
     free_all(gone);
 }

@@ -208,3 +208,21 @@ def test_what_is_refused():
         ValueError, match=r"axis must not be 0, the samples'. Received: axis=-2 for x of shape \(6, 4\)"
     ):
         ConditionalBatchNormalization(2, axis=-2)(np.ones((6, 4), np.float32), LABELS)
+
+
+@pytest.mark.parametrize("activation", ["relu", "relu6", "leaky_relu"])
+@pytest.mark.parametrize("slope", [0.0, 0.3])
+def test_what_is_not_finite_stays_where_the_kernels_leave_it(activation, slope):
+    """An infinite dy behind a closed gate, an infinite z: two classes, one of them used, are the plain layer."""
+    x = np.array([[-1, 2], [3, -4], [5, 1], [-2, -3]], np.float32)
+    residual = np.zeros_like(x)
+    residual[0, 0] = -np.inf
+    words = {"activation": activation, "negative_slope": slope}
+    plain, labelled = BatchNormalization(**words), ConditionalBatchNormalization(2, **words)
+    y = plain(x, training=True, residual=residual)
+    np.testing.assert_allclose(labelled(x, np.zeros(4, int), training=True, residual=residual), y, rtol=1e-6, atol=1e-6)
+    dy = np.ones_like(x)
+    if activation != "leaky_relu" or not slope:
+        dy[y == 0] = np.inf
+    np.testing.assert_allclose(labelled.backward(dy), plain.backward(dy), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(labelled.dbeta[0], plain.dbeta, rtol=1e-6)

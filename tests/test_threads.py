@@ -207,3 +207,24 @@ def test_an_error_leaves_the_mode_too(force_fp_mode):
     with pytest.raises(FloatingPointError):
         bnfast.batch_norm_train(np.full((4, 2), np.nan, np.float32), nan_policy="raise")
     assert _core._fp_mode() & 0xFFC0 == before
+
+
+FIRST_CALLS = """
+import sys, threading
+import numpy as np
+import bnfast
+sys.setswitchinterval(1e-6)
+x, barrier = np.ones((8, 4), np.float32), threading.Barrier(8)
+def call():
+    barrier.wait()
+    bnfast.moments(x)
+threads = [threading.Thread(target=call) for _ in range(8)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+"""
+
+
+def test_the_first_calls_of_a_process_may_come_from_many_threads():
+    """Two of three such processes hung while a C++ static was made by a call that lets go of the GIL."""
+    for _ in range(4):
+        run_python(FIRST_CALLS)

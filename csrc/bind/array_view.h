@@ -48,7 +48,8 @@ struct ArrayView {
 
     ArrayView() = default;
     ArrayView(py::handle h, int flags) {
-        static const PyTypeObject* const ndarray = py::detail::npy_api::get().PyArray_Type_;
+        // no static of its own: npy_api::get() lets go of the GIL the first time, and who waits for the static would hold it
+        const PyTypeObject* const ndarray = py::detail::npy_api::get().PyArray_Type_;
         plain(Py_TYPE(h.ptr()) == ndarray);
         const auto* a = py::detail::array_proxy(h.ptr());
         plain((a->flags & flags) == flags);

@@ -117,6 +117,18 @@ TEST_CASE("above the limit what was kept longest goes first") {
     for (void* block : {now[0], now[1], old[3]}) release_block(block);
 }
 
+TEST_CASE("a block larger than the limit costs the others nothing") {
+    const FreshPool pool;
+    set_memory_limit(4 << 20);
+    void* small = acquire_block(1 << 20);
+    void* large = acquire_block(8 << 20);
+    release_block(small);
+    release_block(large);
+    CHECK(memory_statistics().held_bytes == 1 << 20);
+    CHECK(acquire_block(1 << 20) == small);
+    release_block(small);
+}
+
 TEST_CASE("sizes that are asked for no more make room: all stays within twice what was in use at one time") {
     const FreshPool pool;
     for (std::size_t megabytes = 8; megabytes < 13; ++megabytes) {

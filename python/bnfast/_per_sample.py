@@ -101,7 +101,7 @@ def apply(passed: Passed, batch: Batch, own: Own) -> Passed:
             u = _adjusted(xhat, own)
             dz = dy.astype(u.dtype)  # a copy, which becomes dxhat
             if batch.activation is not None:
-                dz *= _slope(_affine(u.copy(), own), batch)
+                _gate(dz, _affine(u.copy(), own), batch)
             dresidual = None if own.residual is None else dy if batch.activation is None else dz.astype(x.dtype)
             dbeta = _sums(dz, batch)
             u *= dz
@@ -138,18 +138,24 @@ def _affine(u: Array, own: Own) -> Array:
 
 def _activated(z: Array, batch: Batch) -> Array:
     """In place. NaN stays NaN."""
-    if batch.activation == "leaky_relu":
+    if _leaky(batch):
         np.multiply(z, batch.negative_slope, out=z, where=z < 0)
     elif batch.activation is not None:
         np.clip(z, 0, 6 if batch.activation == "relu6" else None, out=z)
     return z
 
 
-def _slope(z: Array, batch: Batch) -> Array:
-    slope: Array = (z > 0) & (z < 6) if batch.activation == "relu6" else z > 0
-    if batch.activation == "leaky_relu":
-        slope = np.where(slope, z.dtype.type(1), z.dtype.type(batch.negative_slope))
-    return slope
+def _gate(dz: Array, z: Array, batch: Batch) -> None:
+    """dz*activation'(z) in place, as the kernels do it: chosen, not multiplied, where the slope is 0 (0*inf is NaN)."""
+    if _leaky(batch):
+        np.multiply(dz, batch.negative_slope, out=dz, where=~(z > 0))
+    else:
+        np.copyto(dz, 0, where=(z <= 0) | (z >= 6) if batch.activation == "relu6" else z <= 0)
+
+
+def _leaky(batch: Batch) -> bool:
+    """A slope of 0 is relu: 0*-inf would be NaN."""
+    return batch.activation == "leaky_relu" and batch.negative_slope != 0
 
 
 def _sums(values: Array, batch: Batch) -> Array:

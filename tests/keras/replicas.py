@@ -36,6 +36,7 @@ CASES = {
     "nan": ((12, 4), {"nan_policy": "skip_update"}, ("nan",)),
     "also_in_inference": ((10, 4), {"use_batch_statistics": True, **RELU}, ()),
     "second_order": ((9, 4), {"dtype": "float64"}, ("attached",)),
+    "without_epsilon": ((16, 5, 3), {"epsilon": 0.0}, ("mask",)),
     "moving_only": ((10, 4), {"use_batch_statistics": False, **RELU}, ()),
 }
 TENSOR = (

@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("tensorflow")
 import keras
 import tensorflow as tf
-from bnfast.keras import BatchNormalization, accelerate, report
+from bnfast.keras import BatchNormalization, ConditionalBatchNormalization, accelerate, report
 from keras import layers as L
 from test_accelerate import KERAS, data, quiet, randomize, residual_net, same_predictions, states
 
@@ -246,3 +246,38 @@ def test_another_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
     with pytest.raises(RuntimeError, match=r"needs the TensorFlow backend.*Received: jax"):
         accelerate(model)
+
+
+@keras.saving.register_keras_serializable("test_accelerate_state")
+class Doubled(BatchNormalization):  # type: ignore[misc]
+    def call(self, inputs: Any, training: Any = None, mask: Any = None) -> Any:
+        return 2 * super().call(inputs, training=training, mask=mask)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_layers_made_from_ours_are_left_as_they_are(inplace: bool) -> None:
+    inputs, labels = keras.Input((6,)), keras.Input((), dtype="int32")
+    y = ConditionalBatchNormalization(3)([Doubled()(KERAS()(inputs)), labels])
+    model = randomize(keras.Model([inputs, labels], y))
+    x = [np.random.default_rng(0).normal(size=(8, 6)).astype("float32"), np.arange(8) % 3]
+    wanted = model(x)
+    fast = quiet(model, inplace=inplace)
+    kinds = [type(layer) for layer in fast.layers if not isinstance(layer, keras.layers.InputLayer)]
+    assert kinds == [BatchNormalization, Doubled, ConditionalBatchNormalization]
+    np.testing.assert_allclose(fast(x), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_what_a_config_cannot_hold_comes_along() -> None:
+    def adjustment(shape: Any) -> Any:
+        return tf.fill([shape[0], 1], 3.0), tf.zeros([shape[0], 1])
+
+    ours = BatchNormalization(adjustment=adjustment)
+    model = keras.Sequential([keras.Input((6,)), ours, KERAS()])
+    assert quiet(model).layers[0].adjustment is adjustment
+
+
+def test_arguments_out_of_range_stay_native() -> None:
+    model = keras.Sequential([keras.Input((6,)), KERAS(momentum=1.5), KERAS()])
+    fast = quiet(model)
+    assert [type(layer) for layer in fast.layers] == [KERAS, BatchNormalization]
+    assert "momentum=1.5" in report(fast).rows[0].reason

@@ -314,3 +314,11 @@ def test_a_model_made_under_the_patch_goes_through_the_rest() -> None:
         native = bnfast.keras.to_native(each)
         assert all(type(layer).__module__.startswith("keras.") for layer in native.layers)
     assert all(type(layer).__module__.startswith("keras.") for layer in bnfast.keras.fold(model).layers[:3])
+
+
+@pytest.mark.parametrize("words", [{"activation": "relu"}, {"fused": True}, {"bridge": "native"}], ids=str)
+def test_what_keras_refuses_is_refused_under_the_patch(words: Any) -> None:
+    """A config of Keras's can't hold it: a saved model would compute something else."""
+    patch()
+    with pytest.raises(ValueError, match="Unrecognized keyword arguments"):
+        keras.layers.BatchNormalization(**words)

@@ -109,6 +109,27 @@ def test_in_place() -> None:
     assert model.train_on_batch(x, x[:, :2]) == twin.train_on_batch(x, x[:, :2])
 
 
+def test_layers_that_never_were_keras_s_go_back_in_place() -> None:
+    model = keras.Sequential([keras.Input((6,)), BatchNormalization(fused=True), BatchNormalization()])
+    x = np.random.default_rng(0).normal(size=(8, 6)).astype("float32")
+    model.compile("sgd", "mse")
+    model.fit(x, x, verbose=0)
+    wanted = model(x)
+    copied = to_native(model)
+    assert to_native(model, inplace=True) is model
+    for native in (copied, model):
+        assert [type(layer) for layer in native.layers] == [KERAS, KERAS]
+        np.testing.assert_array_equal(native(x), copied(x))
+    np.testing.assert_allclose(model(x), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_in_place_all_or_nothing() -> None:
+    model = keras.Sequential([keras.Input((6,)), BatchNormalization(), BatchNormalization(correction=1)])
+    with pytest.raises(ValueError, match="can't be copied"):
+        to_native(model, inplace=True)
+    assert [type(layer) for layer in model.layers] == [BatchNormalization, BatchNormalization]
+
+
 def test_a_fused_layer_has_no_way_back_in_place() -> None:
     fast = quiet(residual_net())
     with pytest.raises(ValueError, match="layer relu0 has an activation or an Add fused into it"):

@@ -18,7 +18,7 @@ from .layer import BatchNormalization
 from .layer_add import BatchNormalizationAdd
 from .patch import enabled
 from .rebuild import Bundle, Replacement, clone, is_graph, layers, name_scopes, operations, paired, rebuild, transfer
-from .report import norms, report, why_native
+from .report import OURS, norms, report, why_native
 
 
 def accelerate(
@@ -61,7 +61,8 @@ def accelerate(
             "layer by layer: accelerate(model, inplace=True) replaces the layers of the model itself"
         )
     finder = Finder(model)
-    reasons = {id(norm): why_native(norm, finder.shape(norm), bridge) for norm in found if not enabled(norm)}
+    others = [norm for norm in found if type(norm) not in OURS or not enabled(norm)]
+    reasons = {id(norm): why_native(norm, finder.shape(norm), bridge) for norm in others}
     if strict:
         for norm in found:
             if reasons.get(id(norm)) is not None:
@@ -71,8 +72,8 @@ def accelerate(
     swapped = [norm for norm in found if _unfused(norm) and reasons.get(id(norm)) is None]
     words = {} if bridge == "auto" else {"bridge": bridge}
     if inplace:
-        for norm in swapped:
-            become(norm, clone(norm, BatchNormalization, **words))
+        for norm, ours in [(norm, clone(norm, BatchNormalization, **words)) for norm in swapped]:  # all, or an error
+            become(norm, ours)
         forget_functions(model)
     else:
         model = _accelerated(model, swapped, finder, words)

@@ -19,7 +19,7 @@ def become(layer: Any, other: Any) -> None:
     for name in _ARGUMENTS:
         if hasattr(other, name):
             setattr(layer, name, getattr(other, name))
-        elif hasattr(layer, name):
+        elif name in vars(layer):  # not so where the value is the class's own
             delattr(layer, name)
     for name in _SIGNATURE:
         if hasattr(other, name):

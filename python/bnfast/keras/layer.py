@@ -290,6 +290,11 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
             shape = self.activation.compute_output_shape(shape)
         return shape
 
+    def not_in_config(self) -> dict[str, Any]:
+        """Arguments that a config can't hold as they are: a copy of the layer in the same process takes them."""
+        live = {"adjustment": self.adjustment, "renorm_clipping": getattr(self, "renorm_clipping", None)}
+        return {name: value for name, value in live.items() if value}
+
     def get_config(self) -> dict[str, Any]:
         config = {**super().get_config(), "activation": keras.activations.serialize(self.activation)}
         config["axis"] = self.axis if isinstance(self.axis, int) else list(self.axis)

@@ -116,6 +116,8 @@ def _unsupported(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         return f"Keras runs on {keras.backend.backend()}"
     try:
         given = inspect.signature(KERAS.__init__).bind(None, *args, **kwargs).arguments
+        if unknown := sorted({"activation", "replaces", *arguments.OWN} & set(given.get("kwargs", {}))):
+            return f"Keras's layer has no argument {unknown[0]}"
         if given.get("renorm"):
             if given.get("synchronized"):
                 return "renorm=True with synchronized=True"

@@ -235,6 +235,8 @@ def clone(thing: Any, kind: Any = None, **changes: Any) -> Any:
         config = thing.get_config()
         own = {name: held.get(name, held.get(f"_{name}")) for name in config}
         config.update((name, value) for name, value in own.items() if isinstance(value, FunctionType))
+        if hasattr(kind, "not_in_config") and hasattr(thing, "not_in_config"):
+            config.update(thing.not_in_config())
         config = {name: value for name, value in {**config, **changes}.items() if value is not ...}
         if kind is keras.layers.Lambda:  # its from_config takes functions by name only
             return kind(**config)

@@ -117,6 +117,8 @@ def why_native(layer: Any, shape: tuple[int | None, ...] | None, bridge: str = "
         return "it is quantized"
     if not layer.built:
         return "it is not built"
+    if not (0 <= layer.momentum <= 1 and layer.epsilon >= 0 and math.isfinite(layer.epsilon)):
+        return f"momentum={layer.momentum} or epsilon={layer.epsilon} is out of range"
     return worth_it(layer, shape, bridge)
 
 

@@ -129,15 +129,17 @@ def _normalize(
     sigma = tf.sqrt(used.variance + options.epsilon)
     invstd = tf.where(sigma > 0, 1 / tf.where(sigma > 0, sigma, 1), tf.where(sigma == 0, tf.zeros_like(sigma), sigma))
     zeros = tf.zeros_like(mean)
+    # r takes out what this replica's pass divides by, whatever it is; 0 where its values are constant would lose x
+    alone = options._replace(epsilon=options.epsilon or 1.0)
 
     def op(*values: tf.Tensor) -> Any:
         given = batch._replace(**dict(zip(primal, values, strict=True)))
         gamma, beta = _affine(given, mean)
 
         def by_kernels() -> tf.Tensor:
-            r, d = tf.sqrt(own.variance + options.epsilon) * invstd, (own.mean - mean) * invstd
+            r, d = tf.sqrt(own.variance + alone.epsilon) * invstd, (own.mean - mean) * invstd
             corrected = given._replace(gamma=gamma * r, beta=beta + gamma * d)
-            return bridge.train_step(corrected, (zeros, zeros), 0.0, options, way)[0]
+            return bridge.train_step(corrected, (zeros, zeros), 0.0, alone, way)[0]
 
         def frozen() -> tf.Tensor:
             return inference.infer(given.x, gamma, beta, mean, used.variance, options, given.residual)

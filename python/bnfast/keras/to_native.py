@@ -45,7 +45,8 @@ def to_native(model: Any, *, inplace: bool = False) -> Any:
     Raises:
         TypeError, RuntimeError: as `accelerate`.
         ValueError: the model has no layer of bnfast's or isn't built; it is subclassed and inplace isn't True; in place
-            or inside a layer of another kind, a batch norm has an activation or an Add fused into it.
+            or inside a layer of another kind, a batch norm has an activation or an Add fused into it; one has an
+            argument that Keras's layer lacks (momentum=None, correction=1, several axes ...).
     """
     check(model)
     ours = [layer for layer in layers(model) if _is_ours(layer)]
@@ -54,8 +55,8 @@ def to_native(model: Any, *, inplace: bool = False) -> Any:
     if inplace:
         for layer in ours:
             _alone(layer)
-        for layer in ours:
-            become(layer, _norm(layer, layer.name))
+        for layer, native in [(layer, _norm(layer, layer.name)) for layer in ours]:  # all, or an error
+            become(layer, native)
         forget_functions(model)
         return model
     if not is_graph(model):
@@ -118,7 +119,7 @@ def _norm(layer: Any, name: str) -> Any:
     if type(layer) in RELATIVES:
         kind, words = RELATIVES[type(layer)]
         return clone(layer, kind, name=name, **words)
-    return clone(layer, KERAS, name=name, activation=..., bridge=..., replaces=...)
+    return clone(layer, KERAS, name=name, activation=..., bridge=..., fused=..., replaces=...)
 
 
 def _pairs(layer: Any, norm: Any, activation: Any = None) -> list[tuple[Any, Any]]:
