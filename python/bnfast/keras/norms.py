@@ -20,7 +20,7 @@ import tensorflow as tf
 
 import bnfast
 
-from . import host
+from . import freezing, host
 from . import norms_formula as formula
 from .formula import compute_dtype
 from .norms_formula import Norm
@@ -57,7 +57,7 @@ def normalize(x: Any, gamma: Any, beta: Any, norm: Norm, training: Any) -> tf.Te
     for name, variable in (("gamma", gamma), ("beta", beta)):
         if variable is not None:  # custom_gradient takes no None, and treats variables apart
             primal[name] = tf.reshape(tf.cast(tf.convert_to_tensor(variable), dtype), extents)
-    if not _possible(training) or _small(x, norm):
+    if not freezing.possible(training) or _small(x, norm):
         return formula.normalize(**{"gamma": None, "beta": None, **primal}, norm=norm)
 
     def op(*values: tf.Tensor) -> Any:
@@ -68,14 +68,6 @@ def normalize(x: Any, gamma: Any, beta: Any, norm: Norm, training: Any) -> tf.Te
         return y, lambda dy: _gradient({"dy": dy, **given}, saved, norm)
 
     return tf.custom_gradient(op)(*primal.values())
-
-
-def _possible(training: Any) -> bool:
-    """Whether this call trains, or may: y is the same, so a tensor whose value nobody knows yet is a yes."""
-    if tf.is_tensor(training):
-        training = tf.get_static_value(training)
-        return training is None or bool(training)
-    return bool(training)
 
 
 def _small(x: tf.Tensor, norm: Norm) -> bool:
