@@ -17,6 +17,8 @@ import numpy as np
 import tensorflow as tf
 from keras.src.backend import AutocastScope  # no public way leads to a variable's whole value under a mixed policy
 
+from . import freezing
+
 _OUTPUT_AXES = {  # of the kernel
     **dict.fromkeys(("Dense", "Conv1D", "Conv2D", "Conv3D"), (-1,)),
     **dict.fromkeys(("Conv1DTranspose", "Conv2DTranspose", "Conv3DTranspose"), (-2,)),
@@ -88,7 +90,7 @@ class WeightNormalization(keras.layers.Wrapper):  # type: ignore[misc]
 
     def call(self, inputs: Any, training: Any = None) -> Any:
         _check_plain(self.layer)
-        if self.data_init and self.trainable and self.layer.trainable and _possible(training):
+        if self.data_init and self.trainable and self.layer.trainable and freezing.possible(training):
             self._initialize(inputs, training)
         return _compute(self, self.layer, inputs, [(self.v, self._kernel(self.g))])
 
@@ -204,14 +206,6 @@ def _wide(value: Any) -> tf.Tensor:
 def _where(condition: tf.Tensor, new: tf.Tensor, old: tf.Tensor) -> tf.Tensor:
     """new where the condition holds, else old: in old's shape and dtype."""
     return tf.where(tf.reshape(condition, old.shape), tf.cast(tf.reshape(new, old.shape), old.dtype), old)
-
-
-def _possible(training: Any) -> bool:
-    """Whether this call trains, or may."""
-    if tf.is_tensor(training):
-        training = tf.get_static_value(training)
-        return training is None or bool(training)
-    return bool(training)
 
 
 def _check_plain(layer: Any) -> None:
