@@ -99,6 +99,7 @@ void check(const GradArgs& a) {
     check_vector(a.dbeta, "dbeta");
     require((a.mean.data && a.invstd.data && a.dgamma.data && a.dbeta.data) || a.shape.C == 0,
             "mean, invstd, dgamma and dbeta must not be null");
+    require(!a.residual || !a.y, "residual and y must not be given together");
     check_activation(a.activation, a.negative_slope);
 }
 

@@ -54,6 +54,27 @@ def test_activation_and_residual(shape, axis, training, activation, with_residua
 
 
 @pytest.mark.parametrize("dtype", ag.DTYPES)
+@pytest.mark.parametrize("activation", ag.ACTIVATIONS)
+@pytest.mark.parametrize(("shape", "axis"), [((37, 23), 1), ((3, 23, 7, 7), 1), ((2, 5, 7, 70), 3), ((3, 4, 900), 1)])
+def test_y_in_place_of_residual(shape, axis, activation, dtype):
+    rng = np.random.default_rng(7)
+    x, dy, residual = (ag.batch(shape, axis, ag.dtype_of(dtype), rng) for _ in range(3))
+    gamma, beta, *_ = ag.vectors(shape[axis], rng)
+    words = {"axis": axis, "activation": activation, "negative_slope": 0.3}
+    if dtype in ("float32", "float64"):
+        gamma *= 4
+    else:
+        residual *= 0.1  # 5.99 rounds to 6 there: z stays below
+        gamma *= 0.25
+    y, mean, _, invstd = bnfast.batch_norm_train(x, gamma, beta, residual=residual, **words)
+    args = dy, x, mean, invstd, gamma, beta
+    by_residual = bnfast.batch_norm_grad(*args, residual=residual, **words)
+    by_y = bnfast.batch_norm_grad(*args, y=y, **words)
+    for name, expected in by_residual._asdict().items():
+        np.testing.assert_array_equal(getattr(by_y, name), expected, err_msg=name)
+
+
+@pytest.mark.parametrize("dtype", ag.DTYPES)
 @pytest.mark.parametrize("activation", [None, "relu"])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(("shape", "axis"), [((37, 23), 1), ((3, 23, 7, 7), 1), ((5, 9, 7, 3), 3), ((4, 6, 5), 0)])

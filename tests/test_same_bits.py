@@ -100,6 +100,11 @@ def everything(case: Case, check=lambda: None, change=lambda a: a, give_out=Fals
         dy, x, *statistics, *affine, mask=a["mask"], dmean=train.mean, dvariance=train.variance, **words, **out()
     )
     check()
+    by_y = [] if residual is None else [change(train.y)]
+    for y in by_y:
+        plain = {**words, "residual": None}
+        by_y = [bnfast.batch_norm_grad(dy, x, *statistics, *affine, mask=a["mask"], y=y, **plain, **out())]
+        check()
     frozen = bnfast.batch_norm_grad(dy, x, *statistics, *affine, training=False, **words, **out())
     check()
     infer = bnfast.batch_norm_infer(x, a["moving_mean"], a["moving_variance"], *affine, **words, **out())
@@ -107,7 +112,8 @@ def everything(case: Case, check=lambda: None, change=lambda a: a, give_out=Fals
     moments = bnfast.moments(x, axis=case.axis, mask=a["mask"])
     check()
     named = {"moving_mean": mm, "moving_variance": mv, "infer": infer}
-    for prefix, result in (("train", train), ("grad", grad), ("frozen", frozen), ("moments", moments)):
+    results = [("train", train), ("grad", grad), ("frozen", frozen), ("moments", moments)]
+    for prefix, result in (*results, *(("by_y", result) for result in by_y)):
         named |= {f"{prefix}.{name}": value for name, value in zip(result._fields, result, strict=True)}
     return named
 

@@ -178,6 +178,7 @@ GRAD = {
     "mean": VECTOR + GIVEN_AS_LIST + REQUIRED,
     "invstd": VECTOR + GIVEN_AS_LIST + REQUIRED,
     **{name: TRAIN[name] for name in ("gamma", "beta", "axis", "mask", "activation", "negative_slope", "residual")},
+    "y": TENSOR + LIKE,
     "training": TRAINING,
     "dmean": VECTOR + GIVEN_AS_LIST,
     "dvariance": VECTOR + GIVEN_AS_LIST,
@@ -193,6 +194,7 @@ def arguments(function):
         **{name: tensor() for name in ("x", "dy", "residual", "out")},
         **{name: vector() for name in ("gamma", "beta", "moving_mean", "moving_variance", "dmean", "dvariance")},
         **{"mean": np.zeros(C), "invstd": np.ones(C), "mask": None, "axis": -1, "momentum": 0.9, "epsilon": 1e-3},
+        "y": None,
         **{"activation": None, "negative_slope": 0.2, "correction": 0, "nan_policy": "propagate", "training": True},
     }
     return {name: every[name] for name in TABLES[function]}
@@ -262,13 +264,15 @@ def test_out_overlaps_an_input(other):
     assert content(args) == before
 
 
-@pytest.mark.parametrize("other", ["mean", "invstd", "gamma", "dmean", "dvariance", "residual", "x", "dy"])
+@pytest.mark.parametrize("other", ["mean", "invstd", "gamma", "dmean", "dvariance", "residual", "y", "x", "dy"])
 def test_out_of_grad_overlaps_an_input(other):
     block = np.zeros(64)
     args = arguments(bnfast.batch_norm_grad)
     args.update({name: args[name].astype(np.float64) for name in ("x", "dy", "residual")})
     args["out"] = block[:30].reshape(6, 5)
-    args[other] = block[5:35].reshape(6, 5) if other in ("x", "dy", "residual") else block[29:34]
+    if other == "y":
+        args["residual"] = None
+    args[other] = block[5:35].reshape(6, 5) if other in ("x", "dy", "residual", "y") else block[29:34]
     before = content(args)
     with pytest.raises(ValueError, match=rf"^out must not overlap {other} \(or be exactly dy or x\). Received: "):
         bnfast.batch_norm_grad(**args)

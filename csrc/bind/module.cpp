@@ -83,9 +83,10 @@ py::object infer(py::handle x, py::handle moving_mean, py::handle moving_varianc
 
 py::object grad(py::handle dy, py::handle x, py::handle mean, py::handle invstd, py::handle gamma, py::handle beta,
                 py::handle axis, py::handle mask, py::handle activation, py::handle negative_slope,
-                py::handle residual, py::handle training, py::handle dmean, py::handle dvariance, py::handle out) {
+                py::handle residual, py::handle y, py::handle training, py::handle dmean, py::handle dvariance,
+                py::handle out) {
     return or_none([&]() -> py::object {
-        const ArrayView xv = input(x), dyv = like(dy, xv), rv = like(residual, xv), mv = input(mean),
+        const ArrayView xv = input(x), dyv = like(dy, xv), rv = like(residual, xv), yv = like(y, xv), mv = input(mean),
                         sv = input(invstd), gv = optional_input(gamma), bv = optional_input(beta),
                         dmv = optional_input(dmean), dvv = optional_input(dvariance);
         plain(dyv.dims);
@@ -102,20 +103,22 @@ py::object grad(py::handle dy, py::handle x, py::handle mean, py::handle invstd,
         a.mask = weights(mask, xv, a.shape);
         a.activation = activation_of(activation);
         a.negative_slope = number_in(negative_slope, 0, largest);
+        plain(!rv.dims || !yv.dims);
         a.residual = rv.data;
+        a.y = yv.data;
         a.training = boolean(training);
         a.dmean = vector(dmv, C);
         a.dvariance = vector(dvv, C);
         const py::array dx = output_for(out, x, xv, {dyv, xv},
-                                        {rv, mv, sv, gv, bv, optional_input(mask), dmv, dvv});
+                                        {rv, yv, mv, sv, gv, bv, optional_input(mask), dmv, dvv});
         a.dx = py::detail::array_proxy(dx.ptr())->data;
         const py::array dgamma = vector_like(gv, bv, xv, C, a.dgamma), dbeta = vector_like(gv, bv, xv, C, a.dbeta);
         py::object dresidual = py::none();
-        if (rv.dims && a.activation != Activation::none) {
+        if ((rv.dims || yv.dims) && a.activation != Activation::none) {
             const py::array made = output_for(py::none(), x, xv, {}, {});
             a.dresidual = py::detail::array_proxy(made.ptr())->data;
             dresidual = made;
-        } else if (rv.dims) {
+        } else if (rv.dims || yv.dims) {
             // Without an activation dresidual is dy itself; a copy where dx is about to take dy's place.
             dresidual = a.dx == dyv.data ? dy.attr("copy")() : py::reinterpret_borrow<py::object>(dy);
         }

@@ -55,7 +55,8 @@ struct ApplyArgs {
 
 struct GradReduceArgs {
     Grid grid;
-    const void *dy, *x, *residual;
+    const void *dy, *x, *beside;  // beside: residual or, where beside_is_y, the forward's y; null: neither
+    int beside_is_y;
     Params params;  // mean_hi, scale, shift
     ActivationArgs act;
     int64_t chunk, c0, c1;
@@ -66,7 +67,8 @@ struct GradReduceArgs {
 
 struct GradApplyArgs {
     Grid grid;
-    const void *dy, *x, *residual, *mask;
+    const void *dy, *x, *beside, *mask;
+    int beside_is_y;
     void *dx, *dresidual;
     Params params;
     ActivationArgs act;

@@ -1,6 +1,6 @@
 // Backward: reduce (sum_dy, sum_dy_xmu), fold (dgamma, dbeta and dx's constants), apply (dx).
 //
-//   g  = dy, gated by the activation at the recomputed pre-activation (nothing is stored by the forward pass)
+//   g  = dy, gated by the activation at the recomputed pre-activation (nothing is stored by the forward pass), or at y
 //   dbeta = sum g;  dgamma = sum g*xhat = (sum g*(x - mean_hi) - mean_lo*sum g)*invstd
 //   dx = scale*(g - mean_dy) + (slope_x*(x - mean_hi) + level)      batch statistics, W = M or the summed weights:
 //        mean_dy = sum g/W,  slope_x = -scale*invstd*dgamma/W + 2*dvariance/W,
@@ -20,7 +20,7 @@ template <class X, int mode, int act> void grad_apply_rows(const GradApplyArgs& 
     using T = typename X::T;
     using V = typename X::V;
     using P = typename ComputeStorage<T>::type;
-    auto dy = static_cast<const S*>(a.dy), x = static_cast<const S*>(a.x), res = static_cast<const S*>(a.residual);
+    auto dy = static_cast<const S*>(a.dy), x = static_cast<const S*>(a.x), beside = static_cast<const S*>(a.beside);
     auto dx = static_cast<S*>(a.dx), dres = static_cast<S*>(a.dresidual);
     auto w = static_cast<const T*>(a.mask);
     auto at_c = [&](void* p, int64_t c) { return X::splat(static_cast<const T*>(p)[c]); };
@@ -50,7 +50,7 @@ template <class X, int mode, int act> void grad_apply_rows(const GradApplyArgs& 
                 V grad = X::load(dy + j);
                 if (act != act_none) {
                     V z = pre_activation(xi, m, sc, sh);
-                    if (res) z += X::load(res + j);
+                    if (beside) z = gated_by(z, X::load(beside + j), a.beside_is_y);
                     grad = gate<act>(z, grad, bound, slope);
                     if (dres) X::store(dres + j, grad);
                 }
@@ -63,7 +63,7 @@ template <class X, int mode, int act> void grad_apply_rows(const GradApplyArgs& 
                 V grad = X::load_partial(dy + j, left, V{});
                 if (act != act_none) {
                     V z = pre_activation(xi, m, sc, sh);
-                    if (res) z += X::load_partial(res + j, left, V{});
+                    if (beside) z = gated_by(z, X::load_partial(beside + j, left, V{}), a.beside_is_y);
                     grad = gate<act>(z, grad, bound, slope);
                     if (dres) X::store_partial(dres + j, grad, left);
                 }
@@ -85,12 +85,12 @@ template <class X, int mode, int act> void grad_apply_columns(const GradApplyArg
     using V = typename X::V;
     using P = typename ComputeStorage<T>::type;
     const int64_t K = a.grid.pack * a.grid.C;
-    auto dy = static_cast<const S*>(a.dy), x = static_cast<const S*>(a.x), res = static_cast<const S*>(a.residual);
+    auto dy = static_cast<const S*>(a.dy), x = static_cast<const S*>(a.x), beside = static_cast<const S*>(a.beside);
     auto dx = static_cast<S*>(a.dx), dres = static_cast<S*>(a.dresidual);
     auto w = static_cast<const T*>(a.mask);
     const T bound = T(a.act.bound), slope = T(a.act.negative_slope);
     constexpr bool frozen = mode == grad_frozen, gated = act != act_none, reads_x = !frozen || gated;
-    with_flags(a.stream && may_stream<X>(dx, K, a.c0), gated && res, [&](auto stream, auto has_residual) {
+    with_flags(a.stream && may_stream<X>(dx, K, a.c0), gated && beside, [&](auto stream, auto has_beside) {
         const bool tiled = a.c1 - a.c0 >= wide_row;
         over_columns<X>(a.begin, a.end, a.c0, a.c1, tiled, [&](int64_t r, int64_t k, int n, auto whole) {
             const int64_t at = r * K + k;
@@ -100,9 +100,9 @@ template <class X, int mode, int act> void grad_apply_columns(const GradApplyArg
             V grad = load_some<X>(dy + at, n, whole);
             if (gated) {
                 V z = pre_activation(xi, m, sc, constant(a.params.shift));
-                if (has_residual.value) z += load_some<X>(res + at, n, whole);
+                if (has_beside.value) z = gated_by(z, load_some<X>(beside + at, n, whole), a.beside_is_y);
                 grad = gate<act>(z, grad, bound, slope);
-                if (has_residual.value && dres) store_some<X>(dres + at, grad, n, whole, No{});
+                if (has_beside.value && dres) store_some<X>(dres + at, grad, n, whole, No{});
             }
             V out;
             if (frozen) {

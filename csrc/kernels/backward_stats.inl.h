@@ -9,7 +9,8 @@ namespace {
 
 // What the sums over columns read, at their first column. The constants: one value a column.
 template <class X> struct GradColumns {
-    const typename X::S *dy, *x, *residual;
+    const typename X::S *dy, *x, *beside;
+    bool beside_is_y;
     const typename X::T *mean_hi, *scale, *shift;
     int64_t rows, stride, width;
     int64_t ahead;  // how far ahead rows are asked for; 0: not at all
@@ -20,8 +21,8 @@ template <class T, int64_t columns> struct alignas(64) GradTile {
 };
 
 // Leaves the two sums of every column.
-template <class X, int act, class Tile, class Residual>
-BNFAST_INLINE void grad_column_sums(const GradColumns<X>& a, const ActivationArgs& args, Tile& t, Residual) {
+template <class X, int act, class Tile, class HasBeside>
+BNFAST_INLINE void grad_column_sums(const GradColumns<X>& a, const ActivationArgs& args, Tile& t, HasBeside) {
     using T = typename X::T;
     using V = typename X::V;
     using P = typename ComputeStorage<T>::type;
@@ -43,7 +44,7 @@ BNFAST_INLINE void grad_column_sums(const GradColumns<X>& a, const ActivationArg
             g[i] = load_some<X>(a.dy + j, n, whole);
             if (act != act_none) {
                 V z = pre_activation(value, m, sc, sh);
-                if (Residual::value) z += load_some<X>(a.residual + j, n, whole);
+                if (HasBeside::value) z = gated_by(z, load_some<X>(a.beside + j, n, whole), a.beside_is_y);
                 g[i] = gate<act>(z, g[i], bound, slope);
             }
             gx[i] = g[i] * minus(value, m);
@@ -65,7 +66,7 @@ BNFAST_INLINE void grad_column_sums(const GradColumns<X>& a, const ActivationArg
 
 template <class X, int act, class Tile>
 BNFAST_INLINE void grad_column_sums(const GradColumns<X>& a, const ActivationArgs& args, Tile& t) {
-    if (act != act_none && a.residual) grad_column_sums<X, act>(a, args, t, Yes{});
+    if (act != act_none && a.beside) grad_column_sums<X, act>(a, args, t, Yes{});
     else grad_column_sums<X, act>(a, args, t, No{});
 }
 
@@ -74,7 +75,7 @@ template <class X> BNFAST_INLINE GradColumns<X> grad_columns(const GradReduceArg
     using T = typename X::T;
     auto data = [&](const void* p) { return p ? static_cast<const S*>(p) + at : nullptr; };
     auto constants = [&](const void* p) { return static_cast<const T*>(p) + c; };
-    return {data(a.dy), data(a.x), data(a.residual), constants(a.params.mean_hi), constants(a.params.scale),
+    return {data(a.dy), data(a.x), data(a.beside), a.beside_is_y != 0, constants(a.params.mean_hi), constants(a.params.scale),
             constants(a.params.shift), 0, 0, 0, 0};
 }
 
@@ -114,7 +115,7 @@ template <class X, int act> void grad_reduce_rows(const GradReduceArgs& a) noexc
     using T = typename X::T;
     using V = typename X::V;
     const Grid g = a.grid;
-    auto dy = static_cast<const S*>(a.dy), x = static_cast<const S*>(a.x), res = static_cast<const S*>(a.residual);
+    auto dy = static_cast<const S*>(a.dy), x = static_cast<const S*>(a.x), beside = static_cast<const S*>(a.beside);
     auto mean_hi = static_cast<const T*>(a.params.mean_hi), scale = static_cast<const T*>(a.params.scale),
          shift = static_cast<const T*>(a.params.shift);
     const T bound = T(a.act.bound), slope = T(a.act.negative_slope);
@@ -130,8 +131,10 @@ template <class X, int act> void grad_reduce_rows(const GradReduceArgs& a) noexc
         for (int64_t c = a.c0; c < a.c1; ++c) {
             const V m = X::splat(mean_hi[c]), sc = X::splat(scale[c]), sh = X::splat(shift[c]);
             V s0[X::NV] = {}, s1[X::NV] = {};
+            const bool beside_is_y = a.beside_is_y;
             auto add = [&](int v, V grad, V value, V r) {
-                if (act != act_none) grad = gate<act>(V(pre_activation(value, m, sc, sh) + r), grad, bound, slope);
+                if (act != act_none)
+                    grad = gate<act>(gated_by(pre_activation(value, m, sc, sh), r, beside_is_y), grad, bound, slope);
                 s0[v] += grad;
                 s1[v] += grad * minus(value, m);
             };
@@ -141,11 +144,11 @@ template <class X, int act> void grad_reduce_rows(const GradReduceArgs& a) noexc
                     row,
                     [&](int v, int64_t i) {
                         add(v, X::load(dy + at + i), X::load(x + at + i),
-                            act != act_none && res ? X::load(res + at + i) : V{});
+                            act != act_none && beside ? X::load(beside + at + i) : V{});
                     },
                     [&](int v, int64_t i, int left) {
                         add(v, X::load_partial(dy + at + i, left, V{}), X::load_partial(x + at + i, left, m),
-                            act != act_none && res ? X::load_partial(res + at + i, left, V{}) : V{});
+                            act != act_none && beside ? X::load_partial(beside + at + i, left, V{}) : V{});
                     });
             }
             sum_dy[c] += double(sum_lanes<X>(s0));

@@ -137,7 +137,7 @@ Forward run_train(const Case& c, const Inputs& in, int shift) {
     return f;
 }
 
-Backward run_grad(const Case& c, const Inputs& in, const Forward& forward, int shift) {
+Backward run_grad(const Case& c, const Inputs& in, const Forward& forward, int shift, bool by_y) {
     Backward b;
     b.dx = Array(c.dtype, c.shape.size(), shift, guard);
     b.dresidual = Array(c.dtype, c.shape.size(), shift, guard);
@@ -159,7 +159,7 @@ Backward run_grad(const Case& c, const Inputs& in, const Forward& forward, int s
     a.activation = c.act;
     a.negative_slope = c.negative_slope;
     if (c.residual) {
-        a.residual = in.residual.data();
+        (by_y ? a.y : a.residual) = by_y ? forward.y.data() : in.residual.data();
         a.dresidual = b.dresidual.data();
     }
     a.training = c.training;

@@ -41,7 +41,8 @@ struct Backward {
     Array dx, dresidual, dgamma, dbeta;
     bool same_bits(const Backward& other) const;
 };
-Backward run_grad(const Case& c, const Inputs& in, const Forward& forward, int shift = 0);
+// by_y: with the forward's y in place of residual.
+Backward run_grad(const Case& c, const Inputs& in, const Forward& forward, int shift = 0, bool by_y = false);
 
 // The largest error over its bound (1: on the bound); `what` names where it stands.
 struct Worst {

@@ -50,7 +50,6 @@ public:
         a.gamma = optional("num_gamma");
         a.beta = optional("num_beta");
         a.mask = optional("num_mask");
-        a.residual = optional("num_residual");
         return a;
     }
 
@@ -64,6 +63,7 @@ private:
 Attributes train_attributes(TF_OpKernelConstruction* context) {
     const Reader reader(context);
     Attributes a = reader.common();
+    a.beside = reader.optional("num_residual");
     a.epsilon = reader.real("epsilon_bits");
     a.momentum = reader.real("momentum_bits");
     a.correction = int(reader.integer("correction"));
@@ -74,6 +74,7 @@ Attributes train_attributes(TF_OpKernelConstruction* context) {
 Attributes grad_attributes(TF_OpKernelConstruction* context) {
     const Reader reader(context);
     Attributes a = reader.common();
+    a.beside = reader.optional("num_y");
     a.parameter_type = reader.type("parameter_type");
     const std::int64_t count = reader.integer("num_statistics");
     if (count != 0 && count != 2) throw Failure{TF_INVALID_ARGUMENT, "num_statistics must be 0 or 2"};

@@ -11,21 +11,20 @@ ConstVector input_vector(const Tensor& tensor) {
 }
 Vector output_vector(const Tensor& tensor) { return {tensor.data(), dtype_of(tensor.type())}; }
 
-// The optional inputs that both ops end with, in this order; `next` is the first one's place.
+// The optional inputs that both ops have, in this order; `next` is the first one's place. beside: residual, or y.
 struct Optional {
-    Tensor gamma, beta, mask, residual;
+    Tensor gamma, beta, mask, beside;
 
-    Optional(const Call& call, const Attributes& a, int& next, const Dims& dims, const Shape& shape) {
+    Optional(const Call& call, const Attributes& a, int& next, const char* name, const Dims& dims, const Shape& shape) {
         if (a.gamma) require_vector(gamma = call.input(next++), "gamma", shape.C, a.axis);
         if (a.beta) require_vector(beta = call.input(next++), "beta", shape.C, a.axis);
         if (a.mask) require_mask(mask = call.input(next++), a.type, shape);
-        if (a.residual) require_like(residual = call.input(next++), "residual", dims);
+        if (a.beside) require_like(beside = call.input(next++), name, dims);
     }
     template <class Args> void give(Args& args, const Attributes& a) const {
         args.gamma = input_vector(gamma);
         args.beta = input_vector(beta);
         args.mask = mask.data();
-        args.residual = residual.data();
         args.dtype = dtype_of(a.type);
         args.activation = a.activation;
         args.negative_slope = a.negative_slope;
@@ -52,7 +51,7 @@ void train(const Attributes& a, TF_OpKernelContext* context) {
     require_vector(mean, "moving_mean", shape.C, a.axis);
     require_vector(variance, "moving_variance", shape.C, a.axis);
     int next = 3;
-    const Optional optional(call, a, next, dims, shape);
+    const Optional optional(call, a, next, "residual", dims, shape);
 
     const std::int64_t saved_dims[] = {2, shape.C};
     const Tensor new_mean = call.output(1, mean.type(), &shape.C, 1);
@@ -65,6 +64,7 @@ void train(const Attributes& a, TF_OpKernelContext* context) {
 
     TrainArgs args;
     optional.give(args, a);
+    args.residual = optional.beside.data();
     args.x = x.data();
     args.y = y.data();
     args.shape = shape;
@@ -85,14 +85,16 @@ void grad(const Attributes& a, TF_OpKernelContext* context) {
     const Dims dims = call.input(1).dims();
     const Shape shape = call.shape(dims, a.axis);
     require_like(call.input(0), "dy", dims);
-    const Tensor dx = call.output_in(0, {0, 1}, dims);  // before dy and x are held, as above
+    // Before dy and x are held, as above. x, which nothing reads after this op, holds one of the two.
+    const Tensor dx = call.output_in(0, {0, 1}, dims);
+    const Tensor dresidual = a.beside ? call.output_in(3, {1}, dims) : Tensor();
     const Tensor dy = call.input(0), x = call.input(1), saved = call.input(2);
     const Dims saved_dims = saved.dims();
     if (saved_dims.rank != 2 || saved_dims.extents[0] != 2 || saved_dims.extents[1] != shape.C)
         throw Failure{TF_INVALID_ARGUMENT, "saved must have shape (2, " + std::to_string(shape.C) +
                                                "). Received: " + saved_dims.text()};
     int next = 3;
-    const Optional optional(call, a, next, dims, shape);
+    const Optional optional(call, a, next, "y", dims, shape);
     Tensor dmean, dvariance;
     if (a.statistics) {
         require_vector(dmean = call.input(next++), "dmean", shape.C, a.axis);
@@ -100,11 +102,10 @@ void grad(const Attributes& a, TF_OpKernelContext* context) {
     }
     const Tensor dgamma = call.output(1, a.parameter_type, &shape.C, 1);
     const Tensor dbeta = call.output(2, a.parameter_type, &shape.C, 1);
-    Tensor dresidual;
-    if (a.residual) dresidual = call.output(3, a.type, dims.extents, dims.rank);
 
     GradArgs args;
     optional.give(args, a);
+    args.y = optional.beside.data();
     args.dy = dy.data();
     args.x = x.data();
     args.dx = dx.data();

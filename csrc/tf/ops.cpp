@@ -3,8 +3,10 @@
 //
 //   BnfastTrain: x, moving_mean, moving_variance, [gamma], [beta], [mask], [residual]
 //             -> y, the moving statistics updated, saved (2, C): mean and invstd of the batch, for BnfastGrad
-//   BnfastGrad:  dy, x, saved, [gamma], [beta], [mask], [residual], [dmean, dvariance] -> dx, dgamma, dbeta, [dresidual]
+//   BnfastGrad:  dy, x, saved, [gamma], [beta], [mask], [y], [dmean, dvariance] -> dx, dgamma, dbeta, [dresidual]
 //
+// y goes to BnfastGrad where the forward had both residual and activation: kept for the next layer anyway, it spares the
+// residual being kept beside it (ResNet50 at batch 16: 92 MB of 1356).
 // parameter_type is U, which TensorFlow can't infer for a BnfastGrad without gamma and beta.
 // mask: N*S weights of W, float64 for float64 x and else float32. statistics_gradient tells the Python side that the
 // gradients of the second and third output count: with momentum 0 they are the batch's own mean and variance. BnfastGrad
@@ -26,7 +28,6 @@ const char* const common_attributes[] = {
     "num_gamma: int >= 0 = 0",
     "num_beta: int >= 0 = 0",
     "num_mask: int >= 0 = 0",
-    "num_residual: int >= 0 = 0",
     "axis: int = -1",
     "epsilon_bits: int",
     "activation: {'none', 'relu', 'relu6', 'leaky_relu'} = 'none'",
@@ -117,15 +118,16 @@ const bool registered = [] {
            {"x: T", "moving_mean: U", "moving_variance: U", "gamma: num_gamma * U", "beta: num_beta * U",
             "mask: num_mask * W", "residual: num_residual * T"},
            {"y: T", "new_mean: U", "new_variance: U", "saved: double"},
-           {"momentum_bits: int", "correction: int >= 0 = 0", "nan_policy: {'propagate', 'skip_update'} = 'propagate'",
-            "statistics_gradient: bool = false"},
+           {"num_residual: int >= 0 = 0", "momentum_bits: int", "correction: int >= 0 = 0",
+            "nan_policy: {'propagate', 'skip_update'} = 'propagate'", "statistics_gradient: bool = false"},
            train_shapes,
            TF_NewKernelBuilder("BnfastTrain", "CPU", create<train_attributes>, compute<train>, destroy));
     define("BnfastGrad",
            {"dy: T", "x: T", "saved: double", "gamma: num_gamma * U", "beta: num_beta * U", "mask: num_mask * W",
-            "residual: num_residual * T", "statistics: num_statistics * U"},
-           {"dx: T", "dgamma: parameter_type", "dbeta: parameter_type", "dresidual: num_residual * T"},
-           {"num_statistics: int >= 0 = 0", "parameter_type: {float, double}"}, grad_shapes, TF_NewKernelBuilder("BnfastGrad", "CPU", create<grad_attributes>, compute<grad>, destroy));
+            "y: num_y * T", "statistics: num_statistics * U"},
+           {"dx: T", "dgamma: parameter_type", "dbeta: parameter_type", "dresidual: num_y * T"},
+           {"num_y: int >= 0 = 0", "num_statistics: int >= 0 = 0", "parameter_type: {float, double}"}, grad_shapes,
+           TF_NewKernelBuilder("BnfastGrad", "CPU", create<grad_attributes>, compute<grad>, destroy));
     return true;
 }();
 

@@ -127,6 +127,7 @@ def grad(
     activation: Any,
     negative_slope: Any,
     residual: Any,
+    y: Any,
     training: Any,
     dmean: Any,
     dvariance: Any,
@@ -148,15 +149,18 @@ def grad(
     activation = choice("activation", activation, ACTIVATIONS)
     negative_slope = real("negative_slope", negative_slope)
     residual = like("residual", residual, "x", x)
+    y = like("y", y, "x", x)
+    if residual is not None and y is not None:
+        raise ValueError("y stands in place of residual. Received: both")
     training = boolean("training", training)
-    out = target(out, {"dy": dy, "x": x}, vectors | {"mask": array_or_none(mask), "residual": residual})
+    out = target(out, {"dy": dy, "x": x}, vectors | {"mask": array_or_none(mask), "residual": residual, "y": y})
     gamma, beta = axes.flat(vectors["gamma"]), axes.flat(vectors["beta"])
     mean, invstd, dmean, dvariance = (
         axes.flat(vectors[name], np.float64) for name in ("mean", "invstd", "dmean", "dvariance")
     )
     return (
         *(axes.merge(dy), axes.merge(x), mean, invstd, gamma, beta, axes.place, flat, activation, negative_slope),
-        *(axes.merge(residual), training, dmean, dvariance, axes.merge_out(out)),
+        *(axes.merge(residual), axes.merge(y), training, dmean, dvariance, axes.merge_out(out)),
     )
 
 

@@ -155,6 +155,7 @@ def batch_norm_grad(
     activation: str | None = None,
     negative_slope: float = 0.2,
     residual: Any = None,
+    y: Any = None,
     training: bool = True,
     dmean: Any = None,
     dvariance: Any = None,
@@ -174,13 +175,15 @@ def batch_norm_grad(
             moving_mean and 1/sqrt(moving_variance + epsilon).
         gamma, beta, axis, mask, activation, negative_slope, residual: as in the forward call. beta and residual
             matter for the activation alone.
+        y: in place of residual, what the forward returned: activation'(z) is read off it, so that the residual needn't
+            be kept. (A z that x's dtype rounds to 0, or to relu6's 6, counts as that.)
         dmean, dvariance: (C,), float64 or float32: gradients of the loss with respect to the batch mean and variance
             themselves, where those were used beside y. Ignored where training is False.
         out: where dx goes: exactly dy, exactly x, or disjoint from every input.
 
     Returns:
-        GradResult(dx, dgamma, dbeta, dresidual). dresidual is dz: with a residual and no activation dy itself, or a
-        copy of it where `out` is dy.
+        GradResult(dx, dgamma, dbeta, dresidual). dresidual, where residual or y was given, is dz: without an
+        activation dy itself, or a copy of it where `out` is dy.
 
     Raises:
         ValueError, TypeError: as in `batch_norm_train`. A non-finite dy is no error.
@@ -188,12 +191,12 @@ def batch_norm_grad(
     # fmt: off
     result = None if mask is not None else _core.grad(
         dy, x, mean, invstd, gamma, beta, axis, None, activation, negative_slope,
-        residual, training, dmean, dvariance, out,
+        residual, y, training, dmean, dvariance, out,
     )
     if result is None:
         result = _again(_core.grad, _validate.grad(
             dy, x, mean, invstd, gamma, beta, axis, mask, activation, negative_slope,
-            residual, training, dmean, dvariance, out,
+            residual, y, training, dmean, dvariance, out,
         ), axis, x, out)
     # fmt: on
     return tuple.__new__(GradResult, result)

@@ -211,9 +211,9 @@ def test_shapes_are_known_inside_the_graph() -> None:
         with pytest.raises(ValueError, match="rank 1"):
             ops.bnfast_train(x=x, moving_mean=x, **forward_words)
         words |= dict(statistics=[], parameter_type=tf.float32)
-        backward = ops.bnfast_grad(dy=x, x=x, saved=forward.saved, residual=[x], **words)
+        backward = ops.bnfast_grad(dy=x, x=x, saved=forward.saved, y=[x], **words)
         assert [t.shape.as_list() for t in tf.nest.flatten(backward)] == [[None, 7, 3], [3], [3], [None, 7, 3]]
-        rest = ops.bnfast_grad(dy=unknown, x=unknown, saved=saved, residual=[], **words)
+        rest = ops.bnfast_grad(dy=unknown, x=unknown, saved=saved, y=[], **words)
         assert [t.shape.rank for t in tf.nest.flatten(rest)] == [None, 1, 1]
 
     run.get_concrete_function()

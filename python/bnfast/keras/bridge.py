@@ -96,21 +96,21 @@ def gradient(
     dvariance: tf.Tensor,
     *,
     mask: tf.Tensor | None = None,
-    residual: tf.Tensor | None = None,
+    y: tf.Tensor | None = None,
     options: Options = _DEFAULT,
     bridge: str = "auto",
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor | None]:
-    """dx, dgamma, dbeta, dresidual (None without residual), for xhat = (x - mean)*invstd with any mean and invstd.
+    """dx, dgamma, dbeta, dresidual (None without y), for xhat = (x - mean)*invstd with any mean and invstd.
 
-    The (C,) vectors are float64. Other than a train's own, this isn't to be differentiated: it would give the
+    y: of a forward with residual and activation; without either no gradient needs it. The (C,) vectors are float64. Other than a train's own, this isn't to be differentiated: it would give the
     derivative that goes with x's own mean and invstd.
     """
     if native.choose(bridge) == "native":
         vectors = mean, invstd, gamma, beta, dmean, dvariance
-        return native.gradient(dy, x, *vectors, mask, residual, options)
+        return native.gradient(dy, x, *vectors, mask, y, options)
     saved = {"mean": mean, "invstd": invstd, **_given(mask=mask)}
     upstream = {"dy": dy, "dmean": dmean, "dvariance": dvariance}
-    primal = _given(x=x, gamma=gamma, beta=beta, residual=residual)
+    primal = _given(x=x, gamma=gamma, beta=beta, y=y)
     dx, dgamma, dbeta, *dresidual = _gradient({**upstream, **primal}, saved, options)
     return dx, dgamma, dbeta, dresidual[0] if dresidual else None
 
@@ -141,7 +141,7 @@ def _train(
 
         def gradient(dy: tf.Tensor, dmean: tf.Tensor, dvariance: tf.Tensor) -> Any:
             upstream = {"dy": dy} if update else {"dy": dy, "dmean": dmean, "dvariance": dvariance}
-            return _gradient({**upstream, **given}, saved, options)
+            return _gradient({**upstream, **formula.kept(given, y, options)}, saved, options)
 
         return (y, *(new if update else (mean, variance))), gradient
 
@@ -149,13 +149,16 @@ def _train(
 
 
 def _gradient(given: dict[str, tf.Tensor], saved: dict[str, tf.Tensor], options: Options) -> Any:
-    """dx, dgamma, dbeta, dresidual, those whose primal `given` has, in its order; its others: dy, dmean, dvariance."""
+    """dx, dgamma, dbeta, dresidual, those whose primal `given` has (y for residual), in its order.
+
+    Its others: dy, dmean, dvariance.
+    """
 
     def op(*values: tf.Tensor) -> Any:
         tensors = dict(zip(given, values, strict=True))
         passed = {**tensors, **saved}
         straight = [] if options.activation or "residual" not in tensors else [passed.pop("residual")]
-        primal = [passed[name] for name in formula.PRIMAL if name in passed]
+        primal = [passed[name] for name in (*formula.PRIMAL, "y") if name in passed]
         words = {name: value for name, value in options._asdict().items() if name != "epsilon"}  # it is in invstd
         gradients = host.call(partial(_gradient_callback, **words), passed, [tensor.dtype for tensor in primal])
         for gradient, tensor in zip(gradients, primal, strict=True):
@@ -183,9 +186,9 @@ def _moments_callback(x: np.ndarray, **words: Any) -> list[np.ndarray]:
 
 
 def _gradient_callback(dy: np.ndarray, x: np.ndarray, **words: Any) -> list[np.ndarray]:
-    """dx and, of dgamma, dbeta and dresidual, those whose primal was given, in its dtype."""
+    """dx and, of dgamma, dbeta and dresidual, those whose primal was given (y for residual), in its dtype."""
     result = functional.batch_norm_grad(dy, x, **words)
-    others: dict[str, Any] = {"gamma": result.dgamma, "beta": result.dbeta, "residual": result.dresidual}
+    others: dict[str, Any] = {"gamma": result.dgamma, "beta": result.dbeta, "y": result.dresidual}
     return [
         result.dx,
         *(array.astype(words[name].dtype, copy=False) for name, array in others.items() if name in words),

@@ -60,6 +60,20 @@ def activate(y: tf.Tensor, options: Options) -> tf.Tensor:
     return {"relu": tf.nn.relu, "relu6": tf.nn.relu6}[options.activation](y)
 
 
+def kept(primal: Mapping[str, tf.Tensor], y: tf.Tensor, options: Options) -> dict[str, tf.Tensor]:
+    """What a gradient keeps of a forward: primal; y, which the next layer keeps anyway, for residual where it can."""
+    if options.activation is None or "residual" not in primal:
+        return dict(primal)
+    return {**{name: primal[name] for name in primal if name != "residual"}, "y": tf.stop_gradient(y)}
+
+
+def gate(y: tf.Tensor, options: Options) -> tf.Tensor:
+    """activation'(z), read off y = activation(z), in the dtype of computation."""
+    passed = (y > 0) & (y < 6) if options.activation == "relu6" else y > 0
+    one = tf.ones((), compute_dtype(y))
+    return tf.where(passed, one, one * options.negative_slope if options.activation == "leaky_relu" else 0 * one)
+
+
 def compute_dtype(x: tf.Tensor) -> tf.DType:
     return tf.float64 if x.dtype == tf.float64 else tf.float32
 
@@ -79,10 +93,11 @@ def train(
     options: Options,
     residual: tf.Tensor | None = None,
     merge: Merge | None = None,
+    slopes: tf.Tensor | None = None,
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
     """y (x's dtype), and mean, variance (float64) and W, all (C,). mask broadcasts to x, the channel axis included.
 
-    merge: what becomes of mean, variance and W (float64) before they are used, differentiable; None: nothing.
+    slopes: what z is multiplied by in place of the activation. merge: what becomes of mean, variance and W (float64) before they are used, differentiable; None: nothing.
     """
     values = tf.cast(x, compute_dtype(x))
     axes = [i for i in range(x.shape.rank) if i != options.axis % x.shape.rank]
@@ -105,7 +120,8 @@ def train(
     if residual is not None:
         y += tf.cast(residual, y.dtype)
     mean, variance, total = (tf.cast(tf.reshape(t, [-1]), tf.float64) for t in (mean, variance, total))
-    return tf.cast(activate(y, options), x.dtype), mean, variance, total
+    y = activate(y, options) if slopes is None else y * slopes
+    return tf.cast(y, x.dtype), mean, variance, total
 
 
 def train_step(
@@ -140,21 +156,25 @@ def derivative_of_gradient(
 ) -> list[tf.Tensor | None]:
     """Vector-Jacobian product of the backward pass (given -> dx, dgamma, dbeta, dresidual), one cotangent for each.
 
-    given: dy, x, and where present dmean, dvariance, gamma, beta, residual; the derivatives come in its order.
+    given: dy, x, and where present dmean, dvariance, gamma, beta, and residual or, in its place, y; the derivatives
+    come in its order, that of y, which the gate is read off, as None.
     """
     upstream = [name for name in ("dy", "dmean", "dvariance") if name in given]
     arguments = {name: given[name] for name in PRIMAL if name in given}
+    slopes = None
+    if "y" in given:
+        arguments["residual"], slopes = tf.zeros_like(given["x"]), gate(given["y"], options)
     primal = list(arguments.values())
     with tf.GradientTape() as outer:
-        outer.watch(list(given.values()))
+        watched = {name: tensor for name, tensor in given.items() if name != "y"}
+        outer.watch(list(watched.values()))
         with tf.GradientTape() as inner:
             inner.watch(primal)
             words = {"gamma": None, "beta": None, **arguments}
-            y, mean, variance, _ = train(mask=mask, options=options, merge=merge, **words)
+            y, mean, variance, _ = train(mask=mask, options=options, merge=merge, slopes=slopes, **words)
         outputs = {"dy": y, "dmean": mean, "dvariance": variance}
         gradients = inner.gradient(
             [outputs[name] for name in upstream], primal, output_gradients=[given[name] for name in upstream]
         )
-    return list(
-        outer.gradient(gradients, list(given.values()), output_gradients=list(cotangents), unconnected_gradients="zero")
-    )
+    derivatives = outer.gradient(gradients, watched, output_gradients=list(cotangents), unconnected_gradients="zero")
+    return [derivatives.get(name) for name in given]

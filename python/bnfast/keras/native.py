@@ -105,13 +105,13 @@ def _self_test(ops: Any) -> str:
     with tf.init_scope(), tf.device("CPU:0"):
         if not tf.executing_eagerly():
             return ""
-        words = dict(axis=-1, epsilon_bits=0, activation="none", negative_slope_bits=0, mask=[], residual=[])
+        words = dict(axis=-1, epsilon_bits=0, activation="none", negative_slope_bits=0, mask=[])
         x, two = tf.constant([[1.0, 2.0], [3.0, 6.0]]), tf.constant([2.0, 2.0])
         forward = ops.bnfast_train(
-            x=x, moving_mean=two, moving_variance=two, gamma=[two], beta=[two], momentum_bits=_bits(0.5), **words
+            x=x, moving_mean=two, moving_variance=two, gamma=[two], beta=[two], residual=[], momentum_bits=_bits(0.5), **words
         )
         backward = ops.bnfast_grad(
-            dy=x, x=x, saved=forward.saved, gamma=[two], beta=[two], statistics=[], parameter_type=tf.float32, **words
+            dy=x, x=x, saved=forward.saved, gamma=[two], beta=[two], y=[], statistics=[], parameter_type=tf.float32, **words
         )
         wanted: dict[str, tuple[Any, Any]] = {
             "y": ([[0, 0], [4, 4]], forward.y),
@@ -158,11 +158,10 @@ def gradient(
     dmean: tf.Tensor,
     dvariance: tf.Tensor,
     mask: tf.Tensor | None,
-    residual: tf.Tensor | None,
+    y: tf.Tensor | None,
     options: Options,
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor | None]:
     """bridge.gradient."""
-    read = [] if residual is None or options.activation is None else [residual]
     result = _load().ops.bnfast_grad(
         dy=dy,
         x=x,
@@ -170,13 +169,12 @@ def gradient(
         gamma=[gamma],
         beta=[beta],
         mask=[] if mask is None else [_weights(mask, x, options.axis)],
-        residual=read,
+        y=[] if y is None else [y],
         parameter_type=tf.float64,
         statistics=[dmean, dvariance],
         **_attributes(options),
     )
-    straight = None if residual is None else dy  # without an activation dresidual is dy
-    return result.dx, result.dgamma, result.dbeta, result.dresidual[0] if read else straight
+    return result.dx, result.dgamma, result.dbeta, None if y is None else result.dresidual[0]
 
 
 def train_step(
@@ -250,27 +248,27 @@ class _Call(NamedTuple):
 def _train_gradient(op: Any, dy: tf.Tensor, dmean: tf.Tensor, dvariance: tf.Tensor, _: Any) -> list[tf.Tensor | None]:
     """One gradient, or None, for each input of BnfastTrain."""
     optional, options = _Call.of(op, ("gamma", "beta", "mask", "residual"))
-    residual = [optional["residual"]] if "residual" in optional and options.activation else []
+    y = [op.outputs[0]] if "residual" in optional and options.activation else []
     result = _load().ops.bnfast_grad(
         dy=dy,
         x=op.inputs[0],
         saved=op.outputs[3],
         **{name: [optional[name]] if name in optional else [] for name in ("gamma", "beta", "mask")},
-        residual=residual,
+        y=y,
         parameter_type=op.inputs[1].dtype,  # that of the moving statistics
         statistics=[dmean, dvariance] if op.get_attr("statistics_gradient") else [],
         **_attributes(options),
     )
-    gradients = {"gamma": result.dgamma, "beta": result.dbeta, "residual": result.dresidual[0] if residual else dy}
+    gradients = {"gamma": result.dgamma, "beta": result.dbeta, "residual": result.dresidual[0] if y else dy}
     return [result.dx, None, None, *(gradients.get(name) for name in optional)]
 
 
 def _grad_gradient(op: Any, *cotangents: tf.Tensor) -> list[tf.Tensor | None]:
     """One gradient, or None, for each input of BnfastGrad."""
-    optional, options = _Call.of(op, ("gamma", "beta", "mask", "residual", "statistics"))
+    optional, options = _Call.of(op, ("gamma", "beta", "mask", "y", "statistics"))
     given = {"dy": op.inputs[0], "x": op.inputs[1], **optional}
     mask = given.pop("mask", None)
-    outputs = dict(zip(("x", "gamma", "beta", "residual"), cotangents, strict=False))
+    outputs = dict(zip(("x", "gamma", "beta", "y"), cotangents, strict=False))
     used = [outputs[name] for name in outputs if name in given]
     derivatives = dict(zip(given, formula.derivative_of_gradient(given, used, mask, options), strict=True))
-    return [derivatives["dy"], derivatives["x"], None, *(derivatives.get(name) for name in optional)]
+    return [derivatives["dy"], derivatives["x"], None, *(derivatives.get(name) for name in optional)]  # none for y

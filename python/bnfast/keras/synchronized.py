@@ -145,9 +145,10 @@ def _normalize(
             return inference.infer(given.x, gamma, beta, mean, used.variance, options, given.residual)
 
         def gradient(dy: tf.Tensor) -> Any:
-            return _gradient(dy, given, options, way, mean, invstd, own.total, used.total, of_batch)
+            return _gradient(dy, given, y, options, way, mean, invstd, own.total, used.total, of_batch)
 
-        return by_kernels() if of_batch is None else tf.cond(of_batch, by_kernels, frozen), gradient
+        y = by_kernels() if of_batch is None else tf.cond(of_batch, by_kernels, frozen)
+        return y, gradient
 
     y = tf.custom_gradient(op)(*primal.values())
     y.set_shape(batch.x.shape)
@@ -157,6 +158,7 @@ def _normalize(
 def _gradient(
     dy: tf.Tensor,
     batch: Batch,
+    y: tf.Tensor,
     options: Options,
     way: str,
     mean: tf.Tensor,
@@ -166,18 +168,17 @@ def _gradient(
     of_batch: tf.Tensor | None,
 ) -> tuple[tf.Tensor, ...]:
     """Gradients of batch.primal, in its order."""
-    tensors = {"dy": dy, **batch.primal}
+    tensors = {"dy": dy, **formula.kept(batch.primal, y, options)}
     zeros = tf.zeros_like(mean)
     mask = batch.mask
     if of_batch is not None:  # no weights: statistics that are constants
         mask = tf.reshape(of_batch, [1] * dy.shape.rank) & (True if mask is None else tf.cast(mask, tf.bool))
 
     def op(*values: tf.Tensor) -> Any:
-        upstream, *primal = values
-        given = batch._replace(**dict(zip(batch.primal, primal, strict=True)))
-        gamma, beta = _affine(given, mean)
-        common = upstream, given.x, mean, invstd, gamma, beta
-        words: dict[str, Any] = {"residual": given.residual, "options": options, "bridge": way}
+        given = dict(zip(tensors, values, strict=True))
+        gamma, beta = _affine(batch._replace(gamma=given.get("gamma"), beta=given.get("beta")), mean)
+        common = given["dy"], given["x"], mean, invstd, gamma, beta
+        words: dict[str, Any] = {"y": given.get("y"), "options": options, "bridge": way}
         _, dgamma, dbeta, _ = bridge.gradient(*common, zeros, zeros, **words)
         all_dgamma, all_dbeta = tf.unstack(tf.add_n(_gather([dgamma, dbeta])))
         # The kernel's constants come from its own sums and W; dmean and dvariance make them those of all replicas.
@@ -185,15 +186,14 @@ def _gradient(
         dmean = factor * (dbeta - share * all_dbeta)
         dvariance = 0.5 * factor * invstd * (dgamma - share * all_dgamma)
         dx, _, _, dresidual = bridge.gradient(*common, dmean, dvariance, mask=mask, **words)
-        results = {"x": dx, "gamma": dgamma, "beta": dbeta, "residual": dresidual}
+        results = {"x": dx, "gamma": dgamma, "beta": dbeta, "residual": given["dy"] if dresidual is None else dresidual}
 
         def derivative(*cotangents: tf.Tensor) -> Any:
             if of_batch is not None:
                 raise NotImplementedError(
                     "second-order gradients with synchronized=True need training=True or False. Received: a tensor"
                 )
-            again = dict(zip(tensors, values, strict=True))
-            return formula.derivative_of_gradient(again, cotangents, mask, options, _merge)
+            return formula.derivative_of_gradient(given, cotangents, mask, options, _merge)
 
         return tuple(tf.cast(results[name], tensor.dtype) for name, tensor in batch.primal.items()), derivative
 
