@@ -35,8 +35,8 @@ struct Forward {
         const int64_t constants = spans.vectors ? rows : pieces.pack * pieces.C;
         chunks = reduce.chunks;
         lanes = reduce.C;
-        for (int64_t* each : {&centre, &offset, &m2}) *each = work.array((spans.columns ? 2 : 1) * chunks * lanes);
-        count = work.array(chunks * (1 + spans.K));
+        for (int64_t* each : {&centre, &offset, &m2}) *each = work.array((spans.scattered() ? 2 : 1) * chunks * lanes);
+        count = work.array(chunks * (spans.scattered() ? 1 + spans.K : 1));
         for (int64_t* each : {&mean, &variance}) *each = work.array(rows);
         for (int64_t* each : {&piece_mean, &piece_variance, &piece_gamma, &piece_beta, &invstd}) *each = work.array(P);
         for (int64_t* each : {&mean_hi, &scale, &shift}) *each = work.array(constants);
@@ -70,7 +70,7 @@ struct Forward {
     void merge(int64_t w, int64_t rows) const {
         double *c = at(w, centre), *o = at(w, offset), *m = at(w, m2), *n = at(w, count);
         int64_t parts = chunks;
-        if (spans.columns) {  // (chunk, group, k) -> (chunk, k, group): K*chunks parts of every group
+        if (spans.scattered()) {  // (chunk, group, k) -> (chunk, k, group): K*chunks parts of every group
             const int64_t G = spans.s.G, K = spans.K;
             parts = chunks * K;
             for (double* p : {c, o, m})

@@ -27,6 +27,8 @@ struct Backward {
     Backward(const GroupNormGradArgs& args, const KernelTable& table)
         : a(args), kernel(table.types[int(args.dtype)]), spans(args.shape, args.dtype, 2) {
         if (spans.vectors) by_vectors();
+        else if (!spans.steps && spans.threads > 1 && spans.s.N > spans.parts)
+            spans.cut(std::min<int64_t>(spans.parts, 4 * spans.threads));
         const int64_t h = spans.height;
         const Grid g = make_grid(spans.piece_shape(h), a.dtype);
         const int64_t P = spans.vectors ? h * spans.groups : h * spans.pieces;
@@ -39,7 +41,7 @@ struct Backward {
         reduce_scratch = mine.array(!spans.vectors && g.pack > 1 ? 2 * g.pack * g.C : 0);
         work.count(scratch, spans.workspaces());
         mine.count(scratch, spans.threads);
-        parts = spans.vectors ? spans.count : spans.s.N;
+        parts = spans.vectors ? spans.count : spans.parts;
         gamma_at = scratch.count(spans.vectors ? spans.s.C : 0);
         dgamma_at = scratch.count(parts * spans.s.C);
         dbeta_at = scratch.count(parts * spans.s.C);
@@ -64,9 +66,7 @@ struct Backward {
     }
     int64_t row(int64_t i) const { return spans.first(i) * spans.groups; }
     int64_t rows(int64_t i) const { return spans.held(i) * spans.groups; }
-    double* part(int64_t array, int64_t i) const {
-        return scratch.at(array) + (spans.vectors ? i * spans.s.C : row(i) * spans.K);
-    }
+    double* part(int64_t array, int64_t k) const { return scratch.at(array) + k * spans.s.C; }
 
     // The constants that the sums need.
     void prepare(int64_t w, int64_t i) const {
@@ -121,8 +121,8 @@ struct Backward {
         GradFoldArgs f = grad_fold_args(w, P, double(spans.piece_size()));
         f.pack = make_grid(spans.piece_shape(spans.held(i)), a.dtype).pack;
         f.chunks = chunks;
-        f.dgamma = part(dgamma_at, i);
-        f.dbeta = part(dbeta_at, i);
+        f.dgamma = at(w, row_dgamma);
+        f.dbeta = at(w, row_dbeta);
         if (a.gamma.data) f.gamma = {at(w, piece_gamma), 1};
         if (K > 1) {
             for (int64_t r = 0; r < rows(i); ++r) share(w, r * K, P);
@@ -130,6 +130,23 @@ struct Backward {
             f.dvariance = {at(w, dvariance), 1};
         }
         kernel.grad_fold(f);
+        if (!spans.steps) add(w, i, 0, spans.s.C);
+    }
+
+    // The sums of span i to those of its samples' parts, channels [c0, c1). Samples must come in order.
+    void add(int64_t w, int64_t i, int64_t c0, int64_t c1) const {
+        const int64_t C = spans.s.C, P = rows(i) * spans.K;
+        int64_t n = row(i) / spans.s.G, c = row(i) * spans.K % C;
+        for (int64_t p = 0; p < P; p += C - c, c = 0, ++n) {
+            const int64_t k = spans.part_of(n), begin = std::max(c, c0), end = std::min({C, c + P - p, c1});
+            const bool opens = n == 0 || spans.part_of(n - 1) != k;
+            const double *dgamma = at(w, row_dgamma) + p, *dbeta = at(w, row_dbeta) + p;
+            double *total_dgamma = part(dgamma_at, k), *total_dbeta = part(dbeta_at, k);
+            for (int64_t at_c = begin; at_c < end; ++at_c) {
+                total_dgamma[at_c] = dgamma[at_c - c] + (opens ? 0 : total_dgamma[at_c]);
+                total_dbeta[at_c] = dbeta[at_c - c] + (opens ? 0 : total_dbeta[at_c]);
+            }
+        }
     }
 
     // The gradients at the mean and the variance of the K pieces from p on, by which the row's sums replace theirs.
@@ -224,6 +241,8 @@ struct Backward {
     void finish(int64_t unit) const {
         const int64_t C = spans.s.C, c0 = unit * slice, n = std::min(slice, C - c0);
         double dgamma[slice] = {}, dbeta[slice] = {};
+        if (spans.steps && !spans.vectors)
+            for (int64_t i = 0; i < spans.count; ++i) add(i, i, c0, c0 + n);
         for (int64_t k = 0; k < parts; ++k)
             for (int64_t c = 0; c < n; ++c) {
                 dgamma[c] += scratch.at(dgamma_at)[k * C + c0 + c];

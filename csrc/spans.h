@@ -6,7 +6,8 @@
 //   vectors  a span is some samples whose channels are single values (S = 1): row_norm.inl.h
 // Either a thread takes a span through reduce, fold and apply while it lies in cache (1 read and 1 write of memory), or,
 // where spans are few or large, all are reduced, then folded, then applied, in units that threads share. A span's size
-// changes no bit, except for gradients of vectors, where it is a function of the shape.
+// changes no bit, except for gradients of vectors, where it is a function of the shape. Sums over samples are taken in
+// at most 64 parts, which the shape alone decides: stretches are what one thread takes in order, of whole parts each.
 #pragma once
 #include <algorithm>
 #include <type_traits>
@@ -23,6 +24,8 @@ struct Spans {
     std::int64_t K = 1, D = 1;                        // pieces (values, of vectors) and values of a row
     std::int64_t values = 1, pieces = 1, groups = 1;  // of the smallest span: a sample, or of pieces a row
     std::int64_t least = 0, height = 1, count = 0;    // how many of those there are, how many a span holds; spans
+    std::int64_t parts = 1, stretches = 0, each = 1;  // spans a stretch; without stretches each is alone
+    std::int64_t starts[65]{};                        // of stretches
 
     Spans(GroupShape shape, DType type, int inputs) : s(shape), dtype(type) {
         if (s.C == 1) s = {s.N, 1, 1, s.A * s.S, 1};
@@ -31,6 +34,7 @@ struct Spans {
         columns = s.A != 1;
         vectors = !columns && s.S == 1 && K > 1;
         least = columns || vectors ? s.N : s.N * s.G;
+        parts = std::min<std::int64_t>(s.N, 64);
         groups = columns || vectors ? s.G : 1;
         pieces = groups * K;
         values = groups * D;
@@ -46,14 +50,33 @@ struct Spans {
         height = h;
         count = (least + h - 1) / h;
     }
-    std::int64_t first(std::int64_t i) const { return i * height; }
-    std::int64_t held(std::int64_t i) const { return std::min(height, least - first(i)); }
+    // Stretches of about the same length; their last spans may hold nothing.
+    void cut(std::int64_t n) {
+        std::int64_t longest = 0;
+        stretches = n;
+        for (std::int64_t k = 0; k <= stretches; ++k) {
+            starts[k] = k * parts / stretches * s.N / parts * (least / s.N);
+            if (k) longest = std::max(longest, starts[k] - starts[k - 1]);
+        }
+        each = (longest + height - 1) / height;
+        height = (longest + each - 1) / each;
+        each = (longest + height - 1) / height;
+        count = stretches * each;
+    }
+    std::int64_t part_of(std::int64_t n) const { return (parts * (n + 1) - 1) / s.N; }
+    std::int64_t first(std::int64_t i) const { return stretches ? starts[i / each] + i % each * height : i * height; }
+    std::int64_t held(std::int64_t i) const {
+        return std::min(height, (stretches ? starts[i / each + 1] : least) - first(i));
+    }
     // How far ahead the next span lies, to be asked for while this one is written; 0 where that gains nothing.
     std::int64_t ahead(std::int64_t i) const { return stream && !steps && !columns ? held(i) * values : 0; }
     std::int64_t workspaces() const { return steps ? count : threads; }
 
+    // A row's values lie apart. Where they don't the rows kernels reduce them: one group's statistics have the same bits
+    // whether parameters make columns of its sample or none do.
+    bool scattered() const { return columns && s.G > 1; }
     // What the kernels of batch norm see of a span of h: rows that are channels, then pieces that are.
-    Shape rows(std::int64_t h) const { return columns ? Shape{s.A, s.C, 1} : Shape{1, h * groups, D}; }
+    Shape rows(std::int64_t h) const { return scattered() ? Shape{s.A, s.C, 1} : Shape{1, h * groups, D}; }
     Shape piece_shape(std::int64_t h) const { return columns ? Shape{s.A, s.C, 1} : Shape{1, h * pieces, s.S}; }
     std::int64_t piece_size() const { return columns ? s.A : s.S; }
 
@@ -85,10 +108,13 @@ void run_spans(const Spans& spans, std::int64_t reduce_units, std::int64_t apply
             team.for_each(spans.count * apply_units, true,
                           [&](std::int64_t i) { apply(i / apply_units, i / apply_units, i % apply_units); });
         } else {
-            team.for_each(spans.count, false, [&](std::int64_t i) {
-                for (std::int64_t u = 0; u < reduce_units; ++u) reduce(team.rank, team.rank, i, u);
-                fold(team.rank, i);
-                for (std::int64_t u = 0; u < apply_units; ++u) apply(team.rank, i, u);
+            team.for_each(spans.count / spans.each, false, [&](std::int64_t k) {
+                const std::int64_t end = (k + 1) * spans.each;
+                for (std::int64_t i = k * spans.each; i < end && spans.held(i) > 0; ++i) {
+                    for (std::int64_t u = 0; u < reduce_units; ++u) reduce(team.rank, team.rank, i, u);
+                    fold(team.rank, i);
+                    for (std::int64_t u = 0; u < apply_units; ++u) apply(team.rank, i, u);
+                }
             });
         }
         if (finish_units) team.for_each(finish_units, false, finish);

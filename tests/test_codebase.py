@@ -129,7 +129,8 @@ def test_the_stub_lists_what_the_core_has():
     from bnfast import _core
 
     statements = ast.parse((ROOT / "python" / "bnfast" / "_core.pyi").read_text()).body
-    listed = {node.name for node in statements if isinstance(node, ast.FunctionDef)}
+    own = [node for node in statements if not getattr(node, "bases", [])]  # a TypedDict is the stub's alone
+    listed = {node.name for node in own if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     real = {name for name in dir(_core) if not name.startswith("__") and callable(getattr(_core, name))}
     assert listed == real
 

@@ -88,6 +88,24 @@ def test_dtypes(dtype, center, scale):
             np.testing.assert_allclose(a, b.astype(float), rtol=tolerance, atol=8 * tolerance)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_loss_scales_of_half_types(dtype):
+    """As without an adjustment: dy*gamma*scale may be beyond float16, and bfloat16 would round it."""
+    rng = np.random.default_rng(5)
+    x = (16 * rng.standard_normal((60, 4))).astype(ag.dtype_of(dtype))
+    dy = (30000 * rng.uniform(0.95, 1.05, x.shape)).astype(x.dtype)
+    gamma = rng.uniform(2.5, 3.5, 4).astype(np.float32)
+    ours, plain = BatchNormalization(adjustment=lambda shape: (gamma, 0), scale=False), BatchNormalization()
+    plain.build(4)
+    plain.gamma[:] = gamma
+    for layer in (ours, plain):
+        layer(x, training=True)
+    expected = plain.backward(dy).astype(float)
+    assert np.isfinite(expected).all()
+    dx = ours.backward(dy).astype(float)
+    np.testing.assert_allclose(dx, expected, ag.storage_eps(x.dtype), 1e-5 * np.abs(expected).max())
+
+
 @pytest.mark.parametrize(
     "words", [{}, {"renorm": True, "renorm_clipping": {"rmax": 1.2}}, {"use_batch_statistics": False}], ids=str
 )

@@ -159,6 +159,30 @@ def test_adjustment_comes_before_gamma_and_beta():
     np.testing.assert_allclose(layer.dgamma, by_class(dy * u), rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(
+    "words", [{}, {"use_batch_statistics": False}, {"virtual_batch_size": 3}, {"renorm": True}], ids=str
+)
+def test_loss_scales_of_half_types(words, dtype):
+    """gamma*dy may be beyond float16, and rounded to bfloat16 would lose dx, which is a difference of such."""
+    shape = (6, 5, 7, 4)
+    rng = np.random.default_rng(5)
+    x = (16 * rng.standard_normal(shape)).astype(ag.dtype_of(dtype))
+    dy = (30000 * rng.uniform(0.95, 1.05, shape)).astype(x.dtype)
+    gamma = rng.uniform(2.5, 3.5, 4)
+    ours, plain = ConditionalBatchNormalization(CLASSES, **words), BatchNormalization(**words)
+    for layer in (ours, plain):
+        layer.build(4)
+        layer.gamma[...] = gamma
+        layer.moving_variance[...] = 256
+        layer(x, *[LABELS] * (layer is ours), training=True)
+    expected = plain.backward(dy).astype(float)
+    dx = ours.backward(dy)
+    assert dx.dtype == x.dtype
+    assert np.isfinite(expected).all()
+    np.testing.assert_allclose(dx.astype(float), expected, ag.storage_eps(x.dtype), 1e-5 * np.abs(expected).max())
+
+
 def test_state_and_config():
     layer = made((6, 3, 4), -1, renorm=True)
     fresh = ConditionalBatchNormalization(**layer.get_config())

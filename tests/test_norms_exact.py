@@ -1,5 +1,8 @@
 """Group, instance and layer norm: equal bits (instruction sets, teams, layouts, out, identities), edges and errors."""
 
+import subprocess
+import sys
+
 import agreement
 import bnfast
 import numpy as np
@@ -33,6 +36,39 @@ def test_the_same_bits_on_every_instruction_set_team_and_layout(case, dtype):
     for change in LAYOUTS.values():
         actual = all_bits(case, dtype, change)
         assert all(np.array_equal(a, b) for a, b in zip(actual, expected, strict=True)), change
+
+
+@pytest.mark.parametrize("dtype", agreement.DTYPES)
+@pytest.mark.parametrize("case", [*GROUP_CASES, ((5, 11, 13, 6), -1, 1), *LAYER_CASES], ids=str)
+def test_parameters_change_no_bit_of_the_statistics(case, dtype):
+    shape, axis, *groups = case
+    vector = shape[axis] if groups else [shape[a] for a in sorted(a % len(shape) for a in axis)]
+    x, _, gamma, beta = inputs(shape, vector, dtype)
+    forward = bnfast.group_norm if groups else bnfast.layer_norm
+    for threads in (1, 2):
+        settle(bnfast.build_info()["isas"][-1], threads)
+        expected = forward(x, *groups, axis=axis)[1:]
+        for parameters in ({"gamma": gamma, "beta": beta}, {"gamma": gamma}, {"beta": beta}):
+            assert same(forward(x, *groups, **parameters, axis=axis)[1:], expected)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in bytes elsewhere, or absent")
+@pytest.mark.parametrize(("shape", "axis"), [((40000, 2, 64), 2), ((40000, 64, 2), 1)], ids=str)
+def test_many_samples_take_little_scratch(shape, axis):
+    """One sum a sample and channel, 41 MB here, would stay with the calling thread."""
+    code = f"""if True:
+        import resource, bnfast, numpy as np
+        def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        bnfast.set_num_threads(2)
+        x, dy = np.ones({shape}, np.float16), np.ones({shape}, np.float16)
+        ones = np.ones((len(x), 1))
+        bnfast.group_norm_grad(dy[:9], x[:9], ones[:9], ones[:9], 1, axis={axis})
+        before = peak()
+        bnfast.group_norm_grad(dy, x, ones, ones, 1, axis={axis}, out=dy)
+        print(peak() - before)
+    """
+    grown = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert int(grown) < 6 << 10  # KiB
 
 
 def same(a, b):
@@ -93,9 +129,11 @@ def test_empty_input_has_zero_gradients(shape):
     assert mean.shape == invstd.shape == (shape[0], groups)
     assert (mean == 0).all()
     np.testing.assert_allclose(invstd, 1 / np.sqrt(1e-3))
+    instance = bnfast.instance_norm(x, axis=1)
+    assert instance.mean.shape == instance.invstd.shape == shape[:2]
     for grad in (
         bnfast.group_norm_grad(x, x, mean, invstd, groups, axis=1),
-        bnfast.instance_norm_grad(x, x, *bnfast.instance_norm(x, axis=1)[1:], axis=1),
+        bnfast.instance_norm_grad(x, x, *instance[1:], axis=1),
         bnfast.layer_norm_grad(x, x, *bnfast.layer_norm(x)[1:]),
     ):
         assert grad.dx.shape == shape

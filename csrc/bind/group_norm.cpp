@@ -12,7 +12,7 @@ GroupShape group_shape(const ArrayView& x, py::handle axis, py::handle groups) {
     plain(x.rank >= 2 && at >= -x.rank && at < x.rank);
     at = at < 0 ? at + x.rank : at;
     plain(at > 0);
-    GroupShape s{x.dims[0], 1, x.dims[at], 1, std::max<std::int64_t>(1, x.dims[at])};
+    GroupShape s{x.dims[0], 1, x.dims[at], 1, x.dims[at]};  // G = 0: of no channels Python makes (N, 0)
     for (int i = 1; i < at; ++i) s.A *= x.dims[i];
     for (int i = at + 1; i < x.rank; ++i) s.S *= x.dims[i];
     if (!groups.is_none()) {

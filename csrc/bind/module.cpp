@@ -1,148 +1,17 @@
-// The Python module bnfast._core: view in, view out, the GIL released around the core's call, nothing else.
-// A function whose arguments aren't plain returns None and has changed nothing (see array_view.h).
+// The Python module bnfast._core. A function whose arguments aren't plain returns None and has changed nothing (see
+// array_view.h).
 #include "../dispatch/isa.h"
 #include "../machine.h"
 #include "../parallel.h"
 #include "../plan.h"
 #include "../tf/core_api.h"
+#include "batch_norm.h"
 #include "call.h"
+#include "callback.h"
 #include "group_norm.h"
 
 namespace bnfast::bind {
 namespace {
-
-py::object train(py::handle x, py::handle gamma, py::handle beta, py::handle moving_mean, py::handle moving_variance,
-                 py::handle axis, py::handle momentum, py::handle epsilon, py::handle mask, py::handle activation,
-                 py::handle negative_slope, py::handle residual, py::handle correction, py::handle nan_policy,
-                 py::handle out) {
-    return or_none([&]() -> py::object {
-        const ArrayView xv = input(x), rv = like(residual, xv), gv = optional_input(gamma), bv = optional_input(beta);
-        TrainArgs a;
-        a.x = xv.data;
-        a.dtype = xv.dtype;
-        a.shape = shape_along(xv, axis);
-        const std::int64_t C = a.shape.C;
-        a.gamma = vector(gv, C);
-        a.beta = vector(bv, C);
-        plain(moving_mean.is_none() == moving_variance.is_none());
-        ArrayView mm, mv;
-        if (!moving_mean.is_none()) {
-            mm = output(moving_mean);
-            mv = output(moving_variance);
-            plain_vector(mm, C);
-            plain_vector(mv, C);
-            for (const ArrayView& other : {mv, xv, rv, gv, bv}) plain(!mm.overlaps(other));
-            for (const ArrayView& other : {xv, rv, gv, bv}) plain(!mv.overlaps(other));
-            a.moving_mean = {mm.data, mm.dtype};
-            a.moving_variance = {mv.data, mv.dtype};
-        }
-        a.momentum = number_in(momentum, 0, 1);
-        a.epsilon = number_in(epsilon, 0, largest);
-        a.mask = weights(mask, xv, a.shape);
-        a.activation = activation_of(activation);
-        a.negative_slope = number_in(negative_slope, 0, largest);
-        a.residual = rv.data;
-        a.correction = integer(correction);
-        plain(a.correction == 0 || a.correction == 1);
-        a.nan_policy = nan_policy_of(nan_policy);
-        const py::array y = output_for(out, x, xv, {xv}, {rv, gv, bv, mm, mv, optional_input(mask)});
-        a.y = py::detail::array_proxy(y.ptr())->data;
-        Vectors<3> v(C);
-        a.mean = v.data[0];
-        a.variance = v.data[1];
-        a.invstd = v.data[2];
-        without_gil([&] { bnfast::train(a); });
-        return py::make_tuple(y, v.arrays[0], v.arrays[1], v.arrays[2]);
-    });
-}
-
-py::object infer(py::handle x, py::handle moving_mean, py::handle moving_variance, py::handle gamma, py::handle beta,
-                 py::handle axis, py::handle epsilon, py::handle activation, py::handle negative_slope,
-                 py::handle residual, py::handle out) {
-    return or_none([&]() -> py::object {
-        const ArrayView xv = input(x), rv = like(residual, xv), mm = input(moving_mean), mv = input(moving_variance),
-                        gv = optional_input(gamma), bv = optional_input(beta);
-        InferArgs a;
-        a.x = xv.data;
-        a.dtype = xv.dtype;
-        a.shape = shape_along(xv, axis);
-        a.moving_mean = vector(mm, a.shape.C);
-        a.moving_variance = vector(mv, a.shape.C);
-        a.gamma = vector(gv, a.shape.C);
-        a.beta = vector(bv, a.shape.C);
-        a.epsilon = number_in(epsilon, 0, largest);
-        a.activation = activation_of(activation);
-        a.negative_slope = number_in(negative_slope, 0, largest);
-        a.residual = rv.data;
-        const py::array y = output_for(out, x, xv, {xv}, {rv, mm, mv, gv, bv});
-        a.y = py::detail::array_proxy(y.ptr())->data;
-        without_gil([&] { bnfast::infer(a); });
-        return y;
-    });
-}
-
-py::object grad(py::handle dy, py::handle x, py::handle mean, py::handle invstd, py::handle gamma, py::handle beta,
-                py::handle axis, py::handle mask, py::handle activation, py::handle negative_slope,
-                py::handle residual, py::handle y, py::handle training, py::handle dmean, py::handle dvariance,
-                py::handle out) {
-    return or_none([&]() -> py::object {
-        const ArrayView xv = input(x), dyv = like(dy, xv), rv = like(residual, xv), yv = like(y, xv), mv = input(mean),
-                        sv = input(invstd), gv = optional_input(gamma), bv = optional_input(beta),
-                        dmv = optional_input(dmean), dvv = optional_input(dvariance);
-        plain(dyv.dims);
-        GradArgs a;
-        a.dy = dyv.data;
-        a.x = xv.data;
-        a.dtype = xv.dtype;
-        a.shape = shape_along(xv, axis);
-        const std::int64_t C = a.shape.C;
-        a.mean = vector(mv, C);
-        a.invstd = vector(sv, C);
-        a.gamma = vector(gv, C);
-        a.beta = vector(bv, C);
-        a.mask = weights(mask, xv, a.shape);
-        a.activation = activation_of(activation);
-        a.negative_slope = number_in(negative_slope, 0, largest);
-        plain(!rv.dims || !yv.dims);
-        a.residual = rv.data;
-        a.y = yv.data;
-        a.training = boolean(training);
-        a.dmean = vector(dmv, C);
-        a.dvariance = vector(dvv, C);
-        const py::array dx = output_for(out, x, xv, {dyv, xv},
-                                        {rv, yv, mv, sv, gv, bv, optional_input(mask), dmv, dvv});
-        a.dx = py::detail::array_proxy(dx.ptr())->data;
-        const py::array dgamma = vector_like(gv, bv, xv, C, a.dgamma), dbeta = vector_like(gv, bv, xv, C, a.dbeta);
-        py::object dresidual = py::none();
-        if ((rv.dims || yv.dims) && a.activation != Activation::none) {
-            const py::array made = output_for(py::none(), x, xv, {}, {});
-            a.dresidual = py::detail::array_proxy(made.ptr())->data;
-            dresidual = made;
-        } else if (rv.dims || yv.dims) {
-            // Without an activation dresidual is dy itself; a copy where dx is about to take dy's place.
-            dresidual = a.dx == dyv.data ? dy.attr("copy")() : py::reinterpret_borrow<py::object>(dy);
-        }
-        without_gil([&] { bnfast::grad(a); });
-        return py::make_tuple(dx, dgamma, dbeta, dresidual);
-    });
-}
-
-py::object moments(py::handle x, py::handle axis, py::handle mask) {
-    return or_none([&]() -> py::object {
-        const ArrayView xv = input(x);
-        MomentsArgs a;
-        a.x = xv.data;
-        a.dtype = xv.dtype;
-        a.shape = shape_along(xv, axis);
-        a.mask = weights(mask, xv, a.shape);
-        Vectors<2> v(a.shape.C);
-        a.mean = v.data[0];
-        a.variance = v.data[1];
-        double count = 0;
-        without_gil([&] { count = bnfast::moments(a); });
-        return py::make_tuple(count, v.arrays[0], v.arrays[1]);
-    });
-}
 
 py::array empty(const std::vector<py::ssize_t>& shape, const py::dtype& dtype) {
     std::int64_t bytes = dtype.itemsize();
@@ -202,6 +71,9 @@ PYBIND11_MODULE(_core, m) {
     m.def("group_norm_grad", &bind::group_norm_grad);
     m.def("layer_norm", &bind::layer_norm);
     m.def("layer_norm_grad", &bind::layer_norm_grad);
+    py::class_<bind::Callback>(m, "Callback")
+        .def(py::init<const std::string&, const std::vector<std::string>&, const py::dict&, py::object>())
+        .def("__call__", &bind::Callback::operator());
     m.def("empty", &bind::empty);
     m.def("get_num_threads", &get_num_threads);
     m.def("set_num_threads", [](std::optional<int> n) { set_num_threads(n.value_or(0)); });

@@ -140,6 +140,7 @@ const GroupShape shapes[] = {
     {4, 35, 6, 1, 3},     {3, 700, 23, 1, 23}, {9, 49, 64, 1, 8},  {2, 9000, 3, 1, 1},    // columns
     {300, 1, 100, 1, 1},  {500, 1, 24, 1, 4},  {7, 1, 5000, 1, 1}, {90, 1, 3, 1, 1},      // vectors
     {1, 1, 100003, 1, 1}, {40, 1, 7, 1, 7},    {3, 11, 1, 1, 1},
+    {131, 7, 12, 1, 4},   {150, 1, 12, 5, 4},  {65, 9, 20, 1, 1},  // more samples than parts of sums
 };
 
 std::string text(const Norm& n) {
@@ -186,6 +187,20 @@ TEST_CASE("group norm: large offsets cost the variance no digits") {
         for (std::size_t r = 0; r < o.invstd.size(); ++r)
             CHECK(std::fabs(o.invstd[r] / expected.invstd[r] - 1) < 1e-12);
     }
+}
+
+TEST_CASE("group norm: parameters change no bit of the statistics") {
+    for (const GroupShape& shape : shapes)
+        for (DType dtype : all_dtypes)
+            for (int threads : {1, 2}) {
+                Norm n(shape, dtype, true);
+                INFO(text(n) << " threads " << threads);
+                const Settings settings("baseline", threads);
+                const Out with = run(n);
+                n.affine = false;
+                const Out without = run(n);
+                CHECK((same(with.mean, without.mean) && same(with.invstd, without.invstd)));
+            }
 }
 
 TEST_CASE("instance norm of a sample is batch norm of it, bit by bit") {

@@ -57,9 +57,9 @@ class Policy(NamedTuple):
 
 
 class Passed(NamedTuple):
-    """y; backward: dy -> its gradients, which refers to x, mask and residual (no copies); whether there was anything
-    that could move statistics."""
+    """y; backward: dy -> its gradients, which refers to x, mask and residual (no copies) and takes x=, the batch's x in
+    the dtype of dy, where that is another one; whether there was anything that could move statistics."""
 
     y: Array
-    backward: Callable[[Any], GradResult]
+    backward: Callable[..., GradResult]
     present: bool

@@ -2,6 +2,7 @@
 dtype and shape, valid scalars, no forbidden overlap) and returns None, having changed nothing, for anything else:
 functional.py then asks _validate for the error or for plain arguments."""
 
+from collections.abc import Callable, Sequence
 from typing import Any, TypedDict
 
 import numpy as np
@@ -77,12 +78,18 @@ def grad(
     activation: Any,
     negative_slope: Any,
     residual: Any,
+    y: Any,
     training: Any,
     dmean: Any,
     dvariance: Any,
     out: Any,
     /,
 ) -> tuple[_Array, _Array, _Array, _Array | None] | None: ...
+
+class Callback:
+    def __init__(self, kernel: str, names: list[str], words: dict[str, Any], slow: Callable[..., Any], /) -> None: ...
+    def __call__(self, *arrays: _Array) -> Sequence[_Array]: ...
+
 def moments(x: Any, axis: Any, mask: Any, /) -> tuple[float, _Stats, _Stats] | None: ...
 def group_norm(
     x: Any, groups: Any, gamma: Any, beta: Any, axis: Any, epsilon: Any, out: Any, /

@@ -95,8 +95,9 @@ def infer(batch: Batch, state: State, epsilon: float) -> Passed:
     return Passed(y, partial(_frozen_grad, batch=batch, moving=[m.copy() for m in moving], epsilon=epsilon), False)
 
 
-def _frozen_grad(dy: Any, batch: Batch, moving: list[Array], epsilon: float) -> GradResult:
+def _frozen_grad(dy: Any, batch: Batch, moving: list[Array], epsilon: float, x: Array | None = None) -> GradResult:
     mean, variance = (vector.astype(np.float64) for vector in moving)
     with np.errstate(divide="ignore", invalid="ignore"):
         invstd = np.where(variance + epsilon == 0, 0.0, 1 / np.sqrt(variance + epsilon))  # 0 as in TrainResult.invstd
-    return batch_norm_grad(*(dy, batch.x, mean, invstd, batch.gamma, batch.beta), training=False, **batch.fused)
+    x = batch.x if x is None else x
+    return batch_norm_grad(*(dy, x, mean, invstd, batch.gamma, batch.beta), training=False, **batch.fused)

@@ -44,6 +44,7 @@ class View(NamedTuple):
 
     @staticmethod
     def of_groups(x: Array, groups: Any, axis: Any) -> View:
+        """For no channels EACH stands for the one group that the core takes; their statistics have shape (N, 0)."""
         axes = Axes.of(axis, x)
         if len(axes.axes) > 1:
             raise ValueError(f"axis must name one axis. Received: {axis!r}")
@@ -61,7 +62,8 @@ class View(NamedTuple):
         if before != 1 and after != 1:
             order = (0, place, *(i for i in order[1:] if i != place))
             shape, at = (samples, 1, channels, before * after), 2
-        return View(axes, order, shape, at, count, (samples, count), "(batch, groups)")
+        statistics = (samples, channels if isinstance(groups, Each) else count)
+        return View(axes, order, shape, at, count, statistics, "(batch, groups)")
 
     @staticmethod
     def of_layers(x: Array, axis: Any) -> View:
@@ -125,7 +127,7 @@ def _forward(x: Array, view: View, gamma: Any, beta: Any, epsilon: Any, out: Any
     )
     assert result is not None, "_core.group_norm declined what is valid: bnfast is broken"
     y, mean, invstd = result
-    return view.leave(y, out), mean.reshape(view.statistics), invstd.reshape(view.statistics)
+    return view.leave(y, out), _shaped(mean, view.statistics), _shaped(invstd, view.statistics)
 
 
 def _backward(dy: Any, x: Array, view: View, mean: Any, invstd: Any, gamma: Any, out: Any) -> tuple[Array, ...]:
@@ -134,7 +136,7 @@ def _backward(dy: Any, x: Array, view: View, mean: Any, invstd: Any, gamma: Any,
     mean, invstd = _statistics("mean", mean, view), _statistics("invstd", invstd, view)
     gamma = vector("gamma", gamma, view.axes)
     out = target(out, {"dy": dy, "x": x}, {"mean": mean, "invstd": invstd, "gamma": gamma})
-    rows = (_flat(a, np.float64, (view.shape[0], view.groups)) for a in (mean, invstd))
+    rows = (_shaped(_flat(a, np.float64), (view.shape[0], view.groups)) for a in (mean, invstd))
     result = _core.group_norm_grad(
         *(view.enter(dy), view.enter(x), *rows, view.groups, _flat(gamma), view.place, view.enter_out(out))
     )
@@ -143,9 +145,15 @@ def _backward(dy: Any, x: Array, view: View, mean: Any, invstd: Any, gamma: Any,
     return view.leave(dx, out), dgamma.reshape(view.axes.shape), dbeta.reshape(view.axes.shape)
 
 
-def _flat(array: Array | None, dtype: Any = None, shape: tuple[int, ...] = (-1,)) -> Array | None:
+def _flat(array: Array | None, dtype: Any = None) -> Array | None:
     plain = contiguous(array, dtype)
-    return None if plain is None else plain.reshape(shape)
+    return None if plain is None else plain.reshape(-1)
+
+
+def _shaped(statistics: Array | None, shape: tuple[int, ...]) -> Array:
+    """In that shape; of no channels zeros are made, as there the core's (N, 1) meets (N, 0)."""
+    assert statistics is not None
+    return statistics.reshape(shape) if statistics.size == math.prod(shape) else np.zeros(shape)
 
 
 def _statistics(name: str, value: Any, view: View) -> Array:

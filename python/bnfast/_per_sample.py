@@ -3,8 +3,9 @@
     u = xhat*scale + bias, z = u*gamma + beta + residual, y = activation(z)
     dz = dy*activation'(z), dbeta = sum dz, dgamma = sum dz*u, dxhat = dz*gamma*scale
 
-The kernels make xhat and take dxhat, both in x's dtype; this part is NumPy's, in float32 (float64 for float64 x), and
-keeps xhat for the backward. Sums are float64: over all but the channels or, with labels, over the samples of a class.
+The kernels make xhat in x's dtype; this part is NumPy's, in float32 (float64 for float64 x), and keeps xhat for the
+backward. Sums are float64: over all but the channels or, with labels, over the samples of a class. dxhat stays wide and
+x is widened to it: at a loss scale of 30000 a gamma above 2.2 takes dxhat out of float16.
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ def apply(passed: Passed, batch: Batch, own: Own) -> Passed:
             for factor in (own.gamma, own.scale):
                 if factor is not None:
                     dz *= factor
-            dx = passed.backward(dz.astype(x.dtype, copy=False)).dx
+            dx = passed.backward(dz, x=x.astype(dz.dtype, copy=False)).dx.astype(x.dtype, copy=False)
         return GradResult(dx, dgamma, dbeta, dresidual)
 
     return Passed(y, backward, passed.present)

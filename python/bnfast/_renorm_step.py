@@ -74,7 +74,7 @@ def train(batch: Batch, state: State, policy: Policy, renorm: Renorm, moves: boo
         _update(state, of_batch, policy, renorm.momentum)
     dtype = state["renorm_mean"].dtype
 
-    def backward(dy: Any) -> GradResult:
+    def backward(dy: Any, x: Array = x) -> GradResult:
         dx, dscale, dshift, dresidual = batch_norm_grad(*(dy, x, mean, invstd, scale, shift), mask=mask, **batch.fused)
         with np.errstate(over="ignore", invalid="ignore"):
             dgamma = (r * dscale + d * dshift).astype(dtype)

@@ -1,6 +1,6 @@
 """The ways between TensorFlow and the kernels: no copies, nothing written, static shapes, many threads.
 
-Pointers, through numpy_function: what a kernel call reads and returns, recorded around bnfast.functional, against what
+Pointers, through numpy_function: what a kernel call reads and returns, recorded around its callback, against what
 TensorFlow holds before and after it, seen by a consumer of its own. test_native.py looks at those of the native op.
 """
 
@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("tensorflow")
 import tensorflow as tf
-from bnfast import functional
+from bnfast import _core
 from bnfast.keras import BatchNormalization, bridge, formula, host
 from bnfast.keras.bridge import Batch, Options
 
@@ -31,20 +31,21 @@ def pointer(array: Any) -> int:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, int]]:
     """Pointers of each kernel call: x (and dy) as it came, the result as it went."""
     record: list[dict[str, int]] = []
-    train, grad = functional.batch_norm_train, functional.batch_norm_grad
+    made = _core.Callback
 
-    def batch_norm_train(x: Any, **words: Any) -> Any:
-        result = train(x, **words)
-        record.append({"x": pointer(x), "y": pointer(result.y)})
-        return result
+    def spy(kernel: str, names: list[str], words: dict[str, Any], slow: Any) -> Any:
+        callback = made(kernel, names, words, lambda *arrays: pytest.fail("an array that isn't plain"))
 
-    def batch_norm_grad(dy: Any, x: Any, **words: Any) -> Any:
-        result = grad(dy, x, **words)
-        record.append({"dy": pointer(dy), "x": pointer(x), "dx": pointer(result.dx)})
-        return result
+        def call(*arrays: Any) -> Any:
+            result = callback(*arrays)
+            given = zip(names, arrays, strict=True)
+            tensors = {name: pointer(array) for name, array in given if name in ("x", "dy")}
+            record.append({**tensors, "y" if kernel == "train" else "dx": pointer(result[0])})
+            return result
 
-    monkeypatch.setattr(functional, "batch_norm_train", batch_norm_train)
-    monkeypatch.setattr(functional, "batch_norm_grad", batch_norm_grad)
+        return call
+
+    monkeypatch.setattr(_core, "Callback", spy)
     return record
 
 

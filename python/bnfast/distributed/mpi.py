@@ -140,6 +140,7 @@ def batch_norm_grad(
     activation: str | None = None,
     negative_slope: float = 0.2,
     residual: Any = None,
+    y: Any = None,
     training: bool = True,
     out: Array | None = None,
     comm: Any = None,
@@ -162,12 +163,12 @@ def batch_norm_grad(
     Raises:
         ValueError, TypeError, RuntimeError: as `moments`.
     """
-    options = {"axis": axis, "activation": activation, "negative_slope": negative_slope, "residual": residual}
+    options = {"axis": axis, "activation": activation, "negative_slope": negative_slope, "residual": residual, "y": y}
 
     def local() -> tuple[_Sums, _Kept]:
         _, plain, _, scale, own_gamma, own_beta, channels, weights, *_ = _validate.grad(
             *(dy, x, mean, invstd, gamma, beta, axis, mask, activation, negative_slope),
-            *(residual, training, None, None, out),
+            *(residual, y, training, None, None, out),
         )
         scale = scale.reshape(as_array("invstd", invstd).shape)  # (C,), or the extents of several axes
         wide = np.ones(scale.shape) if own_gamma is None else own_gamma.astype(np.float64).reshape(scale.shape)

@@ -21,13 +21,14 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from .. import functional
+from .. import _core, functional
 from . import formula, host, native
 from .formula import Batch, Options
 
 __all__ = ["Batch", "Options", "gradient", "moments", "train", "train_step"]
 
 _DEFAULT = Options()
+_NO_UPDATE = {"momentum": 0.99, "correction": 0, "nan_policy": "propagate"}  # of moving statistics that aren't there
 
 
 def train(
@@ -102,8 +103,9 @@ def gradient(
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor | None]:
     """dx, dgamma, dbeta, dresidual (None without y), for xhat = (x - mean)*invstd with any mean and invstd.
 
-    y: of a forward with residual and activation; without either no gradient needs it. The (C,) vectors are float64. Other than a train's own, this isn't to be differentiated: it would give the
-    derivative that goes with x's own mean and invstd.
+    y: of a forward with residual and activation; without either no gradient needs it. The (C,) vectors are float64.
+    Other than a train's own, this isn't to be differentiated: it would give the derivative that goes with x's own mean
+    and invstd.
     """
     if native.choose(bridge) == "native":
         vectors = mean, invstd, gamma, beta, dmean, dvariance
@@ -129,21 +131,26 @@ def _train(
         given = dict(zip(primal, values, strict=True))
         x = given["x"]
         moving = [constants[name].dtype for name in ("moving_mean", "moving_variance") if update]
-        y, mean, variance, invstd, *new = host.call(
-            partial(_train_callback, **options._asdict(), **update),
+        words = {**_NO_UPDATE, **options._asdict(), **update}
+        y, mean, invstd, *rest = host.call(
+            partial(_train_callback, **words),
             {**given, **constants},
-            [x.dtype, tf.float64, tf.float64, tf.float64, *moving],
+            [x.dtype, tf.float64, tf.float64, *(moving or [tf.float64])],
+            _direct("train", words, constants),
         )
         y.set_shape(x.shape)
-        for statistic in (mean, variance, invstd, *new):
+        for statistic in (mean, invstd, *rest):
             statistic.set_shape([x.shape[options.axis]])
         saved = {"mean": mean, "invstd": invstd, **_given(mask=constants.get("mask"))}
 
         def gradient(dy: tf.Tensor, dmean: tf.Tensor, dvariance: tf.Tensor) -> Any:
-            upstream = {"dy": dy} if update else {"dy": dy, "dmean": dmean, "dvariance": dvariance}
-            return _gradient({**upstream, **formula.kept(given, y, options)}, saved, options)
+            arriving = {"dy": dy} if update else {"dy": dy, "dmean": dmean, "dvariance": dvariance}
+            upstream = {name: tf.convert_to_tensor(d) for name, d in arriving.items()}  # tf.gather's are IndexedSlices
+            gradients = _gradient({**upstream, **formula.kept(given, y, options)}, saved, options)
+            straight = options.activation is None and "residual" in given
+            return (*gradients, upstream["dy"]) if straight else gradients  # without an activation dresidual is dy
 
-        return (y, *(new if update else (mean, variance))), gradient
+        return (y, *(rest if update else (mean, *rest))), gradient
 
     return tuple(tf.custom_gradient(op)(*primal.values()))
 
@@ -157,13 +164,13 @@ def _gradient(given: dict[str, tf.Tensor], saved: dict[str, tf.Tensor], options:
     def op(*values: tf.Tensor) -> Any:
         tensors = dict(zip(given, values, strict=True))
         passed = {**tensors, **saved}
-        straight = [] if options.activation or "residual" not in tensors else [passed.pop("residual")]
         primal = [passed[name] for name in (*formula.PRIMAL, "y") if name in passed]
         words = {name: value for name, value in options._asdict().items() if name != "epsilon"}  # it is in invstd
-        gradients = host.call(partial(_gradient_callback, **words), passed, [tensor.dtype for tensor in primal])
+        dtypes = [tensor.dtype for tensor in primal]
+        direct = _direct("grad", {**words, "training": True}, saved)
+        gradients = host.call(partial(_gradient_callback, **words), passed, dtypes, direct)
         for gradient, tensor in zip(gradients, primal, strict=True):
             gradient.set_shape(tensor.shape)
-        gradients += [tf.identity(tensors["dy"]) for _ in straight]  # without an activation dresidual is dy
 
         def derivative(*cotangents: tf.Tensor) -> Any:
             return formula.derivative_of_gradient(tensors, cotangents, saved.get("mask"), options)
@@ -173,11 +180,17 @@ def _gradient(given: dict[str, tf.Tensor], saved: dict[str, tf.Tensor], options:
     return tf.custom_gradient(op)(*given.values())
 
 
+def _direct(kernel: str, words: dict[str, Any], others: dict[str, tf.Tensor]) -> host.Direct | None:
+    """The callback below without its Python frames; it falls back on it. Masks need what functional does to them."""
+    return None if "mask" in others else lambda names, slow: _core.Callback(kernel, names, words, slow)
+
+
 def _train_callback(x: np.ndarray, **words: Any) -> list[np.ndarray]:
-    """y, mean, variance, invstd and, where moving statistics were given, their updated copies."""
+    """y, mean, invstd and either the variance or, where moving statistics were given, their updated copies."""
     moving = [words[name].copy() for name in ("moving_mean", "moving_variance") if name in words]
     words.update(zip(("moving_mean", "moving_variance"), moving, strict=False))
-    return [*functional.batch_norm_train(x, **words), *moving]
+    y, mean, variance, invstd = functional.batch_norm_train(x, **words)
+    return [y, mean, invstd, *(moving or [variance])]
 
 
 def _moments_callback(x: np.ndarray, **words: Any) -> list[np.ndarray]:

@@ -61,17 +61,21 @@ def activate(y: tf.Tensor, options: Options) -> tf.Tensor:
 
 
 def kept(primal: Mapping[str, tf.Tensor], y: tf.Tensor, options: Options) -> dict[str, tf.Tensor]:
-    """What a gradient keeps of a forward: primal; y, which the next layer keeps anyway, for residual where it can."""
-    if options.activation is None or "residual" not in primal:
-        return dict(primal)
-    return {**{name: primal[name] for name in primal if name != "residual"}, "y": tf.stop_gradient(y)}
+    """What a gradient keeps of a forward: primal without the residual.
+
+    With an activation it needs y in its place, which the next layer keeps anyway; without one dresidual is dy.
+    """
+    rest = {name: tensor for name, tensor in primal.items() if name != "residual"}
+    return rest if options.activation is None or "residual" not in primal else {**rest, "y": tf.stop_gradient(y)}
 
 
 def gate(y: tf.Tensor, options: Options) -> tf.Tensor:
-    """activation'(z), read off y = activation(z), in the dtype of computation."""
-    passed = (y > 0) & (y < 6) if options.activation == "relu6" else y > 0
+    """activation'(z), read off y = activation(z), in the dtype of computation. As in the kernels, NaN passes a relu."""
     one = tf.ones((), compute_dtype(y))
-    return tf.where(passed, one, one * options.negative_slope if options.activation == "leaky_relu" else 0 * one)
+    if options.activation == "leaky_relu":
+        return tf.where(y > 0, one, one * options.negative_slope)
+    closed = (y <= 0) | (y >= 6) if options.activation == "relu6" else y <= 0
+    return tf.where(closed, 0 * one, one)
 
 
 def compute_dtype(x: tf.Tensor) -> tf.DType:
@@ -97,7 +101,8 @@ def train(
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
     """y (x's dtype), and mean, variance (float64) and W, all (C,). mask broadcasts to x, the channel axis included.
 
-    slopes: what z is multiplied by in place of the activation. merge: what becomes of mean, variance and W (float64) before they are used, differentiable; None: nothing.
+    slopes: what z is multiplied by in place of the activation. merge: what becomes of mean, variance and W (float64)
+    before they are used, differentiable; None: nothing.
     """
     values = tf.cast(x, compute_dtype(x))
     axes = [i for i in range(x.shape.rank) if i != options.axis % x.shape.rank]
@@ -156,8 +161,8 @@ def derivative_of_gradient(
 ) -> list[tf.Tensor | None]:
     """Vector-Jacobian product of the backward pass (given -> dx, dgamma, dbeta, dresidual), one cotangent for each.
 
-    given: dy, x, and where present dmean, dvariance, gamma, beta, and residual or, in its place, y; the derivatives
-    come in its order, that of y, which the gate is read off, as None.
+    given: dy, x, and where present dmean, dvariance, gamma, beta and, for dresidual, y; the derivatives come in its
+    order, that of y, which the gate is read off, as None.
     """
     upstream = [name for name in ("dy", "dmean", "dvariance") if name in given]
     arguments = {name: given[name] for name in PRIMAL if name in given}

@@ -5,8 +5,8 @@
     train, train_step, moments, gradient   as in `bridge`
 
 The kernels run inside TensorFlow's executor, without Python and the GIL, on the threads and scratch of bnfast._core.
-y may take x's buffer and dx that of dy or x, where TensorFlow holds it for nothing else. Their second and higher
-derivatives are those of the same formula in TensorFlow's own ops. Argument errors of a kernel are
+y may take x's buffer, dx that of dy or x, and dresidual x's, where TensorFlow holds it for nothing else. Their second
+and higher derivatives are those of the same formula in TensorFlow's own ops. Argument errors of a kernel are
 tf.errors.InvalidArgumentError. The ops run on a CPU; XLA has no kernel for them.
 """
 
@@ -105,14 +105,11 @@ def _self_test(ops: Any) -> str:
     with tf.init_scope(), tf.device("CPU:0"):
         if not tf.executing_eagerly():
             return ""
-        words = dict(axis=-1, epsilon_bits=0, activation="none", negative_slope_bits=0, mask=[])
         x, two = tf.constant([[1.0, 2.0], [3.0, 6.0]]), tf.constant([2.0, 2.0])
-        forward = ops.bnfast_train(
-            x=x, moving_mean=two, moving_variance=two, gamma=[two], beta=[two], residual=[], momentum_bits=_bits(0.5), **words
-        )
-        backward = ops.bnfast_grad(
-            dy=x, x=x, saved=forward.saved, gamma=[two], beta=[two], y=[], statistics=[], parameter_type=tf.float32, **words
-        )
+        words = dict(axis=-1, epsilon_bits=0, activation="none", negative_slope_bits=0)
+        words |= dict(x=x, gamma=[two], beta=[two], mask=[])
+        forward = ops.bnfast_train(moving_mean=two, moving_variance=two, residual=[], momentum_bits=_bits(0.5), **words)
+        backward = ops.bnfast_grad(dy=x, saved=forward.saved, y=[], statistics=[], parameter_type=tf.float32, **words)
         wanted: dict[str, tuple[Any, Any]] = {
             "y": ([[0, 0], [4, 4]], forward.y),
             "moving_mean": ([2, 3], forward.new_mean),

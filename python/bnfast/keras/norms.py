@@ -65,7 +65,7 @@ def normalize(x: Any, gamma: Any, beta: Any, norm: Norm, training: Any) -> tf.Te
         y, mean, invstd = host.call(partial(_forward, norm=norm), given, [x.dtype, tf.float64, tf.float64])
         y.set_shape(x.shape)
         saved = {"mean": mean, "invstd": invstd}
-        return y, lambda dy: _gradient({"dy": dy, **given}, saved, norm)
+        return y, lambda dy: _gradient({"dy": tf.convert_to_tensor(dy), **given}, saved, norm)
 
     return tf.custom_gradient(op)(*primal.values())
 

@@ -168,7 +168,9 @@ def _gradient(
     of_batch: tf.Tensor | None,
 ) -> tuple[tf.Tensor, ...]:
     """Gradients of batch.primal, in its order."""
+    dy = tf.convert_to_tensor(dy)  # tf.gather's gradient is IndexedSlices
     tensors = {"dy": dy, **formula.kept(batch.primal, y, options)}
+    straight = "residual" in batch.primal and "y" not in tensors  # without an activation dresidual is dy
     zeros = tf.zeros_like(mean)
     mask = batch.mask
     if of_batch is not None:  # no weights: statistics that are constants
@@ -186,7 +188,7 @@ def _gradient(
         dmean = factor * (dbeta - share * all_dbeta)
         dvariance = 0.5 * factor * invstd * (dgamma - share * all_dgamma)
         dx, _, _, dresidual = bridge.gradient(*common, dmean, dvariance, mask=mask, **words)
-        results = {"x": dx, "gamma": dgamma, "beta": dbeta, "residual": given["dy"] if dresidual is None else dresidual}
+        results = {"x": dx, "gamma": dgamma, "beta": dbeta, "y": dresidual}
 
         def derivative(*cotangents: tf.Tensor) -> Any:
             if of_batch is not None:
@@ -195,9 +197,10 @@ def _gradient(
                 )
             return formula.derivative_of_gradient(given, cotangents, mask, options, _merge)
 
-        return tuple(tf.cast(results[name], tensor.dtype) for name, tensor in batch.primal.items()), derivative
+        return tuple(tf.cast(results[name], given[name].dtype) for name in given if name != "dy"), derivative
 
-    return tuple(tf.custom_gradient(op)(*tensors.values()))
+    gradients = tf.custom_gradient(op)(*tensors.values())
+    return (*gradients, dy) if straight else tuple(gradients)
 
 
 def _affine(batch: Batch, like: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
