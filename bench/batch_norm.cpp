@@ -4,6 +4,8 @@
 // counters are medians over iterations of times and of ratios within one iteration:
 //   GB/s      bytes that the operation can't avoid (train, infer: 2 tensors; grad: 3) over bnfast's time
 //   limit     bnfast's time over the better copy's (train, infer) or triad's (grad)
+//   passes    train and grad: bnfast's time over that of a read of x (and dy) and the better copy (triad), one after
+//             the other: what statistics before output cost where the caches don't hold a part of the channels
 //   onednn    oneDNN's time over bnfast's
 // Results are checked before anything is timed: against float64 sums computed here, and against oneDNN.
 #include <benchmark/benchmark.h>
@@ -121,6 +123,12 @@ public:
         return milliseconds(
             [&] { stream ? yardstick::copy<true>(y, x, bytes_, t) : yardstick::copy<false>(y, x, bytes_, t); });
     }
+    double reads() {
+        const char* const dy = case_.op == bnfast::Op::grad ? dy_.as<char>() : nullptr;
+        return milliseconds([&] {
+            benchmark::DoNotOptimize(yardstick::read(x_.as<char>(), dy, bytes_, case_.threads));
+        });
+    }
     bool has_onednn() const {
 #if defined(BNFAST_WITH_ONEDNN)
         return onednn_ != nullptr;
@@ -222,14 +230,17 @@ private:
 
 void run(benchmark::State& state, const Case& c) {
     Bench bench(c);
-    std::vector<double> ours, limit, peer, to_limit, to_peer;
+    std::vector<double> ours, limit, peer, to_limit, to_peer, to_passes;
+    const bool reduces = c.op != bnfast::Op::infer;
     for (int i = 0; i < 3; ++i) bench.ours();
     for (auto _ : state) {
         const double cached = bench.limit(false), streamed = bench.limit(true);
+        const double reads = reduces ? bench.reads() : 0;
         limit.push_back(std::min(cached, streamed));
         if (bench.has_onednn()) peer.push_back(milliseconds([&] { bench.onednn(); }));
         ours.push_back(milliseconds([&] { bench.ours(); }));
         to_limit.push_back(ours.back() / limit.back());
+        to_passes.push_back(ours.back() / (limit.back() + reads));
         if (bench.has_onednn()) to_peer.push_back(peer.back() / ours.back());
         state.SetIterationTime(ours.back() / 1e3);
     }
@@ -237,6 +248,7 @@ void run(benchmark::State& state, const Case& c) {
     state.counters["ms"] = median(ours);
     state.counters["GB/s"] = bench.gigabytes() / median(ours) * 1e3;
     state.counters["limit"] = median(to_limit);
+    if (reduces) state.counters["passes"] = median(to_passes);
     if (!to_peer.empty()) state.counters["onednn"] = median(to_peer);
 }
 

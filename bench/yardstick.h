@@ -1,5 +1,6 @@
 // The physical limit: copy (1 read, 1 write) and triad (2 reads, 1 write) of tensors of the same size on the same
-// threads, with cached and with non-temporal stores; the caller takes the better one.
+// threads, with cached and with non-temporal stores; the caller takes the better one. And reads alone, of one or two
+// tensors: what statistics cost at least where the tensor doesn't stay in a cache until they are known.
 #pragma once
 #include <immintrin.h>
 #include <omp.h>
@@ -44,6 +45,27 @@ template <bool stream> void triad(char* y, const char* a, const char* b, std::in
             put<stream>(y + i + 32, _mm256_add_ps(at(a + i + 32), _mm256_mul_ps(s, at(b + i + 32))));
         }
     });
+}
+
+// The sum of a and, where it is given, b.
+inline float read(const char* a, const char* b, std::int64_t bytes, int threads) {
+    float total = 0;
+    shares(bytes, threads, [&](std::int64_t begin, std::int64_t end) {
+        __m256 s[8] = {};
+        std::int64_t i = begin;
+        for (; i + 256 <= end; i += 256)
+            for (int k = 0; k < 8; ++k) {
+                s[k] = _mm256_add_ps(s[k], at(a + i + 32 * k));
+                if (b) s[k] = _mm256_add_ps(s[k], at(b + i + 32 * k));
+            }
+        for (; i < end; i += 32) s[0] = _mm256_add_ps(s[0], b ? _mm256_add_ps(at(a + i), at(b + i)) : at(a + i));
+        for (int k = 1; k < 8; ++k) s[0] = _mm256_add_ps(s[0], s[k]);
+        float lanes[8];
+        _mm256_storeu_ps(lanes, s[0]);
+#pragma omp atomic
+        total += lanes[0] + lanes[7];
+    });
+    return total;
 }
 
 }  // namespace yardstick

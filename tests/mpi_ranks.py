@@ -70,7 +70,12 @@ def run(package, case, **comm):
     statistics = train.mean, train.invstd
     grad = package.batch_norm_grad(case["dy"], case["x"], *statistics, *parameters, mask=case["mask"], **common)
     frozen = package.batch_norm_grad(case["dy"], case["x"], *statistics, training=False, **common)
-    named = [("moments", moments), ("train", train), ("grad", grad), ("frozen", frozen)]
+    by_y = package.batch_norm_grad(
+        *(case["dy"], case["x"], *statistics, *parameters),
+        mask=case["mask"],
+        **common | {"residual": None, "y": train.y},
+    )
+    named = [("moments", moments), ("train", train), ("grad", grad), ("frozen", frozen), ("by_y", by_y)]
     results = {f"{call}.{name}": a for call, result in named for name, a in result._asdict().items()}
     return results | dict(zip(("moving_mean", "moving_variance"), case["moving"], strict=True))
 

@@ -59,7 +59,9 @@ template <class V> BNFAST_INLINE V pre_activation(V x, V mean_hi, V scale, V shi
     return (x - mean_hi) * scale + shift;
 }
 // What the gate looks at where the forward added a residual: z, or y in its place, whose sign and bound are those of z.
-template <class V> BNFAST_INLINE V gated_by(V z, V beside, bool beside_is_y) { return beside_is_y ? beside : z + beside; }
+template <class V> BNFAST_INLINE V gated_by(V z, V beside, bool beside_is_y) {
+    return beside_is_y ? beside : z + beside;
+}
 
 // ---- rows: a flat range of values; every row has one channel's constants -------------------------------------------
 

@@ -75,6 +75,8 @@ Attributes grad_attributes(TF_OpKernelConstruction* context) {
     const Reader reader(context);
     Attributes a = reader.common();
     a.beside = reader.optional("num_y");
+    if (a.beside && a.activation == Activation::none)
+        throw Failure{TF_INVALID_ARGUMENT, "num_y must be 0 without an activation"};
     a.parameter_type = reader.type("parameter_type");
     const std::int64_t count = reader.integer("num_statistics");
     if (count != 0 && count != 2) throw Failure{TF_INVALID_ARGUMENT, "num_statistics must be 0 or 2"};

@@ -197,6 +197,13 @@ def test_wrong_inputs_are_invalid_arguments(graph: bool, wrong: dict[str, Any], 
         (tf.function(run) if graph else run)()
 
 
+def test_y_without_an_activation_is_an_invalid_argument() -> None:
+    x, one = tf.ones((4, 3)), tf.ones(3)
+    words = dict(dy=x, x=x, saved=tf.ones((2, 3), tf.float64), gamma=[one], beta=[one], mask=[], y=[x], statistics=[])
+    with pytest.raises(tf.errors.InvalidArgumentError, match="num_y must be 0 without an activation"):
+        native._load().ops.bnfast_grad(parameter_type=tf.float32, **words, **native._attributes(Options()))
+
+
 def test_shapes_are_known_inside_the_graph() -> None:
     """The op's own shape functions, in C: a graph that was loaded from a file has only these."""
     ops = native._load().ops
