@@ -47,7 +47,7 @@ template <bool stream> void triad(char* y, const char* a, const char* b, std::in
     });
 }
 
-// The sum of a and, where it is given, b.
+// Adds up all of a and, where it is given, b; a part of the sum is returned, so that none of it can be left out.
 inline float read(const char* a, const char* b, std::int64_t bytes, int threads) {
     float total = 0;
     shares(bytes, threads, [&](std::int64_t begin, std::int64_t end) {

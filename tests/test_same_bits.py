@@ -100,10 +100,10 @@ def everything(case: Case, check=lambda: None, change=lambda a: a, give_out=Fals
         dy, x, *statistics, *affine, mask=a["mask"], dmean=train.mean, dvariance=train.variance, **words, **out()
     )
     check()
-    by_y = [] if residual is None else [change(train.y)]
-    for y in by_y:
-        plain = {**words, "residual": None}
-        by_y = [bnfast.batch_norm_grad(dy, x, *statistics, *affine, mask=a["mask"], y=y, **plain, **out())]
+    by_y = None
+    if residual is not None:
+        gated = {**words, "residual": None, "y": change(train.y)}
+        by_y = bnfast.batch_norm_grad(dy, x, *statistics, *affine, mask=a["mask"], **gated, **out())
         check()
     frozen = bnfast.batch_norm_grad(dy, x, *statistics, *affine, training=False, **words, **out())
     check()
@@ -112,8 +112,8 @@ def everything(case: Case, check=lambda: None, change=lambda a: a, give_out=Fals
     moments = bnfast.moments(x, axis=case.axis, mask=a["mask"])
     check()
     named = {"moving_mean": mm, "moving_variance": mv, "infer": infer}
-    results = [("train", train), ("grad", grad), ("frozen", frozen), ("moments", moments)]
-    for prefix, result in (*results, *(("by_y", result) for result in by_y)):
+    results = {"train": train, "grad": grad, "frozen": frozen, "moments": moments}
+    for prefix, result in (results if by_y is None else {**results, "by_y": by_y}).items():
         named |= {f"{prefix}.{name}": value for name, value in zip(result._fields, result, strict=True)}
     return named
 
