@@ -23,6 +23,7 @@ struct Reduction {
         args.grid = g;
         args.x = x;
         args.mask = mask;
+        args.ahead = plan.ahead;
         each_scratch = g.pack > 1 || mask ? (4 * g.pack * g.C + 7) / 8 * 8 : 0;
         count_at = scratch.count(g.chunks * plan.groups);
         centre_at = scratch.count(g.chunks * g.C);

@@ -54,6 +54,7 @@ struct Forward {
     double* at(int64_t w, int64_t array) const { return work(scratch, w, array); }
     void reduce(int rank, int64_t w, int64_t i, int64_t chunk) const {
         ReduceArgs r{};
+        r.ahead = spans.stream;
         r.grid = make_grid(spans.rows(spans.held(i)), a.dtype);
         r.x = values_of(a.x, spans, i);
         r.chunk = chunk;

@@ -29,6 +29,7 @@ struct Plan {
     bool rows = false;     // the rows layout
     bool by_groups = false;
     bool stream = false;   // non-temporal stores
+    bool ahead = false;    // moments: the next block is asked for while one is read
     int threads = 1;
     std::int64_t group = 1, groups = 1;               // channels a group
     std::int64_t apply_unit = 1, apply_units = 1;     // rows: values; columns: packed rows

@@ -87,6 +87,9 @@ def adversaries(shape, axis, dtype):
     yield "trend", made(1e3 + 0.1 * step + r)
     yield "two clusters", made(np.where(step % 2, 1e4, -1e4) + r)
     yield "two clusters, one after the other", made(np.where(step < count // 2, 1e4, -1e4) + r)
+    inner = math.prod(shape[axis % len(shape) + 1 :])
+    for name, place in ("row", step), ("64", step // 64), ("sample", step // inner), ("64 of a row", step % inner // 64):
+        yield f"every fourth {name} apart", made(np.where(place % 4, 1e4, 1e4 + 1.7) + 1e-3 * r)
     yield "one huge value", made(np.where(step == count // 2, 1e15, r))
     yield "two neighbouring values", made(np.where(rng.random(r.shape) < 0.3, 1000.0, 1000.0 + 2.0**-10))
     yield "a few values on a coarse grid", made(np.round(r * 4) / 4 * 1.1 + 100)
@@ -96,8 +99,27 @@ def adversaries(shape, axis, dtype):
 @pytest.mark.parametrize(("shape", "axis"), LAYOUTS, ids=ids)
 def test_variance_of_adversaries(shape, axis, dtype):
     errors = {name: variance_error(x, axis) for name, x in adversaries(shape, axis, dtype)}
-    bound = 1e-6 if dtype == "float32" else 1e-12
+    bound = 5e-7 if dtype == "float32" else 1e-12  # half of what is promised: a centre that is off moves
     assert {name: error for name, error in errors.items() if not error <= bound} == {}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(("shape", "axis"), LAYOUTS, ids=ids)
+def test_variance_where_light_values_lie_far_away(shape, axis, dtype):
+    """Every fourth of what a block's centre is taken from weighs nearly nothing and lies 1e4 deviations away."""
+    x = normal(shape, axis, dtype, 0)
+    last = np.moveaxis(x, axis, -1)
+    step = np.arange(last[..., 0].size).reshape(last.shape[:-1])
+    inner = math.prod(shape[axis % len(shape) + 1 :])
+    for place in (step, step // 64, step // inner, step % inner // 64):
+        far = place % 4 == 0
+        if far.all():
+            continue
+        shifted = np.moveaxis(last + 1e4 * far[..., None].astype(dtype), -1, axis)
+        mask = np.where(far, 1e-9, 1.0)
+        _, _, expected = reference.moments(shifted, axis=axis, mask=mask.astype(dtype))
+        variance = bnfast.moments(np.ascontiguousarray(shifted), axis=axis, mask=mask).variance
+        assert np.abs(variance / expected - 1).max() <= (1e-6 if dtype == "float32" else 1e-12)
 
 
 @pytest.mark.parametrize("dtype", agreement.DTYPES)

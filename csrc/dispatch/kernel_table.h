@@ -37,6 +37,7 @@ struct ReduceArgs {  // moments of one chunk, channels [c0, c1)
     Grid grid;
     const void *x, *mask;
     int64_t chunk, c0, c1;
+    int ahead;  // whether the next block is asked for while one is read
     double *count, *centre, *offset, *m2;  // count: [chunks], the same for every channel; the rest [chunks][C]
     double* scratch;                       // 4*pack*C doubles of this thread's own, where pack > 1 or mask
 };

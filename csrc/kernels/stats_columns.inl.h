@@ -7,7 +7,7 @@ namespace {
 
 // A sum over the rows of a block takes eight rows at a time, as a tree, then the rows that are left one by one. The
 // eight share the load and store of their column's sum. A block's columns go by tiles, whose sums stay in L1 and whose
-// rows (64 x 2 KiB) stay in L2 for the second pass.
+// rows (128 x 2 KiB) stay in L2 for the second pass.
 constexpr int64_t tile_columns = 512;
 
 template <class V> BNFAST_INLINE V sum_of_eight(const V (&v)[8]) {
@@ -32,7 +32,7 @@ template <class T, int64_t columns = tile_columns> struct alignas(64) ColumnTile
     T centre[columns], s1[columns], s2[columns];
 };
 
-// The first pass over one tile: s1 = sum(x - centre).
+// The first pass over one tile or its sample: s1 = sum(x - centre).
 template <class X, class Tile>
 BNFAST_INLINE void sum_deviations(const typename X::S* x, int64_t rows, int64_t stride, int64_t width, Tile& t) {
     using V = typename X::V;
@@ -56,10 +56,11 @@ BNFAST_INLINE void sum_deviations(const typename X::S* x, int64_t rows, int64_t 
         });
 }
 
-// The second: s1 = sum(d), s2 = sum(d*d), d = x - centre. next: how far ahead the tile lies that comes after this one.
-template <class X, class Tile>
-BNFAST_INLINE void sum_squares(const typename X::S* x, int64_t rows, int64_t stride, int64_t width, int64_t next,
-                               Tile& t) {
+// The second: s1 = sum(d), s2 = sum(d*d), d = x - centre. next: how far ahead the tile lies that comes after this one, to
+// be asked for; 0: nothing is asked for.
+template <class X, class Tile, class Ask>
+BNFAST_INLINE void sum_squares(const typename X::S* x, int64_t rows, int64_t stride, int64_t width, int64_t next, Tile& t,
+                               Ask ask) {
     using V = typename X::V;
     auto at = [&](int64_t r, int64_t k, int n, auto whole) { return load_some<X>(x + r * stride + k, n, whole); };
     across<X>(width, [&](int64_t k, int, auto) {
@@ -73,7 +74,7 @@ BNFAST_INLINE void sum_squares(const typename X::S* x, int64_t rows, int64_t str
                 const V c = load_vector<V>(t.centre + k);
                 V d[8];
                 BNFAST_UNROLL for (int i = 0; i < 8; ++i) {
-                    ask_for(x + (r + i) * stride + k + next);
+                    if (ask.value) ask_for(x + (r + i) * stride + k + next);
                     d[i] = minus(at(r + i, k, n, whole), c);
                 }
                 store_vector(t.s1 + k, load_vector<V>(t.s1 + k) + sum_of_eight(d));
@@ -90,6 +91,28 @@ BNFAST_INLINE void sum_squares(const typename X::S* x, int64_t rows, int64_t str
         });
 }
 
+template <class X, class Tile>
+BNFAST_INLINE void sum_squares(const typename X::S* x, int64_t rows, int64_t stride, int64_t width, int64_t next,
+                               Tile& t) {
+    if (next) sum_squares<X>(x, rows, stride, width, next, t, Yes{});
+    else sum_squares<X>(x, rows, stride, width, next, t, No{});
+}
+
+// Whether a column had a centre that was off; all that had have their mean now.
+template <class X> BNFAST_INLINE bool move_centres(int64_t rows, int64_t width, ColumnTile<typename X::T>& t) {
+    using T = typename X::T;
+    using V = typename X::V;
+    const V n = X::splat(T(rows)), inv = X::splat(T(1) / T(rows));
+    V moved{};
+    across<X>(width, [&](int64_t k, int, auto) {
+        const V c = load_vector<V>(t.centre + k), s = load_vector<V>(t.s1 + k), q = load_vector<V>(t.s2 + k);
+        const V mean = finite_or(c + s * inv, c);
+        store_vector(t.centre + k, centre_is_off(n, s, q) ? mean : c);
+        moved += centre_is_off(n, s, q) ? X::splat(1) : V{};
+    });
+    return sum_vector(moved) > T(0);
+}
+
 // Leaves centre, sum(d) and sum(d*d) of every column of one tile.
 template <class X>
 BNFAST_INLINE void column_moments(const typename X::S* x, int64_t rows, int64_t stride, int64_t width, int64_t next,
@@ -99,13 +122,15 @@ BNFAST_INLINE void column_moments(const typename X::S* x, int64_t rows, int64_t 
     across<X>(width, [&](int64_t k, int n, auto whole) {
         store_vector(t.centre + k, finite_or(load_some<X>(x + k, n, whole), V{}));
     });
-    sum_deviations<X>(x, rows, stride, width, t);
-    const T inv = T(1) / T(rows);
+    const int64_t step = sample_step_of(rows);
+    sum_deviations<X>(x, sampled(rows, step), step * stride, width, t);
+    const T inv = T(1) / T(sampled(rows, step));
     across<X>(width, [&](int64_t k, int, auto) {
         const V x0 = load_vector<V>(t.centre + k);
         store_vector(t.centre + k, finite_or(x0 + load_vector<V>(t.s1 + k) * inv, x0));
     });
     sum_squares<X>(x, rows, stride, width, next, t);
+    if (move_centres<X>(rows, width, t)) sum_squares<X>(x, rows, stride, width, 0, t);
 }
 
 // Weighted, one column at a time: row r has weight w[r*w_stride]. Every sum has the order of column_moments, so
@@ -116,28 +141,29 @@ BNFAST_INLINE BlockMoments weighted_column(const typename X::S* x, const typenam
     using T = typename X::T;
     auto value = [&](int64_t r) { return X::load_partial(x + r * stride, 1, typename X::V{})[0]; };
     auto weight = [&](int64_t r) { return w[r * w_stride]; };
-    auto sum = [&](auto term) {
+    auto sum = [&](int64_t step, auto term) {
         T s = 0;
         by_eights(
-            rows,
+            sampled(rows, step),
             [&](int64_t r) {
                 T t[8];
-                for (int i = 0; i < 8; ++i) t[i] = term(r + i);
+                for (int i = 0; i < 8; ++i) t[i] = term((r + i) * step);
                 s += sum_of_eight(t);
             },
-            [&](int64_t r) { s += term(r); });
+            [&](int64_t r) { s += term(r * step); });
         return s;
     };
     T x0 = 0;
     for (int64_t r = rows - 1; r >= 0; --r)
         if (weight(r) > T(0)) x0 = finite_or_zero(value(r));
-    const T n = sum(weight);
-    auto weighted = [&](auto term) { return [=](int64_t r) { return weight(r) > T(0) ? weight(r) * term(r) : T(0); }; };
-    const T mean = x0 + sum(weighted([=](int64_t r) { return value(r) - x0; })) * (n > T(0) ? T(1) / n : T(0));
-    const T c = mean - mean == T(0) ? mean : x0;
-    const T s1 = sum(weighted([=](int64_t r) { return value(r) - c; }));
-    const T s2 = sum(weighted([=](int64_t r) { return (value(r) - c) * (value(r) - c); }));
-    return block_moments(double(n), c, s1, s2);
+    auto weighted = [&](int64_t r, T term) { return weight(r) > T(0) ? weight(r) * term : T(0); };
+    const int64_t step = sample_step_of(rows);
+    return weighted_moments(
+        sum(1, weight), sum(step, weight), x0,
+        [&](T c, bool sample) {
+            return sum(sample ? step : 1, [&](int64_t r) { return weighted(r, value(r) - c); });
+        },
+        [&](T c) { return sum(1, [&](int64_t r) { return weighted(r, (value(r) - c) * (value(r) - c)); }); });
 }
 
 struct ColumnState {  // running moments of packed columns; counts only where weights make them differ
@@ -146,12 +172,12 @@ struct ColumnState {  // running moments of packed columns; counts only where we
 
 template <class X>
 BNFAST_INLINE void merge_block(const typename X::S* x, int64_t rows, int64_t stride, int64_t k0, int64_t k1,
-                               double count, const ColumnState& state) {
+                               double count, bool ahead, const ColumnState& state) {
     const Merge merge(count, double(rows));
     ColumnTile<typename X::T> tile;
     for (int64_t k = k0; k < k1; k += tile_columns) {
         const int64_t width = k1 - k < tile_columns ? k1 - k : tile_columns;
-        const int64_t next = k + width < k1 ? width : rows * stride + k0 - k;
+        const int64_t next = !ahead ? 0 : k + width < k1 ? width : rows * stride + k0 - k;
         column_moments<X>(x + k, rows, stride, width, next, tile);
         for (int64_t j = 0; j < width; ++j) {
             const BlockMoments m = block_moments(double(rows), tile.centre[j], tile.s1[j], tile.s2[j]);
@@ -198,13 +224,13 @@ template <class X, int masked> void reduce_columns(const ReduceArgs& a) noexcept
     for (int64_t r = chunk.first; r < chunk.end; r += g.block_rows) {
         const int64_t rows = chunk.end - r < g.block_rows ? chunk.end - r : g.block_rows;
         if (masked) merge_weighted_block<X>(x + r * K, w + r * g.pack, rows, g, K, k0, k1, state);
-        else merge_block<X>(x + r * K, rows, K, k0, k1, count, state);
+        else merge_block<X>(x + r * K, rows, K, k0, k1, count, a.ahead, state);
         count += double(rows);
     }
     if (chunk.tail) {
         const int64_t r = g.N / g.pack;
         if (masked) merge_weighted_block<X>(x + r * K, w + r * g.pack, 1, g, K, 0, chunk.tail * g.C, state);
-        else merge_block<X>(x + r * K, 1, K, 0, chunk.tail * g.C, count, state);
+        else merge_block<X>(x + r * K, 1, K, 0, chunk.tail * g.C, count, a.ahead, state);
     }
     if (g.pack == 1) {
         a.count[a.chunk] = masked ? state.count[a.c0] : count;

@@ -15,12 +15,15 @@ template <class X> struct RowShape {
     int whole, left;
     BNFAST_INLINE explicit RowShape(int64_t len)
         : body(len / lanes * lanes), whole(int(len % lanes) / X::W), left(int(len % lanes) % X::W) {}
+    BNFAST_INLINE int64_t in_sample() const {  // values of over_sample
+        return body ? sampled(body / lanes, sample_step) * lanes : whole * X::W + left;
+    }
 };
 
 // full(vector, offset) for every whole vector of a row, in lane order, then partial(vector, offset, values).
 template <class X, class Full, class Partial>
-BNFAST_INLINE void over_row(const RowShape<X>& row, Full full, Partial partial) {
-    for (int64_t i = 0; i < row.body; i += lanes) {
+BNFAST_INLINE void over_row(const RowShape<X>& row, Full full, Partial partial, int64_t from = 0) {
+    for (int64_t i = from; i < row.body; i += lanes) {
         BNFAST_UNROLL for (int v = 0; v < X::NV; ++v) full(v, i + v * X::W);
     }
     BNFAST_UNROLL for (int v = 0; v < X::NV; ++v) {
@@ -29,7 +32,65 @@ BNFAST_INLINE void over_row(const RowShape<X>& row, Full full, Partial partial) 
     }
 }
 
-// next: how far ahead the block lies that comes after this one.
+// The sample of a row: every fourth 64 lanes, all of a shorter one. left_out(offset): 64 lanes of the others.
+template <class X, class Full, class Partial, class LeftOut>
+BNFAST_INLINE void over_sample(const RowShape<X>& row, Full full, Partial partial, LeftOut left_out) {
+    if (!row.body) return over_row(row, full, partial);
+    for (int64_t i = 0; i < row.body; i += sample_step * lanes) {
+        BNFAST_UNROLL for (int v = 0; v < X::NV; ++v) full(v, i + v * X::W);
+        BNFAST_UNROLL for (int j = 1; j < sample_step; ++j) left_out(i + j * lanes);
+    }
+}
+
+// sums of full(offset) and partial(offset, values) over a row, into the lanes: four 64 lanes at a time as a tree, which
+// makes a fourth of the roundings.
+template <class X, class Sum, class Full, class Partial>
+BNFAST_INLINE void add_row(const RowShape<X>& row, Sum (&s)[X::NV], Full full, Partial partial) {
+    int64_t i = 0;
+    for (; i + 4 * lanes <= row.body; i += 4 * lanes) {
+        BNFAST_UNROLL for (int v = 0; v < X::NV; ++v) {
+            const int64_t k = i + v * X::W;
+            s[v] += (full(k) + full(k + lanes)) + (full(k + 2 * lanes) + full(k + 3 * lanes));
+        }
+    }
+    over_row(
+        row, [&](int v, int64_t k) { s[v] += full(k); },
+        [&](int v, int64_t k, int left) { s[v] += partial(k, left); }, i);
+}
+
+template <class V> struct Squares {
+    V d{}, dd{};
+    static BNFAST_INLINE Squares of(V deviation) { return {deviation, deviation * deviation}; }
+    BNFAST_INLINE Squares operator+(const Squares& b) const { return {d + b.d, dd + b.dd}; }
+    BNFAST_INLINE void operator+=(const Squares& b) { *this = *this + b; }
+};
+
+// sum(d) and sum(d*d), d = x - c, over a block.
+template <class X>
+BNFAST_INLINE Squares<typename X::T> squares_of_rows(const typename X::S* x, int64_t rows, const RowShape<X>& row,
+                                                     int64_t stride, typename X::T c, int64_t next) {
+    using V = typename X::V;
+    const V cv = X::splat(c);
+    Squares<V> s[X::NV];
+    for (int64_t r = 0; r < rows; ++r) {
+        const typename X::S* p = x + r * stride;
+        add_row(
+            row, s,
+            [&](int64_t i) {
+                if (next) ask_for(p + next + i);
+                return Squares<V>::of(minus(X::load(p + i), cv));
+            },
+            [&](int64_t i, int left) { return Squares<V>::of(minus(X::load_partial(p + i, left, cv), cv)); });
+    }
+    V d[X::NV], dd[X::NV];
+    BNFAST_UNROLL for (int v = 0; v < X::NV; ++v) {
+        d[v] = s[v].d;
+        dd[v] = s[v].dd;
+    }
+    return {sum_lanes<X>(d), sum_lanes<X>(dd)};
+}
+
+// next: how far ahead lies what is to be asked for; 0: nothing is.
 template <class X>
 BNFAST_INLINE BlockMoments block_of_rows(const typename X::S* x, int64_t rows, int64_t len, int64_t stride,
                                          int64_t next) {
@@ -41,32 +102,19 @@ BNFAST_INLINE BlockMoments block_of_rows(const typename X::S* x, int64_t rows, i
     V s[X::NV] = {};
     for (int64_t r = 0; r < rows; ++r) {
         const typename X::S* p = x + r * stride;
-        over_row(
+        over_sample(
             row, [&](int v, int64_t i) { s[v] += minus(X::load(p + i), shift); },
-            [&](int v, int64_t i, int left) { s[v] += minus(X::load_partial(p + i, left, shift), shift); });
+            [&](int v, int64_t i, int left) { s[v] += minus(X::load_partial(p + i, left, shift), shift); },
+            [&](int64_t i) { if (next) touch(p + i, lanes); });  // above the caches, train: 0.95 of the time
     }
     const T n = T(rows * len);
-    const T centre = x0 + sum_lanes<X>(s) * (T(1) / n);
-    const T c = centre - centre == T(0) ? centre : x0;
-    const V cv = X::splat(c);
-    V s1[X::NV] = {}, s2[X::NV] = {};
-    for (int64_t r = 0; r < rows; ++r) {
-        const typename X::S* p = x + r * stride;
-        auto add = [&](int v, V value) {
-            const V d = minus(value, cv);
-            s1[v] += d;
-            s2[v] += d * d;
-        };
-        over_row(
-            row,
-            [&](int v, int64_t i) {
-                ask_for(p + next + i);
-                add(v, X::load(p + i));
-            },
-            [&](int v, int64_t i, int left) { add(v, X::load_partial(p + i, left, cv)); });
+    T c = finite_or<T>(x0 + sum_lanes<X>(s) * (T(1) / T(rows * row.in_sample())), x0);
+    Squares<T> sums = squares_of_rows<X>(x, rows, row, stride, c, next);
+    if (centre_is_off(n, sums.d, sums.dd)) {
+        c = finite_or<T>(c + sums.d * (T(1) / n), c);
+        sums = squares_of_rows<X>(x, rows, row, stride, c, 0);
     }
-    const T sum_d = sum_lanes<X>(s1), sum_dd = sum_lanes<X>(s2);
-    return block_moments(double(rows * len), c, sum_d, sum_dd);
+    return block_moments(double(n), c, sums.d, sums.dd);
 }
 
 // The weighted twin: w has the row length, its own stride. All-ones weights give the same bits.
@@ -83,36 +131,37 @@ BNFAST_INLINE BlockMoments weighted_block_of_rows(const typename X::S* x, const 
             found = 1;
         }
     const RowShape<X> row(len);
-    V s[X::NV] = {}, sw[X::NV] = {};
-    V s2[X::NV] = {};
-    V centre = X::splat(x0);
-    auto pass = [&](auto add) {
+    auto sum = [&](bool sample, auto term) {  // term(values, weights)
+        V s[X::NV] = {};
         for (int64_t r = 0; r < rows; ++r) {
             const typename X::S* p = x + r * stride;
             const T* q = w + r * w_stride;
-            over_row(
-                row, [&](int v, int64_t i) { add(v, X::load(p + i), Weights::load(q + i)); },
-                [&](int v, int64_t i, int left) {
-                    add(v, X::load_partial(p + i, left, centre), Weights::load_partial(q + i, left, V{}));
-                });
+            auto full = [&](int64_t i) { return term(X::load(p + i), Weights::load(q + i)); };
+            auto partial = [&](int64_t i, int left) {
+                return term(X::load_partial(p + i, left, V{}), Weights::load_partial(q + i, left, V{}));
+            };
+            if (!sample) {
+                add_row(row, s, full, partial);
+                continue;
+            }
+            over_sample(
+                row, [&](int v, int64_t i) { s[v] += full(i); },
+                [&](int v, int64_t i, int left) { s[v] += partial(i, left); }, [](int64_t) {});
         }
+        return sum_lanes<X>(s);
     };
-    pass([&](int v, V value, V weight) {
-        s[v] += weight > T(0) ? weight * (value - centre) : V{};
-        sw[v] += weight;
-    });
-    const T n = sum_lanes<X>(sw);
-    const T c0 = x0 + sum_lanes<X>(s) * (n > T(0) ? T(1) / n : T(0));
-    const T c = c0 - c0 == T(0) ? c0 : x0;
-    centre = X::splat(c);
-    BNFAST_UNROLL for (int v = 0; v < X::NV; ++v) s[v] = V{};
-    pass([&](int v, V value, V weight) {
-        const V d = value - centre;
-        s[v] += weight > T(0) ? weight * d : V{};
-        s2[v] += weight > T(0) ? weight * (d * d) : V{};
-    });
-    const T sum_d = sum_lanes<X>(s), sum_dd = sum_lanes<X>(s2);
-    return block_moments(double(n), c, sum_d, sum_dd);
+    auto weight_of = [](V, V weight) { return weight; };
+    return weighted_moments(
+        sum(false, weight_of), sum(true, weight_of), x0,
+        [&](T c, bool sample) {
+            return sum(sample, [c](V value, V weight) { return weight > T(0) ? weight * (value - c) : V{}; });
+        },
+        [&](T c) {
+            return sum(false, [c](V value, V weight) {
+                const V d = value - c;
+                return weight > T(0) ? weight * (d * d) : V{};
+            });
+        });
 }
 
 // Which part of channel c a block of the rows layout holds.
@@ -134,35 +183,45 @@ template <class X, int masked> void reduce_rows(const ReduceArgs& a) noexcept {
     auto w = static_cast<const typename X::T*>(a.mask);
     double *centre = a.centre + a.chunk * g.C, *offset = a.offset + a.chunk * g.C, *m2 = a.m2 + a.chunk * g.C;
     for (int64_t c = a.c0; c < a.c1; ++c) centre[c] = offset[c] = m2[c] = 0;
+    // A sample's channels lie side by side: [c0, c1) are `group` values, after which the next rows are read.
+    const int64_t group = (a.c1 - a.c0) * g.S, next_rows = g.block_rows * CS - group;
+    const int64_t per_row = (g.S + g.block_width - 1) / g.block_width, last = chunk_end(g, a.chunk);
     double count = 0;
-    for (int64_t b = a.chunk * g.chunk_blocks; b < chunk_end(g, a.chunk); ++b) {
-        const RowBlock k(g, b), after(g, b + 1);
-        const auto* block = x + k.n * CS + k.s;  // of channel 0
-        const auto* weights = w + k.n * g.S + k.s;
-        const int64_t next_block = (after.n - k.n) * CS + after.s - k.s;
-        double n = 0;
+    for (int64_t b = a.chunk * g.chunk_blocks, end; b < last; b = end) {
+        end = (b / per_row + 1) * per_row < last ? (b / per_row + 1) * per_row : last;
+        const RowBlock k(g, b);  // the first of those that lie in the same rows
+        double n = count;
         auto merge = [&](int64_t c, const BlockMoments& m) {
-            n = m.n;  // the same for every channel
-            Merge(count, n).into(centre[c], offset[c], m2[c], m);
+            Merge(n, m.n).into(centre[c], offset[c], m2[c], m);
+            return m.n;
         };
-        if (masked) {
-            for (int64_t c = a.c0; c < a.c1; ++c)
-                merge(c, by_short_rows(g) ? weighted_short_rows<X>(block + c * g.S, weights, k.rows, g.S, CS)
-                                          : weighted_block_of_rows<X>(block + c * g.S, weights, k.rows, k.len, CS, g.S));
-        } else if (by_short_rows(g)) {
+        if (!masked && by_short_rows(g)) {
             over_short_tiles(g.S, a.c0, a.c1, [&](int64_t c0, int64_t channels) {
-                const bool last = c0 + channels == a.c1;
-                const int64_t next = last ? next_block - (c0 - a.c0) * g.S : channels * g.S;
-                short_row_moments<X>(block + c0 * g.S, k.rows, CS, g.S, channels, next,
+                const int64_t far = channels * g.S;
+                const int64_t next = !a.ahead ? 0 : c0 + channels < a.c1 ? far : far + next_rows;
+                short_row_moments<X>(x + k.n * CS + c0 * g.S, k.rows, CS, g.S, channels, next,
                                      [&](int64_t c, const BlockMoments& m) { merge(c0 + c, m); });
             });
-        } else {
-            for (int64_t c = a.c0; c < a.c1; ++c) {
-                const int64_t next = c + 1 < a.c1 ? g.S : next_block - (a.c1 - 1 - a.c0) * g.S;
-                merge(c, block_of_rows<X>(block + c * g.S, k.rows, k.len, CS, next));
+            count += double(k.rows * g.S);
+            continue;
+        }
+        for (int64_t c = a.c0; c < a.c1; ++c) {
+            n = count;
+            for (int64_t i = b, s = k.s; i < end; ++i, s += g.block_width) {
+                const int64_t at = k.n * CS + c * g.S + s, len = g.S - s < g.block_width ? g.S - s : g.block_width;
+                if (masked) {
+                    const auto* weights = w + k.n * g.S + s;
+                    n += merge(c, by_short_rows(g) ? weighted_short_rows<X>(x + at, weights, k.rows, g.S, CS)
+                                                   : weighted_block_of_rows<X>(x + at, weights, k.rows, len, CS, g.S));
+                    continue;
+                }
+                // Two blocks ahead: with one, its last values weren't there when its sample was read.
+                const int64_t far = 2 * g.block_width, beyond = (c - a.c0) * g.S + s + far >= group;
+                const int64_t next = !a.ahead ? 0 : beyond ? far + next_rows : far;
+                n += merge(c, block_of_rows<X>(x + at, k.rows, len, CS, next));
             }
         }
-        count += n;
+        count = n;
     }
     a.count[a.chunk] = count;
 }

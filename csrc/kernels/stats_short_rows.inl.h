@@ -48,16 +48,24 @@ BNFAST_INLINE void short_row_moments(const typename X::S* x, int64_t rows, int64
         x0[c] = finite_or_zero(X::load_partial(x + c * S, 1, typename X::V{})[0]);
         splat_row<X>(t.centre + c * S, S, x0[c]);
     }
-    sum_deviations<X>(x, rows, stride, width, t);
-    const T inv = T(1) / T(rows * S);
-    for (int64_t c = 0; c < channels; ++c) {
-        const T centre = x0[c] + sum_row<X>(t.s1 + c * S, S) * inv;
-        if (centre - centre == T(0)) x0[c] = centre;
-    }
+    const int64_t step = sample_step_of(rows * S);
+    sum_deviations<X>(x, sampled(rows, step), step * stride, width, t);
+    const T inv = T(1) / T(sampled(rows, step) * S);
+    for (int64_t c = 0; c < channels; ++c) x0[c] = finite_or<T>(x0[c] + sum_row<X>(t.s1 + c * S, S) * inv, x0[c]);
     for (int64_t c = 0; c < channels; ++c) splat_row<X>(t.centre + c * S, S, x0[c]);
     sum_squares<X>(x, rows, stride, width, next, t);
+    const T n = T(rows * S);
+    bool again = false;
+    for (int64_t c = 0; c < channels; ++c) {
+        const T sum_d = sum_row<X>(t.s1 + c * S, S);
+        if (!centre_is_off(n, sum_d, sum_row<X>(t.s2 + c * S, S))) continue;
+        x0[c] = finite_or<T>(x0[c] + sum_d * (T(1) / n), x0[c]);
+        splat_row<X>(t.centre + c * S, S, x0[c]);
+        again = true;
+    }
+    if (again) sum_squares<X>(x, rows, stride, width, 0, t);
     for (int64_t c = 0; c < channels; ++c)
-        result(c, block_moments(double(rows * S), x0[c], sum_row<X>(t.s1 + c * S, S), sum_row<X>(t.s2 + c * S, S)));
+        result(c, block_moments(double(n), x0[c], sum_row<X>(t.s1 + c * S, S), sum_row<X>(t.s2 + c * S, S)));
 }
 
 // One channel with weights w (S a row). Every sum has the order of the above, so all-ones weights give the same bits.
@@ -68,23 +76,23 @@ BNFAST_INLINE BlockMoments weighted_short_rows(const typename X::S* x, const typ
     using V = typename X::V;
     using Weights = typename ComputeStorage<T>::type;
     alignas(64) T sums[lanes + X::W];
-    auto sum = [&](auto term) {  // term(values, weights)
+    auto sum = [&](int64_t step, auto term) {  // term(values, weights)
         across<X>(S, [&](int64_t k, int, auto) { store_vector(sums + k, V{}); });
         auto at = [&](int64_t r, int64_t k, int n, auto whole) {
             return term(load_some<X>(x + r * stride + k, n, whole), load_some<Weights>(w + r * S + k, n, whole));
         };
         by_eights(
-            rows,
+            sampled(rows, step),
             [&](int64_t r) {
                 across<X>(S, [&](int64_t k, int n, auto whole) {
                     V t[8];
-                    BNFAST_UNROLL for (int i = 0; i < 8; ++i) t[i] = at(r + i, k, n, whole);
+                    BNFAST_UNROLL for (int i = 0; i < 8; ++i) t[i] = at((r + i) * step, k, n, whole);
                     store_vector(sums + k, load_vector<V>(sums + k) + sum_of_eight(t));
                 });
             },
             [&](int64_t r) {
                 across<X>(S, [&](int64_t k, int n, auto whole) {
-                    store_vector(sums + k, load_vector<V>(sums + k) + at(r, k, n, whole));
+                    store_vector(sums + k, load_vector<V>(sums + k) + at(r * step, k, n, whole));
                 });
             });
         return sum_row<X>(sums, S);
@@ -92,16 +100,19 @@ BNFAST_INLINE BlockMoments weighted_short_rows(const typename X::S* x, const typ
     T x0 = 0;
     for (int64_t i = rows * S - 1; i >= 0; --i)
         if (w[i] > T(0)) x0 = finite_or_zero(X::load_partial(x + i / S * stride + i % S, 1, V{})[0]);
-    const T n = sum([](V, V weight) { return weight; });
-    auto deviation = [](T from) { return [from](V value, V weight) { return weight > T(0) ? weight * (value - from) : V{}; }; };
-    const T mean = x0 + sum(deviation(x0)) * (n > T(0) ? T(1) / n : T(0));
-    const T c = mean - mean == T(0) ? mean : x0;
-    const T s1 = sum(deviation(c));
-    const T s2 = sum([c](V value, V weight) {
-        const V d = value - c;
-        return weight > T(0) ? weight * (d * d) : V{};
-    });
-    return block_moments(double(n), c, s1, s2);
+    auto weight_of = [](V, V weight) { return weight; };
+    const int64_t step = sample_step_of(rows * S);
+    return weighted_moments(
+        sum(1, weight_of), sum(step, weight_of), x0,
+        [&](T c, bool sample) {
+            return sum(sample ? step : 1, [c](V value, V weight) { return weight > T(0) ? weight * (value - c) : V{}; });
+        },
+        [&](T c) {
+            return sum(1, [c](V value, V weight) {
+                const V d = value - c;
+                return weight > T(0) ? weight * (d * d) : V{};
+            });
+        });
 }
 
 }  // namespace
