@@ -51,6 +51,9 @@ struct PlanRequest {
 };
 Plan make_plan(const PlanRequest& request, const Machine& machine);
 
+// Whether a call that reads and writes so many bytes stores past the caches.
+bool streams(std::int64_t bytes, const Machine& machine);
+
 int threads_for(std::int64_t tensor_bytes, int threads, std::int64_t serial_bytes);  // 1 below serial_bytes
 
 void set_serial_bytes(std::int64_t bytes);  // tests only; -1: the default

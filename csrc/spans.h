@@ -40,7 +40,7 @@ struct Spans {
         values = groups * D;
         const std::int64_t tensor = s.size() * item_bytes(dtype);
         threads = threads_for(tensor, get_num_threads(), serial_bytes());
-        stream = tensor * (inputs + 1) > machine().l3;
+        stream = streams(tensor * (inputs + 1), machine());
         const std::int64_t bytes = values * item_bytes(dtype) * inputs, few = 4 * threads;
         const std::int64_t cache = std::max(machine().l2 / 2, machine().l3 / (2 * threads));
         steps = threads > 1 && (least < few || bytes > cache);

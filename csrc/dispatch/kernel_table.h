@@ -63,7 +63,7 @@ struct GradReduceArgs {
     int64_t chunk, c0, c1;
     double *sum_dy, *sum_dy_xmu;  // [chunks][C]; sum of g and of g*(x - mean_hi)
     double* scratch;              // 2*pack*C doubles, where pack > 1
-    int64_t ahead;                // columns: how many values ahead rows are asked for; 0: not at all
+    int ahead;                    // columns: whether rows are asked for ahead of those read now
 };
 
 struct GradApplyArgs {

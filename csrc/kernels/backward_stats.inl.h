@@ -13,7 +13,7 @@ template <class X> struct GradColumns {
     bool beside_is_y;
     const typename X::T *mean_hi, *scale, *shift;
     int64_t rows, stride, width;
-    int64_t ahead;  // how far ahead rows are asked for; 0: not at all
+    int64_t ahead, next;  // how many rows ahead are asked for, 0: none; how far ahead the tile lies that comes next
 };
 
 template <class T, int64_t columns> struct alignas(64) GradTile {
@@ -31,8 +31,8 @@ BNFAST_INLINE void grad_column_sums(const GradColumns<X>& a, const ActivationArg
         store_vector(t.s0 + k, V{});
         store_vector(t.s1 + k, V{});
     });
-    // Adds eight rows from r on, or one, of one vector of columns.
-    auto add = [&](auto eight, int64_t r, int64_t k, int n, auto whole) {
+    // Adds eight rows from r on, or one, of one vector of columns; asks for what lies `far` ahead.
+    auto add = [&](auto eight, int64_t r, int64_t k, int n, auto whole, int64_t far) {
         constexpr int R = decltype(eight)::value ? 8 : 1;
         const V m = load_some<P>(a.mean_hi + k, n, whole);
         const V sc = act != act_none ? load_some<P>(a.scale + k, n, whole) : V{};
@@ -40,6 +40,10 @@ BNFAST_INLINE void grad_column_sums(const GradColumns<X>& a, const ActivationArg
         V g[8], gx[8];
         BNFAST_UNROLL for (int i = 0; i < R; ++i) {
             const int64_t j = (r + i) * a.stride + k;
+            if (far) {
+                ask_for(a.x + j + far);
+                ask_for(a.dy + j + far);
+            }
             const V value = load_some<X>(a.x + j, n, whole);
             g[i] = load_some<X>(a.dy + j, n, whole);
             if (act != act_none) {
@@ -55,13 +59,11 @@ BNFAST_INLINE void grad_column_sums(const GradColumns<X>& a, const ActivationArg
     by_eights(
         a.rows,
         [&](int64_t r) {
-            if (a.ahead) {
-                for (int64_t i = r; i < r + 8; ++i) ask_for_row(a.x + i * a.stride + a.ahead, a.width);
-                for (int64_t i = r; i < r + 8; ++i) ask_for_row(a.dy + i * a.stride + a.ahead, a.width);
-            }
-            across<X>(a.width, [&](int64_t k, int n, auto whole) { add(Yes{}, r, k, n, whole); });
+            const int64_t beyond = r + a.ahead < a.rows ? 0 : a.next - a.rows * a.stride;
+            const int64_t far = a.ahead ? a.ahead * a.stride + beyond : 0;
+            across<X>(a.width, [&](int64_t k, int n, auto whole) { add(Yes{}, r, k, n, whole, far); });
         },
-        [&](int64_t r) { across<X>(a.width, [&](int64_t k, int n, auto whole) { add(No{}, r, k, n, whole); }); });
+        [&](int64_t r) { across<X>(a.width, [&](int64_t k, int n, auto whole) { add(No{}, r, k, n, whole, 0); }); });
 }
 
 template <class X, int act, class Tile>
@@ -76,7 +78,7 @@ template <class X> BNFAST_INLINE GradColumns<X> grad_columns(const GradReduceArg
     auto data = [&](const void* p) { return p ? static_cast<const S*>(p) + at : nullptr; };
     auto constants = [&](const void* p) { return static_cast<const T*>(p) + c; };
     return {data(a.dy), data(a.x), data(a.beside), a.beside_is_y != 0, constants(a.params.mean_hi),
-            constants(a.params.scale), constants(a.params.shift), 0, 0, 0, 0};
+            constants(a.params.scale), constants(a.params.shift), 0, 0, 0, 0, 0};
 }
 
 // ---- rows -----------------------------------------------------------------------------------------------------------
@@ -171,7 +173,10 @@ template <class X, int act> void grad_reduce_columns(const GradReduceArgs& a) no
             columns.rows = rows;
             columns.stride = K;
             columns.width = end - k < tile_columns ? end - k : tile_columns;
-            columns.ahead = a.ahead;
+            // 8 KiB of x and of dy ahead, at least the next eight rows.
+            const int64_t row = columns.width * int64_t(sizeof(typename X::S));
+            columns.ahead = !a.ahead ? 0 : row >= 1024 ? 8 : row >= 512 ? 16 : 32;
+            columns.next = k + columns.width < end ? columns.width : rows * K + k0 - k;
             GradTile<typename X::T, tile_columns> t;
             grad_column_sums<X, act>(columns, a.act, t);
             for (int64_t j = 0; j < columns.width; ++j) {
