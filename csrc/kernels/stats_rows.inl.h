@@ -38,7 +38,9 @@ BNFAST_INLINE void over_sample(const RowShape<X>& row, Full full, Partial partia
     if (!row.body) return over_row(row, full, partial);
     for (int64_t i = 0; i < row.body; i += sample_step * lanes) {
         BNFAST_UNROLL for (int v = 0; v < X::NV; ++v) full(v, i + v * X::W);
-        BNFAST_UNROLL for (int j = 1; j < sample_step; ++j) left_out(i + j * lanes);
+        BNFAST_UNROLL for (int j = 1; j < sample_step; ++j) {
+            if (i + j * lanes < row.body) left_out(i + j * lanes);
+        }
     }
 }
 

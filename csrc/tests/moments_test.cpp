@@ -3,12 +3,18 @@
 #include <doctest/doctest.h>
 
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <random>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "cases.h"
 #include "dispatch/isa.h"
 #include "parallel.h"
+#include "plan.h"
 
 using namespace bnfast;
 using namespace bnfast::test;
@@ -168,6 +174,36 @@ TEST_CASE("NaN and infinity stay in their channel, on every instruction set") {
                     CHECK(std::isnan(r.variance[1]));
                 }
 }
+
+#if defined(__linux__)
+// x ends where nothing may be read. The run with tiny caches asks for lines ahead and touches what its sample leaves out.
+TEST_CASE("nothing is read behind x") {
+    for (Shape shape : {Shape{1, 1, 320}, Shape{9, 3, 1000}, Shape{2, 2, 4500}, Shape{40, 5, 49}, Shape{300, 70, 1}})
+        for (DType dtype : all_dtypes)
+            for (const std::string& isa : usable_isas()) {
+                const Settings settings(isa, 2);
+                const Inputs in(Case{shape, dtype});
+                const std::size_t page = 4096, bytes = std::size_t(shape.size() * item_bytes(dtype));
+                const std::size_t readable = (bytes + page - 1) / page * page;
+                void* map = mmap(nullptr, readable + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+                REQUIRE(map != MAP_FAILED);
+                char* end = static_cast<char*>(map) + readable;
+                REQUIRE(mprotect(end, page, PROT_NONE) == 0);
+                std::memcpy(end - bytes, in.x.data(), bytes);
+                std::vector<double> mean(std::size_t(shape.C)), variance(mean);
+                MomentsArgs a;
+                a.x = end - bytes;
+                a.shape = shape;
+                a.dtype = dtype;
+                a.mean = mean.data();
+                a.variance = variance.data();
+                const double count = moments(a);
+                const Result expected = run(shape, in.x);
+                CHECK(same_result({count, mean, variance}, expected));
+                munmap(map, readable + page);
+            }
+}
+#endif
 
 TEST_CASE("nothing to count: all zeros") {
     for (Shape shape : {Shape{0, 3, 1}, Shape{0, 3, 5}, Shape{4, 3, 0}}) {
