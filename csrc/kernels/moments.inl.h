@@ -1,6 +1,6 @@
 // Reduce: moments of one chunk, in one read of memory.
 //
-// A block is 16 or 32 KiB. sum(x - x0) over a sample of it, x0 its first valid value, gives a centre c near its mean; then
+// A block is at most 32 KiB. sum(x - x0) over a sample of it, x0 its first valid value, gives a centre c near its mean; then
 // d = x - c gives sum(d) and sum(d*d) of all of it, in L1 or on its way there. In float64:
 //   mean_b = c + sum(d)/n,   M2_b = sum(d*d) - sum(d)^2/n  (clamped at 0)
 // Where c is more than a standard deviation off (2*sum(d)^2 > n*sum(d*d)), so that M2_b would lose more than a bit, its sums
@@ -34,8 +34,8 @@ template <class V> BNFAST_INLINE V finite_or(V v, V other) { return v - v == V{}
 
 // Of a scalar or of a vector; false of NaN.
 template <class V> BNFAST_INLINE auto centre_is_off(V n, V sum_d, V sum_dd) {
-    const V square = sum_d * sum_d;
-    return square + square > n * sum_dd;
+    const V part = sum_d * (sum_d / n);  // in this order nothing overflows or vanishes that sum_dd survives
+    return part + part > sum_dd;
 }
 
 // One block with weights, n their sum and sample that of the sample: deviations(c, of the sample) and squares(c) are sums

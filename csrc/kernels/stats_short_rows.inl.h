@@ -18,7 +18,7 @@ template <class Tile> BNFAST_INLINE void over_short_tiles(int64_t S, int64_t c0,
     for (int64_t c = c0; c < c1; c += step) tile(c, c1 - c < step ? c1 - c : step);
 }
 
-// S equal values; writes up to a vector more.
+// S equal values; writes up to a vector more, into the channel that must be written next.
 template <class X> BNFAST_INLINE void splat_row(typename X::T* to, int64_t S, typename X::T value) {
     for (int64_t k = 0; k < S; k += X::W) store_vector(to + k, X::splat(value));
 }
@@ -60,10 +60,12 @@ BNFAST_INLINE void short_row_moments(const typename X::S* x, int64_t rows, int64
         const T sum_d = sum_row<X>(t.s1 + c * S, S);
         if (!centre_is_off(n, sum_d, sum_row<X>(t.s2 + c * S, S))) continue;
         x0[c] = finite_or<T>(x0[c] + sum_d * (T(1) / n), x0[c]);
-        splat_row<X>(t.centre + c * S, S, x0[c]);
         again = true;
     }
-    if (again) sum_squares<X>(x, rows, stride, width, 0, t);
+    if (again) {
+        for (int64_t c = 0; c < channels; ++c) splat_row<X>(t.centre + c * S, S, x0[c]);
+        sum_squares<X>(x, rows, stride, width, 0, t);
+    }
     for (int64_t c = 0; c < channels; ++c)
         result(c, block_moments(double(n), x0[c], sum_row<X>(t.s1 + c * S, S), sum_row<X>(t.s2 + c * S, S)));
 }
