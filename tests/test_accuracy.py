@@ -65,6 +65,12 @@ def test_variance_of_an_offset(shape, axis, dtype, ratio, bound):
     assert variance_error(normal(shape, axis, agreement.dtype_of(dtype), ratio), axis) <= bound
 
 
+def places(step, shape, axis):
+    """By what `step`, the order of a channel's values, is counted where every fourth of something is to lie apart."""
+    inner = math.prod(shape[axis % len(shape) + 1 :])
+    return {"row": step, "64": step // 64, "sample": step // inner, "64 of a row": step % inner // 64}
+
+
 def adversaries(shape, axis, dtype):
     """Inputs made to break a variance, by name. Each channel is a column of r, in the order it is read."""
     rng = np.random.default_rng(5)
@@ -87,10 +93,8 @@ def adversaries(shape, axis, dtype):
     yield "trend", made(1e3 + 0.1 * step + r)
     yield "two clusters", made(np.where(step % 2, 1e4, -1e4) + r)
     yield "two clusters, one after the other", made(np.where(step < count // 2, 1e4, -1e4) + r)
-    inner = math.prod(shape[axis % len(shape) + 1 :])
     others = np.arange(channels) % 2 == 1  # whose centres are good where they are
-    places = {"row": step, "64": step // 64, "sample": step // inner, "64 of a row": step % inner // 64}
-    for name, place in places.items():
+    for name, place in places(step, shape, axis).items():
         apart = np.where(place % 4, 1e4, 1e4 + 1.7) + 1e-3 * r
         yield f"every fourth {name} apart", made(np.where(others, r - 1e4, apart))
     yield "one huge value", made(np.where(step == count // 2, 1e15, r))
@@ -113,8 +117,7 @@ def test_variance_where_light_values_lie_far_away(shape, axis, dtype):
     x = normal(shape, axis, dtype, 0)
     last = np.moveaxis(x, axis, -1)
     step = np.arange(last[..., 0].size).reshape(last.shape[:-1])
-    inner = math.prod(shape[axis % len(shape) + 1 :])
-    for place in (step, step // 64, step // inner, step % inner // 64):
+    for place in places(step, shape, axis).values():
         far = place % 4 == 0
         if far.all():
             continue

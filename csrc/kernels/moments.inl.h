@@ -4,7 +4,8 @@
 // d = x - c gives sum(d) and sum(d*d) of all of it, in L1 or on its way there. In float64:
 //   mean_b = c + sum(d)/n,   M2_b = sum(d*d) - sum(d)^2/n  (clamped at 0)
 // Where c is more than a standard deviation off (2*sum(d)^2 > n*sum(d*d)), so that M2_b would lose more than a bit, its sums
-// are made again with c = mean_b: never seen of values in random order, and whatever the values are they decide, nothing else.
+// are made again with c = mean_b: of 64 values in random order a few columns in a million, of 128 none; the values decide, and
+// nothing else.
 // Blocks are merged in order by Chan's formula, on means kept as centre + offset: the centre is the first block's, and
 // the difference of two means loses no digits of float64 to a large one. x - x0 and x - c are exact or nearly so at any offset, so the
 // offset costs no digits; a constant channel has d = 0 and M2 exactly 0. With weights w every sum takes w.
