@@ -23,56 +23,47 @@ template <class X, int mode, int act> void grad_apply_rows(const GradApplyArgs& 
     auto dy = static_cast<const S*>(a.dy), x = static_cast<const S*>(a.x), beside = static_cast<const S*>(a.beside);
     auto dx = static_cast<S*>(a.dx), dres = static_cast<S*>(a.dresidual);
     auto w = static_cast<const T*>(a.mask);
-    auto at_c = [&](void* p, int64_t c) { return X::splat(static_cast<const T*>(p)[c]); };
     const T bound = T(a.act.bound), slope = T(a.act.negative_slope);
-    const int64_t S_ = a.grid.S, CS = a.grid.C * S_;
-    auto visit = [&](S* to, int64_t at, int64_t n, int64_t c, auto stream) {
-        const V m = at_c(a.params.mean_hi, c), sc = at_c(a.params.scale, c), sh = at_c(a.params.shift, c);
-        const V mdy = mode == grad_frozen ? V{} : at_c(a.params.mean_dy, c);
-        const V sx = mode == grad_frozen ? V{} : at_c(a.params.slope_x, c);
-        const V lv = mode == grad_frozen ? V{} : at_c(a.params.level, c);
-        const T* weights = mode == grad_weighted ? w + (at / CS) * S_ + at % S_ : nullptr;
-        auto value = [&](V grad, V xi, V weight) -> V {
-            if (mode == grad_frozen) return sc * grad;
-            if (mode == grad_weighted) return sc * (grad - weight * mdy) + weight * (sx * (xi - m) + lv);
-            return sc * (grad - mdy) + (sx * (xi - m) + lv);
-        };
-        constexpr bool reads_x = mode != grad_frozen || act != act_none;
-        over_piece<X>(
-            to + at, n, stream,
-            [&](int64_t i) {
-                const int64_t j = at + i;
-                if (a.ahead) {
-                    ask_for(x + j + a.ahead);
-                    ask_for(dy + j + a.ahead);
-                }
-                const V xi = reads_x ? X::load(x + j) : V{};
-                V grad = X::load(dy + j);
-                if (act != act_none) {
-                    V z = pre_activation(xi, m, sc, sh);
-                    if (beside) z = gated_by(z, X::load(beside + j), a.beside_is_y);
-                    grad = gate<act>(z, grad, bound, slope);
-                    if (dres) X::store(dres + j, grad);
-                }
-                const V weight = mode == grad_weighted ? P::load(weights + i) : V{};
-                store_some<X>(to + j, value(grad, xi, weight), X::W, Yes{}, stream);
-            },
-            [&](int64_t i, int left) {
-                const int64_t j = at + i;
-                const V xi = reads_x ? X::load_partial(x + j, left, m) : V{};
-                V grad = X::load_partial(dy + j, left, V{});
-                if (act != act_none) {
-                    V z = pre_activation(xi, m, sc, sh);
-                    if (beside) z = gated_by(z, X::load_partial(beside + j, left, V{}), a.beside_is_y);
-                    grad = gate<act>(z, grad, bound, slope);
-                    if (dres) X::store_partial(dres + j, grad, left);
-                }
-                const V weight = mode == grad_weighted ? P::load_partial(weights + i, left, V{}) : V{};
-                X::store_partial(to + j, value(grad, xi, weight), left);
-            });
+    constexpr bool frozen = mode == grad_frozen, gated = act != act_none, reads_x = !frozen || gated;
+    auto constants_of = [&](int64_t c) {
+        auto constant = [c](void* p) { return X::splat(static_cast<const T*>(p)[c]); };
+        const Params& p = a.params;
+        return Constants<V, 6>{{constant(p.mean_hi), constant(p.scale), constant(p.shift),
+                                frozen ? V{} : constant(p.mean_dy), frozen ? V{} : constant(p.slope_x),
+                                frozen ? V{} : constant(p.level)}};
     };
-    fill_range(dx, a.begin, a.end, a.grid.S, a.stream, [&](int64_t begin, int64_t end, S* to, auto stream) {
-        over_pieces(a.grid, begin, end, [&](int64_t at, int64_t n, int64_t c) { visit(to, at, n, c, stream); });
+    const int64_t row = a.grid.S, sample = a.grid.C * row;
+    auto weights_of = [&](int64_t i, int n, auto whole) {  // w (N, S) of the values from i on
+        const int64_t at = i % row;
+        if (at + n <= row) return load_some<P>(w + i / sample * row + at, n, whole);
+        T some[X::W] = {};
+        for (int j = 0; j < n; ++j) some[j] = w[(i + j) / sample * row + (i + j) % row];
+        return load_vector<V>(some);
+    };
+    with_flags(a.stream, gated && beside, [&](auto stream, auto has_beside) {
+        over_rows<X>(a.grid, dx, a.begin, a.end, constants_of, [&](int64_t i, int n, auto whole, const auto& k) {
+            const auto& [m, sc, sh, mdy, sx, lv] = k.v;
+            if (a.ahead) {
+                ask_for(x + i + a.ahead);
+                ask_for(dy + i + a.ahead);
+            }
+            const V xi = reads_x ? load_some<X>(x + i, n, whole) : V{};
+            V grad = load_some<X>(dy + i, n, whole);
+            if (gated) {
+                V z = pre_activation(xi, m, sc, sh);
+                if (has_beside.value) z = gated_by(z, load_some<X>(beside + i, n, whole), a.beside_is_y);
+                grad = gate<act>(z, grad, bound, slope);
+                if (has_beside.value && dres) store_some<X>(dres + i, grad, n, whole, No{});
+            }
+            V out = sc * grad;
+            if (mode == grad_batch) out = sc * (grad - mdy) + (sx * (xi - m) + lv);
+            if (mode == grad_weighted) {
+                const V weight = weights_of(i, n, whole);
+                out = sc * (grad - weight * mdy) + weight * (sx * (xi - m) + lv);
+            }
+            store_some<X>(dx + i, out, n, whole, stream);
+        });
+        if (stream.value) fence_streams();
     });
 }
 

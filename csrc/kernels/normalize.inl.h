@@ -65,52 +65,52 @@ template <class V> BNFAST_INLINE V gated_by(V z, V beside, bool beside_is_y) {
 
 // ---- rows: a flat range of values; every row has one channel's constants -------------------------------------------
 
-// visit(flat offset, length, channel) for each piece of a row in [begin, end).
-template <class Visit> BNFAST_INLINE void over_pieces(const Grid& g, int64_t begin, int64_t end, Visit visit) {
-    int64_t row = begin / g.S, c = row % g.C;
-    for (int64_t i = begin; i < end; ++row) {
-        const int64_t row_end = (row + 1) * g.S, n = (row_end < end ? row_end : end) - i;
-        visit(i, n, c);
-        i += n;
-        if (++c == g.C) c = 0;
-    }
+// What apply needs to know of a channel, in every lane; of several channels where their rows meet in a vector.
+template <class V, int count> struct Constants { V v[count]; };
+
+// a before lane l, b from it on.
+template <class V, int count>
+BNFAST_INLINE Constants<V, count> joined(const Constants<V, count>& a, const Constants<V, count>& b, int l) {
+    decltype(V{} < V{}) lane;
+    BNFAST_UNROLL for (int i = 0; i < int(sizeof(V) / sizeof(V{}[0])); ++i) lane[i] = i;
+    Constants<V, count> k;
+    BNFAST_UNROLL for (int i = 0; i < count; ++i) k.v[i] = lane < l ? a.v[i] : b.v[i];
+    return k;
 }
 
-// full(offset) and partial(offset, count) over n values; where they are streamed to `to`, whole vectors of it are full.
-template <class X, class Stream, class Full, class Partial>
-BNFAST_INLINE void over_piece(const typename X::S* to, int64_t n, Stream, Full full, Partial partial) {
-    int64_t i = 0;
-    if (Stream::value) {
-        constexpr int64_t unit = X::W * sizeof(typename X::S);
-        const int64_t head = (unit - int64_t(reinterpret_cast<uintptr_t>(to) % unit)) % unit / sizeof(typename X::S);
-        i = head < n ? head : n;
-        if (i) partial(0, int(i));
+// step(offset, values, Yes: a whole vector, constants) over the values [begin, end). Vectors lie as those of y do, whole
+// ones aligned, and reach over the ends of rows: row by row, with a masked vector at the end of each, 7x7 took twice as long.
+template <class X, class Of, class Step>
+BNFAST_INLINE void over_rows(const Grid& g, const typename X::S* y, int64_t begin, int64_t end, Of constants_of,
+                             Step step) {
+    constexpr int64_t item = sizeof(typename X::S);
+    int64_t c = begin / g.S % g.C, row_end = (begin / g.S + 1) * g.S;
+    auto k = constants_of(c);
+    auto where_rows_meet = [&](int64_t i, int n, auto whole) {
+        auto mixed = k;
+        while (row_end < i + n) {
+            const int l = int(row_end - i);
+            if (++c == g.C) c = 0;
+            k = constants_of(c);
+            mixed = joined(mixed, k, l);
+            row_end += g.S;
+        }
+        step(i, n, whole, mixed);
+    };
+    for (int64_t i = begin; i < end;) {
+        const int64_t room = X::W - int64_t(reinterpret_cast<uintptr_t>(y + i) / item % X::W);
+        const int n = int(room < end - i ? room : end - i);
+        if (n < X::W) {
+            where_rows_meet(i, n, No{});
+            i += n;
+            continue;
+        }
+        const int64_t stop = row_end < end ? row_end : end;
+        for (; i + X::W <= stop; i += X::W) step(i, X::W, Yes{}, k);
+        if (i + X::W > end) continue;
+        where_rows_meet(i, X::W, Yes{});
+        i += X::W;
     }
-    for (; i + X::W <= n; i += X::W) full(i);
-    if (i < n) partial(i, int(n - i));
-}
-
-// Writes [begin, end) of y through fill(begin, end, to, stream), which stores value i at to[i]. Rows begin and end
-// anywhere in a line, and a line that is half streamed costs a read of memory; so short rows are gathered in L1, 512
-// bytes at a time, and leave it in whole lines: the gradient of (32, 1024, 14, 14) took 1.25 times as long without.
-template <class S, class Fill>
-BNFAST_INLINE void fill_range(S* y, int64_t begin, int64_t end, int64_t row, bool stream, Fill fill) {
-    constexpr int64_t block = 512 / int64_t(sizeof(S)), line = 64 / int64_t(sizeof(S)), long_row = 32 * line;
-    if (!stream) return fill(begin, end, y, No{});
-    if (row >= long_row) fill(begin, end, y, Yes{});
-    alignas(64) S gathered[block];
-    for (int64_t i = row >= long_row ? end : begin; i < end;) {
-        const int64_t skew = int64_t(reinterpret_cast<uintptr_t>(y + i) % 64 / sizeof(S));
-        const int64_t stop = i + block - skew < end ? i + block - skew : end;
-        S *to = gathered + skew - i, *last = gathered + skew + (stop - i);
-        fill(i, stop, to, No{});
-        S *from = gathered + skew, *out = y + i;
-        for (; from < last && (from - gathered) % line; ++from, ++out) *out = *from;
-        for (; from + line <= last; from += line, out += line) stream_line(out, from);
-        for (; from < last; ++from, ++out) *out = *from;
-        i = stop;
-    }
-    fence_streams();
 }
 
 template <class X, int act> void apply_rows(const ApplyArgs& a) noexcept {
@@ -122,23 +122,17 @@ template <class X, int act> void apply_rows(const ApplyArgs& a) noexcept {
     auto mean_hi = static_cast<const T*>(a.params.mean_hi), scale = static_cast<const T*>(a.params.scale),
          shift = static_cast<const T*>(a.params.shift);
     const T bound = T(a.act.bound), slope = T(a.act.negative_slope);
-    fill_range(y, a.begin, a.end, a.grid.S, a.stream, [&](int64_t begin, int64_t end, S* to, auto stream) {
-        over_pieces(a.grid, begin, end, [&](int64_t at, int64_t n, int64_t c) {
-            const V m = X::splat(mean_hi[c]), s = X::splat(scale[c]), b = X::splat(shift[c]);
-            over_piece<X>(
-                to + at, n, stream,
-                [&](int64_t i) {
-                    if (a.ahead) ask_for(x + at + i + a.ahead);
-                    V z = pre_activation(X::load(x + at + i), m, s, b);
-                    if (res) z += X::load(res + at + i);
-                    store_some<X>(to + at + i, activate<act>(z, bound, slope), X::W, Yes{}, stream);
-                },
-                [&](int64_t i, int left) {
-                    V z = pre_activation(X::load_partial(x + at + i, left, m), m, s, b);
-                    if (res) z += X::load_partial(res + at + i, left, V{});
-                    X::store_partial(to + at + i, activate<act>(z, bound, slope), left);
-                });
+    auto constants_of = [&](int64_t c) {
+        return Constants<V, 3>{{X::splat(mean_hi[c]), X::splat(scale[c]), X::splat(shift[c])}};
+    };
+    with_flags(a.stream, res != nullptr, [&](auto stream, auto has_residual) {
+        over_rows<X>(a.grid, y, a.begin, a.end, constants_of, [&](int64_t i, int n, auto whole, const auto& k) {
+            if (a.ahead) ask_for(x + i + a.ahead);
+            V z = pre_activation(load_some<X>(x + i, n, whole), k.v[0], k.v[1], k.v[2]);
+            if (has_residual.value) z += load_some<X>(res + i, n, whole);
+            store_some<X>(y + i, activate<act>(z, bound, slope), n, whole, stream);
         });
+        if (stream.value) fence_streams();
     });
 }
 

@@ -49,12 +49,6 @@ template <class V> BNFAST_INLINE void stream_vector(void* p, V v) {
     store_vector(p, v);
 }
 
-BNFAST_INLINE void stream_line(void* p, const void* from) {  // 64 bytes, both aligned
-    for (int i = 0; i < 64 / BNFAST_VBYTES; ++i)
-        stream_vector(static_cast<char*>(p) + i * BNFAST_VBYTES,
-                      load_vector<U32v>(static_cast<const char*>(from) + i * BNFAST_VBYTES));
-}
-
 // After streaming, before anyone else may read: a later ordinary store could overtake streamed ones.
 BNFAST_INLINE void fence_streams() {
 #if defined(__x86_64__)
