@@ -25,14 +25,14 @@ template <class X, int mode, int act> void grad_apply_rows(const GradApplyArgs& 
     auto w = static_cast<const T*>(a.mask);
     const T bound = T(a.act.bound), slope = T(a.act.negative_slope);
     constexpr bool frozen = mode == grad_frozen, gated = act != act_none, reads_x = !frozen || gated;
+    const Params p = a.params;  // a copy, or every vector that is stored might have changed it
     auto constants_of = [&](int64_t c) {
-        auto constant = [c](void* p) { return X::splat(static_cast<const T*>(p)[c]); };
-        const Params& p = a.params;
-        return Constants<V, 6>{{constant(p.mean_hi), constant(p.scale), constant(p.shift),
-                                frozen ? V{} : constant(p.mean_dy), frozen ? V{} : constant(p.slope_x),
-                                frozen ? V{} : constant(p.level)}};
+        auto constant = [c](void* values) { return X::splat(static_cast<const T*>(values)[c]); };
+        if (frozen) return Constants<V>{constant(p.mean_hi), constant(p.scale), constant(p.shift), {}, {}, {}};
+        return Constants<V>{constant(p.mean_hi), constant(p.scale),   constant(p.shift),
+                            constant(p.mean_dy), constant(p.slope_x), constant(p.level)};
     };
-    const int64_t row = a.grid.S, sample = a.grid.C * row;
+    const int64_t row = a.grid.S, sample = a.grid.C * row, ahead = a.ahead;
     auto weights_of = [&](int64_t i, int n, auto whole) {  // w (N, S) of the values from i on
         const int64_t at = i % row;
         if (at + n <= row) return load_some<P>(w + i / sample * row + at, n, whole);
@@ -42,10 +42,10 @@ template <class X, int mode, int act> void grad_apply_rows(const GradApplyArgs& 
     };
     with_flags(a.stream, gated && beside, [&](auto stream, auto has_beside) {
         over_rows<X>(a.grid, dx, a.begin, a.end, constants_of, [&](int64_t i, int n, auto whole, const auto& k) {
-            const auto& [m, sc, sh, mdy, sx, lv] = k.v;
-            if (a.ahead) {
-                ask_for(x + i + a.ahead);
-                ask_for(dy + i + a.ahead);
+            const auto& [m, sc, sh, mdy, sx, lv] = k;
+            if (ahead) {
+                ask_for(x + i + ahead);
+                ask_for(dy + i + ahead);
             }
             const V xi = reads_x ? load_some<X>(x + i, n, whole) : V{};
             V grad = load_some<X>(dy + i, n, whole);

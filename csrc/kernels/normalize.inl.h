@@ -65,23 +65,24 @@ template <class V> BNFAST_INLINE V gated_by(V z, V beside, bool beside_is_y) {
 
 // ---- rows: a flat range of values; every row has one channel's constants -------------------------------------------
 
-// What apply needs to know of a channel, in every lane; of several channels where their rows meet in a vector.
-template <class V, int count> struct Constants { V v[count]; };
+// Params of one channel, in every lane; of several channels where their rows meet in a vector.
+template <class V> struct Constants {
+    V mean_hi, scale, shift, mean_dy, slope_x, level;
+};
 
 // a before lane l, b from it on.
-template <class V, int count>
-BNFAST_INLINE Constants<V, count> joined(const Constants<V, count>& a, const Constants<V, count>& b, int l) {
+template <class V> BNFAST_INLINE Constants<V> joined(const Constants<V>& a, const Constants<V>& b, int l) {
     decltype(V{} < V{}) lane;
     BNFAST_UNROLL for (int i = 0; i < int(sizeof(V) / sizeof(V{}[0])); ++i) lane[i] = i;
-    Constants<V, count> k;
-    BNFAST_UNROLL for (int i = 0; i < count; ++i) k.v[i] = lane < l ? a.v[i] : b.v[i];
-    return k;
+    const auto before = lane < l;
+    return {before ? a.mean_hi : b.mean_hi, before ? a.scale : b.scale,     before ? a.shift : b.shift,
+            before ? a.mean_dy : b.mean_dy, before ? a.slope_x : b.slope_x, before ? a.level : b.level};
 }
 
 // step(offset, values, Yes: a whole vector, constants) over the values [begin, end). Vectors lie as those of y do, whole
 // ones aligned, and reach over the ends of rows: row by row, with a masked vector at the end of each, 7x7 took twice as long.
 template <class X, class Of, class Step>
-BNFAST_INLINE void over_rows(const Grid& g, const typename X::S* y, int64_t begin, int64_t end, Of constants_of,
+BNFAST_INLINE void over_rows(const Grid g, const typename X::S* y, int64_t begin, int64_t end, Of constants_of,
                              Step step) {
     constexpr int64_t item = sizeof(typename X::S);
     int64_t c = begin / g.S % g.C, row_end = (begin / g.S + 1) * g.S;
@@ -122,13 +123,14 @@ template <class X, int act> void apply_rows(const ApplyArgs& a) noexcept {
     auto mean_hi = static_cast<const T*>(a.params.mean_hi), scale = static_cast<const T*>(a.params.scale),
          shift = static_cast<const T*>(a.params.shift);
     const T bound = T(a.act.bound), slope = T(a.act.negative_slope);
+    const int64_t ahead = a.ahead;
     auto constants_of = [&](int64_t c) {
-        return Constants<V, 3>{{X::splat(mean_hi[c]), X::splat(scale[c]), X::splat(shift[c])}};
+        return Constants<V>{X::splat(mean_hi[c]), X::splat(scale[c]), X::splat(shift[c]), {}, {}, {}};
     };
     with_flags(a.stream, res != nullptr, [&](auto stream, auto has_residual) {
         over_rows<X>(a.grid, y, a.begin, a.end, constants_of, [&](int64_t i, int n, auto whole, const auto& k) {
-            if (a.ahead) ask_for(x + i + a.ahead);
-            V z = pre_activation(load_some<X>(x + i, n, whole), k.v[0], k.v[1], k.v[2]);
+            if (ahead) ask_for(x + i + ahead);
+            V z = pre_activation(load_some<X>(x + i, n, whole), k.mean_hi, k.scale, k.shift);
             if (has_residual.value) z += load_some<X>(res + i, n, whole);
             store_some<X>(y + i, activate<act>(z, bound, slope), n, whole, stream);
         });
