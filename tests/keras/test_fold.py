@@ -253,27 +253,6 @@ def test_weights_regularizers_go_and_flags_stay() -> None:
     assert (folded.layers[1].trainable, folded.get_layer("head").trainable) == (False, True)
 
 
-def test_rescale_turns_the_rest_into_constants(tmp_path: Path) -> None:
-    shared = Keras(name="shared")
-    model = chain(
-        SHAPES[2],
-        shared,
-        layers.ReLU(),
-        shared,
-        BatchNormalization(name="act", activation="relu"),
-        Keras(axis=1, name="rows"),
-        Keras(dtype="mixed_float16", name="half"),
-        layers.Flatten(),
-    )
-    folded = fold(model, check=True, rescale=True)
-    assert norms(folded) == ["rows", "half"]
-    assert {layer.name for layer in folded.layers if type(layer) is layers.Rescaling} == {"shared", "act_scale"}
-    assert len(agrees(model, ["shared", "act", "rows", "half"]).layers) == len(model.layers)
-    folded.save(tmp_path / "model.keras")
-    x = np.random.default_rng(0).normal(size=(3, *SHAPES[2])).astype("float32")
-    np.testing.assert_array_equal(keras.models.load_model(tmp_path / "model.keras")(x), folded(x))
-
-
 LOAD = """
 import sys
 sys.modules["bnfast"] = None  # any import of it fails
@@ -338,7 +317,7 @@ def marked(name: str) -> Any:
     return name if name in families.EVERY_RUN else pytest.param(name, marks=pytest.mark.families)
 
 
-LEFT = {"DenseNet121": 62, "MobileNet": 0, "MobileNetV2": 0, "ResNet50": 0, "EfficientNetB0": 0, "Xception": 0}
+LEFT = {"DenseNet121": 1, "MobileNet": 0, "MobileNetV2": 0, "ResNet50": 0, "EfficientNetB0": 0, "Xception": 0}
 
 
 @pytest.mark.parametrize("name", [marked(name) for name in families.FAMILIES])
