@@ -166,7 +166,12 @@ void infer(const InferArgs& a) {
                   nullptr, apply.params};
     const int act = kernel_activation(a.activation, a.negative_slope);
     parallel(plan.threads, [&](Team& team) {
-        team.for_each(1, false, [&](int64_t) { kernel.fold(fold); });
+        team.for_each(plan.slices, false, [&](int64_t i) {
+            FoldArgs f = fold;
+            f.c0 = i * plan.slice;
+            f.c1 = std::min(a.shape.C, f.c0 + plan.slice);
+            kernel.fold(f);
+        });
         team.for_each(plan.apply_units, false, [&](int64_t u) {
             apply_unit(plan, apply, u, kernel.apply_rows[act], kernel.apply_columns[act]);
         });
