@@ -32,16 +32,9 @@ template <class X, int mode, int act> void grad_apply_rows(const GradApplyArgs& 
         return Constants<V>{constant(p.mean_hi), constant(p.scale),   constant(p.shift),
                             constant(p.mean_dy), constant(p.slope_x), constant(p.level)};
     };
-    const int64_t row = a.grid.S, sample = a.grid.C * row, ahead = a.ahead;
-    auto weights_of = [&](int64_t i, int n, auto whole) {  // w (N, S) of the values from i on
-        const int64_t at = i % row;
-        if (at + n <= row) return load_some<P>(w + i / sample * row + at, n, whole);
-        T some[X::W] = {};
-        for (int j = 0; j < n; ++j) some[j] = w[(i + j) / sample * row + (i + j) % row];
-        return load_vector<V>(some);
-    };
-    with_flags(a.stream, gated && beside, [&](auto stream, auto has_beside) {
-        over_rows<X>(a.grid, dx, a.begin, a.end, constants_of, [&](int64_t i, int n, auto whole, const auto& k) {
+    const int64_t ahead = a.ahead;
+    with_flags(a.stream && mode != grad_weighted, gated && beside, [&](auto stream, auto has_beside) {
+        auto step = [&](int64_t i, int n, auto whole, const auto& k, V weight) {
             const auto& [m, sc, sh, mdy, sx, lv] = k;
             if (ahead) {
                 ask_for(x + i + ahead);
@@ -57,13 +50,24 @@ template <class X, int mode, int act> void grad_apply_rows(const GradApplyArgs& 
             }
             V out = sc * grad;
             if (mode == grad_batch) out = sc * (grad - mdy) + (sx * (xi - m) + lv);
-            if (mode == grad_weighted) {
-                const V weight = weights_of(i, n, whole);
-                out = sc * (grad - weight * mdy) + weight * (sx * (xi - m) + lv);
-            }
+            if (mode == grad_weighted) out = sc * (grad - weight * mdy) + weight * (sx * (xi - m) + lv);
             store_some<X>(dx + i, out, n, whole, stream);
-        });
-        if (stream.value) fence_streams();
+        };
+        if (mode != grad_weighted) {
+            over_rows<X>(a.grid, dx, a.begin, a.end, constants_of,
+                         [&](int64_t i, int n, auto whole, const auto& k) { step(i, n, whole, k, V{}); });
+            if (stream.value) fence_streams();
+            return;
+        }
+        const int64_t S_ = a.grid.S, C = a.grid.C;  // row by row, because w (N, S) begins again with every row
+        for (int64_t i = a.begin, row = i / S_; i < a.end; ++row) {
+            const int64_t stop = (row + 1) * S_ < a.end ? (row + 1) * S_ : a.end;
+            const auto k = constants_of(row % C);
+            const T* weights = w + (row / C - row) * S_;
+            for (; i + X::W <= stop; i += X::W) step(i, X::W, Yes{}, k, P::load(weights + i));
+            if (i < stop) step(i, int(stop - i), No{}, k, P::load_partial(weights + i, int(stop - i), V{}));
+            i = stop;
+        }
     });
 }
 

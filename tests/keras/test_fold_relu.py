@@ -11,7 +11,7 @@ pytest.importorskip("tensorflow")
 import keras
 from bnfast.keras import BatchNormalization, BatchNormalizationAdd, fold
 from keras import layers
-from test_fold import AFTER, SHAPES, agrees, chain, fresh_names
+from test_fold import AFTER, SHAPES, agrees, chain, fresh_names, stir
 
 __all__ = ["fresh_names"]
 Keras = layers.BatchNormalization
@@ -122,11 +122,30 @@ def test_half_types_keep_it() -> None:
                  layers.Dense(3, dtype="float16"), dtype="float16"), ["bn"])  # fmt: skip
 
 
-def test_a_limit_that_overflows_keeps_it() -> None:
+@pytest.mark.parametrize(("gamma", "beta"), [(1e-33, 0.5), (1.0, 30.0), (1.0, -30.0)])
+def test_what_rounds_too_coarsely_is_kept(gamma: float, beta: float) -> None:
+    """A weight that would vanish beside a limit near the overflow; a zero that would be the difference of two 30s."""
     model = chain((6,), Keras(name="bn"), layers.ReLU(), layers.Dense(3))
-    model.get_layer("bn").gamma.assign([1e-38, 1, 1, 1, 1, 1])
-    model.get_layer("bn").beta.assign(np.full(6, 1e3))
-    assert "BatchNormalization" in operations(fold(model))
+    model.get_layer("bn").gamma.assign([gamma, *[1.0] * 5])
+    model.get_layer("bn").beta.assign([*[0.1] * 5, beta] if gamma == 1 else [beta, *[0.1] * 5])
+    agrees(model, ["bn"])
+
+
+def test_masks_keep_it() -> None:
+    """keras.ops end a mask that the layers pass on. A random input would have no zeros to mask."""
+    inputs = layers.Input((4, 6))
+    x = layers.Dense(3)(layers.ReLU()(Keras(name="bn")(layers.Masking()(inputs))))
+    model = stir(keras.Model(inputs, layers.GlobalAveragePooling1D()(x), name="chain"))
+    x = np.random.default_rng(0).normal(size=(2, 4, 6)).astype("float32")
+    x[:, 2:] = 0
+    np.testing.assert_allclose(agrees(model, ["bn"])(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_names_are_the_relu_s() -> None:
+    inputs = layers.Input((6,))
+    x = layers.ReLU(name="act")(Keras()(inputs))
+    model = keras.Model(inputs, layers.Dense(6, name="maximum")(x), name="chain")
+    assert [operation.name for operation in agrees(signed(model)).operations[1:]] == ["act_low", "act", "maximum"]
 
 
 def test_saves_and_loads(tmp_path: Path) -> None:

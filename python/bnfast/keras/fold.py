@@ -34,6 +34,7 @@ from .rebuild import (
     layers,
     nothing_else,
     only_input,
+    operations,
     rebuild,
     transfer,
 )
@@ -54,7 +55,7 @@ def fold(model: Any, *, check: bool = False) -> Any:
     Shared layers, and batch norms called in training mode, stay as they are. An activation fused into bnfast's layer
     stays behind as a layer of its name. The copy computes what `model(x, training=False)` does, to rounding. It isn't
     compiled, folded layers have biases and lose their weights' regularizers and constraints, and where everything
-    folded it holds plain Keras layers only.
+    folded it holds Keras's own layers and operations only.
 
     Args:
         model: a built Functional or Sequential model; models nested in it are folded too. It is never changed.
@@ -105,6 +106,7 @@ class Folding:
         self.left: list[tuple[Any, Any]] = []
         self._linears: dict[int, Linear] = {}  # by id of the layer, and of every batch norm that is part of it by now
         self._calls = calls(model)
+        self._taken = {operation.name for operation in operations(model)}
         training = _called_in_training(model)
         usual = [graph for graph in graphs(model) if id(graph.model) not in training]
         norms = [(graph, node) for graph in usual for node in graph.nodes if type(node.operation) in NORMS]
@@ -151,16 +153,27 @@ class Folding:
             if relu is None or only_input(relu) is None or not self._once(relu):
                 return
             activation = layer_of(relu.operation, norm)
+        if getattr(relu.outputs[0], "_keras_mask", None) is not None:
+            return  # layers pass masks on, keras.ops don't
         fused, after = activations.fuse(activation, norm.compute_dtype), graph.follower(relu)
         if fused is None or fused.activation not in MOST or after is None or isinstance(norm, BatchNormalizationAdd):
             return
         if isinstance(graph.model, keras.Sequential) or norm.compute_dtype not in ("float32", "float64"):
             return  # no layer of Keras's has such limits; half types would round them too coarsely
         linear = self._beside(after, norm, rank, axis)
-        clip, rest = _clip(affine, MOST[fused.activation], norm.compute_dtype, rank - 1 - axis)
+        name = norm.name if relu is node else relu.operation.name
+        clip, rest = _clip(affine, MOST[fused.activation], norm.compute_dtype, rank - 1 - axis, self._names(name))
         if linear is not None and not linear.pads and clip is not None and self._commit(linear.before(rest)):
             self._drop(norm, (), None)
             self.plan[id(relu.operation)] = (clip,)
+
+    def _names(self, name: str) -> tuple[str, str]:
+        """For two operations in the place of one of this name, the last of which keeps it."""
+        first = f"{name}_low"
+        while first in self._taken:
+            first += "_"
+        self._taken.add(first)
+        return first, name
 
     def _beside(self, node: Any, norm: Any, rank: int, axis: int) -> Linear | None:
         """The weights of the layer called there, where the batch norm's channels are its own."""
@@ -223,25 +236,32 @@ def _affine(norm: Any) -> Affine | None:
     return Affine(a, (values(norm.beta) if norm.center else 0.0) - a * mean)
 
 
-def _clip(affine: Affine, most: float, dtype: str, trailing: int) -> tuple[Callable[[Any], Any] | None, Affine]:
+def _clip(
+    affine: Affine, most: float, dtype: str, trailing: int, names: tuple[str, str]
+) -> tuple[Callable[[Any], Any] | None, Affine]:
     """clip and a', b' with min(max(a*x + b, 0), most) = a'*clip(x) + b', x with that many axes after its channels.
 
-    None where a limit overflows in dtype.
+    None where a zero would be off by more than 1e-5, because it is now the difference of two numbers like b; or where a
+    limit nearly overflows in dtype, because then a vanishes.
     """
     a, b = affine
-    constant = a == 0
+    constant, precision = a == 0, np.finfo(dtype)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        zero, top = (np.where(constant, 0, (y - b) / a).astype(dtype) for y in (0, most))
-    if not np.isfinite(zero).all() or (most < np.inf and not np.isfinite(top).all()):
+        zero, top = (np.where(constant, 0, (y - b) / a) for y in (0, most))
+    largest = np.abs([zero, top] if most < np.inf else [zero]).max(initial=0)
+    if np.abs(b).max(initial=0) > 2e-6 / float(precision.eps) or largest > float(precision.max) ** 0.8:
         return None, affine
     low = np.where(constant, -np.inf, np.where(a > 0, zero, top)).astype(dtype).reshape(-1, *[1] * trailing)
     high = np.where(constant, np.inf, np.where(a > 0, top, zero)).astype(dtype).reshape(-1, *[1] * trailing)
+    bounds = [(op, y) for op, y in ((keras.ops.maximum, low), (keras.ops.minimum, high)) if np.isfinite(y).any()]
 
     def clip(x: Any) -> Any:
-        x = keras.ops.maximum(x, low) if (low > -np.inf).any() else x
-        return keras.ops.minimum(x, high) if (high < np.inf).any() else x
+        for (op, limit), name in zip(bounds, names[-len(bounds) :], strict=True):
+            x = op(x, limit)
+            x._keras_history.operation.name = name  # the automatic one may be another operation's
+        return x
 
-    return clip, Affine(a, np.where(constant, np.clip(b, 0, most), b))
+    return clip if bounds else None, Affine(a, np.where(constant, np.clip(b, 0, most), b))
 
 
 def _rest(norm: Any) -> Replacement:
