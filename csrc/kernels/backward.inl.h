@@ -63,9 +63,9 @@ template <class X, int mode, int act> void grad_apply_rows(const GradApplyArgs& 
         for (int64_t i = a.begin, row = i / S_; i < a.end; ++row) {
             const int64_t stop = (row + 1) * S_ < a.end ? (row + 1) * S_ : a.end;
             const auto k = constants_of(row % C);
-            const T* weights = w + (row / C - row) * S_;
-            for (; i + X::W <= stop; i += X::W) step(i, X::W, Yes{}, k, P::load(weights + i));
-            if (i < stop) step(i, int(stop - i), No{}, k, P::load_partial(weights + i, int(stop - i), V{}));
+            const int64_t back = (row - row / C) * S_;  // the weight of value i is w[i - back]
+            for (; i + X::W <= stop; i += X::W) step(i, X::W, Yes{}, k, P::load(w + (i - back)));
+            if (i < stop) step(i, int(stop - i), No{}, k, P::load_partial(w + (i - back), int(stop - i), V{}));
             i = stop;
         }
     });
