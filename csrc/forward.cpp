@@ -166,10 +166,10 @@ void infer(const InferArgs& a) {
                   nullptr, apply.params};
     const int act = kernel_activation(a.activation, a.negative_slope);
     parallel(plan.threads, [&](Team& team) {
-        team.for_each(plan.slices, false, [&](int64_t i) {
+        fold_slices(team, plan, [&](int64_t c0, int64_t c1) {
             FoldArgs f = fold;
-            f.c0 = i * plan.slice;
-            f.c1 = std::min(a.shape.C, f.c0 + plan.slice);
+            f.c0 = c0;
+            f.c1 = c1;
             kernel.fold(f);
         });
         team.for_each(plan.apply_units, false, [&](int64_t u) {

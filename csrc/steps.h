@@ -97,11 +97,18 @@ void apply_group(const Plan& plan, Args args, std::int64_t c0, std::int64_t c1, 
     }
 }
 
+// fold(c0, c1) over all channels, a slice at a time.
+template <class Fold> void fold_slices(Team& team, const Plan& plan, Fold fold) {
+    team.for_each(plan.slices, false, [&](std::int64_t i) {
+        fold(i * plan.slice, std::min(plan.grid.C, (i + 1) * plan.slice));
+    });
+}
+
 // reduce -> fold -> apply, by groups or step by step. fold(c0, c1) runs once for every channel; proceed() is asked
 // once between fold and apply (only when not by groups) and may call the apply step off.
 template <class Reduce, class Fold, class Proceed, class ApplyGroup, class ApplyUnit>
 void run_steps(const Plan& plan, Reduce reduce, Fold fold, Proceed proceed, ApplyGroup group, ApplyUnit unit) {
-    const std::int64_t C = plan.grid.C, chunks = plan.grid.chunks;
+    const std::int64_t chunks = plan.grid.chunks;
     std::atomic<bool> go_on{true};
     parallel(plan.threads, [&](Team& team) {
         if (plan.by_groups) {
@@ -117,9 +124,7 @@ void run_steps(const Plan& plan, Reduce reduce, Fold fold, Proceed proceed, Appl
             const std::int64_t g = i % plan.groups;
             reduce(team.rank, i / plan.groups, g * plan.group, plan.group_end(g));
         });
-        team.for_each(plan.slices, false, [&](std::int64_t i) {
-            fold(i * plan.slice, std::min(C, (i + 1) * plan.slice));
-        });
+        fold_slices(team, plan, fold);
         team.for_each(1, false, [&](std::int64_t) { go_on = proceed(); });
         if (go_on) team.for_each(plan.apply_units, true, unit);
     });

@@ -147,6 +147,10 @@ class Folding:
     def _limit(self, graph: Graph, node: Any, affine: Affine, axis: int) -> None:
         """BN -> ReLU -> layer, the ReLU a layer or op of its own or part of the batch norm."""
         norm, relu, rank = node.operation, node, len(node.outputs[0].shape)
+        if isinstance(norm, BatchNormalizationAdd) or isinstance(graph.model, keras.Sequential):
+            return  # no layer of Keras's has such limits, and a Sequential holds layers only
+        if norm.compute_dtype not in ("float32", "float64"):
+            return  # half types would round them too coarsely
         activation = getattr(norm, "activation", None)
         if activation in (None, keras.activations.linear):
             relu = graph.follower(node)
@@ -156,14 +160,14 @@ class Folding:
         if getattr(relu.outputs[0], "_keras_mask", None) is not None:
             return  # layers pass masks on, keras.ops don't
         fused, after = activations.fuse(activation, norm.compute_dtype), graph.follower(relu)
-        if fused is None or fused.activation not in MOST or after is None or isinstance(norm, BatchNormalizationAdd):
+        if fused is None or fused.activation not in MOST or after is None:
             return
-        if isinstance(graph.model, keras.Sequential) or norm.compute_dtype not in ("float32", "float64"):
-            return  # no layer of Keras's has such limits; half types would round them too coarsely
         linear = self._beside(after, norm, rank, axis)
-        name = norm.name if relu is node else relu.operation.name
-        clip, rest = _clip(affine, MOST[fused.activation], norm.compute_dtype, rank - 1 - axis, self._names(name))
-        if linear is not None and not linear.pads and clip is not None and self._commit(linear.before(rest)):
+        if linear is None or linear.pads:
+            return
+        names = self._names(relu.operation.name)  # a fused ReLU is the batch norm's
+        clip, rest = _clip(affine, MOST[fused.activation], norm.compute_dtype, rank - 1 - axis, names)
+        if clip is not None and self._commit(linear.before(rest)):
             self._drop(norm, (), None)
             self.plan[id(relu.operation)] = (clip,)
 
