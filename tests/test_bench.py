@@ -3,10 +3,13 @@ Nothing here asserts a time."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import subprocess
 import sys
+import threading
+import time
 
 import bnfast
 import numpy as np
@@ -240,6 +243,18 @@ def test_warm_malloc_can_be_left_again():
         kept = np.ones(1 << 20)
     assert kept.sum() == 1 << 20
     allocator.settle()
+
+
+@pytest.mark.skipif(not timing.TASKS.exists(), reason="tells threads' states on Linux alone")
+def test_a_piece_waits_for_other_threads():
+    """Such as the workers of the peer before it, which spin: one that computes for a second or two is waited for."""
+    done = []
+    thread = threading.Thread(target=lambda: done.append(hashlib.pbkdf2_hmac("sha256", b"", b"", 3_000_000)))
+    thread.start()
+    timing.settle(longest=100)
+    time.sleep(0.2)  # what it still needs is the GIL
+    assert done
+    thread.join()
 
 
 def make_row(peer: str, seconds: float, ratio: float | None, **changes) -> dict:

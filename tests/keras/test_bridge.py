@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("tensorflow")
+import bnfast
 import tensorflow as tf
 from bnfast import _core
 from bnfast.keras import BatchNormalization, bridge, formula, host
@@ -119,14 +120,38 @@ def test_eager_and_graph_give_the_same_bits(dtype: str, rng: np.random.Generator
         assert host.to_array(eager).tobytes() == host.to_array(graph).tobytes()
 
 
-def test_eager_tensors_outlive_the_call(rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+def test_tensors_outlive_the_call(graph: bool, rng: np.random.Generator) -> None:
     """Adopted buffers belong to the tensors: results stay while later calls allocate and free theirs."""
+
+    def run(x: Any) -> Any:
+        return bridge.train(x, options=Options(epsilon=0.0))[0]
+
+    each = tf.function(run) if graph else run
     x = tf.constant(rng.normal(size=SHAPE), "float32")
-    results = [bridge.train(x * (i + 1), options=Options(epsilon=0.0))[0] for i in range(4)]
+    results = [each(x * (i + 1)) for i in range(4)]
     del x
     for y in results:
         close = np.abs(y.numpy() - results[0].numpy()).max()
         assert close < 1e-5
+
+
+@pytest.mark.parametrize("each_bridge", ["numpy_function"], indirect=True)
+def test_outputs_of_a_graph_are_in_tensorflows_memory(rng: np.random.Generator) -> None:
+    """Its allocator uses that for any tensor; the pool's would be for batch norms alone."""
+    x, dy = (tf.constant(rng.normal(size=(256, 512)), "float32") for _ in range(2))
+
+    @tf.function
+    def run(x: Any) -> Any:
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = bridge.train(x)[0]
+        return y, tape.gradient(y, x, output_gradients=dy)
+
+    before = bnfast.memory_statistics()["in_use_bytes"]
+    y, dx = run(x)
+    assert bnfast.memory_statistics()["in_use_bytes"] - before < 256 * 512 * 4 / 4
+    assert y.shape == dx.shape == x.shape
 
 
 def test_result_dtypes_and_static_shapes() -> None:

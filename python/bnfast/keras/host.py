@@ -1,8 +1,9 @@
 """TensorFlow tensors <-> NumPy arrays around one Python function, in graph and in eager mode, without a copy.
 
 Graph mode is tf.numpy_function(stateful=False): TF hands out aliases of its buffers (writeable ones: nothing here or
-below may write them) and adopts an output as it is where that is C-contiguous, of the dtype announced, and 64-byte
-aligned, as all outputs of the kernels are. Statics are the caller's: a numpy_function has neither shape nor gradient.
+below may write them, `out` excepted) and adopts an output as it is where that is C-contiguous, of the dtype announced,
+and 64-byte aligned, as all outputs of the kernels are. Statics are the caller's: a numpy_function has neither shape nor
+gradient.
 Eager tensors go in through the buffer protocol and come out through DLPack; numpy_function would copy both ways.
 """
 
@@ -26,11 +27,16 @@ def call(
     tensors: Mapping[str, tf.Tensor],
     dtypes: Sequence[tf.DType],
     direct: Direct | None = None,
+    out_like: str | None = None,
 ) -> list[tf.Tensor]:
     """function(**arrays) as TensorFlow tensors of `dtypes`. The function reads its arrays and never writes them.
 
+    out_like: the name of a tensor with the shape and dtype of the first output. In graph mode the function gets `out`
+    to write that output to and return: TensorFlow's memory, which its allocator uses for other tensors, too.
     direct: makes of the arrays' names and the function what is called in its place, with the arrays in their order.
     """
+    if out_like is not None and not tf.executing_eagerly():
+        tensors = {**tensors, "out": _unwritten(tensors[out_like])}
     names = list(tensors)
 
     def callback(*arrays: np.ndarray) -> Sequence[np.ndarray]:
@@ -42,6 +48,12 @@ def call(
     if tf.executing_eagerly():
         return [to_tensor(array) for array in callback(*map(to_array, tensors.values()))]
     return list(tf.numpy_function(callback, list(tensors.values()), list(dtypes), stateful=False))
+
+
+def _unwritten(like: tf.Tensor) -> tf.Tensor:
+    """Memory for an output of that tensor's shape and dtype, taken when the tensor is there and no sooner."""
+    with tf.control_dependencies([like]):
+        return tf.raw_ops.Empty(shape=tf.shape(like), dtype=like.dtype, init=False)
 
 
 def to_array(tensor: tf.Tensor) -> np.ndarray:
