@@ -1,5 +1,6 @@
 """fold: a batch norm whose ReLU stands between it and the layer that takes it in."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -148,8 +149,10 @@ def test_names_are_the_relu_s() -> None:
     assert [operation.name for operation in agrees(signed(model)).operations[1:]] == ["act_low", "act", "maximum"]
 
 
-def test_saves_and_loads(tmp_path: Path) -> None:
-    folded = fold(signed(chain((9, 7, 6), Keras(), layers.ReLU(6), layers.Conv2D(4, 3))))
+@pytest.mark.parametrize("most", [None, 6])
+def test_saves_and_loads(tmp_path: Path, most: int | None) -> None:
+    folded = fold(signed(chain((9, 7, 6), Keras(), layers.ReLU(most), layers.Conv2D(4, 3))))
+    json.loads(folded.to_json(), parse_constant=pytest.fail)  # which Python calls for infinities
     folded.save(tmp_path / "m.keras")
     x = np.random.default_rng(0).normal(size=(2, 9, 7, 6)).astype("float32")
     np.testing.assert_array_equal(keras.saving.load_model(tmp_path / "m.keras")(x), folded(x))

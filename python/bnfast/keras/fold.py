@@ -257,7 +257,8 @@ def _clip(
         return None, affine
     low = np.where(constant, -np.inf, np.where(a > 0, zero, top)).astype(dtype).reshape(-1, *[1] * trailing)
     high = np.where(constant, np.inf, np.where(a > 0, top, zero)).astype(dtype).reshape(-1, *[1] * trailing)
-    bounds = [(op, y) for op, y in ((keras.ops.maximum, low), (keras.ops.minimum, high)) if np.isfinite(y).any()]
+    limits = [pair for pair in ((keras.ops.maximum, low), (keras.ops.minimum, high)) if np.isfinite(pair[1]).any()]
+    bounds = [(op, np.clip(y, precision.min, precision.max)) for op, y in limits]  # JSON has no infinity
 
     def clip(x: Any) -> Any:
         for (op, limit), name in zip(bounds, names[-len(bounds) :], strict=True):
