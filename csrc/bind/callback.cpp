@@ -11,7 +11,7 @@ namespace {
 
 namespace py = pybind11;
 
-// The arguments of train and grad (batch_norm.h), in their order.
+// The arguments of train and grad (batch_norm.h), in their order. The last has the dtype of the first.
 const std::vector<std::string> train_names{
     "x",    "gamma",      "beta",           "moving_mean", "moving_variance", "axis",       "momentum", "epsilon",
     "mask", "activation", "negative_slope", "residual",    "correction",      "nan_policy", "out"};
@@ -41,15 +41,20 @@ Callback::Callback(const std::string& kernel, const std::vector<std::string>& na
         constants_[place_of(name.cast<std::string>(), all)] = py::reinterpret_borrow<py::object>(value);
 }
 
-std::vector<py::handle> Callback::filled(const py::args& arrays) const {
+std::vector<py::handle> Callback::filled(const py::args& arrays, py::object& out) const {
     if (arrays.size() != places_.size()) throw py::type_error("as many arrays must come as there are names");
     std::vector<py::handle> a(constants_.begin(), constants_.end());
     for (std::size_t i = 0; i < places_.size(); ++i) a[places_[i]] = arrays[i];
+    if (!a.back().is_none()) {
+        out = a.back().attr("view")(a.front().attr("dtype"));
+        a.back() = out;
+    }
     return a;
 }
 
 py::object Callback::train_on(const py::args& arrays) const {
-    std::vector<py::handle> a = filled(arrays);
+    py::object out;
+    std::vector<py::handle> a = filled(arrays, out);
     py::list moved;
     if (!a[moving_mean_at].is_none()) {
         moved.append(a[moving_mean_at].attr("copy")());
@@ -69,7 +74,8 @@ py::object Callback::train_on(const py::args& arrays) const {
 }
 
 py::object Callback::grad_on(const py::args& arrays) const {
-    const std::vector<py::handle> a = filled(arrays);
+    py::object out;
+    const std::vector<py::handle> a = filled(arrays, out);
     const py::object result = grad(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11], a[12],
                                    a[13], a[14], a[15]);
     if (result.is_none()) return result;

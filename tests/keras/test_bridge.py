@@ -154,6 +154,25 @@ def test_outputs_of_a_graph_are_in_tensorflows_memory(rng: np.random.Generator) 
     assert y.shape == dx.shape == x.shape
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("each_bridge", ["numpy_function"], indirect=True)
+def test_numerics_can_be_checked(dtype: str, rng: np.random.Generator) -> None:
+    """Memory that nobody has written yet may hold anything; TensorFlow's check of every op must not see it."""
+    x = tf.cast(rng.normal(size=SHAPE), dtype)
+
+    @tf.function
+    def poison() -> Any:
+        return [tf.fill(SHAPE, tf.cast(np.nan, dtype)) + tf.cast(tf.random.uniform([]), dtype) for _ in range(4)]
+
+    poison()
+    tf.debugging.enable_check_numerics()
+    try:
+        dx = tf.function(forward_and_backward)(x, x)[1]
+    finally:
+        tf.debugging.disable_check_numerics()
+    assert np.isfinite(tf.cast(dx, "float32")).all()
+
+
 def test_result_dtypes_and_static_shapes() -> None:
     for dtype, statistic in (("float16", "float32"), ("float32", "float32"), ("float64", "float64")):
 

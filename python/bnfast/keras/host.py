@@ -33,14 +33,18 @@ def call(
 
     out_like: the name of a tensor with the shape and dtype of the first output. In graph mode the function gets `out`
     to write that output to and return: TensorFlow's memory, which its allocator uses for other tensors, too.
-    direct: makes of the arrays' names and the function what is called in its place, with the arrays in their order.
+    direct: makes of the arrays' names and the function what is called in its place, with the arrays in their order;
+    `out` comes as integers (_unwritten).
     """
     if out_like is not None and not tf.executing_eagerly():
         tensors = {**tensors, "out": _unwritten(tensors[out_like])}
     names = list(tensors)
 
     def callback(*arrays: np.ndarray) -> Sequence[np.ndarray]:
-        return function(**dict(zip(names, arrays, strict=True)))
+        words = dict(zip(names, arrays, strict=True))
+        if "out" in words:
+            words["out"] = words["out"].view(words[out_like].dtype)
+        return function(**words)
 
     if direct is not None:
         callback = direct(names, callback)
@@ -51,9 +55,12 @@ def call(
 
 
 def _unwritten(like: tf.Tensor) -> tf.Tensor:
-    """Memory for an output of that tensor's shape and dtype, taken when the tensor is there and no sooner."""
+    """Memory for an output like that tensor, taken when the tensor is there and no sooner.
+
+    As integers: tf.debugging.enable_check_numerics would find NaNs in floats that nobody has written yet.
+    """
     with tf.control_dependencies([like]):
-        return tf.raw_ops.Empty(shape=tf.shape(like), dtype=like.dtype, init=False)
+        return tf.raw_ops.Empty(shape=tf.shape(like), dtype=f"int{8 * like.dtype.size}", init=False)
 
 
 def to_array(tensor: tf.Tensor) -> np.ndarray:
