@@ -119,9 +119,11 @@ template <class X, int mode, int act> void grad_apply_columns(const GradApplyArg
 
 // ---- fold -----------------------------------------------------------------------------------------------------------
 
-BNFAST_INLINE void put_param(void* p, int is_double, int64_t c, double value) {
-    if (is_double) static_cast<double*>(p)[c] = value;
-    else static_cast<float*>(p)[c] = float(value);
+BNFAST_INLINE void put_params(void* p, int is_double, int64_t c, int64_t n, const double* from) {
+    if (is_double)
+        for (int64_t i = 0; i < n; ++i) static_cast<double*>(p)[c + i] = from[i];
+    else
+        for (int64_t i = 0; i < n; ++i) static_cast<float*>(p)[c + i] = float(from[i]);
 }
 
 template <class X> void grad_fold(const GradFoldArgs& a) noexcept {
@@ -138,20 +140,24 @@ template <class X> void grad_fold(const GradFoldArgs& a) noexcept {
                 s0[i] += a.sum_dy[k * a.C + c0 + i];
                 s1[i] += a.sum_dy_xmu[k * a.C + c0 + i];
             }
+        double mean[step], invstd[step], gamma[step], dmean[step], dvariance[step], dgamma[step];
+        params(a.mean, c0, n, 0, mean);
+        params(a.invstd, c0, n, 0, invstd);
+        params(a.gamma, c0, n, 1, gamma);
+        params(a.dmean, c0, n, 0, dmean);
+        params(a.dvariance, c0, n, 0, dvariance);
         for (int64_t i = 0; i < n; ++i) {
-            const int64_t c = c0 + i;
-            const double mean = param(a.mean, c, 0), invstd = param(a.invstd, c, 0), gamma = param(a.gamma, c, 1);
-            const double lo = mean - double(T(mean));
-            const double dgamma = (s1[i] - lo * s0[i]) * invstd;
-            put_param(a.dgamma, a.dgamma_is_double, c, dgamma);
-            put_param(a.dbeta, a.dbeta_is_double, c, s0[i]);
-            const double scale = gamma * invstd, mdy = s0[i] * inv;
-            const double slope = -scale * invstd * (dgamma * inv) + 2 * param(a.dvariance, c, 0) * inv;
+            const double lo = mean[i] - double(T(mean[i]));
+            dgamma[i] = (s1[i] - lo * s0[i]) * invstd[i];
+            const double scale = gamma[i] * invstd[i], mdy = s0[i] * inv;
+            const double slope = -scale * invstd[i] * (dgamma[i] * inv) + 2 * dvariance[i] * inv;
             const T mdy_t = T(mdy);
-            mean_dy[c] = mdy_t;
-            slope_x[c] = T(slope);
-            level[c] = T(param(a.dmean, c, 0) * inv - slope * lo - (mdy - double(mdy_t)) * scale);
+            mean_dy[c0 + i] = mdy_t;
+            slope_x[c0 + i] = T(slope);
+            level[c0 + i] = T(dmean[i] * inv - slope * lo - (mdy - double(mdy_t)) * scale);
         }
+        put_params(a.dgamma, a.dgamma_is_double, c0, n, dgamma);
+        put_params(a.dbeta, a.dbeta_is_double, c0, n, s0);
     }
     repeat<T>(mean_dy, a.C, a.pack, a.c0, a.c1);
     repeat<T>(slope_x, a.C, a.pack, a.c0, a.c1);

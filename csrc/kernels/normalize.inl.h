@@ -9,9 +9,14 @@
 namespace bnfast {
 namespace {
 
-BNFAST_INLINE double param(const ParamVector& p, int64_t c, double absent) {
-    if (!p.data) return absent;
-    return p.is_double ? static_cast<const double*>(p.data)[c] : double(static_cast<const float*>(p.data)[c]);
+// Of the channels [c, c + n). Loops of their own: a choice for each value of five vectors kept the gradient's fold scalar.
+BNFAST_INLINE void params(const ParamVector& p, int64_t c, int64_t n, double absent, double* to) {
+    if (!p.data)
+        for (int64_t i = 0; i < n; ++i) to[i] = absent;
+    else if (p.is_double)
+        for (int64_t i = 0; i < n; ++i) to[i] = static_cast<const double*>(p.data)[c + i];
+    else
+        for (int64_t i = 0; i < n; ++i) to[i] = double(static_cast<const float*>(p.data)[c + i]);
 }
 
 // Per-channel constants repeat for each of the `pack` rows seen as one.
@@ -28,10 +33,10 @@ template <class X> void fold(const FoldArgs& a) noexcept {
     for (int64_t c0 = a.c0; c0 < a.c1; c0 += step) {
         const int64_t n = a.c1 - c0 < step ? a.c1 - c0 : step;
         double mean[step], spread[step], gamma[step], beta[step];
-        for (int64_t i = 0; i < n; ++i) mean[i] = param(a.mean, c0 + i, 0);
-        for (int64_t i = 0; i < n; ++i) spread[i] = param(a.spread, c0 + i, 0);
-        for (int64_t i = 0; i < n; ++i) gamma[i] = param(a.gamma, c0 + i, 1);
-        for (int64_t i = 0; i < n; ++i) beta[i] = param(a.beta, c0 + i, 0);
+        params(a.mean, c0, n, 0, mean);
+        params(a.spread, c0, n, 0, spread);
+        params(a.gamma, c0, n, 1, gamma);
+        params(a.beta, c0, n, 0, beta);
         if (!a.spread_is_invstd) {
             for (int64_t i = 0; i < n; ++i) {
                 const double v = spread[i] + a.epsilon;
