@@ -24,11 +24,11 @@ ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
 
 def kept(graph: Any, dy: Any, like: tuple[int, ...]) -> set[str]:
     """Names of the tensors of this shape that ops downstream of dy read beside what is downstream itself."""
-    backward, found = {dy.ref()}, set()
+    backward, found = {dy.op}, set()
     for op in graph.get_operations():  # inputs come before what reads them
-        if any(tensor.ref() in backward for tensor in op.inputs):
-            backward |= {tensor.ref() for tensor in op.outputs}
-            found |= {source(t) for t in op.inputs if t.ref() not in backward and t.shape == like}
+        if not backward.isdisjoint([*(tensor.op for tensor in op.inputs), *op.control_inputs]):
+            backward.add(op)
+            found |= {source(t) for t in op.inputs if t.op not in backward and t.shape == like}
     return found
 
 
