@@ -42,7 +42,7 @@ def call(
 
     def callback(*arrays: np.ndarray) -> Sequence[np.ndarray]:
         words = dict(zip(names, arrays, strict=True))
-        if "out" in words:
+        if out_like is not None and "out" in words:
             words["out"] = words["out"].view(words[out_like].dtype)
         return function(**words)
 
