@@ -135,8 +135,8 @@ Plan make_plan(const PlanRequest& request, const Machine& machine) {
 
 // Streaming loses while the consumer may still find y in cache: it starts where in- and outputs exceed five eighths of
 // the LLC, for nobody has all of it. Against three quarters gradients of 7 to 8.4 MB took 0.59 to 0.93 of the time, 0.43
-// to 0.63 on one thread, and trainings of 10.5 to 12 MB 0.96 to 1.06 and 0.61 to 0.72; steps of MobileNetV2 and
-// DenseNet121 0.99 to 1.02. With half of it a training of 8 MB took 1.26.
+// to 0.63 on one thread, trainings of 10.5 to 12 MB 0.96 to 1.06 and 0.61 to 0.72, infer 1.06 to 1.13 and 0.52 to 0.68.
+// With half of it a training of 8 MB took 1.26.
 bool streams(int64_t bytes, const Machine& machine) { return bytes > machine.l3 / 8 * 5; }
 
 int threads_for(int64_t tensor_bytes, int threads, int64_t serial) {
