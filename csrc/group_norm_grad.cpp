@@ -112,7 +112,6 @@ struct Backward {
         r.sum_dy = at(w, sum_dy);
         r.sum_dy_xmu = at(w, sum_dy_xmu);
         r.scratch = mine(scratch, rank, reduce_scratch);
-        r.ahead = spans.stream;  // as for batch norm; rows don't look at it
         (r.grid.S > 1 ? kernel.grad_reduce_rows : kernel.grad_reduce_columns)[act_none](r);
     }
 

@@ -63,7 +63,6 @@ struct GradReduceArgs {
     int64_t chunk, c0, c1;
     double *sum_dy, *sum_dy_xmu;  // [chunks][C]; sum of g and of g*(x - mean_hi)
     double* scratch;              // 2*pack*C doubles, where pack > 1
-    int ahead;                    // columns: whether rows are asked for ahead of those read now
 };
 
 struct GradApplyArgs {

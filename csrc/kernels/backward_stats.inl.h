@@ -173,9 +173,9 @@ template <class X, int act> void grad_reduce_columns(const GradReduceArgs& a) no
             columns.rows = rows;
             columns.stride = K;
             columns.width = end - k < tile_columns ? end - k : tile_columns;
-            // 8 KiB of x and of dy ahead, at least the next eight rows.
+            // 8 KiB of x and of dy ahead, at least the next eight rows: x has been out of the caches since the forward.
             const int64_t row = columns.width * int64_t(sizeof(typename X::S));
-            columns.ahead = !a.ahead ? 0 : row >= 1024 ? 8 : row >= 512 ? 16 : 32;
+            columns.ahead = row >= 1024 ? 8 : row >= 512 ? 16 : 32;
             columns.next = k + columns.width < end ? columns.width : rows * K + k0 - k;
             GradTile<typename X::T, tile_columns> t;
             grad_column_sums<X, act>(columns, a.act, t);

@@ -66,6 +66,16 @@ class Finder:
             return Fusion(None, following)
         return self._find_add(norm, *calls[0], followers)
 
+    def bias_before(self, norm: Any) -> str | None:
+        """The name of the layer before, where that has a bias and nothing but this batch norm reads its outputs."""
+        name = None
+        for graph, node in self._calls.get(id(norm), []):
+            before = graph.producer(node.input_tensors[0])
+            if before is None or graph.follower(before) is not node or not getattr(before.operation, "use_bias", False):
+                return None
+            name = before.operation.name
+        return name
+
     def _find_add(self, norm: Any, graph: Graph, node: Any, followers: list[Any]) -> Fusion | str:
         following, add, output = followers[0], followers[0].operation, node.outputs[0]
         if not _is_add(add):

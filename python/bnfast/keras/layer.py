@@ -85,7 +85,8 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
             "numpy_function" (a Python callback each way), or "auto": native where it loads, else numpy_function and one
             line in the log `bnfast`. The environment's BNFAST_BRIDGE decides for "auto".
         replaces: what this layer was made from, as `accelerate` writes it and `to_native` reads it: the names "norm"
-            and "add", and "place", the batch norm's among Add's inputs.
+            and "add", and "place", the batch norm's among Add's inputs. "bias" names the layer before, whose output
+            nothing but this layer reads: its bias, added last, is left out in training (see `bnfast.keras.accelerate`).
 
     Call arguments:
         inputs: float tensor of any rank; integers are computed in float32, as in Keras.
@@ -278,7 +279,16 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         size = self.virtual_batch_size
         groups = None if size is None else ghosts.Ghosts(size, self.virtual_batch_grouping)
         together = self.synchronized and synchronized.replicas() > 1
-        return Policy(self.momentum, self.correction, self.nan_policy, self._renorm, groups, self.bridge, together)
+        return Policy(
+            self.momentum,
+            self.correction,
+            self.nan_policy,
+            self._renorm,
+            groups,
+            self.bridge,
+            together,
+            "bias" in self.replaces,
+        )
 
     @property
     def _fused(self) -> activations.Fused | None:

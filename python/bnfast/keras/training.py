@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
+from . import bias as biases
 from . import bridge, formula
 from . import renorm as renorms
 from .formula import Batch, Options
@@ -35,6 +36,7 @@ class Policy(NamedTuple):
     ghosts: Ghosts | None = None  # not together with renorm
     bridge: str = "auto"
     synchronized: bool = False  # more than one replica: `synchronized.step` stands for `step`
+    absorbs_bias: bool = False  # nothing else reads x: a bias added to it last may be left out, as `bias` does
 
 
 def step(batch: Batch, state: Mapping[str, tf.Tensor], options: Options, policy: Policy) -> tuple[tf.Tensor, State]:
@@ -59,12 +61,18 @@ def step(batch: Batch, state: Mapping[str, tf.Tensor], options: Options, policy:
         return y, moved
     # bnfast's TensorFlow op has its momentum as an attribute: a tensor can't be one
     fixed = 0.0 if policy.momentum is None else policy.momentum
-    given = (batch, (state["moving_mean"], state["moving_variance"]), fixed, options)
+    bias = biases.of(batch, options.axis) if policy.absorbs_bias and policy.renorm is None else None
+    moving_mean = state["moving_mean"]
+    if bias is not None:
+        batch, moving_mean = biases.without(batch, bias), biases.less(moving_mean, bias)
+    given = (batch, (moving_mean, state["moving_variance"]), fixed, options)
     words: dict[str, Any] = {"correction": policy.correction, "nan_policy": policy.nan_policy}
     if _by_channel(mask, options):
         y, *moving = formula.train_step(*given, **words)
     else:
         y, *moving = bridge.train_step(*given, policy.bridge, **words)
+    if bias is not None:
+        moving[0] = biases.more(moving[0], state["moving_mean"], bias)
     if policy.renorm is None:
         for name, new in zip(("moving_mean", "moving_variance"), moving, strict=True):
             moved[name] = new if policy.momentum is not None else _between(new, state[name], momentum)
