@@ -97,6 +97,17 @@ def test_which_way(kind: Any, name: str, least: int, graph: bool, calls: list[st
     assert not layer.supports_jit
 
 
+@pytest.mark.parametrize("kind", [LayerNormalization, InstanceNormalization])
+def test_outputs_of_a_graph_are_in_tensorflows_memory(kind: Any, calls: list[str]) -> None:
+    layer, x = kind(), tf.random.normal(LARGE, seed=3)
+    layer.build(LARGE)
+    before = bnfast.memory_statistics()["in_use_bytes"]
+    y, dx, *_ = tf.function(gradients)(layer, x, x)
+    assert bnfast.memory_statistics()["in_use_bytes"] - before < x.dtype.size * tf.size(x) / 4
+    assert len(calls) == 2
+    assert y.shape == dx.shape == x.shape
+
+
 @pytest.mark.parametrize(("rest", "large"), [((16, 16, 8), True), ((8, 8, 8), False), ((None, 16, 8), True)], ids=str)
 def test_a_batch_of_unknown_size_counts_as_32(rest: Any, large: bool, calls: list[str]) -> None:
     """And no such batch, an empty one included, gives other results than Keras's."""

@@ -26,12 +26,11 @@ def of(batch: Batch, axis: int) -> tf.Tensor | None:
 
     With a mask it may: the mean of a channel without weight is 0. Without gamma and beta nothing brings its gradient.
     """
-    x = batch.x
-    if tf.executing_eagerly() or x.op.type != "BiasAdd" or batch.mask is not None:
+    op, rank = getattr(batch.x, "op", None), batch.x.shape.rank
+    if op is None or op.type != "BiasAdd" or batch.mask is not None or (batch.gamma is None and batch.beta is None):
         return None
-    place = 1 if x.op.get_attr("data_format") == b"NCHW" else x.shape.rank - 1
-    there = place == axis % x.shape.rank and (batch.gamma is not None or batch.beta is not None)
-    return x.op.inputs[1] if there else None
+    place = 1 if op.get_attr("data_format") == b"NCHW" else rank - 1
+    return op.inputs[1] if place == axis % rank else None
 
 
 def without(batch: Batch, bias: tf.Tensor) -> Batch:

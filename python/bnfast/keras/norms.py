@@ -62,7 +62,8 @@ def normalize(x: Any, gamma: Any, beta: Any, norm: Norm, training: Any) -> tf.Te
 
     def op(*values: tf.Tensor) -> Any:
         given = dict(zip(primal, values, strict=True))
-        y, mean, invstd = host.call(partial(_forward, norm=norm), given, [x.dtype, tf.float64, tf.float64])
+        dtypes = [x.dtype, tf.float64, tf.float64]
+        y, mean, invstd = host.call(partial(_forward, norm=norm), given, dtypes, out_like="x")
         y.set_shape(x.shape)
         saved = {"mean": mean, "invstd": invstd}
         return y, lambda dy: _gradient({"dy": tf.convert_to_tensor(dy), **given}, saved, norm)
@@ -91,9 +92,8 @@ def _gradient(given: dict[str, tf.Tensor], saved: dict[str, tf.Tensor], norm: No
         primal = {name: tensors[name] for name in formula.PRIMAL if name in tensors}
         dtypes = {name: tensor.dtype.as_numpy_dtype for name, tensor in primal.items()}
         passed = {name: tensor for name, tensor in {**tensors, **saved}.items() if name != "beta"}
-        gradients = host.call(
-            partial(_backward, norm=norm, dtypes=dtypes), passed, [tensor.dtype for tensor in primal.values()]
-        )
+        function = partial(_backward, norm=norm, dtypes=dtypes)
+        gradients = host.call(function, passed, [tensor.dtype for tensor in primal.values()], out_like="dy")
         for gradient, tensor in zip(gradients, primal.values(), strict=True):
             gradient.set_shape(tensor.shape)
         return tuple(gradients), lambda *cotangents: formula.derivative_of_gradient(tensors, cotangents, norm)
@@ -101,17 +101,19 @@ def _gradient(given: dict[str, tf.Tensor], saved: dict[str, tf.Tensor], norm: No
     return tf.custom_gradient(op)(*given.values())
 
 
-def _forward(x: np.ndarray, gamma: Any = None, beta: Any = None, *, norm: Norm) -> list[np.ndarray]:
+def _forward(x: np.ndarray, gamma: Any = None, beta: Any = None, out: Any = None, *, norm: Norm) -> list[np.ndarray]:
     """y, mean, invstd."""
+    words: dict[str, Any] = {"epsilon": norm.epsilon, "out": out}
     if norm.groups is None:
-        return list(bnfast.layer_norm(x, gamma, beta, axis=norm.axes, epsilon=norm.epsilon))
-    return list(bnfast.group_norm(x, norm.groups, gamma, beta, axis=norm.axes[0], epsilon=norm.epsilon))
+        return list(bnfast.layer_norm(x, gamma, beta, axis=norm.axes, **words))
+    return list(bnfast.group_norm(x, norm.groups, gamma, beta, axis=norm.axes[0], **words))
 
 
 def _backward(
     dy: np.ndarray,
     x: np.ndarray,
     gamma: Any = None,
+    out: Any = None,
     *,
     mean: np.ndarray,
     invstd: np.ndarray,
@@ -120,8 +122,8 @@ def _backward(
 ) -> list[np.ndarray]:
     """dx, dgamma and dbeta as far as `dtypes` has them, in those."""
     if norm.groups is None:
-        result = bnfast.layer_norm_grad(dy, x, mean, invstd, gamma, axis=norm.axes)
+        result = bnfast.layer_norm_grad(dy, x, mean, invstd, gamma, axis=norm.axes, out=out)
     else:
-        result = bnfast.group_norm_grad(dy, x, mean, invstd, norm.groups, gamma, axis=norm.axes[0])
+        result = bnfast.group_norm_grad(dy, x, mean, invstd, norm.groups, gamma, axis=norm.axes[0], out=out)
     gradients = {"x": result.dx, "gamma": result.dgamma, "beta": result.dbeta}
     return [gradients[name].astype(dtype, copy=False) for name, dtype in dtypes.items()]
