@@ -34,7 +34,7 @@ def accelerate(
 
     Where nothing but a batch norm reads the output of a Dense or convolution layer, training leaves that layer's bias
     out: the batch's mean would take it away again. y and moving_mean are the same; the bias's gradient is 0 without the
-    pass over memory that Keras finds it out with (of a ResNet50 step 2 to 3 %), and not a sum of rounding errors.
+    pass over memory that Keras finds it out with (some 2 % of a ResNet50 step), and not a sum of rounding errors.
 
     Args:
         model: a built Functional or Sequential model, with models nested in it or not. It is not changed.
