@@ -217,6 +217,51 @@ def test_dresidual_without_activation_is_dy():
     assert np.array_equal(in_place.dresidual, kept)
 
 
+@pytest.mark.parametrize("dtype", ag.DTYPES)
+@pytest.mark.parametrize(("shape", "axis"), [((37, 23), 1), ((3, 23, 7, 7), 1), ((0, 4), 1)])
+@pytest.mark.parametrize("source", ["residual", "y"])
+def test_out_dresidual(shape, axis, dtype, source):
+    rng = np.random.default_rng(11)
+    x, dy, other = (ag.batch(shape, axis, ag.dtype_of(dtype), rng) for _ in range(3))
+    gamma, beta, mean, variance = ag.vectors(shape[axis], rng)
+    words = {"axis": axis, "activation": "relu", source: other}
+    for mask in (None, np.ones(shape[:axis] + shape[axis + 1 :], np.float32)):
+        words["mask"] = mask
+        wanted = bnfast.batch_norm_grad(dy, x, mean, variance, gamma, beta, **words)
+        out, apart = np.empty_like(x), np.empty_like(x)
+        spent = x.copy()
+        for x_given, place in ((x, apart), (spent, spent)):
+            result = bnfast.batch_norm_grad(
+                dy, x_given, mean, variance, gamma, beta, out=out, out_dresidual=place, **words
+            )
+            assert result.dx is out
+            assert result.dresidual is place
+            for actual, expected in zip(result, wanted, strict=True):
+                np.testing.assert_array_equal(actual, expected)
+
+
+def test_out_dresidual_that_cannot_be():
+    x, dy, y = (np.ones((4, 3), np.float32) for _ in range(3))
+    one, out = np.ones(3), np.zeros((4, 3), np.float32)
+    fused = {"activation": "relu", "y": y}
+    for words, error, message in (
+        ({"y": y, "out_dresidual": out}, ValueError, "out_dresidual must come with an activation.*activation=None"),
+        ({"activation": "relu", "out_dresidual": out}, ValueError, "Received: neither residual nor y"),
+        ({**fused, "out_dresidual": dy}, ValueError, r"out_dresidual must not overlap dy \(or be exactly x\)"),
+        ({**fused, "out_dresidual": y}, ValueError, "out_dresidual must not overlap y"),
+        ({**fused, "out_dresidual": out, "out": out}, ValueError, "out_dresidual must not overlap out"),
+        ({**fused, "out_dresidual": x, "out": x}, ValueError, "out_dresidual must not overlap out"),
+        ({**fused, "out_dresidual": out[:, ::-1]}, ValueError, "out_dresidual must be C-contiguous"),
+        ({**fused, "out_dresidual": np.zeros((4, 3))}, TypeError, "out_dresidual must have the dtype of x, float32"),
+        ({**fused, "out_dresidual": [0.0]}, TypeError, "out_dresidual must be a NumPy array. Received: list"),
+    ):
+        with pytest.raises(error, match=message):
+            bnfast.batch_norm_grad(dy, x, one, one, **words)
+        assert (x == 1).all()
+        assert (dy == 1).all()
+        assert (out == 0).all()
+
+
 def test_statistics_may_be_float32():
     rng = np.random.default_rng(8)
     x, dy = (ag.batch((20, 3), 1, np.float32, rng) for _ in range(2))

@@ -158,6 +158,13 @@ def test_out(shape, axis):
         back = bnfast.batch_norm_grad(given, x, train.mean, train.invstd, gamma, axis=axis, out=out)
         assert back.dx is out
         same(out, grad.dx)
+    fused = {"axis": axis, "activation": "relu", "y": train.y}
+    wanted = bnfast.batch_norm_grad(dy, x, train.mean, train.invstd, gamma, **fused)
+    apart = np.empty_like(x)
+    back = bnfast.batch_norm_grad(dy, x, train.mean, train.invstd, gamma, out_dresidual=apart, **fused)
+    assert back.dresidual is apart
+    same(apart, wanted.dresidual)
+    same(back.dx, wanted.dx)
     moving = [np.zeros(gamma.shape, np.float32), np.ones(gamma.shape, np.float32)]
     for out in (np.empty_like(x), x):
         wanted = bnfast.batch_norm_infer(x, *moving, gamma, beta, axis=axis)

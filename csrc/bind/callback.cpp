@@ -11,16 +11,17 @@ namespace {
 
 namespace py = pybind11;
 
-// The arguments of train and grad (batch_norm.h), in their order. The last has the dtype of the first.
+// The arguments of train and grad (batch_norm.h), in their order. Those to write have the dtype of the first.
 const std::vector<std::string> train_names{
     "x",    "gamma",      "beta",           "moving_mean", "moving_variance", "axis",       "momentum", "epsilon",
     "mask", "activation", "negative_slope", "residual",    "correction",      "nan_policy", "out"};
 const std::vector<std::string> grad_names{
     "dy",         "x",              "mean",     "invstd", "gamma",    "beta",  "axis",      "mask",
-    "activation", "negative_slope", "residual", "y",      "training", "dmean", "dvariance", "out"};
+    "activation", "negative_slope", "residual", "y",      "training", "dmean", "dvariance", "out", "out_dresidual"};
 
 enum TrainPlace { moving_mean_at = 3, moving_variance_at = 4 };
 enum GradPlace { gamma_at = 4, beta_at = 5, y_at = 11 };
+constexpr std::size_t train_outs_at = 14, grad_outs_at = 15;  // what is written comes last
 
 std::size_t place_of(const std::string& name, const std::vector<std::string>& names) {
     const auto at = std::find(names.begin(), names.end(), name);
@@ -41,20 +42,21 @@ Callback::Callback(const std::string& kernel, const std::vector<std::string>& na
         constants_[place_of(name.cast<std::string>(), all)] = py::reinterpret_borrow<py::object>(value);
 }
 
-std::vector<py::handle> Callback::filled(const py::args& arrays, py::object& out) const {
+std::vector<py::handle> Callback::filled(const py::args& arrays, std::vector<py::object>& outs) const {
     if (arrays.size() != places_.size()) throw py::type_error("as many arrays must come as there are names");
     std::vector<py::handle> a(constants_.begin(), constants_.end());
     for (std::size_t i = 0; i < places_.size(); ++i) a[places_[i]] = arrays[i];
-    if (!a.back().is_none()) {
-        out = a.back().attr("view")(a.front().attr("dtype"));
-        a.back() = out;
+    for (std::size_t i = trains_ ? train_outs_at : grad_outs_at; i < a.size(); ++i) {
+        if (a[i].is_none()) continue;
+        outs.push_back(a[i].attr("view")(a.front().attr("dtype")));
+        a[i] = outs.back();
     }
     return a;
 }
 
 py::object Callback::train_on(const py::args& arrays) const {
-    py::object out;
-    std::vector<py::handle> a = filled(arrays, out);
+    std::vector<py::object> outs;
+    std::vector<py::handle> a = filled(arrays, outs);
     py::list moved;
     if (!a[moving_mean_at].is_none()) {
         moved.append(a[moving_mean_at].attr("copy")());
@@ -74,10 +76,10 @@ py::object Callback::train_on(const py::args& arrays) const {
 }
 
 py::object Callback::grad_on(const py::args& arrays) const {
-    py::object out;
-    const std::vector<py::handle> a = filled(arrays, out);
+    std::vector<py::object> outs;
+    const std::vector<py::handle> a = filled(arrays, outs);
     const py::object result = grad(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11], a[12],
-                                   a[13], a[14], a[15]);
+                                   a[13], a[14], a[15], a[16]);
     if (result.is_none()) return result;
     const py::tuple r = result;  // dx, dgamma, dbeta, dresidual
     py::list made;

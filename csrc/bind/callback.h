@@ -14,7 +14,7 @@ public:
     Callback(const std::string& kernel, const std::vector<std::string>& names, const pybind11::dict& words,
              pybind11::object slow);
 
-    // out, where it comes, may have any dtype of the width of x's (dy's): its memory is what counts.
+    // out and out_dresidual, where they come, may have any dtype of the width of x's (dy's): their memory is what counts.
     // train: [y, mean, invstd, moving_mean, moving_variance], the latter two new arrays; without them in `names`
     // [y, mean, invstd, variance]. grad: dx and the gradients of gamma, beta and y's residual, of those in `names`.
     pybind11::object operator()(const pybind11::args& arrays) const;
@@ -22,7 +22,7 @@ public:
 private:
     pybind11::object train_on(const pybind11::args& arrays) const;
     pybind11::object grad_on(const pybind11::args& arrays) const;
-    std::vector<pybind11::handle> filled(const pybind11::args& arrays, pybind11::object& out) const;
+    std::vector<pybind11::handle> filled(const pybind11::args& arrays, std::vector<pybind11::object>& outs) const;
 
     bool trains_;
     std::vector<std::size_t> places_;        // of each array among the function's arguments

@@ -75,16 +75,17 @@ class Axes(NamedTuple):
         vector = contiguous(vector, dtype)
         return vector if vector is None or len(self.axes) == 1 else vector.reshape(-1)
 
-    def restore(self, result: tuple[Any, ...], out: Array | None) -> tuple[Any, ...]:
-        """What _core returned, y or dx first, in the shapes of x and of the vectors."""
+    def restore(self, result: tuple[Any, ...], *outs: Array | None) -> tuple[Any, ...]:
+        """What _core returned in the shapes of x and of the vectors; the first of them in `outs`, where given."""
         if len(self.axes) == 1:
             return result
-        first, *others = (self._split(item) if hasattr(item, "reshape") else item for item in result)
-        if out is not None:
-            if not self._adjacent:
-                out[...] = first
-            first = out
-        return (first, *others)
+        items = [self._split(item) if hasattr(item, "reshape") else item for item in result]
+        for i, out in enumerate(outs):
+            if out is not None:
+                if not self._adjacent:
+                    out[...] = items[i]
+                items[i] = out
+        return tuple(items)
 
     def _split(self, array: Array) -> Array:
         """A (C,) vector, or an array that is merged like x: where that is of rank 1 too, x has the vectors' shape."""

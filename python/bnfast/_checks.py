@@ -90,19 +90,18 @@ def like(name: str, value: Any, other: str, x: Array) -> Array | None:
     return array
 
 
-def target(out: Any, exactly: dict[str, Array], others: dict[str, Array | None]) -> Array | None:
+def target(out: Any, exactly: dict[str, Array], others: dict[str, Array | None], name: str = "out") -> Array | None:
     """The array to write: exactly one of `exactly` or apart from it, and apart from all others."""
     if out is None:
         return None
     if not isinstance(out, np.ndarray):
-        raise TypeError(f"out must be a NumPy array. Received: {type(out).__name__}")
-    name, x = next(iter(exactly.items()))
-    array = like("out", out, name, x)
+        raise TypeError(f"{name} must be a NumPy array. Received: {type(out).__name__}")
+    array = like(name, out, *next(iter(exactly.items())))
     assert array is not None
-    writable_in_place("out", array)
+    writable_in_place(name, array)
     if not any(same_memory(array, a) for a in exactly.values()):
         others = {**exactly, **others}
-    apart("out", array, others, " or ".join(exactly))
+    apart(name, array, others, " or ".join(exactly))
     return array
 
 

@@ -83,6 +83,7 @@ def grad(
     dmean: Any,
     dvariance: Any,
     out: Any,
+    out_dresidual: Any,
     /,
 ) -> tuple[_Array, _Array, _Array, _Array | None] | None: ...
 

@@ -132,6 +132,7 @@ def grad(
     dmean: Any,
     dvariance: Any,
     out: Any,
+    out_dresidual: Any,
 ) -> tuple[Any, ...]:
     """Plain arguments for _core.grad."""
     x = tensor("x", x)
@@ -153,14 +154,22 @@ def grad(
     if residual is not None and y is not None:
         raise ValueError("y stands in place of residual. Received: both")
     training = boolean("training", training)
-    out = target(out, {"dy": dy, "x": x}, vectors | {"mask": array_or_none(mask), "residual": residual, "y": y})
+    others = vectors | {"mask": array_or_none(mask), "residual": residual, "y": y}
+    out = target(out, {"dy": dy, "x": x}, others)
+    out_dresidual = target(out_dresidual, {"x": x}, others | {"dy": dy, "out": out}, "out_dresidual")
+    if out_dresidual is not None and (activation is None or (residual is None and y is None)):
+        raise ValueError(
+            "out_dresidual must come with an activation and with residual or y: dresidual is dy, or None, without. "
+            f"Received: {'neither residual nor y' if activation else 'activation=None'}"
+        )
     gamma, beta = axes.flat(vectors["gamma"]), axes.flat(vectors["beta"])
     mean, invstd, dmean, dvariance = (
         axes.flat(vectors[name], np.float64) for name in ("mean", "invstd", "dmean", "dvariance")
     )
     return (
         *(axes.merge(dy), axes.merge(x), mean, invstd, gamma, beta, axes.place, flat, activation, negative_slope),
-        *(axes.merge(residual), axes.merge(y), training, dmean, dvariance, axes.merge_out(out)),
+        *(axes.merge(residual), axes.merge(y), training, dmean, dvariance),
+        *(axes.merge_out(out), axes.merge_out(out_dresidual)),
     )
 
 

@@ -110,7 +110,7 @@ def batch_norm_grad_grad(
     with np.errstate(over="ignore"):
         ddy = slope(ddz.astype(x.dtype, copy=False))
         result = ddy, dx.astype(x.dtype, copy=False), dgamma.astype(dtype, copy=False)
-    return GradGradResult(*axes.restore(result, None))
+    return GradGradResult(*axes.restore(result))
 
 
 class _Slope(NamedTuple):

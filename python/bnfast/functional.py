@@ -160,6 +160,7 @@ def batch_norm_grad(
     dmean: Any = None,
     dvariance: Any = None,
     out: Array | None = None,
+    out_dresidual: Array | None = None,
 ) -> GradResult:
     """Gradients of a loss with respect to x, gamma, beta and residual, from dy, its gradient with respect to y.
 
@@ -180,6 +181,7 @@ def batch_norm_grad(
         dmean, dvariance: (C,), float64 or float32: gradients of the loss with respect to the batch mean and variance
             themselves, where those were used beside y. Ignored where training is False.
         out: where dx goes: exactly dy, exactly x, or disjoint from every input.
+        out_dresidual: where dresidual goes, with an activation: exactly x, or disjoint from every input; never `out`.
 
     Returns:
         GradResult(dx, dgamma, dbeta, dresidual). dresidual, where residual or y was given, is dz: without an
@@ -191,13 +193,13 @@ def batch_norm_grad(
     # fmt: off
     result = None if mask is not None else _core.grad(
         dy, x, mean, invstd, gamma, beta, axis, None, activation, negative_slope,
-        residual, y, training, dmean, dvariance, out,
+        residual, y, training, dmean, dvariance, out, out_dresidual,
     )
     if result is None:
         result = _again(_core.grad, _validate.grad(
             dy, x, mean, invstd, gamma, beta, axis, mask, activation, negative_slope,
-            residual, y, training, dmean, dvariance, out,
-        ), axis, x, out)
+            residual, y, training, dmean, dvariance, out, out_dresidual,
+        ), axis, x, out, None, None, out_dresidual)
     # fmt: on
     return tuple.__new__(GradResult, result)
 
@@ -217,11 +219,11 @@ def moments(x: Any, *, axis: int | Sequence[int] = -1, mask: Any = None) -> Mome
     return tuple.__new__(Moments, result)
 
 
-def _again(kernel: Callable[..., Any], args: tuple[Any, ...], axis: Any, x: Any, out: Any = None) -> tuple[Any, ...]:
+def _again(kernel: Callable[..., Any], args: tuple[Any, ...], axis: Any, x: Any, *outs: Any) -> tuple[Any, ...]:
     result = kernel(*args)
     if result is None:  # unreachable unless _core and _validate disagree, which is ours to mend
         plain = [f"{a.dtype}{a.shape}" if isinstance(a, np.ndarray) else a for a in args]
         raise RuntimeError(f"bnfast is broken: _core.{kernel.__name__} declined arguments that are valid: {plain}")
     result = result if isinstance(result, tuple) else (result,)
     several = isinstance(axis, tuple | list) and len(axis) > 1
-    return Axes.of(axis, as_array("x", x)).restore(result, out) if several else result
+    return Axes.of(axis, as_array("x", x)).restore(result, *outs) if several else result

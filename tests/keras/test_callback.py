@@ -1,5 +1,6 @@
 """_core.Callback, what numpy_function calls: the arrays of bnfast.functional, in order, and its way out."""
 
+import gc
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,12 @@ def test_gradient(rng: np.random.Generator) -> None:
     result = _core.Callback("grad", list(given), words, refuse)(*given.values())
     same(result, [expected.dx, expected.dgamma, expected.dbeta.astype("float32"), expected.dresidual])
     plain = {name: value for name, value in words.items() if name != "activation"}
+    memory = {"out": np.empty((7, 5), "int32"), "out_dresidual": np.empty((7, 5), "int32")}  # by its width alone
+    given |= memory
+    again = _core.Callback("grad", list(given), words, refuse)(*given.values())
+    same(again, result)
+    for array, taken in zip((again[0], again[3]), memory.values(), strict=True):
+        assert np.shares_memory(array, taken)
     (dx,) = _core.Callback("grad", list(common), plain, refuse)(*common.values())
     same([dx], [bnfast.batch_norm_grad(*common.values(), **plain).dx])
 
@@ -80,6 +87,34 @@ def test_unknown_names(arguments: tuple[Any, ...], message: str) -> None:
 def test_as_many_arrays_as_names() -> None:
     with pytest.raises(TypeError, match="as many arrays must come as there are names"):
         _core.Callback("train", ["x"], WORDS, refuse)()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_graph_brings_the_memory_of_whole_tensors(masked: bool) -> None:
+    x, residual = (tf.random.normal((512, 64)) for _ in range(2))
+    mask = tf.ones((512, 1)) if masked else None
+    state, options = (tf.zeros(64), tf.ones(64)), Options(activation="relu")
+
+    @tf.function
+    def run(x: Any, residual: Any) -> Any:
+        batch = Batch(x, tf.ones(64), tf.zeros(64), mask, residual)
+        with tf.GradientTape() as tape:
+            tape.watch((x, residual))
+            y, *_ = bridge.train_step(batch, state, 0.9, options, "numpy_function")
+        return y, *tape.gradient(y, (x, residual))
+
+    run(x, residual)
+    gc.collect()
+    bnfast.clear_memory()
+    y, dx, dresidual = run(x, residual)
+    memory = bnfast.memory_statistics()
+    assert memory["held_bytes"] + memory["in_use_bytes"] < x.shape[0] * x.shape[1] * 4
+    forward = bnfast.batch_norm_train(x, np.ones(64), np.zeros(64), residual=residual, activation="relu")
+    backward = bnfast.batch_norm_grad(
+        *(np.ones((512, 64), "f"), x, forward.mean, forward.invstd, np.ones(64), np.zeros(64)),
+        **{"y": forward.y, "activation": "relu"},
+    )
+    same([y, dx, dresidual], [forward.y, backward.dx, backward.dresidual])
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -155,7 +155,7 @@ def batch_norm_grad(
     Args:
         mean, invstd: as `batch_norm_train` of this module returned them.
         comm: the intracommunicator of the forward call; None stands for MPI.COMM_WORLD.
-        Everything else is as in `bnfast.batch_norm_grad`, which alone takes dmean and dvariance.
+        Everything else is as in `bnfast.batch_norm_grad`, which alone takes dmean, dvariance and out_dresidual.
 
     Returns:
         GradResult(dx, dgamma, dbeta, dresidual): dx and dresidual of this rank's x.
@@ -168,7 +168,7 @@ def batch_norm_grad(
     def local() -> tuple[_Sums, _Kept]:
         _, plain, _, scale, own_gamma, own_beta, channels, weights, *_ = _validate.grad(
             *(dy, x, mean, invstd, gamma, beta, axis, mask, activation, negative_slope),
-            *(residual, y, training, None, None, out),
+            *(residual, y, training, None, None, out, None),
         )
         scale = scale.reshape(as_array("invstd", invstd).shape)  # (C,), or the extents of several axes
         wide = np.ones(scale.shape) if own_gamma is None else own_gamma.astype(np.float64).reshape(scale.shape)

@@ -8,9 +8,9 @@
 Either goes through TensorFlow ops of bnfast's own (`native`) or, wherever these can't be had, through bnfast.functional
 in a numpy_function: this file. Gradients are the kernels' own (batch_norm_grad); their derivative, for second and
 higher orders, is that of the same formula in plain TensorFlow ops. Callbacks keep nothing and write nothing but arrays
-of their own and `out`, made for them, so they are stateless; moving statistics are updated on copies. gamma, beta and
-moving_* are float32 or float64 of shape (C,), x is float32, float64, float16 or bfloat16; mask, where given, has x's
-rank and extent 1 on the channel axis.
+of their own and those made for them (`outs`), so they are stateless; moving statistics are updated on copies. gamma,
+beta and moving_* are float32 or float64 of shape (C,), x is float32, float64, float16 or bfloat16; mask, where given,
+has x's rank and extent 1 on the channel axis.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def _train(
             {**given, **constants},
             [x.dtype, tf.float64, tf.float64, *(moving or [tf.float64])],
             _direct("train", words, constants),
-            out_like="x",
+            outs={"out": "x"},
         )
         y.set_shape(x.shape)
         for statistic in (mean, invstd, *rest):
@@ -169,7 +169,8 @@ def _gradient(given: dict[str, tf.Tensor], saved: dict[str, tf.Tensor], options:
         words = {name: value for name, value in options._asdict().items() if name != "epsilon"}  # it is in invstd
         dtypes = [tensor.dtype for tensor in primal]
         direct = _direct("grad", {**words, "training": True}, saved)
-        gradients = host.call(partial(_gradient_callback, **words), passed, dtypes, direct, out_like="dy")
+        outs = {"out": "dy", **({"out_dresidual": "dy"} if "y" in passed and options.activation else {})}
+        gradients = host.call(partial(_gradient_callback, **words), passed, dtypes, direct, outs)
         for gradient, tensor in zip(gradients, primal, strict=True):
             gradient.set_shape(tensor.shape)
 

@@ -1,7 +1,7 @@
 """TensorFlow tensors <-> NumPy arrays around one Python function, in graph and in eager mode, without a copy.
 
 Graph mode is tf.numpy_function(stateful=False): TF hands out aliases of its buffers (writeable ones: nothing here or
-below may write them, `out` excepted) and adopts an output as it is where that is C-contiguous, of the dtype announced,
+below may write them, `outs` excepted) and adopts an output as it is where that is C-contiguous, of the dtype announced,
 and 64-byte aligned, as all outputs of the kernels are. Statics are the caller's: a numpy_function has neither shape nor
 gradient.
 Eager tensors go in through the buffer protocol and come out through DLPack; numpy_function would copy both ways.
@@ -27,23 +27,23 @@ def call(
     tensors: Mapping[str, tf.Tensor],
     dtypes: Sequence[tf.DType],
     direct: Direct | None = None,
-    out_like: str | None = None,
+    outs: Mapping[str, str] | None = None,
 ) -> list[tf.Tensor]:
     """function(**arrays) as TensorFlow tensors of `dtypes`. The function reads its arrays and never writes them.
 
-    out_like: the name of a tensor with the shape and dtype of the first output. In graph mode the function gets `out`
-    to write that output to and return: TensorFlow's memory, which its allocator uses for other tensors, too.
+    outs: the function's arguments for arrays to write outputs to and return, each with the name of the tensor that has
+    its shape and dtype. Given in graph mode: TensorFlow's memory, which its allocator uses for other tensors, too.
     direct: makes of the arrays' names and the function what is called in its place, with the arrays in their order;
-    `out` comes as integers (_unwritten).
+    arrays to write come as integers (_unwritten).
     """
-    if out_like is not None and not tf.executing_eagerly():
-        tensors = {**tensors, "out": _unwritten(tensors[out_like])}
+    lent = {} if outs is None or tf.executing_eagerly() else outs
+    tensors = {**tensors, **{out: _unwritten(tensors[like]) for out, like in lent.items()}}
     names = list(tensors)
 
     def callback(*arrays: np.ndarray) -> Sequence[np.ndarray]:
         words = dict(zip(names, arrays, strict=True))
-        if out_like is not None and "out" in words:
-            words["out"] = words["out"].view(words[out_like].dtype)
+        for out, like in lent.items():
+            words[out] = words[out].view(words[like].dtype)
         return function(**words)
 
     if direct is not None:

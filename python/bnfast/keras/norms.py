@@ -63,7 +63,7 @@ def normalize(x: Any, gamma: Any, beta: Any, norm: Norm, training: Any) -> tf.Te
     def op(*values: tf.Tensor) -> Any:
         given = dict(zip(primal, values, strict=True))
         dtypes = [x.dtype, tf.float64, tf.float64]
-        y, mean, invstd = host.call(partial(_forward, norm=norm), given, dtypes, out_like="x")
+        y, mean, invstd = host.call(partial(_forward, norm=norm), given, dtypes, outs={"out": "x"})
         y.set_shape(x.shape)
         saved = {"mean": mean, "invstd": invstd}
         return y, lambda dy: _gradient({"dy": tf.convert_to_tensor(dy), **given}, saved, norm)
@@ -93,7 +93,7 @@ def _gradient(given: dict[str, tf.Tensor], saved: dict[str, tf.Tensor], norm: No
         dtypes = {name: tensor.dtype.as_numpy_dtype for name, tensor in primal.items()}
         passed = {name: tensor for name, tensor in {**tensors, **saved}.items() if name != "beta"}
         function = partial(_backward, norm=norm, dtypes=dtypes)
-        gradients = host.call(function, passed, [tensor.dtype for tensor in primal.values()], out_like="dy")
+        gradients = host.call(function, passed, [tensor.dtype for tensor in primal.values()], outs={"out": "dy"})
         for gradient, tensor in zip(gradients, primal.values(), strict=True):
             gradient.set_shape(tensor.shape)
         return tuple(gradients), lambda *cotangents: formula.derivative_of_gradient(tensors, cotangents, norm)
