@@ -93,11 +93,11 @@ std::int64_t usable_memory() {
 
 Machine look() {
     Machine m;
+    const int affinity = affinity_threads();
     m.l1d = cache_bytes(1, "BNFAST_L1_BYTES", m.l1d, 1 << 20);
     m.l2 = cache_bytes(2, "BNFAST_L2_BYTES", m.l2, 64 << 20);
-    m.l3 = cache_bytes(3, "BNFAST_L3_BYTES", 8 * m.l2, std::int64_t(512) << 20);
+    m.l3 = cache_bytes(3, "BNFAST_L3_BYTES", 8 * m.l2, counted_on(std::int64_t(512) << 20, affinity));
     m.memory = usable_memory();
-    const int affinity = affinity_threads();
     const double quota = quota_threads();
     m.threads = affinity;
     m.threads_reason = std::to_string(affinity) + " processors in the affinity mask";
@@ -109,6 +109,10 @@ Machine look() {
 }
 
 }  // namespace
+
+std::int64_t counted_on(std::int64_t bytes, int processors) {
+    return std::min(bytes, std::max<std::int64_t>(32, 4 * std::int64_t(processors)) << 20);
+}
 
 const Machine& machine() {
     static const Machine m = look();

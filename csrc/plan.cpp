@@ -48,7 +48,6 @@ Grid columns_grid(Shape s, DType dtype) {
 
 std::atomic<int64_t> serial_override{-1};
 constexpr int64_t default_serial_bytes = 256 << 10;
-constexpr int64_t most_l3 = 32 << 20;  // of a last-level cache, what a process can count on
 
 void schedule_groups(Plan& plan, const PlanRequest& request, const Machine& machine) {
     const Grid& g = plan.grid;
@@ -138,9 +137,7 @@ Plan make_plan(const PlanRequest& request, const Machine& machine) {
 // the LLC, for nobody has all of it. Against three quarters gradients of 7 to 8.4 MB took 0.59 to 0.93 of the time, 0.43
 // to 0.63 on one thread, trainings of 10.5 to 12 MB 0.96 to 1.06 and 0.61 to 0.72, infer 1.06 to 1.13 and 0.52 to 0.68.
 // With half of it a training of 8 MB took 1.26.
-// A guest is told of its socket's whole LLC (2 processors, 260 MiB): with 32 MiB counted
-// calls on tensors of 3 to 103 MB took 0.33 to 1.27 of the time (train 0.53 to 1.02), steps of models 0.99 to 1.04.
-bool streams(int64_t bytes, const Machine& machine) { return bytes > std::min(machine.l3, most_l3) / 8 * 5; }
+bool streams(int64_t bytes, const Machine& machine) { return bytes > machine.l3 / 8 * 5; }
 
 int threads_for(int64_t tensor_bytes, int threads, int64_t serial) {
     return tensor_bytes < (serial >= 0 ? serial : default_serial_bytes) ? 1 : std::max(1, threads);

@@ -281,17 +281,23 @@ TEST_CASE("a group never exceeds the caches it was made for") {
 }
 
 TEST_CASE("stores stream where in- and outputs exceed five eighths of the last cache, and only there") {
-    const Machine shared{48 << 10, 2 << 20, 260 << 20, 2, ""};  // a guest's view of a socket: 32 MiB of it count
     const int64_t fit = usual_machine().l3 / 8 * 5 / 8;  // values of float32 whose x and y just do not exceed them
     for (int64_t S : {fit - 1, fit, fit + 1, 2 * fit}) {
         const PlanRequest r = request_of({1, 1, S}, DType::float32, Op::train, 2);
         CHECK(make_plan(r, usual_machine()).stream == (8 * S > usual_machine().l3 * 5 / 8));
-        CHECK(make_plan(r, shared).stream == make_plan(r, usual_machine()).stream);
     }
     PlanRequest r = request_of({1, 1, fit}, DType::float32, Op::grad, 2);
     r.inputs = 2;
     CHECK(make_plan(r, usual_machine()).stream);
     CHECK_FALSE(make_plan(request_of({8, 3, 1}, DType::float32, Op::train, 1), usual_machine()).stream);
+}
+
+TEST_CASE("of a last-level cache 4 MiB a processor are counted on, and 32 in any case") {
+    constexpr int64_t MiB = 1 << 20;
+    CHECK(counted_on(8 * MiB, 2) == 8 * MiB);
+    CHECK(counted_on(260 * MiB, 2) == 32 * MiB);  // a guest's view of a socket
+    CHECK(counted_on(260 * MiB, 60) == 240 * MiB);
+    CHECK(counted_on(260 * MiB, 120) == 260 * MiB);
 }
 
 TEST_CASE("tensors below serial_bytes run on one thread") {

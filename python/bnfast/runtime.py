@@ -79,6 +79,7 @@ def build_info() -> BuildInfo:
     """What is running: version, instruction set and why, threads, cache sizes, compiler, flags.
 
     Keys: version, isa, isa_reason, isas (those this CPU runs), threads, default_threads, threads_reason, l1d_bytes,
-    l2_bytes, l3_bytes, compiler, flags, openmp, memory (the pool that outputs come from).
+    l2_bytes, l3_bytes (of the last-level cache what is counted on: at most 4 MiB a processor or 32 MiB, the larger),
+    compiler, flags, openmp, memory (the pool that outputs come from).
     """
     return _core.build_info()
