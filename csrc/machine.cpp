@@ -94,10 +94,6 @@ std::int64_t usable_memory() {
 Machine look() {
     Machine m;
     const int affinity = affinity_threads();
-    m.l1d = cache_bytes(1, "BNFAST_L1_BYTES", m.l1d, 1 << 20);
-    m.l2 = cache_bytes(2, "BNFAST_L2_BYTES", m.l2, 64 << 20);
-    m.l3 = cache_bytes(3, "BNFAST_L3_BYTES", 8 * m.l2, counted_on(std::int64_t(512) << 20, affinity));
-    m.memory = usable_memory();
     const double quota = quota_threads();
     m.threads = affinity;
     m.threads_reason = std::to_string(affinity) + " processors in the affinity mask";
@@ -105,6 +101,10 @@ Machine look() {
         m.threads = std::max(1, int(std::ceil(quota)));
         m.threads_reason += ", cgroup quota of " + std::to_string(quota);
     }
+    m.l1d = cache_bytes(1, "BNFAST_L1_BYTES", m.l1d, 1 << 20);
+    m.l2 = cache_bytes(2, "BNFAST_L2_BYTES", m.l2, 64 << 20);
+    m.l3 = cache_bytes(3, "BNFAST_L3_BYTES", 8 * m.l2, counted_on(std::int64_t(512) << 20, m.threads));
+    m.memory = usable_memory();
     return m;
 }
 
