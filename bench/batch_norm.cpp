@@ -20,7 +20,7 @@
 #include <thread>
 
 #include "bnfast/bnfast.h"
-#include "plan.h"
+#include "cpu/plan.h"
 #include "shapes.h"
 #include "yardstick.h"
 #if defined(BNFAST_WITH_ONEDNN)

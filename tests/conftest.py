@@ -9,6 +9,9 @@ import pytest
 from bnfast import _core
 from needs import KNOWN, REQUIRED, absent, need_module
 
+for helper in ("agreement", "conversion", "exact", "fold_cases", "keras_models", "norms_cases", "taped"):
+    pytest.register_assert_rewrite(helper)
+
 # Fixed examples, so that a run says the same twice; HYPOTHESIS_PROFILE=explore looks further.
 hypothesis.settings.register_profile("fixed", deadline=None, max_examples=60, derandomize=True, database=None)
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=2000, database=None)

@@ -9,7 +9,7 @@
 #include <cstring>
 #include <optional>
 
-#include "../memory.h"
+#include "cpu/memory.h"
 #include "bnfast/bnfast.h"
 
 namespace bnfast::bind {

@@ -1,9 +1,9 @@
 // The Python module bnfast._core. A function whose arguments aren't plain returns None and has changed nothing (see
 // array_view.h).
-#include "../dispatch/isa.h"
-#include "../machine.h"
-#include "../parallel.h"
-#include "../plan.h"
+#include "cpu/dispatch/isa.h"
+#include "cpu/machine.h"
+#include "cpu/parallel.h"
+#include "cpu/plan.h"
 #include "../tf/core_api.h"
 #include "batch_norm.h"
 #include "call.h"

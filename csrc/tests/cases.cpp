@@ -4,9 +4,9 @@
 #include <cmath>
 #include <random>
 
-#include "dispatch/isa.h"
-#include "parallel.h"
-#include "plan.h"
+#include "cpu/dispatch/isa.h"
+#include "cpu/parallel.h"
+#include "cpu/plan.h"
 
 namespace bnfast::test {
 namespace {

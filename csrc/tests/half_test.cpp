@@ -7,7 +7,7 @@
 #include <random>
 
 #include "cases.h"
-#include "dispatch/isa.h"
+#include "cpu/dispatch/isa.h"
 
 using namespace bnfast;
 using namespace bnfast::test;

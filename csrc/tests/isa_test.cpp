@@ -5,7 +5,7 @@
 #include <cstdlib>
 
 #include "cases.h"
-#include "dispatch/isa.h"
+#include "cpu/dispatch/isa.h"
 
 using namespace bnfast;
 using namespace bnfast::test;

@@ -7,7 +7,7 @@
 #include <thread>
 #include <vector>
 
-#include "memory.h"
+#include "cpu/memory.h"
 
 using namespace bnfast;
 

@@ -12,9 +12,9 @@
 #endif
 
 #include "cases.h"
-#include "dispatch/isa.h"
-#include "parallel.h"
-#include "plan.h"
+#include "cpu/dispatch/isa.h"
+#include "cpu/parallel.h"
+#include "cpu/plan.h"
 
 using namespace bnfast;
 using namespace bnfast::test;

@@ -5,8 +5,8 @@
 #include <cmath>
 
 #include "cases.h"
-#include "dispatch/isa.h"
-#include "parallel.h"
+#include "cpu/dispatch/isa.h"
+#include "cpu/parallel.h"
 
 using namespace bnfast;
 using namespace bnfast::test;

@@ -12,7 +12,7 @@
 #endif
 
 #include "cases.h"
-#include "parallel.h"
+#include "cpu/parallel.h"
 
 using namespace bnfast;
 using namespace bnfast::test;

@@ -6,7 +6,7 @@
 #include <atomic>
 
 #include "cases.h"
-#include "steps.h"
+#include "cpu/steps.h"
 
 using namespace bnfast;
 using namespace bnfast::test;

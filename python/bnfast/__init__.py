@@ -3,10 +3,8 @@
 This file is the table of contents. It imports NumPy and nothing heavier.
 """
 
-from .conditional import ConditionalBatchNormalization
-from .double_backward import GradGradResult, batch_norm_grad_grad
-from .functional import GradResult, TrainResult, batch_norm_grad, batch_norm_infer, batch_norm_train, moments
-from .group_norm import (
+from .functional.batch_norm import GradResult, TrainResult, batch_norm_grad, batch_norm_infer, batch_norm_train, moments
+from .functional.group_norm import (
     NormGradResult,
     NormResult,
     group_norm,
@@ -14,19 +12,14 @@ from .group_norm import (
     instance_norm,
     instance_norm_grad,
 )
-from .layer_norm import layer_norm, layer_norm_grad
-from .layers import BatchNormalization
-from .moments import Moments
-from .renorm import renorm_correction
-from .runtime import (
-    build_info,
-    clear_memory,
-    get_num_threads,
-    memory_statistics,
-    set_memory_limit,
-    set_num_threads,
-)
-from .weight import weight_norm, weight_norm_grad
+from .functional.layer_norm import layer_norm, layer_norm_grad
+from .functional.moments import Moments
+from .functional.renorm import renorm_correction
+from .functional.second_order import GradGradResult, batch_norm_grad_grad
+from .functional.weight_norm import weight_norm, weight_norm_grad
+from .layers.batch_norm import BatchNormalization
+from .layers.conditional import ConditionalBatchNormalization
+from .runtime import build_info, clear_memory, get_num_threads, memory_statistics, set_memory_limit, set_num_threads
 
 __all__ = [
     "BatchNormalization",

@@ -1,35 +1,10 @@
-"""What the Keras tests share. Without TensorFlow each module skips itself, unless BNFAST_REQUIRE names it."""
+"""The fixtures of tests that need TensorFlow."""
 
-import importlib
-import os
-import sys
-
-import numpy as np
 import pytest
+from tensorflow_fixtures import each_bridge, rng
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-
-if "tensorflow" in os.environ.get("BNFAST_REQUIRE", ""):
-    importlib.import_module("tensorflow")  # its absence is then an error, not a skip
+__all__ = ["each_bridge", "rng"]
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "requires_trainable_backend: set by Keras's own test suite")
-
-
-@pytest.fixture(params=["numpy_function", "native"])
-def each_bridge(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The test runs once through either way into TensorFlow; its value says which. Linux always has the native one."""
-    from bnfast.keras import native
-
-    name = str(request.param)
-    available, reason = native.status()
-    if name == "native" and not available:
-        (pytest.fail if sys.platform == "linux" else pytest.skip)(f"native: {reason}")
-    monkeypatch.setenv("BNFAST_BRIDGE", name)
-    return name
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    return np.random.default_rng(2026)

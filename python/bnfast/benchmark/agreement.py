@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from bnfast._arrays import Array
+from bnfast._arguments.arrays import Array
 from bnfast.benchmark.cases import EPSILON, Arrays, Case
 
 # Of the result's rounding and, for float32, of peers that sum in it. dgamma and dbeta: times 1 + |value| + sqrt(M).

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from bnfast._arrays import Array
+from bnfast._arguments.arrays import Array
 
 T = TypeVar("T")
 

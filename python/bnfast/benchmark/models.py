@@ -195,7 +195,7 @@ def make(name: str, model: Any) -> Any:
 
 def _native(model: Any) -> Any:
     try:
-        from bnfast.keras import native
+        from bnfast.tensorflow import op as native
     except ImportError as error:
         raise Unsupported(f"no native op: {error}") from error
     works, reason = native.status()

@@ -11,7 +11,7 @@ from typing import Any
 
 import bnfast
 
-from .. import _tf_library
+from ..tensorflow import op_library as _tf_library
 
 PACKAGES = ("numpy", "ml_dtypes", "tensorflow", "keras")
 

@@ -214,6 +214,6 @@ class _PatchOnImport(importlib.abc.MetaPathFinder):
         if self.reason is not None:
             legacy = " (tf_keras is not Keras 3)" if "tf_keras" in sys.modules else ""
             return f"bnfast: nothing was replaced: {self.reason}{legacy}"
-        from bnfast.keras.patch import summary
+        from bnfast.keras.models.patch import summary
 
         return "\n".join(f"bnfast: {line}" for line in summary().splitlines())

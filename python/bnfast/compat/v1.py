@@ -16,14 +16,15 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from .. import _checks
-from ..keras import adjustment as adjustments
-from ..keras import ghosts, inference
-from ..keras import renorm as renorms
-from ..keras.axes import Axes
-from ..keras.formula import Batch, Options
-from ..keras.training import Policy, parameter
-from ..keras.training import step as training_step
+from .._arguments import checks as _checks
+from ..tensorflow import inference
+from ..tensorflow.axes import Axes
+from ..tensorflow.reference import Batch, Options
+from ..tensorflow.training import adjustment as adjustments
+from ..tensorflow.training import ghosts
+from ..tensorflow.training import renorm as renorms
+from ..tensorflow.training.step import Policy, parameter
+from ..tensorflow.training.step import step as training_step
 
 __all__ = ["batch_normalization"]
 

@@ -26,10 +26,11 @@ except ImportError as error:
         f'bnfast.distributed.mpi needs mpi4py, pip install "bnfast[mpi]", and an MPI library: {error}'
     ) from error
 
-from .. import _validate, functional
-from .._arrays import Array, as_array
-from ..functional import GradResult, TrainResult
-from ..moments import Moments
+from .._arguments import batch_norm as _validate
+from .._arguments.arrays import Array, as_array
+from ..functional import batch_norm as functional
+from ..functional.batch_norm import GradResult, TrainResult
+from ..functional.moments import Moments
 
 __all__ = ["batch_norm_grad", "batch_norm_train", "moments"]
 

@@ -20,17 +20,17 @@ if not hasattr(_keras, "__version__") or int(_keras.__version__.split(".")[0]) <
         "bnfast.keras needs Keras 3. Received: Keras " + getattr(_keras, "__version__", "of unknown version")
     )
 
-from .accelerate import accelerate
-from .conditional import ConditionalBatchNormalization
-from .fold import fold
-from .group_norm import GroupNormalization, InstanceNormalization
-from .layer import BatchNormalization
-from .layer_add import BatchNormalizationAdd
-from .layer_norm import LayerNormalization
-from .patch import enabled, patch, unpatch
-from .report import report
-from .to_native import to_native
-from .weight_norm import WeightNormalization
+from .layers.batch_norm import BatchNormalization
+from .layers.batch_norm_add import BatchNormalizationAdd
+from .layers.conditional import ConditionalBatchNormalization
+from .layers.group_norm import GroupNormalization, InstanceNormalization
+from .layers.layer_norm import LayerNormalization
+from .layers.weight_norm import WeightNormalization
+from .models.accelerate import accelerate
+from .models.fold import fold
+from .models.patch import enabled, patch, unpatch
+from .models.report import report
+from .models.to_keras import to_native
 
 __all__ = [
     "BatchNormalization",

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from bnfast._arrays import Array
+from bnfast._arguments.arrays import Array
 from bnfast.benchmark.cases import Arrays, Case
 
 

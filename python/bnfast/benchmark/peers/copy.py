@@ -11,7 +11,7 @@ from time import perf_counter
 
 import numpy as np
 
-from bnfast._arrays import Array
+from bnfast._arguments.arrays import Array
 from bnfast.benchmark.cases import Arrays, Case
 from bnfast.benchmark.peers.base import Calls, Peer
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from bnfast._arrays import Array
+from bnfast._arguments.arrays import Array
 from bnfast.benchmark.cases import EPSILON, MOMENTUM, Arrays, Case
 from bnfast.benchmark.peers.base import Calls, Peer
 

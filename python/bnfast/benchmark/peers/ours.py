@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 import bnfast
-from bnfast._arrays import Array
+from bnfast._arguments.arrays import Array
 from bnfast.benchmark.cases import EPSILON, MOMENTUM, Arrays, Case
 from bnfast.benchmark.peers.base import Calls, Peer
 

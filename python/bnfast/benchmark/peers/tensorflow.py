@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bnfast._arrays import Array
+from bnfast._arguments.arrays import Array
 from bnfast.benchmark.cases import EPSILON, MOMENTUM, Arrays, Case
 from bnfast.benchmark.peers.base import Calls, Peer, Unsupported
 

@@ -1,0 +1,87 @@
+"""The arguments of the Keras layer: what Keras's own doesn't check or doesn't have, and which exclude each other.
+
+`check` sees a layer when Keras's constructor is done; `own` gives the attributes that only our layer has, checked.
+Errors name the argument, what was wanted and what came: TypeError for types, ValueError for values.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+from ..._arguments import checks as _checks
+from ...tensorflow import op as native
+from ...tensorflow.training import adjustment as adjustments
+from ...tensorflow.training import ghosts
+from ...tensorflow.training.step import NAN_POLICIES
+
+# What Keras's layer doesn't have: in a config only where they aren't the defaults.
+OWN = (
+    *("correction", "nan_policy", "update_statistics", "use_batch_statistics", "trainable_affine"),
+    *("virtual_batch_size", "virtual_batch_grouping", "bridge", "fused"),
+)
+
+
+def one_axis(axis: Any) -> int:
+    """The axis as an int; Keras 2 and tf.keras configs hold a list of one."""
+    axes = axis if isinstance(axis, (list, tuple)) else [axis]
+    if len(axes) > 1:
+        raise ValueError(f"axis must be one axis here. Received: axis={axis}")
+    try:
+        return operator.index(axes[0])
+    except (IndexError, TypeError):
+        raise TypeError(f"axis must be an integer. Received: {axis!r}") from None
+
+
+def check(layer: Any) -> None:
+    """The numbers that Keras takes as they come."""
+    if not 0 <= layer.momentum <= 1:
+        raise ValueError(f"momentum must be in [0, 1]. Received: {layer.momentum}")
+    if not (layer.epsilon >= 0 and math.isfinite(layer.epsilon)):
+        raise ValueError(f"epsilon must be finite and >= 0. Received: {layer.epsilon}")
+
+
+def own(
+    *,
+    correction: Any,
+    nan_policy: Any,
+    update_statistics: Any,
+    use_batch_statistics: Any,
+    trainable_affine: Any,
+    virtual_batch_size: Any,
+    virtual_batch_grouping: Any,
+    adjustment: Any,
+    bridge: Any,
+    fused: Any,
+    renorm: bool,
+    synchronized: bool,
+) -> dict[str, Any]:
+    """The attributes by name. renorm and synchronized are Keras's, to see what goes with them."""
+    if bridge not in native.BRIDGES:
+        raise ValueError(f"bridge must be one of {native.BRIDGES}. Received: {bridge!r}")
+    if virtual_batch_size is not None:
+        ghosts.check(virtual_batch_size, renorm)
+    adjustments.check(adjustment, virtual_batch_size)
+    if correction and renorm:
+        raise ValueError(f"correction must be 0 where renorm=True. Received: {correction}")
+    if synchronized:
+        others = {"renorm": renorm or None, "virtual_batch_size": virtual_batch_size, "adjustment": adjustment}
+        for name, value in others.items():
+            if value is not None:
+                raise ValueError(
+                    f"synchronized must be False with {', '.join(others)}. Received: synchronized=True, {name}={value}"
+                )
+    grouping = _checks.choice("virtual_batch_grouping", virtual_batch_grouping, ghosts.GROUPINGS)
+    optional = {"use_batch_statistics": use_batch_statistics, "fused": fused}
+    return {
+        "correction": _checks.bessel(correction),
+        "nan_policy": str(_checks.choice("nan_policy", nan_policy, NAN_POLICIES)),
+        "update_statistics": _checks.boolean("update_statistics", update_statistics),
+        "trainable_affine": _checks.boolean("trainable_affine", trainable_affine),
+        "virtual_batch_size": virtual_batch_size,
+        "virtual_batch_grouping": str(grouping),
+        "adjustment": adjustment,
+        "bridge": bridge,
+        **{name: value if value is None else _checks.boolean(name, value) for name, value in optional.items()},
+    }

@@ -1,0 +1,1 @@
+"""Functions of whole Keras models: accelerate, fold, to_keras, patch, report."""

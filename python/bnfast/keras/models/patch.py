@@ -1,0 +1,245 @@
+"""`patch()`: scripts that say keras.layers.BatchNormalization get bnfast's layer; `unpatch()` takes that back.
+
+While the patch is on, every attribute of a keras.* or tensorflow.* module that was Keras's class is
+`PatchedBatchNormalization`, and so is the class that Keras finds under "keras.layers.BatchNormalization" when it reads
+a config. Names a script bound before (`from keras.layers import BatchNormalization`) stay what they were.
+Unpatching restores whatever module attribute still is the patched class, wherever it was imported to.
+Layers keep the class they were made with: one made under the patch trains on bnfast's kernels afterwards too.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import ModuleType, TracebackType
+from typing import Any
+
+import keras
+from keras.src import api_export
+
+from ...tensorflow import op as native
+from ...tensorflow.training import mode as freezing
+from ...tensorflow.training import renorm as renorms
+from ..layers import arguments
+from ..layers import batch_norm as layer
+
+KERAS: Any = layer.BatchNormalization.__base__  # whatever keras.layers names now
+API_NAME = "keras.layers.BatchNormalization"
+OWNERS = ("keras", "tensorflow")  # the packages whose names are replaced
+MOST_NAMES = 3  # layers named behind a reason
+
+_lock = threading.RLock()
+
+
+@dataclass
+class Entry:
+    """What became of one layer made under the patch."""
+
+    name: str
+    reason: str | None  # why it runs Keras's own code; None where it is ours
+    bridge: str | None = None  # what it trained on, once it has
+
+    @property
+    def state(self) -> str:
+        if self.reason is not None:
+            return "on Keras's own layer"
+        return f"trained on {self.bridge}" if self.bridge else "never trained"
+
+
+made: list[Entry] = []  # every layer made under a patch, in order
+
+
+class _LikeKeras(type(KERAS)):  # type: ignore[misc]
+    """isinstance and issubclass against the patched class answer as against Keras's, older layers included."""
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        if cls is PatchedBatchNormalization:
+            return isinstance(instance, KERAS)
+        return bool(super().__instancecheck__(instance))
+
+    def __subclasscheck__(cls, subclass: type) -> bool:
+        if cls is PatchedBatchNormalization:
+            return issubclass(subclass, KERAS)
+        return bool(super().__subclasscheck__(subclass))
+
+
+class PatchedBatchNormalization(layer.BatchNormalization, metaclass=_LikeKeras):
+    """What keras.layers.BatchNormalization is while the patch is on: Keras's arguments, Keras's config.
+
+    It is saved under Keras's name, so files load where bnfast isn't installed. What bnfast's layer doesn't take
+    (renorm with synchronized, another backend) runs Keras's own code, and `entry.reason` says why.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        reason = _unsupported(args, kwargs)
+        if reason is None:
+            super().__init__(*args, **kwargs)
+        else:
+            KERAS.__init__(self, *args, **kwargs)
+            self.activation, self.bridge, self.replaces = keras.activations.linear, "auto", {}
+        self.entry = Entry(self.name, reason)
+        made.append(self.entry)
+
+    def build(self, input_shape: Any) -> None:
+        if self.entry.reason is None:
+            super().build(input_shape)
+        else:
+            KERAS.build(self, input_shape)
+
+    def call(self, inputs: Any, training: Any = None, mask: Any = None) -> Any:
+        if self.entry.reason is not None:
+            return KERAS.call(self, inputs, training=training, mask=mask)
+        if self.trainable and freezing.possible(training):
+            self.entry.bridge = _bridge(self)
+        return super().call(inputs, training=training, mask=mask)
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        return KERAS.compute_output_shape(self, input_shape)
+
+    def get_config(self) -> dict[str, Any]:
+        config: dict[str, Any] = KERAS.get_config(self)
+        if "renorm_clipping" in config:
+            config["renorm_clipping"] = renorms.plain_clipping(config["renorm_clipping"])
+        return config
+
+
+PatchedBatchNormalization.__name__ = PatchedBatchNormalization.__qualname__ = KERAS.__name__  # default layer names
+# Under which name a layer of this class is saved: true of every one of them, patched or not by then.
+api_export.REGISTERED_OBJS_TO_NAMES[PatchedBatchNormalization] = API_NAME
+
+
+def _unsupported(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """Why bnfast's layer doesn't take these arguments of Keras's, or None where it does."""
+    if keras.backend.backend() != "tensorflow":
+        return f"Keras runs on {keras.backend.backend()}"
+    try:
+        given = inspect.signature(KERAS.__init__).bind(None, *args, **kwargs).arguments
+        if unknown := sorted({"activation", "replaces", *arguments.OWN} & set(given.get("kwargs", {}))):
+            return f"Keras's layer has no argument {unknown[0]}"
+        if given.get("renorm"):
+            if given.get("synchronized"):
+                return "renorm=True with synchronized=True"
+            renorms.check(given.get("renorm_clipping"), given.get("renorm_momentum", 0.99))
+        arguments.one_axis(given.get("axis", -1))
+        if not 0 <= float(given.get("momentum", 0.99)) <= 1:
+            return "momentum outside [0, 1]"
+        epsilon = float(given.get("epsilon", 1e-3))
+        if not (epsilon >= 0 and math.isfinite(epsilon)):
+            return "epsilon negative or not finite"
+    except (TypeError, ValueError, NotImplementedError) as error:  # arguments that Keras refuses, in its own words
+        return str(error)
+    return None
+
+
+def _bridge(ours: layer.BatchNormalization) -> str:
+    """The bridge this layer trains on."""
+    return native.choose(ours.bridge)
+
+
+class Patch:
+    """What patch() returns: as a context manager it ends the patch, if this call was the one that began it."""
+
+    def __init__(self, began: bool) -> None:
+        self._began = began
+
+    def __enter__(self) -> Patch:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._began:
+            unpatch()
+
+
+def patch() -> Patch:
+    """Give bnfast's layer to all code that names Keras's BatchNormalization from now on, until `unpatch()`.
+
+    Reaches keras.layers, tf.keras.layers, `from ... import BatchNormalization` after this call, keras.applications, and
+    configs and files being loaded. May be called again without effect. Also a context manager:
+
+        with bnfast.keras.patch():
+            model = keras.applications.MobileNetV2(weights=None)
+
+    Models built under the patch keep bnfast's layer after it; their files and configs name Keras's. Arguments that
+    bnfast's layer doesn't support (renorm with synchronized, a backend other than TensorFlow) give Keras's own
+    behaviour. Code compiled with `tf.function(jit_compile=True)` can't hold bnfast's layer: XLA has no kernel for it.
+    """
+    with _lock:
+        began = not enabled()
+        if began:
+            api_export.REGISTERED_NAMES_TO_OBJS[API_NAME] = PatchedBatchNormalization
+            for name, namespace in _namespaces():
+                if name.partition(".")[0] in OWNERS:
+                    _replace(namespace, KERAS, PatchedBatchNormalization)
+        return Patch(began)
+
+
+def unpatch() -> None:
+    """Undo `patch()`: every module attribute that is the patched class is Keras's own again. No effect without one.
+
+    Layers and models made meanwhile stay as they are, and work.
+    """
+    with _lock:
+        api_export.REGISTERED_NAMES_TO_OBJS[API_NAME] = KERAS
+        for name, namespace in _namespaces():
+            if name.partition(".")[0] != "bnfast":
+                _replace(namespace, PatchedBatchNormalization, KERAS)
+
+
+def enabled(obj: Any = None) -> bool:
+    """Whether the patch is on, or whether `obj` is bnfast's.
+
+    obj: None for the patch itself; a layer, or a model (all of its batch norms, and at least one); a class; a module
+    (what it names BatchNormalization). A layer that runs Keras's own code under the patch is not bnfast's.
+
+    Raises:
+        TypeError: anything else.
+    """
+    if obj is None:
+        return api_export.REGISTERED_NAMES_TO_OBJS.get(API_NAME) is PatchedBatchNormalization
+    if isinstance(obj, type):
+        return layer.BatchNormalization in obj.__mro__
+    if isinstance(obj, ModuleType):
+        named = getattr(obj, "BatchNormalization", None)
+        return isinstance(named, type) and enabled(named)
+    if isinstance(obj, KERAS):
+        return enabled(type(obj)) and (not hasattr(obj, "entry") or obj.entry.reason is None)
+    if isinstance(obj, keras.Layer):
+        norms = [each for each in obj._flatten_layers() if isinstance(each, KERAS)]
+        return bool(norms) and all(map(enabled, norms))
+    raise TypeError(f"obj must be None, a layer, a model, a class or a module. Received: {type(obj).__name__}")
+
+
+def summary() -> str:
+    """How many layers made under a patch trained on which bridge, and what runs Keras's own code and why."""
+    if not made:
+        return "no batch norm was made"
+    states = Counter(entry.state for entry in made)
+    lines = [f"{len(made)} batch norms: " + ", ".join(f"{count} {state}" for state, count in states.most_common())]
+    for reason in dict.fromkeys(entry.reason for entry in made if entry.reason is not None):
+        names = list(dict.fromkeys(entry.name for entry in made if entry.reason == reason))
+        more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+        lines.append(f"Keras's own for {', '.join(names[:MOST_NAMES])}{more}: {reason}")
+    return "\n".join(lines)
+
+
+def _namespaces() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every loaded module's name and __dict__, without waking lazy ones."""
+    for name, module in list(sys.modules.items()):
+        try:
+            namespace = object.__getattribute__(module, "__dict__")
+        except AttributeError:  # None, or whatever else people put there
+            continue
+        if isinstance(namespace, dict):
+            yield name, namespace
+
+
+def _replace(namespace: dict[str, Any], old: Any, new: Any) -> None:
+    for name in [name for name, value in list(namespace.items()) if value is old]:
+        namespace[name] = new

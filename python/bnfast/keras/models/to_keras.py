@@ -1,0 +1,160 @@
+"""`to_native(model)`: the way back from `accelerate`, to a model of Keras's layers alone, which loads without bnfast.
+
+Layer, group and instance norms, which `accelerate` never makes, become Keras's too.
+A fused layer is taken apart again: batch norm, Add, activation, under the names that it stands for (its `replaces`).
+Of one written by hand, BatchNormalization(activation=...), the name stays with the batch norm, or with the activation
+where that is an output of the model, whose names stay; the other is called NAME_bn, NAME_add or NAME_activation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+
+from ...tensorflow.training import renorm
+from ..layers import activation as activations
+from ..layers.batch_norm_add import BatchNormalizationAdd
+from ..layers.group_norm import GroupNormalization, InstanceNormalization
+from ..layers.layer_norm import LayerNormalization
+from .accelerate import check
+from .compiled import carry_over
+from .graph_copy import Graph, Replacement, assign, clone, graphs, is_graph, layers, operations, paired, rebuild
+from .inplace import become, forget_functions
+from .report import KERAS, OURS
+
+# Those without moving statistics, and Keras's class and words for them; nothing is ever fused into these.
+RELATIVES: dict[Any, tuple[Any, dict[str, Any]]] = {
+    LayerNormalization: (LayerNormalization.__bases__[0], {}),
+    GroupNormalization: (GroupNormalization.__bases__[0], {}),
+    InstanceNormalization: (GroupNormalization.__bases__[0], {"groups": -1}),
+}
+
+
+def to_native(model: Any, *, inplace: bool = False) -> Any:
+    """A model with the same weights, names and outputs and with Keras's own norms; export and convert this one.
+
+    Args:
+        model: a built Functional or Sequential model with layers of bnfast's. It is not changed.
+        inplace: True changes the model given and returns it, as in `accelerate`: for subclassed models.
+
+    Returns:
+        The new model, compiled if the model was, as in `accelerate`.
+
+    Raises:
+        TypeError, RuntimeError: as `accelerate`.
+        ValueError: the model has no layer of bnfast's or isn't built; it is subclassed and inplace isn't True; in place
+            or inside a layer of another kind, a batch norm has an activation or an Add fused into it; one has an
+            argument that Keras's layer lacks (momentum=None, correction=1, several axes ...).
+    """
+    check(model)
+    ours = [layer for layer in layers(model) if _is_ours(layer)]
+    if not ours:
+        raise ValueError(f"model {model.name} has no layer of bnfast's: it is native as it is")
+    if inplace:
+        for layer in ours:
+            _alone(layer)
+        for layer, native in [(layer, _norm(layer, layer.name)) for layer in ours]:  # all, or an error
+            become(layer, native)
+        forget_functions(model)
+        return model
+    if not is_graph(model):
+        raise ValueError(
+            f"model {model.name} ({type(model).__name__}) is neither Functional nor Sequential, so it can't be copied "
+            "layer by layer: to_native(model, inplace=True) replaces the layers of the model itself"
+        )
+    return _copied(model, ours)
+
+
+def _copied(model: Any, ours: list[Any]) -> Any:
+    in_graphs = {id(operation) for operation in operations(model)}
+    outputs = {id(node.operation) for graph in graphs(model) for node in _output_nodes(graph)}
+    plan: dict[int, Replacement] = {}
+    parts: list[tuple[Any, list[Any]]] = []  # (layer of ours, its batch norm and, if that is a layer, its activation)
+    for layer in ours:
+        if id(layer) in in_graphs:
+            new, plan[id(layer)] = _apart(layer, id(layer) in outputs)
+            parts.append((layer, new))
+        else:
+            _alone(layer)
+    copy = rebuild(model, plan)
+    pairs = [pair for layer, new in parts for pair in _pairs(layer, *new)]
+    assign(pairs)
+    for original in operations(model):
+        if isinstance(original, keras.layers.Layer) and id(original) in copy.of:
+            for inner in list(layers(copy.of[id(original)])):
+                if _is_ours(inner):
+                    become(inner, _norm(inner, inner.name))
+    variables = copy.variables(operations(model))
+    variables.update((id(old), new) for old, new in pairs)
+    carry_over(model, copy.model, variables)
+    return copy.model
+
+
+def _output_nodes(graph: Graph) -> list[Any]:
+    nodes = (graph.producer(tensor) for tensor in keras.tree.flatten(graph.outputs))
+    return [node for node in nodes if node is not None]
+
+
+def _is_ours(layer: Any) -> bool:
+    return type(layer) in OURS or type(layer) in RELATIVES
+
+
+def _alone(layer: Any) -> None:
+    if isinstance(layer, BatchNormalizationAdd) or not _linear(layer):
+        raise ValueError(
+            f"layer {layer.path or layer.name} has an activation or an Add fused into it: no way back in place"
+        )
+
+
+def _linear(layer: Any) -> bool:
+    if type(layer) in RELATIVES:
+        return True
+    return activations.fuse(layer.activation, layer.compute_dtype) == activations.Fused(None)
+
+
+def _norm(layer: Any, name: str) -> Any:
+    """Keras's layer for this one, unbuilt."""
+    if type(layer) in RELATIVES:
+        kind, words = RELATIVES[type(layer)]
+        return clone(layer, kind, name=name, **words)
+    return clone(layer, KERAS, name=name, activation=..., bridge=..., fused=..., replaces=...)
+
+
+def _pairs(layer: Any, norm: Any, activation: Any = None) -> list[tuple[Any, Any]]:
+    """(variable, its counterpart) of a layer and its parts."""
+    names = ("gamma", "beta", "moving_mean", "moving_variance", *renorm.NAMES)
+    own = [(getattr(layer, name), getattr(norm, name)) for name in names if getattr(norm, name, None) is not None]
+    return [*own, *([] if activation is None else paired(layer.activation, activation))]
+
+
+def _apart(layer: Any, is_output: bool) -> tuple[list[Any], Replacement]:
+    """The batch norm and, if that is a layer, the activation; and what does the work of this layer."""
+    has_add, linear = isinstance(layer, BatchNormalizationAdd), _linear(layer)
+    if not has_add and linear:
+        norm = _norm(layer, layer.name)
+        return [norm], (norm,)
+    names = layer.replaces
+    own_last = bool(names) or is_output  # the layer's own name belongs to the last step
+    norm = _norm(layer, names.get("norm") or (f"{layer.name}_bn" if own_last else layer.name))
+    last = layer.name if own_last else f"{layer.name}_{'add' if linear else 'activation'}"
+    steps: list[Callable[..., Any]] = []
+    if has_add:
+        add_name = last if linear else names.get("add") or f"{layer.name}_add"
+        add = keras.layers.Add(name=add_name, dtype=layer.dtype_policy)
+        order = slice(None, None, -1 if names.get("place") else 1)
+        steps.append(lambda tensors, **words: add([norm(tensors[0], **_first(words)), tensors[1]][order]))
+    else:
+        steps.append(norm)
+    if linear:
+        return [norm], tuple(steps)
+    if isinstance(layer.activation, keras.layers.Layer):
+        activation = clone(layer.activation, name=last)
+        return [norm, activation], (*steps, activation)
+    return [norm], (*steps, keras.layers.Activation(layer.activation, name=last, dtype=layer.dtype_policy))
+
+
+def _first(words: dict[str, Any]) -> dict[str, Any]:
+    """Call arguments for the batch norm alone: of a list of masks, x's."""
+    return {name: word[0] if isinstance(word, (list, tuple)) else word for name, word in words.items()}

@@ -1,0 +1,272 @@
+"""The TensorFlow ops BnfastTrain and BnfastGrad (csrc/tf/): loading them, calling them, their gradients.
+
+    status         -> (available, reason); loads bnfast/_tf.so at the first call, once a process, and never raises
+    choose         which bridge a layer's `bridge` argument and the environment's BNFAST_BRIDGE come to
+    train, train_step, moments, gradient   as in `bridge`
+
+The kernels run inside TensorFlow's executor, without Python and the GIL, on the threads and scratch of bnfast._core.
+y may take x's buffer, dx that of dy or x, and dresidual x's, where TensorFlow holds it for nothing else. Their second
+and higher derivatives are those of the same formula in TensorFlow's own ops. Argument errors of a kernel are
+tf.errors.InvalidArgumentError. The ops run on a CPU; XLA has no kernel for them.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import struct
+import threading
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from .. import _core
+from . import op_library as _tf_library
+from . import reference as formula
+from .reference import Batch, Options
+
+BRIDGES = _tf_library.BRIDGES
+
+_logger = logging.getLogger("bnfast")
+_lock = threading.RLock()
+
+
+class _Library(NamedTuple):
+    ops: Any  # the module of wrappers that TensorFlow generates; None where loading failed
+    reason: str
+
+
+_library: _Library | None = None
+_logged = False
+
+
+def status() -> tuple[bool, str]:
+    """Whether the ops can be used in this process, and why (not)."""
+    library = _load()
+    return library.ops is not None, library.reason
+
+
+def choose(bridge: str) -> str:
+    """ "native" or "numpy_function". "auto" is what BNFAST_BRIDGE says, else native where it loads.
+
+    Raises RuntimeError where native was asked for and can't be had, ValueError for a word that names no bridge.
+    """
+    wanted = _tf_library.wanted(bridge)
+    if wanted == "numpy_function":
+        return wanted
+    available, reason = status()
+    if available:
+        return "native"
+    if wanted == "native":
+        raise RuntimeError(f"bnfast's TensorFlow op can't be used: {reason}")
+    _log_once(reason)
+    return "numpy_function"
+
+
+def _log_once(reason: str) -> None:
+    global _logged
+    with _lock:
+        if not _logged:
+            _logger.warning(
+                "bnfast.keras goes through numpy_function, because its TensorFlow op can't be used: %s", reason
+            )
+        _logged = True
+
+
+def _load() -> _Library:
+    global _library
+    if _library is None:
+        with _lock:
+            if _library is None:
+                _library = _try_to_load()
+    return _library
+
+
+def _try_to_load() -> _Library:
+    reason = _tf_library.defect()
+    if reason:
+        return _Library(None, reason)
+    path = os.fspath(_tf_library.PATH)
+    try:
+        ops = tf.load_op_library(path)
+        reason = _core._connect_tf(path) or _self_test(ops)
+        if reason:
+            return _Library(None, f"{path}: {reason}")
+        tf.RegisterGradient("BnfastTrain")(_train_gradient)
+        tf.RegisterGradient("BnfastGrad")(_grad_gradient)
+    except Exception as error:  # whatever TensorFlow raises: the other bridge works without it
+        return _Library(None, f"{path}: {str(error).strip() or type(error).__name__}")
+    return _Library(ops, f"{_tf_library.PATH.name} loaded by TensorFlow {tf.__version__}")
+
+
+def _self_test(ops: Any) -> str:
+    """What is wrong with a batch norm of four numbers and its gradient, or "": TensorFlow's C API is called alpha."""
+    with tf.init_scope(), tf.device("CPU:0"):
+        if not tf.executing_eagerly():
+            return ""
+        x, two = tf.constant([[1.0, 2.0], [3.0, 6.0]]), tf.constant([2.0, 2.0])
+        words = dict(axis=-1, epsilon_bits=0, activation="none", negative_slope_bits=0)
+        words |= dict(x=x, gamma=[two], beta=[two], mask=[])
+        forward = ops.bnfast_train(moving_mean=two, moving_variance=two, residual=[], momentum_bits=_bits(0.5), **words)
+        backward = ops.bnfast_grad(dy=x, saved=forward.saved, y=[], statistics=[], parameter_type=tf.float32, **words)
+        wanted: dict[str, tuple[Any, Any]] = {
+            "y": ([[0, 0], [4, 4]], forward.y),
+            "moving_mean": ([2, 3], forward.new_mean),
+            "moving_variance": ([1.5, 3], forward.new_variance),
+            "mean and invstd": ([[2, 4], [1, 0.5]], forward.saved),
+            "dx": ([[0, 0], [0, 0]], backward.dx),
+            "dgamma": ([2, 4], backward.dgamma),
+            "dbeta": ([4, 8], backward.dbeta),
+        }
+        wrong = [name for name, (right, actual) in wanted.items() if not np.array_equal(actual.numpy(), right)]
+    return f"it computes {', '.join(wrong)} wrong under TensorFlow {tf.__version__}" if wrong else ""
+
+
+def train(
+    x: tf.Tensor, gamma: tf.Tensor | None, beta: tf.Tensor | None, mask: tf.Tensor | None, options: Options
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """bridge.train: moving statistics with momentum 0 are the batch's own, and so are their gradients."""
+    x = tf.convert_to_tensor(x)
+    channels = x.shape[options.axis] or tf.shape(x)[options.axis]
+    zeros = tf.zeros([channels], tf.float64)
+    gamma, beta = (None if vector is None else tf.cast(vector, tf.float64) for vector in (gamma, beta))
+    y, mean, variance = train_step(Batch(x, gamma, beta, mask), (zeros, zeros), 0.0, options, statistics_gradient=True)
+    dtype = formula.compute_dtype(x)
+    return y, tf.cast(mean, dtype), tf.cast(variance, dtype)
+
+
+def moments(x: tf.Tensor, mask: tf.Tensor | None, options: Options) -> tuple[tf.Tensor, tf.Tensor]:
+    """bridge.moments, from a training step whose y nobody reads: there is no op for moments alone."""
+    x = tf.stop_gradient(x)
+    zeros = tf.zeros([x.shape[options.axis] or tf.shape(x)[options.axis]], tf.float64)
+    plain = Options(options.axis, options.epsilon)
+    _, mean, variance = train_step(Batch(x, mask=mask), (zeros, zeros), 0.0, plain)
+    return mean, variance
+
+
+def gradient(
+    dy: tf.Tensor,
+    x: tf.Tensor,
+    mean: tf.Tensor,
+    invstd: tf.Tensor,
+    gamma: tf.Tensor,
+    beta: tf.Tensor,
+    dmean: tf.Tensor,
+    dvariance: tf.Tensor,
+    mask: tf.Tensor | None,
+    y: tf.Tensor | None,
+    options: Options,
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor | None]:
+    """bridge.gradient."""
+    result = _load().ops.bnfast_grad(
+        dy=dy,
+        x=x,
+        saved=tf.stack([mean, invstd]),
+        gamma=[gamma],
+        beta=[beta],
+        mask=[] if mask is None else [_weights(mask, x, options.axis)],
+        y=[] if y is None else [y],
+        parameter_type=tf.float64,
+        statistics=[dmean, dvariance],
+        **_attributes(options),
+    )
+    return result.dx, result.dgamma, result.dbeta, None if y is None else result.dresidual[0]
+
+
+def train_step(
+    batch: Batch, moving: tuple[tf.Tensor, tf.Tensor], momentum: float, options: Options, **attributes: Any
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """bridge.train_step; attributes: the op's others. The (C,) vectors have one dtype, float32 or float64."""
+    x, gamma, beta, mask, residual = batch
+    x = tf.convert_to_tensor(x)
+    y, mean, variance, _ = _load().ops.bnfast_train(
+        x=x,
+        moving_mean=moving[0],
+        moving_variance=moving[1],
+        gamma=[] if gamma is None else [gamma],
+        beta=[] if beta is None else [beta],
+        mask=[] if mask is None else [_weights(mask, x, options.axis)],
+        residual=[] if residual is None else [residual],
+        momentum_bits=_bits(momentum),
+        **attributes,
+        **_attributes(options),
+    )
+    return y, mean, variance
+
+
+def _weights(mask: tf.Tensor, x: tf.Tensor, axis: int) -> tf.Tensor:
+    """The mask as the kernels take it: x's shape with extent 1 along axis, in x's dtype of computation."""
+    at = axis % x.shape.rank
+    weights = tf.cast(mask, formula.compute_dtype(x))
+    wanted = [1 if i == at else extent for i, extent in enumerate(x.shape)]
+    if None not in wanted and weights.shape == wanted:
+        return weights
+    return tf.broadcast_to(weights, tf.tensor_scatter_nd_update(tf.shape(x), [[at]], [1]))
+
+
+@functools.lru_cache
+def _attributes(options: Options) -> dict[str, Any]:
+    """TensorFlow's float attributes hold 32 bits; a float64 travels as the int of the same bits."""
+    return {
+        "axis": options.axis,
+        "epsilon_bits": _bits(options.epsilon),
+        "activation": options.activation or "none",
+        "negative_slope_bits": _bits(options.negative_slope),
+    }
+
+
+def _bits(value: float) -> int:
+    return int(struct.unpack("<q", struct.pack("<d", value))[0])
+
+
+class _Call(NamedTuple):
+    """One call of either op, as its gradient needs it: `optional` holds the inputs that are there, by name."""
+
+    optional: dict[str, Any]
+    options: Options
+
+    @staticmethod
+    def of(op: Any, names: tuple[str, ...]) -> _Call:
+        given, place = {}, 3  # three inputs stand before the optional ones, in both ops
+        for name in names:
+            for i in range(op.get_attr("num_" + name)):
+                given[name if name != "statistics" else ("dmean", "dvariance")[i]] = op.inputs[place]
+                place += 1
+        activation = tf.compat.as_str(op.get_attr("activation"))
+        epsilon, slope = (
+            struct.unpack("<d", struct.pack("<q", op.get_attr(name)))[0]
+            for name in ("epsilon_bits", "negative_slope_bits")
+        )
+        options = Options(op.get_attr("axis"), epsilon, None if activation == "none" else activation, slope)
+        return _Call(given, options)
+
+
+def _train_gradient(op: Any, dy: tf.Tensor, dmean: tf.Tensor, dvariance: tf.Tensor, _: Any) -> list[tf.Tensor | None]:
+    """One gradient, or None, for each input of BnfastTrain."""
+    optional, options = _Call.of(op, ("gamma", "beta", "mask", "residual"))
+    y = [op.outputs[0]] if "residual" in optional and options.activation else []
+    result = _load().ops.bnfast_grad(
+        dy=dy,
+        x=op.inputs[0],
+        saved=op.outputs[3],
+        **{name: [optional[name]] if name in optional else [] for name in ("gamma", "beta", "mask")},
+        y=y,
+        parameter_type=op.inputs[1].dtype,  # that of the moving statistics
+        statistics=[dmean, dvariance] if op.get_attr("statistics_gradient") else [],
+        **_attributes(options),
+    )
+    gradients = {"gamma": result.dgamma, "beta": result.dbeta, "residual": result.dresidual[0] if y else dy}
+    return [result.dx, None, None, *(gradients.get(name) for name in optional)]
+
+
+def _grad_gradient(op: Any, *cotangents: tf.Tensor) -> list[tf.Tensor | None]:
+    """One gradient, or None, for each input of BnfastGrad."""
+    optional, options = _Call.of(op, ("gamma", "beta", "mask", "y", "statistics"))
+    given = {"dy": op.inputs[0], "x": op.inputs[1], **optional}
+    mask = given.pop("mask", None)
+    outputs = dict(zip(("x", "gamma", "beta", "y"), cotangents, strict=False))
+    used = [outputs[name] for name in outputs if name in given]
+    derivatives = dict(zip(given, formula.derivative_of_gradient(given, used, mask, options), strict=True))
+    return [derivatives["dy"], derivatives["x"], None, *(derivatives.get(name) for name in optional)]  # none for y

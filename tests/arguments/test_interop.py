@@ -1,0 +1,273 @@
+"""Whatever holds CPU memory goes in without a copy, and strided arrays with one; results are the same bits."""
+
+import array
+import ctypes
+
+import agreement as ag
+import bnfast
+import numpy as np
+import pytest
+from bnfast import _core
+from bnfast.functional import batch_norm as functional
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """The arguments of every call of _core that did the work, by name."""
+    calls = []
+
+    class Recorder:
+        def __getattr__(self, name):
+            def call(*args):
+                result = getattr(_core, name)(*args)
+                if result is not None:
+                    calls.append((name, args))
+                return result
+
+            return call
+
+    monkeypatch.setattr(functional, "_core", Recorder())
+    return calls
+
+
+def address(a):
+    return a.__array_interface__["data"][0]
+
+
+def same(a, b):
+    for mine, other in zip(a, b, strict=True):
+        if mine is not None:
+            assert mine.dtype == other.dtype
+            assert np.asarray(mine).tobytes() == np.asarray(other).tobytes()
+
+
+class Producer:
+    """A tensor that speaks DLPack alone, as JAX's do."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def __dlpack__(self, **options):
+        return self.data.__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        return self.data.__dlpack_device__()
+
+
+def jax_like(data):
+    """DLPack, and for bfloat16, which NumPy's DLPack can't read, __array__ without a copy."""
+    made = Producer(data)
+    if data.dtype.name == "bfloat16":
+
+        class WithArray(Producer):
+            dtype = data.dtype
+
+            def __array__(self, dtype=None, copy=None):
+                return self.data
+
+        made = WithArray(data)
+    return made
+
+
+@pytest.mark.parametrize("dtype", ag.DTYPES)
+def test_numpy_is_read_in_place(seen, dtype):
+    x = ag.batch((6, 5), 1, ag.dtype_of(dtype), np.random.default_rng(1))
+    gamma, beta, mean, variance = ag.vectors(5, np.random.default_rng(1))
+    result = bnfast.batch_norm_train(x, gamma, beta, mean, variance, residual=x)
+    bnfast.batch_norm_grad(x, x, result.mean, result.invstd, gamma, beta)
+    (_, train), (_, grad) = seen
+    for mine, given in ((train[0], x), (train[1], gamma), (train[2], beta), (train[3], mean), (train[4], variance)):
+        assert mine is given
+    assert grad[0] is grad[1] is x
+    assert grad[2] is result.mean
+
+
+@pytest.mark.parametrize("dtype", ag.DTYPES)
+def test_torch_is_read_in_place(need, seen, dtype):
+    torch = need("torch")
+    x = torch.randn(6, 5).to(getattr(torch, dtype))
+    parameters = [torch.rand(5) + 0.5 for _ in range(4)]
+    dy = torch.randn(6, 5).to(x.dtype)
+    mean, variance = (p.numpy() for p in parameters[2:])
+    result = bnfast.batch_norm_train(x, *parameters[:2], mean, variance, residual=dy, mask=torch.ones(6))
+    assert result.y.dtype == ag.dtype_of(dtype)
+    grad = bnfast.batch_norm_grad(dy, x, torch.from_numpy(result.mean), result.invstd, *parameters[:2])
+    y = bnfast.batch_norm_infer(x, parameters[2], parameters[3])
+    moments = bnfast.moments(x)
+    (_, a), (_, b), (_, c), (_, d) = seen
+    tensors = (a[0], x), (a[1], parameters[0]), (a[2], parameters[1]), (a[11], dy), (a[8], None)
+    tensors += (b[0], dy), (b[1], x), (c[0], x), (c[1], parameters[2]), (d[0], x)
+    for mine, tensor in tensors:
+        assert tensor is None or address(mine) == tensor.data_ptr()
+    x, dy = (np.array(a[0]), np.array(a[11]))
+    gamma, beta, mean, variance = (p.numpy() for p in parameters)
+    expected = bnfast.batch_norm_train(x, gamma, beta, residual=dy)
+    same(result, expected)
+    same(grad, bnfast.batch_norm_grad(dy, x, expected.mean, expected.invstd, gamma, beta))
+    same([y], [bnfast.batch_norm_infer(x, mean, variance)])
+    same(moments[1:], bnfast.moments(x)[1:])
+
+
+def test_torch_that_needs_gradients_or_is_strided(need):
+    torch = need("torch")
+    x = torch.randn(6, 5)
+    same(bnfast.batch_norm_train(x.T, axis=0), bnfast.batch_norm_train(x.numpy().T.copy(), axis=0))
+    for dtype in (torch.float32, torch.bfloat16):
+        with pytest.raises(TypeError, match=r"x must be detached.*Received: requires_grad=True"):
+            bnfast.batch_norm_train(x.to(dtype).requires_grad_())
+    same(bnfast.batch_norm_train(x.requires_grad_().detach()), bnfast.batch_norm_train(x.detach().numpy()))
+
+
+@pytest.mark.parametrize("dtype", ag.DTYPES)
+def test_dlpack_is_read_in_place(seen, dtype):
+    data = ag.batch((6, 5), 1, ag.dtype_of(dtype), np.random.default_rng(2))
+    result = bnfast.batch_norm_train(jax_like(data))
+    assert address(seen[0][1][0]) == address(data)
+    same(result, bnfast.batch_norm_train(data))
+
+
+def test_real_jax(need, seen):
+    jax = need("jax")
+    for dtype in ("float32", "bfloat16"):
+        x = jax.numpy.arange(30, dtype=dtype).reshape(6, 5)
+        same(bnfast.batch_norm_train(x), bnfast.batch_norm_train(np.array(x)))
+        assert address(seen[0][1][0]) == x.unsafe_buffer_pointer()
+        seen.clear()
+
+
+@pytest.mark.parametrize("dtype", ag.DTYPES)
+def test_tensorflow_is_read_in_place(need, seen, dtype):
+    tf = need("tensorflow")
+    x = tf.cast(tf.random.normal((6, 5)), dtype)
+    result = bnfast.batch_norm_train(x)
+    buffer = np.asarray(x) if dtype == "bfloat16" else np.asarray(memoryview(x))
+    assert address(seen[0][1][0]) == address(buffer)
+    same(result, bnfast.batch_norm_train(buffer.copy()))
+
+
+def test_buffers_are_read_in_place(seen):
+    numbers = array.array("f", range(10))
+    result = bnfast.batch_norm_train(numbers)
+    assert address(seen[0][1][0]) == numbers.buffer_info()[0]
+    table = (ctypes.c_double * 5 * 6)(*[(1, 2, 3, 4, 5)] * 6)
+    bnfast.batch_norm_train(table)
+    assert address(seen[1][1][0]) == ctypes.addressof(table)
+    view = memoryview(numbers).cast("B").cast("f", (2, 5))
+    same(bnfast.batch_norm_train(view), bnfast.batch_norm_train(np.arange(10, dtype=np.float32).reshape(2, 5)))
+    assert result.y.shape == (10,)
+
+
+def test_subclasses_and_read_only_arrays(seen, tmp_path):
+    x = np.memmap(tmp_path / "x", np.float32, "w+", shape=(6, 5))
+    x[:] = np.arange(30).reshape(6, 5)
+    result = bnfast.batch_norm_train(x)
+    assert type(result.y) is np.ndarray
+    assert address(seen[0][1][0]) == address(x)
+    plain = np.array(x)
+    plain.flags.writeable = False
+    same(result, bnfast.batch_norm_train(plain))
+    same(bnfast.batch_norm_grad(plain, plain, result.mean, result.invstd), bnfast.batch_norm_grad(
+        x, x, result.mean, result.invstd))  # fmt: skip
+
+
+def layouts(a):
+    """The values of a, laid out differently."""
+    yield "fortran", np.asfortranarray(a)
+    wide = np.empty((*a.shape[:-1], 3 * a.shape[-1]), a.dtype)
+    wide[..., ::3] = a
+    yield "every third", wide[..., ::3]
+    yield "backwards", np.flip(np.flip(a).copy())
+    tall = np.empty((2 * a.shape[0], *a.shape[1:]), a.dtype)
+    tall[1::2] = a
+    yield "every second row", tall[1::2]
+    raw = np.empty(a.nbytes + 1, np.uint8)
+    moved = raw[1:].view(a.dtype).reshape(a.shape)
+    moved[...] = a
+    yield "misaligned", moved
+    off = np.empty(a.size + 3, a.dtype)[3:].reshape(a.shape)  # aligned for its dtype, not for vectors
+    off[...] = a
+    yield "odd start", off
+    yield "transposed", np.ascontiguousarray(a.T).T
+
+
+@pytest.mark.parametrize("dtype", ag.DTYPES)
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((37, 23), 1), ((3, 23, 7, 7), 1), ((2, 5, 7, 3), -1), ((4, 3, 5), 0), ((9,), 0)]
+)
+def test_strided_views_give_the_same_bits(shape, axis, dtype):
+    rng = np.random.default_rng(3)
+    x, dy, residual = (ag.batch(shape, axis, ag.dtype_of(dtype), rng) for _ in range(3))
+    gamma, beta, mean, variance = ag.vectors(shape[axis], rng)
+    mask = rng.integers(0, 3, [1 if i == axis % x.ndim else e for i, e in enumerate(shape)]).astype(np.float32)
+    vectors = dict(zip(["gamma", "beta"], [gamma, beta], strict=True))
+    wanted = bnfast.batch_norm_train(x, gamma, beta, axis=axis, mask=mask, residual=residual, activation="relu")
+    backward = {"axis": axis, "mask": mask, "activation": "relu"}
+    grad = bnfast.batch_norm_grad(dy, x, wanted.mean, wanted.invstd, gamma, beta, residual=residual, **backward)
+    infer = bnfast.batch_norm_infer(x, mean, variance, gamma, beta, axis=axis)
+    for (name, xs), (_, ds), (_, rs), (_, ms) in zip(*map(layouts, (x, dy, residual, mask)), strict=True):
+        before = xs.tobytes()
+        views = {k: dict(layouts(v))[name] for k, v in vectors.items()}
+        same(bnfast.batch_norm_train(xs, **views, axis=axis, mask=ms, residual=rs, activation="relu"), wanted)
+        backward["mask"] = ms
+        same(bnfast.batch_norm_grad(ds, xs, wanted.mean, wanted.invstd, **views, residual=rs, **backward), grad)
+        same([bnfast.batch_norm_infer(xs, mean, variance, **views, axis=axis)], [infer])
+        same(bnfast.moments(xs, axis=axis)[1:], bnfast.moments(x, axis=axis)[1:])
+        assert xs.tobytes() == before
+
+
+def test_broadcast_views():
+    x = np.broadcast_to(np.arange(5, dtype=np.float32), (6, 5))
+    same(bnfast.batch_norm_train(x), bnfast.batch_norm_train(x.copy()))
+
+
+@pytest.mark.parametrize("dtype", ag.DTYPES)
+@pytest.mark.parametrize(("shape", "axis"), [*ag.SHAPES, *ag.EMPTY])
+def test_outputs_are_aligned_to_64_bytes(shape, axis, dtype):
+    x = np.zeros(shape, ag.dtype_of(dtype))
+    result = bnfast.batch_norm_train(x, axis=axis)
+    grad = bnfast.batch_norm_grad(x, x, result.mean, result.invstd, axis=axis, residual=x, activation="relu")
+    infer = bnfast.batch_norm_infer(x, result.mean, result.variance, axis=axis)
+    for a in (result.y, grad.dx, grad.dresidual, infer):
+        assert address(a) % 64 == 0
+        assert a.flags.c_contiguous
+        assert a.flags.writeable
+        assert not np.shares_memory(a, x)
+
+
+@pytest.mark.parametrize("dtype", ag.DTYPES)
+@pytest.mark.parametrize(("shape", "axis"), [((37, 23), 1), ((3, 23, 7, 7), 1), ((300, 100), 1), ((0, 4), 1)])
+def test_out(shape, axis, dtype):
+    rng = np.random.default_rng(4)
+    x, dy = (ag.batch(shape, axis, ag.dtype_of(dtype), rng) for _ in range(2))
+    gamma, beta, mean, variance = ag.vectors(shape[axis], rng)
+    wanted = bnfast.batch_norm_train(x, gamma, beta, axis=axis)
+    given = {"gamma": gamma, "beta": beta, "axis": axis}
+    calls = {
+        "train": (lambda x, dy, out: bnfast.batch_norm_train(x, **given, out=out).y, ("x",)),
+        "infer": (lambda x, dy, out: bnfast.batch_norm_infer(x, mean, variance, **given, out=out), ("x",)),
+        "grad": (
+            lambda x, dy, out: bnfast.batch_norm_grad(dy, x, wanted.mean, wanted.invstd, **given, out=out).dx,
+            ("x", "dy"),
+        ),
+    }
+    for call, places in calls.values():
+        expected = call(x, dy, None)
+        apart = np.empty_like(x)
+        assert call(x, dy, apart) is apart
+        same([apart], [expected])
+        for place in places:
+            copies = {"x": x.copy(), "dy": dy.copy()}
+            result = call(**copies, out=copies[place])
+            assert result is copies[place]
+            same([result], [expected])
+        once = x.copy()
+        call(once, dy, once[...])  # another array object over the same elements
+        same([once], [call(x, dy, None)])
+
+
+def test_gradient_of_x_with_itself_in_place():
+    x = ag.batch((30, 7), 1, np.float32, np.random.default_rng(5))
+    _, mean, _, invstd = bnfast.batch_norm_train(x)
+    wanted = bnfast.batch_norm_grad(x, x, mean, invstd).dx
+    both = x.copy()
+    same([bnfast.batch_norm_grad(both, both, mean, invstd, out=both).dx], [wanted])

@@ -1,0 +1,158 @@
+"""`bnfast run`: scripts as people write them, run unmodified, and Python's own manners around them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+
+
+def bnfast_run(*words: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "bnfast", "run", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300)
+
+
+def said(done: subprocess.CompletedProcess[str]) -> list[str]:
+    """What bnfast itself wrote to stderr."""
+    return [line.removeprefix("bnfast: ") for line in done.stderr.splitlines() if line.startswith("bnfast: ")]
+
+
+def python(*words: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, cwd=cwd, timeout=300)
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "summary"),
+    [
+        ("mlp.py", [], ["2 batch norms: 2 trained on "]),
+        ("gan.py", [], ["2 batch norms: 2 trained on "]),
+        ("resume.py", ["."], ["6 batch norms: 6 trained on "]),
+        ("cnn.py", ["--epochs", "4", "."], ["6 batch norms: 4 never trained, 2 trained on "]),
+    ],
+)
+def test_scripts_run_unmodified(need, tmp_path, script, words, summary):
+    need("tensorflow")
+    need("sklearn")
+    done = bnfast_run(SCRIPTS / script, *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    first, *rest = said(done)
+    assert first == f"running {SCRIPTS / script} with bnfast's batch norm in place of Keras's"
+    assert len(rest) == len(summary), rest
+    for line, start in zip(rest, summary, strict=True):
+        assert line.startswith(start), rest
+
+
+FACTS = """
+import sys, json
+print(json.dumps([__name__, sys.argv, sys.path[0], __file__, __package__, __spec__ and __spec__.name]))
+print(sys.modules["__main__"].__dict__ is globals())
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A folder of scripts that import nothing heavy."""
+    files = {
+        "facts.py": FACTS,
+        "package/__init__.py": "",
+        "package/__main__.py": FACTS,
+        "package/part.py": FACTS,
+        "app/__main__.py": FACTS,
+        "exits.py": "import sys; sys.exit(int(sys.argv[1]))",
+        "says.py": "import sys; sys.exit('a message')",
+        "breaks.py": "def f():\n    raise KeyError('gone')\nf()\n",
+        "typo.py": "x = = 1\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["facts.py", "--epochs", "3", "-m", "--quiet", "--", "-h"],
+        ["package/part.py"],
+        ["app", "x"],
+        ["-m", "package", "--version"],
+        ["-m", "package.part", "-q"],
+        ["exits.py", "7"],
+        ["exits.py", "0"],
+        ["says.py"],
+        ["breaks.py"],
+        ["typo.py"],
+    ],
+    ids=lambda words: " ".join(words),
+)
+def test_it_is_as_with_python(need, place, words):
+    need("tensorflow")
+    wanted, done = python(*words, cwd=place), bnfast_run("--quiet", *words, cwd=place)
+    assert (done.returncode, done.stdout, done.stderr) == (wanted.returncode, wanted.stdout, wanted.stderr)
+
+
+def test_a_script_without_keras_is_told_so_and_pays_nothing(need, place):
+    need("tensorflow")
+    (place / "light.py").write_text("import sys; assert not {'keras', 'tensorflow'} & set(sys.modules)")
+    done = bnfast_run("light.py", cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert said(done)[1:] == ["nothing was replaced: the script didn't import Keras"]
+    assert len(said(bnfast_run("--no-summary", "light.py", cwd=place))) == 1
+
+
+def test_what_a_script_sets_before_it_imports_keras_counts(need, place):
+    need("tensorflow")
+    need("torch")
+    script = "import os, sys; os.environ['KERAS_BACKEND'] = 'torch'\nimport keras\n"
+    script += "assert keras.backend.backend() == 'torch' and 'bnfast.keras' not in sys.modules"
+    (place / "other.py").write_text(script)
+    done = bnfast_run("other.py", cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert said(done)[1:] == ["nothing was replaced: Keras runs on torch"]
+
+
+def test_an_interrupt_leaves_python_s_traceback_and_status(need, place):
+    need("tensorflow")
+    (place / "waits.py").write_text("raise KeyboardInterrupt")
+    done = bnfast_run("--quiet", "waits.py", cwd=place)
+    assert done.returncode == 130
+    assert done.stderr.splitlines()[-1] == "KeyboardInterrupt"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "run: a script or -m MODULE is needed. usage: bnfast run"),
+        (["-m"], "run: a script or -m MODULE is needed. usage: bnfast run"),
+        (["--fast", "x.py"], "run: unknown option --fast. usage: bnfast run"),
+        (["absent.py"], "run: can't open absent.py: No such file or directory"),
+        (["-m", "absent"], "run: no module named absent"),
+        (["-m", "absent.part"], "run: no module named absent.part"),
+    ],
+)
+def test_bad_requests_say_so_in_one_line(need, place, words, message):
+    need("tensorflow")
+    done = bnfast_run(*words, cwd=place)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"bnfast: {message}")
+    assert done.stderr.count("\n") == 1
+
+
+def test_help(need):
+    done = bnfast_run("--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert all(part in done.stdout for part in ("SCRIPT", "-m MODULE", "--no-summary", "--quiet"))
+
+
+@pytest.mark.parametrize("module", ["tensorflow", "keras"])
+def test_without_tensorflow_or_keras_it_says_what_is_missing(place, module):
+    code = (
+        f"import sys; sys.modules[{module!r}] = None; from bnfast.cli import main; sys.exit(main(['run', 'facts.py']))"
+    )
+    done = python("-c", code, cwd=place)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f'bnfast: this needs {module}, not installed here: pip install "bnfast[keras]"\n'

@@ -1,0 +1,64 @@
+"""Equality of bits: the layouts that are compared, and the settings that must not matter."""
+
+import bnfast
+import numpy as np
+import pytest
+from bnfast import _core
+
+
+def bits(value) -> np.ndarray:
+    """Raw bits, every NaN the same."""
+    a = np.ascontiguousarray(value)
+    return np.where(np.isnan(a), -1, a.view(f"i{a.itemsize}"))
+
+
+def settle(isa, threads):
+    """Sets both and returns a check that they are what ran."""
+    _core._set_isa(isa)
+    _core._set_serial_bytes(0)
+    _core._set_full_team(True)
+    bnfast.set_num_threads(threads)
+
+    def check():
+        assert _core._last_run() == (isa, threads)
+
+    return check
+
+
+@pytest.fixture(autouse=True)
+def usual_settings():
+    mode = _core._fp_mode()
+    yield
+    _core._set_fp_mode(mode)
+    _core._set_isa(None)
+    _core._set_serial_bytes(None)
+    _core._set_full_team(False)
+    bnfast.set_num_threads(None)
+
+
+def shifted(a, by_bytes):
+    """A copy whose data starts that many bytes after a 64-byte line."""
+    room = np.zeros(a.nbytes + 192, np.uint8)
+    start = -room.ctypes.data % 64 + by_bytes
+    view = room[start : start + a.nbytes].view(a.dtype).reshape(a.shape)
+    view[...] = a
+    assert view.ctypes.data % 64 == by_bytes % 64
+    return view
+
+
+def every_other(a):
+    """The values as every second one of a larger array."""
+    room = np.zeros((*a.shape[:-1], 2 * a.shape[-1]), a.dtype)
+    room[..., ::2] = a
+    return room[..., ::2]
+
+
+LAYOUTS = {
+    "one value off a line": lambda a: shifted(a, a.itemsize),
+    "one byte off": lambda a: shifted(a, 1),
+    "every other": every_other,
+    "backwards": lambda a: a[::-1].copy()[::-1],
+    "Fortran order": np.asfortranarray,
+    "read only": lambda a: np.frombuffer(a.tobytes(), a.dtype).reshape(a.shape),
+    "channels moved": lambda a: np.moveaxis(np.ascontiguousarray(np.moveaxis(a, -1, 0)), 0, -1),
+}

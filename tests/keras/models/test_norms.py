@@ -1,0 +1,162 @@
+"""Layer, group and instance normalization in models: training, configs, files, exports, and back to Keras's layers."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("tensorflow")
+import keras
+import tensorflow as tf
+from bnfast.keras import GroupNormalization, InstanceNormalization, LayerNormalization, to_native
+from bnfast.keras.layers import norms
+from keras import layers as L
+from norms_cases import each_way, same, theirs
+
+
+@pytest.fixture(params=["ops", "kernels"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    yield from each_way(request.param, monkeypatch)
+
+
+def model_of(group: Any, instance: Any, layer: Any) -> Any:
+    inputs = keras.Input((6, 6, 3))
+    x = L.Conv2D(8, 3, name="conv")(inputs)
+    x = group(groups=4, name="group")(x)
+    x = instance(name="instance")(x)
+    x = layer(axis=[1, 2], name="layer", scale=False)(x)
+    return keras.Model(inputs, L.Dense(2, name="head")(L.Flatten()(x)), name="model")
+
+
+def models(dtype: str = "float64") -> tuple[Any, Any]:
+    """Ours and Keras's, the same weights."""
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(dtype)
+    try:
+        ours = model_of(GroupNormalization, InstanceNormalization, LayerNormalization)
+        native = model_of(L.GroupNormalization, lambda **words: L.GroupNormalization(-1, **words), L.LayerNormalization)
+    finally:
+        keras.config.set_dtype_policy(before)
+    rng = np.random.default_rng(5)
+    ours.set_weights([rng.uniform(0.05, 0.15, w.shape) for w in ours.get_weights()])  # large ones make SGD diverge
+    native.set_weights(ours.get_weights())
+    return ours, native
+
+
+def data() -> tuple[Any, Any]:
+    rng = np.random.default_rng(6)
+    return rng.normal(size=(10, 6, 6, 3)), rng.normal(size=(10, 2))
+
+
+def test_fit(way: str) -> None:
+    """Three batches, the last one smaller; the losses and every weight afterwards."""
+    trained = []
+    for model in models():
+        model.compile(keras.optimizers.SGD(0.01, momentum=0.9), "mse")
+        losses = model.fit(*data(), batch_size=4, epochs=2, shuffle=False, verbose=0).history["loss"]
+        trained.append([np.asarray(losses), *model.get_weights(), model.predict(data()[0], verbose=0)])
+    same(*trained, 1e-9)
+
+
+def test_mixed_precision_fit(way: str) -> None:
+    model, _ = models("mixed_float16")
+    model.compile(keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.001), initial_scale=64), "mse")
+    losses = model.fit(*data(), epochs=3, verbose=0).history["loss"]
+    assert losses[-1] < losses[0]
+    assert {weight.dtype for weight in model.weights} == {"float32"}
+
+
+ARGUMENTS: dict[str, Any] = {
+    "axis": 1,
+    "epsilon": 1e-5,
+    "center": True,
+    "scale": False,
+    "beta_initializer": keras.initializers.Constant(0.5),
+    "gamma_initializer": "random_uniform",
+    "beta_regularizer": "l1",
+    "gamma_regularizer": keras.regularizers.L2(0.25),
+    "beta_constraint": "non_neg",
+    "gamma_constraint": keras.constraints.MaxNorm(3.0),
+    "name": "norm",
+    "dtype": "mixed_float16",
+}
+
+
+@pytest.mark.parametrize("kind", [LayerNormalization, GroupNormalization, InstanceNormalization])
+def test_configs(kind: Any) -> None:
+    words = {**ARGUMENTS, **({"groups": 3} if kind is GroupNormalization else {})}
+    ours, other = kind(**words), theirs(kind, words).get_config()
+    wanted = {name: value for name, value in other.items() if kind is not InstanceNormalization or name != "groups"}
+    assert ours.get_config() == wanted
+    text = json.dumps(keras.saving.serialize_keras_object(ours))
+    again = keras.saving.deserialize_keras_object(json.loads(text))
+    assert type(again) is kind
+    assert again.get_config() == wanted
+    assert kind.from_config(other).get_config() == wanted  # Addons' InstanceNormalization writes its groups too
+    assert keras.saving.get_registered_name(kind) == f"bnfast>{kind.__name__}"
+
+
+def test_files(tmp_path: Path) -> None:
+    ours, native = models()
+    ours.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert [type(layer) for layer in loaded.layers] == [type(layer) for layer in ours.layers]
+    assert [w.path for w in loaded.weights] == [w.path for w in native.weights]
+    np.testing.assert_array_equal(loaded(data()[0]), ours(data()[0]))
+
+
+def test_files_of_keras(tmp_path: Path) -> None:
+    """Weights go either way. (Files name layers by their class, so Keras's for an instance norm is a group norm's.)"""
+    ours, native = (
+        keras.Sequential([keras.Input((4, 6)), group(3, beta_initializer="ones"), layer(gamma_initializer="ones")])
+        for group, layer in ((GroupNormalization, LayerNormalization), (L.GroupNormalization, L.LayerNormalization))
+    )
+    for source, target in ((ours, native), (native, ours)):
+        source.set_weights([np.full(w.shape, i + 1.5) for i, w in enumerate(source.weights)])
+        source.save_weights(tmp_path / "model.weights.h5")
+        target.set_weights([0 * w for w in target.get_weights()])
+        target.load_weights(tmp_path / "model.weights.h5")
+        for one, other in zip(source.get_weights(), target.get_weights(), strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+def test_inference_is_made_of_tensorflows_ops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(norms, "SMALL_BYTES", 0)
+    ours, native = models("float32")
+    x = tf.constant(data()[0], tf.float32)
+    ours.export(tmp_path / "exported", verbose=False)
+    exported = tf.saved_model.load(tmp_path / "exported")
+    graph = exported.signatures["serving_default"].graph.as_graph_def()
+    kinds = {node.op for function in graph.library.function for node in function.node_def}
+    assert "Rsqrt" in kinds
+    assert not [kind for kind in kinds if "PyFunc" in kind]
+    same([exported.serve(x)], [native(x)], 1e-5)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_to_native(inplace: bool) -> None:
+    ours, native = models()
+    ours.compile(keras.optimizers.SGD(0.01, momentum=0.9), "mse")
+    ours.fit(*data(), verbose=0)
+    native.set_weights(ours.get_weights())
+    back = to_native(ours, inplace=inplace)
+    assert (back is ours) == inplace
+    assert [type(layer) for layer in back.layers] == [type(layer) for layer in native.layers]
+    assert [w.path for w in back.weights] == [w.path for w in native.weights]
+    assert "bnfast" not in back.to_json()
+    np.testing.assert_array_equal(back(data()[0], training=True), native(data()[0], training=True))
+    assert back.get_layer("instance").groups == 8
+    assert back.get_layer("layer").supports_jit
+    native.compile(keras.optimizers.SGD(0.01), "mse")
+    back.compile(keras.optimizers.SGD(0.01), "mse")
+    assert back.train_on_batch(*data()) == pytest.approx(native.train_on_batch(*data()))
+
+
+def test_to_native_drops_the_training_that_only_ours_take() -> None:
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, LayerNormalization(name="norm")(inputs, training=True))
+    x = np.random.default_rng(1).normal(size=(3, 4)).astype("float32")
+    np.testing.assert_allclose(to_native(model)(x), model(x), rtol=1e-5, atol=1e-6)

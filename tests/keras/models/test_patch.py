@@ -1,0 +1,324 @@
+"""patch, unpatch, enabled: whoever names Keras's BatchNormalization gets ours, and nothing is left behind."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("tensorflow")
+import bnfast.keras
+import keras
+import tensorflow as tf
+from bnfast.keras import enabled, patch, unpatch
+from bnfast.keras.models.patch import KERAS, made, summary
+from keras.src import api_export
+
+OURS = sys.modules["bnfast.keras.models.patch"]  # the class itself, as a global of this file, would be unpatched too
+
+
+@pytest.fixture(autouse=True)
+def clean() -> Iterator[None]:
+    made.clear()
+    yield
+    unpatch()
+    made.clear()
+
+
+def places(wanted: Any) -> set[str]:
+    """module.attribute of everything in sys.modules that is `wanted`, this file and bnfast itself aside."""
+    return {
+        f"{name}.{attribute}"
+        for name, module in list(sys.modules.items())
+        if module is not None and name != __name__ and not name.startswith("bnfast.")
+        for attribute, value in list(getattr(module, "__dict__", {}).items())
+        if value is wanted
+    }
+
+
+WORDS = [{}] if "renorm" not in KERAS().get_config() else [{}, {"renorm": True, "renorm_clipping": {"rmax": 1.5}}]
+
+
+def small_model(**words: Any) -> Any:
+    layers = keras.layers
+    inputs = layers.Input((8, 8, 3), name="image")
+    y = layers.Conv2D(4, 3, use_bias=False, name="conv")(inputs)
+    y = layers.BatchNormalization(gamma_regularizer="l2", name="norm", **words)(y)
+    y = layers.LeakyReLU(name="leaky")(y)
+    y = layers.Dense(2, name="head")(layers.Flatten(name="flat")(y))
+    return keras.Model(inputs, layers.BatchNormalization(axis=1, scale=False, name="last")(y), name="small")
+
+
+def trained(model: Any, rng: np.random.Generator) -> Any:
+    model.compile("adam", keras.losses.MeanSquaredError())  # an .h5 file with "mse" in it: Keras 3.15 fails
+    model.fit(rng.normal(size=(64, 8, 8, 3)), rng.normal(size=(64, 2)), batch_size=16, verbose=0)
+    return model
+
+
+def test_every_name_is_replaced_and_restored() -> None:
+    before, registry = places(KERAS), dict(api_export.REGISTERED_NAMES_TO_OBJS)
+    assert {"keras.layers.BatchNormalization", "keras.src.layers.BatchNormalization"} <= before
+    patch()
+    assert {place for place in before if place.startswith("keras.")} <= places(OURS.PatchedBatchNormalization)
+    assert {place for place in places(KERAS) if place.startswith(("keras.", "tensorflow."))} == set()
+    unpatch()
+    assert places(KERAS) == before
+    assert places(OURS.PatchedBatchNormalization) == set()
+    assert registry == api_export.REGISTERED_NAMES_TO_OBJS
+
+
+def test_all_the_ways_to_name_it() -> None:
+    patch()
+    from keras.layers import BatchNormalization as from_keras
+    from tensorflow.keras.layers import BatchNormalization as from_tensorflow
+
+    config = {"module": "keras.layers", "class_name": "BatchNormalization", "config": {}, "registered_name": None}
+    assert from_keras is from_tensorflow is tf.keras.layers.BatchNormalization is keras.layers.BatchNormalization
+    assert enabled(from_keras)
+    assert enabled(keras.layers.deserialize(config))
+    assert enabled(keras.saving.deserialize_keras_object(config))
+    assert enabled(keras.applications.MobileNet(weights=None, input_shape=(32, 32, 3), classes=2))
+
+
+def test_names_imported_meanwhile_are_restored_wherever_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    script, lazy = ModuleType("script"), ModuleType("keras.lazy")
+    lazy.norm = KERAS  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "script", script)
+    monkeypatch.setitem(sys.modules, "keras.lazy", lazy)
+    exec("from keras.layers import BatchNormalization as Before", script.__dict__)
+    patch()
+    exec("from keras.layers import BatchNormalization, BatchNormalization as BN", script.__dict__)
+    assert (script.Before, script.BN, lazy.norm) == (
+        KERAS,
+        OURS.PatchedBatchNormalization,
+        OURS.PatchedBatchNormalization,
+    )
+    assert enabled(script)
+    unpatch()
+    assert (script.Before, script.BN, script.BatchNormalization, lazy.norm) == (KERAS,) * 4
+    assert not enabled(script)
+
+
+def test_patching_twice_and_unpatching_twice_is_once() -> None:
+    assert not enabled()
+    with patch():
+        with patch():
+            pass
+        assert enabled(), "the inner one didn't begin it"
+    assert not enabled()
+    unpatch()
+    assert keras.layers.BatchNormalization is KERAS
+    with pytest.raises(KeyError), patch():
+        raise KeyError
+    assert not enabled()
+
+
+def test_enabled_looks_at_the_thing_itself() -> None:
+    earlier, ours = keras.layers.BatchNormalization(), bnfast.keras.BatchNormalization()
+    plain = keras.Sequential([earlier])
+    with patch():
+        assert enabled()
+        assert enabled(keras.layers)
+        assert enabled(tf.keras.layers)
+        patched, fallen = keras.layers.BatchNormalization(), keras.layers.BatchNormalization(epsilon=-1)
+        model = keras.Sequential([keras.Input((3,)), keras.Sequential([patched]), keras.layers.Dense(1)])
+        mixed = keras.Sequential([patched, earlier])
+        assert not enabled(plain)
+    assert not enabled(keras.layers)
+    assert not enabled(keras.layers.BatchNormalization)
+    assert not enabled(json), "a module that names no batch norm"
+    answers = {each: enabled(each) for each in (earlier, ours, patched, fallen, model, mixed, plain)}
+    assert [each for each, answer in answers.items() if answer] == [ours, patched, model]
+    assert not enabled(keras.layers.Dense(1))
+    with pytest.raises(TypeError, match=r"obj must be None, a layer, a model, a class or a module\. Received: str"):
+        enabled("keras")
+
+
+def test_isinstance_holds_before_during_and_after() -> None:
+    earlier = keras.layers.BatchNormalization()
+    with patch():
+        patched = keras.layers.BatchNormalization()
+        for each in (earlier, patched, bnfast.keras.BatchNormalization()):
+            assert isinstance(each, keras.layers.BatchNormalization)
+        assert issubclass(KERAS, keras.layers.BatchNormalization)
+        assert not isinstance(keras.layers.ReLU(), keras.layers.BatchNormalization)
+
+        class Mine(keras.layers.BatchNormalization):
+            pass
+
+        assert isinstance(Mine(), Mine)
+        assert not isinstance(patched, Mine)
+        assert not issubclass(KERAS, Mine)
+    assert isinstance(patched, keras.layers.BatchNormalization)
+    assert isinstance(Mine(), keras.layers.BatchNormalization)
+
+
+def test_a_subclass_of_a_script_trains_on_our_kernels(rng: np.random.Generator) -> None:
+    patch()
+
+    class Mine(keras.layers.BatchNormalization):
+        def __init__(self, momentum: float = 0.5, **words: Any) -> None:
+            super().__init__(momentum=momentum, **words)
+
+        def call(self, inputs: Any, training: Any = None) -> Any:
+            return 2 * super().call(inputs, training=training)
+
+    unpatch()
+    mine, theirs = Mine(name="mine"), keras.layers.BatchNormalization(momentum=0.5)
+    x = rng.normal(3, 2, size=(32, 5)).astype("float32")
+    np.testing.assert_allclose(mine(x, training=True), 2 * theirs(x, training=True), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(mine.moving_mean, theirs.moving_mean, rtol=1e-5)
+    assert enabled(mine)
+    assert [(entry.name, entry.reason) for entry in made] == [("mine", None)]
+    assert made[0].state.startswith("trained on ")
+    assert Mine.from_config(mine.get_config()).momentum == 0.5
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ({"renorm": True, "synchronized": True}, "renorm=True with synchronized=True"),
+        ({"renorm": True, "renorm_momentum": 1.5}, "renorm_momentum must be in [0, 1]. Received: 1.5"),
+        ({"momentum": 1.5}, "momentum outside [0, 1]"),
+        ({"epsilon": -1e-9}, "epsilon negative or not finite"),
+    ],
+)
+def test_what_we_do_not_take_is_keras_s_own(words: dict[str, Any], reason: str, rng: np.random.Generator) -> None:
+    keras.backend.clear_session()
+    theirs = KERAS(**words)
+    keras.backend.clear_session()
+    patch()
+    ours = keras.layers.BatchNormalization(**words)
+    assert ours.get_config() == theirs.get_config(), "default names too"
+    assert (made[0].reason, enabled(ours)) == (reason, False)
+    x = rng.normal(size=(32, 5)).astype("float32")
+    for training in (True, False):
+        np.testing.assert_array_equal(ours(x, training=training), theirs(x, training=training))
+    assert summary().splitlines() == [
+        "1 batch norms: 1 on Keras's own layer",
+        f"Keras's own for batch_normalization: {reason}",
+    ]
+
+
+def test_arguments_that_keras_refuses_are_refused_in_its_words() -> None:
+    patch()
+    for words in ({"axis": [1, 2]}, {"axes": 1}, {"momentum": "much"}):
+        with pytest.raises((TypeError, ValueError)) as theirs:
+            KERAS(**words)
+        with pytest.raises(theirs.type) as ours:
+            keras.layers.BatchNormalization(**words)
+        assert str(ours.value).replace("PatchedBatchNormalization", "BatchNormalization") == str(theirs.value)
+
+
+def test_another_backend_is_left_to_keras(monkeypatch: pytest.MonkeyPatch) -> None:
+    patch()
+    monkeypatch.setattr(keras.backend, "backend", lambda: "torch")
+    assert not enabled(keras.layers.BatchNormalization())
+    assert made[0].reason == "Keras runs on torch"
+
+
+def test_the_summary_counts_what_trained_where(rng: np.random.Generator) -> None:
+    assert summary() == "no batch norm was made"
+    patch()
+    trained(small_model(), rng)
+    keras.layers.BatchNormalization(name="idle")
+    for index in range(5):
+        keras.layers.BatchNormalization(momentum=1.5, name=f"odd_{index}")
+    first, second = summary().splitlines()
+    assert first.startswith("8 batch norms: 5 on Keras's own layer, 2 trained on ")
+    assert first.endswith(", 1 never trained")
+    assert second == "Keras's own for odd_0, odd_1, odd_2 and 2 more: momentum outside [0, 1]"
+
+
+LOAD = """
+import json, sys
+sys.modules["bnfast"] = None  # any import of it fails
+import keras, numpy as np
+from pathlib import Path
+folder = Path(sys.argv[1])
+data = np.load(folder / "data.npz")
+files = [keras.models.load_model(folder / name) for name in ("small.keras", "small.h5")]
+bare = keras.models.model_from_json((folder / "small.json").read_text())
+bare.load_weights(folder / "small.weights.h5")
+for model in (*files, bare):
+    assert [type(layer).__module__.split(".")[0] for layer in model.layers] == ["keras"] * 7
+    norms = [layer for layer in model.layers if type(layer) is keras.layers.BatchNormalization]
+    assert [layer.name for layer in norms] == ["norm", "last"]
+    for index, weights in enumerate(model.get_weights()):
+        np.testing.assert_array_equal(weights, data[f"arr_{index}"])
+    np.testing.assert_allclose(model.predict(data["x"], verbose=0), data["y"], rtol=1e-5, atol=1e-5)
+files[0].train_on_batch(data["x"], data["y"])
+"""
+
+
+@pytest.mark.parametrize("when", ["under the patch", "after it"])
+def test_what_it_trained_loads_without_bnfast(when: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    with patch():
+        model = trained(small_model(), rng)
+        if when == "after it":
+            unpatch()
+        model.save(tmp_path / "small.keras")
+        model.save(tmp_path / "small.h5")
+        model.save_weights(tmp_path / "small.weights.h5")
+        (tmp_path / "small.json").write_text(model.to_json())
+    assert enabled(model)
+    x = rng.normal(size=(5, 8, 8, 3)).astype("float32")
+    np.savez(tmp_path / "data.npz", *model.get_weights(), x=x, y=model.predict(x, verbose=0))
+    done = subprocess.run([sys.executable, "-c", LOAD, str(tmp_path)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_config_is_the_one_keras_writes() -> None:
+    theirs = small_model(**WORDS[-1]).to_json()
+    with patch():
+        ours = small_model(**WORDS[-1])
+        assert json.loads(ours.to_json()) == json.loads(theirs)
+        assert enabled(keras.models.model_from_json(theirs))
+        assert enabled(keras.models.clone_model(ours))
+    assert json.loads(ours.to_json()) == json.loads(theirs)
+    assert not enabled(keras.models.model_from_json(ours.to_json()))
+
+
+@pytest.mark.parametrize("words", WORDS, ids=str)
+def test_a_training_gives_what_keras_gives(words: dict[str, Any]) -> None:
+    results = []
+    for switch in (unpatch, patch):
+        switch()
+        keras.utils.set_random_seed(4)
+        model = trained(small_model(**words), np.random.default_rng(0))
+        results.append({w.path: w.numpy() for w in model.weights if w.path != "head/bias"})  # its true gradient is 0
+    assert enabled(model)
+    assert results[0].keys() == results[1].keys()
+    for path, theirs in results[0].items():
+        np.testing.assert_allclose(results[1][path], theirs, rtol=1e-3, atol=1e-4, err_msg=path)
+
+
+def test_a_model_made_under_the_patch_goes_through_the_rest() -> None:
+    with patch():
+        model = small_model()
+        x = inputs = keras.Input((3,))
+        odd = keras.layers.BatchNormalization(renorm=True, synchronized=True)
+        mixed = keras.Model(inputs, keras.layers.BatchNormalization()(odd(x)))
+    assert [row.state for row in bnfast.keras.report(model).rows] == ["bnfast", "bnfast"]
+    first, second = bnfast.keras.report(mixed).rows
+    assert (first.state, first.reason) == ("native", "renorm=True with synchronized=True is not supported")
+    assert second.state == "bnfast"
+    with pytest.raises(ValueError, match="renorm=True"):
+        bnfast.keras.accelerate(mixed, strict=True)
+    for each in (model, mixed):
+        native = bnfast.keras.to_native(each)
+        assert all(type(layer).__module__.startswith("keras.") for layer in native.layers)
+    assert all(type(layer).__module__.startswith("keras.") for layer in bnfast.keras.fold(model).layers[:3])
+
+
+@pytest.mark.parametrize("words", [{"activation": "relu"}, {"fused": True}, {"bridge": "native"}], ids=str)
+def test_what_keras_refuses_is_refused_under_the_patch(words: Any) -> None:
+    """A config of Keras's can't hold it: a saved model would compute something else."""
+    patch()
+    with pytest.raises(ValueError, match="Unrecognized keyword arguments"):
+        keras.layers.BatchNormalization(**words)

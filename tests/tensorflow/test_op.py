@@ -1,0 +1,345 @@
+"""The TensorFlow op of the native bridge: its library, its attributes, its buffers, and what happens without it."""
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("tensorflow")
+import bnfast
+import tensorflow as tf
+from bnfast import _core
+from bnfast.keras import BatchNormalization
+from bnfast.tensorflow import op as native
+from bnfast.tensorflow import op_library as _tf_library
+from bnfast.tensorflow import ops as bridge
+from bnfast.tensorflow.ops import Batch, Options
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the op is built on Linux alone")
+
+SHAPE = (16, 20, 20, 64)
+
+
+@pytest.fixture(autouse=True)
+def native_bridge(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BNFAST_BRIDGE", "native")
+
+
+def pointer(tensor: Any) -> Any:
+    """The tensor's buffer as a following op sees it. It reads one value of it, so that the op comes after."""
+    return tf.numpy_function(lambda array: np.int64(array.__array_interface__["data"][0]), [tensor], tf.int64)
+
+
+def test_it_loads_here() -> None:
+    available, reason = native.status()
+    assert available, reason
+    assert reason == f"_tf.so loaded by TensorFlow {tf.__version__}"
+    assert _tf_library.probe() == (True, "_tf.so fits the installed TensorFlow")
+
+
+def test_the_library_holds_no_core_and_needs_no_tensorflow_to_link() -> None:
+    """One pool of threads, one scratch, one instruction set in a process: the op calls _core's."""
+    data = _tf_library.PATH.read_bytes()
+    assert b"BnfastTrain" in data
+    assert b"libgomp" not in data
+    assert len(data) < 500_000
+    code = f"import ctypes, sys; ctypes.CDLL({os.fspath(_tf_library.PATH)!r}); assert 'tensorflow' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("isa", ["baseline", None])
+def test_settings_of_the_core_reach_the_op(isa: str | None, rng: np.random.Generator) -> None:
+    """Same bits as the NumPy functions, whatever the threads; and they run where Python set the instruction set."""
+    x = rng.normal(3, 2, (64, 10, 10, 8)).astype("float32")
+    wanted = bnfast.batch_norm_train(x)
+    threads = bnfast.get_num_threads()
+    _core._set_isa(isa)
+    try:
+        for n in (1, 3):
+            bnfast.set_num_threads(n)
+            y, mean, variance = bridge.train(tf.constant(x))
+            assert y.numpy().tobytes() == wanted.y.tobytes()
+            assert mean.numpy().tobytes() == wanted.mean.astype("float32").tobytes()
+            assert variance.numpy().tobytes() == wanted.variance.astype("float32").tobytes()
+    finally:
+        _core._set_isa(None)
+        bnfast.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
+@pytest.mark.parametrize("axis", [0, 1, 2, -1])
+def test_both_bridges_give_the_same_bits(axis: int, dtype: str, rng: np.random.Generator) -> None:
+    """float16 and bfloat16 too, masks, residuals, any activation; graph against eager, native against the callback."""
+    shape = (6, 5, 4, 3)
+    channels = shape[axis]
+    x, dy, residual = (tf.cast(rng.normal(1, 2, shape), dtype) for _ in range(3))
+    parameter = "float64" if dtype == "float64" else "float32"
+    vectors = [tf.constant(rng.uniform(0.5, 2, channels), parameter) for _ in range(4)]
+    mask = tf.expand_dims(tf.constant(rng.random(np.delete(shape, axis)) < 0.7), axis % 4)
+    for activation in (None, "relu", "relu6", "leaky_relu"):
+        for given in ({}, {"residual": residual}):
+            for weights in (None, mask):
+
+                def run(name: str, activation: Any = activation, given: Any = given, weights: Any = weights) -> Any:
+                    sources = [x, *vectors[:2], *given.values()]
+                    with tf.GradientTape() as tape:
+                        tape.watch(sources)
+                        options = Options(axis, 1e-2, activation, 0.3)
+                        batch = Batch(x, *vectors[:2], weights, **given)
+                        y, *moving = bridge.train_step(batch, tuple(vectors[2:]), 0.9, options, name)
+                    return [y, *moving, *tape.gradient(y, sources, output_gradients=dy)]
+
+                results = [tf.function(run)("native"), run("native"), run("numpy_function")]
+                for first, *others in zip(*results, strict=True):
+                    assert all(other.dtype == first.dtype for other in others)
+                    assert len({tf.io.serialize_tensor(t).numpy() for t in (first, *others)}) == 1
+
+
+def test_scalars_keep_all_their_digits(rng: np.random.Generator) -> None:
+    """TensorFlow's own float attributes are float32: epsilon, momentum and the slope would lose half their digits."""
+    x = rng.normal(size=(50, 2)) * 1e-3
+    mean, variance = np.zeros(2), np.ones(2)
+    options = Options(-1, 1 / 3, "leaky_relu", 1 / 7)
+    moving = tf.constant(mean), tf.constant(variance)
+    y, new_mean, new_variance = bridge.train_step(Batch(tf.constant(x)), moving, 1 - 1e-12, options)
+    wanted = bnfast.batch_norm_train(
+        x, None, None, mean, variance, momentum=1 - 1e-12, epsilon=1 / 3, activation="leaky_relu", negative_slope=1 / 7
+    )
+    for actual, right in zip((y, new_mean, new_variance), (wanted.y, mean, variance), strict=True):
+        assert actual.numpy().tobytes() == right.tobytes()
+
+
+def test_a_gradient_takes_the_buffer_of_the_one_it_replaces() -> None:
+    """dx lies where dy lay, or x; y where x lay, when nothing else holds them. Pointers alone tell."""
+    layer = BatchNormalization()
+    layer.build(SHAPE)
+    options = Options()
+
+    @tf.function
+    def backward(v: Any, w: Any) -> Any:
+        x = v * 2.0
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y, _, _ = bridge.train_step(Batch(x), (tf.zeros(64), tf.ones(64)), 0.9, options)
+        with tf.control_dependencies([y]):
+            dy = w + 1.0
+        at = pointer(dy)
+        with tf.control_dependencies([at]):
+            dx = tape.gradient(y, x, output_gradients=tf.identity(dy))
+        return at, pointer(dx), dx
+
+    @tf.function
+    def forward(v: Any) -> Any:
+        x = v * 2.0
+        at = pointer(x)
+        with tf.control_dependencies([at]):
+            y = bridge.train_step(Batch(tf.identity(x)), (tf.zeros(64), tf.ones(64)), 0.9, options)[0]
+        return at, pointer(y), y
+
+    v, w = tf.random.normal(SHAPE, seed=1), tf.random.normal(SHAPE, seed=2)
+    dy_at, dx_at, dx = backward(v, w)
+    x_at, y_at, y = forward(v)
+    assert dx_at == dy_at
+    assert y_at == x_at
+    train = bnfast.batch_norm_train(2 * v.numpy())
+    assert y.numpy().tobytes() == train.y.tobytes()
+    grad = bnfast.batch_norm_grad(w.numpy() + 1, 2 * v.numpy(), train.mean, train.invstd)
+    assert dx.numpy().tobytes() == grad.dx.tobytes()
+
+
+def test_what_others_still_read_is_not_overwritten(rng: np.random.Generator) -> None:
+    x, dy = (tf.Variable(tf.constant(rng.normal(size=SHAPE), "float32")) for _ in range(2))
+    before = [v.numpy().tobytes() for v in (x, dy)]
+
+    @tf.function
+    def run() -> Any:
+        values = [x.value(), dy.value()]
+        with tf.GradientTape() as tape:
+            tape.watch(values[0])
+            y = bridge.train(values[0])[0]
+        return tape.gradient(y, values[0], output_gradients=values[1])
+
+    run()
+    assert [v.numpy().tobytes() for v in (x, dy)] == before
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"moving_mean": np.zeros(2)}, r"moving_mean must have shape \(3,\) to match axis -1 of x. Received: \(2,\)"),
+        ({"moving_variance": np.zeros((3, 1))}, r"moving_variance must have shape \(3,\) .* Received: \(3, 1\)"),
+        ({"beta": [np.zeros(())]}, r"beta must have shape \(3,\) to match axis -1 of x. Received: \(\)"),
+        ({"residual": [np.zeros((4, 2))]}, r"residual must have the shape of x, \(4, 3\). Received: \(4, 2\)"),
+        ({"mask": [np.zeros(3)]}, r"mask must have 4 values, one for all channels. Received: \(3,\)"),
+        ({"mask": [np.zeros(4, "float32")]}, "mask must be float32, for float64 x float64"),
+        ({"axis": 5}, r"axis must lie in \[-2, 2\). Received: 5"),
+        ({"epsilon_bits": native._bits(-1.0)}, "epsilon must be finite and >= 0"),
+        ({"gamma": [np.ones(3)] * 2}, "num_gamma must be 0 or 1"),
+    ],
+    ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
+)
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+def test_wrong_inputs_are_invalid_arguments(graph: bool, wrong: dict[str, Any], message: str) -> None:
+    ops = native._load().ops
+    words = dict(x=np.ones((4, 3)), moving_mean=np.zeros(3), moving_variance=np.zeros(3), gamma=[], beta=[])
+    words |= dict(mask=[], residual=[], momentum_bits=0, **native._attributes(Options())) | wrong
+
+    def run() -> Any:
+        return ops.bnfast_train(
+            **{k: v if np.isscalar(v) else tf.nest.map_structure(tf.constant, v) for k, v in words.items()}
+        )
+
+    with pytest.raises(tf.errors.InvalidArgumentError, match=message):
+        (tf.function(run) if graph else run)()
+
+
+def test_y_without_an_activation_is_an_invalid_argument() -> None:
+    x, one = tf.ones((4, 3)), tf.ones(3)
+    words = dict(dy=x, x=x, saved=tf.ones((2, 3), tf.float64), gamma=[one], beta=[one], mask=[], y=[x], statistics=[])
+    with pytest.raises(tf.errors.InvalidArgumentError, match="num_y must be 0 without an activation"):
+        native._load().ops.bnfast_grad(parameter_type=tf.float32, **words, **native._attributes(Options()))
+
+
+def test_shapes_are_known_inside_the_graph() -> None:
+    """The op's own shape functions, in C: a graph that was loaded from a file has only these."""
+    ops = native._load().ops
+
+    @tf.function(input_signature=[tf.TensorSpec([None, 7, 3]), tf.TensorSpec(None), tf.TensorSpec(None, "float64")])
+    def run(x: Any, unknown: Any, saved: Any) -> None:
+        one = tf.ones(3)
+        words = dict(gamma=[one], beta=[one], mask=[], **native._attributes(Options()))
+        forward_words = dict(moving_variance=one, residual=[], momentum_bits=0, **words)
+        forward = ops.bnfast_train(x=x, moving_mean=one, **forward_words)
+        assert [t.shape.as_list() for t in forward] == [[None, 7, 3], [3], [3], [2, 3]]
+        with pytest.raises(ValueError, match="rank 1"):
+            ops.bnfast_train(x=x, moving_mean=x, **forward_words)
+        words |= dict(statistics=[], parameter_type=tf.float32)
+        backward = ops.bnfast_grad(dy=x, x=x, saved=forward.saved, y=[x], **words)
+        assert [t.shape.as_list() for t in tf.nest.flatten(backward)] == [[None, 7, 3], [3], [3], [None, 7, 3]]
+        rest = ops.bnfast_grad(dy=unknown, x=unknown, saved=saved, y=[], **words)
+        assert [t.shape.rank for t in tf.nest.flatten(rest)] == [None, 1, 1]
+
+    run.get_concrete_function()
+
+
+def test_the_bridge_is_in_the_config_where_it_is_not_auto() -> None:
+    assert "bridge" not in BatchNormalization().get_config()
+    config = BatchNormalization(bridge="numpy_function").get_config()
+    assert BatchNormalization.from_config(config).bridge == config["bridge"] == "numpy_function"
+
+
+def test_the_environment_decides_for_auto_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BNFAST_BRIDGE", "numpy_function")
+    assert [native.choose(name) for name in native.BRIDGES] == ["numpy_function", "numpy_function", "native"]
+    monkeypatch.setenv("BNFAST_BRIDGE", "native")
+    assert [native.choose(name) for name in native.BRIDGES] == ["native", "numpy_function", "native"]
+    monkeypatch.delenv("BNFAST_BRIDGE")
+    assert native.choose("auto") == "native"
+    monkeypatch.setenv("BNFAST_BRIDGE", "stone")
+    with pytest.raises(ValueError, match=r"BNFAST_BRIDGE must be one of .* Received: 'stone'"):
+        native.choose("auto")
+
+
+def test_without_the_op_auto_falls_back_with_one_line(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(native, "_library", native._Library(None, "it is raining"))
+    monkeypatch.setattr(native, "_logged", False)
+    monkeypatch.delenv("BNFAST_BRIDGE")
+    x = tf.ones([4, 3])
+    with caplog.at_level(logging.INFO, "bnfast"):
+        for _ in range(2):
+            BatchNormalization()(x, training=True)
+        BatchNormalization(bridge="native")(x)  # inference needs no bridge
+        with pytest.raises(RuntimeError, match="bnfast's TensorFlow op can't be used: it is raining"):
+            BatchNormalization(bridge="native")(x, training=True)
+    assert [record.getMessage() for record in caplog.records] == [
+        "bnfast.keras goes through numpy_function, because its TensorFlow op can't be used: it is raining"
+    ]
+
+
+HOST = """
+import json, logging, sys
+lines = []
+handler = logging.Handler()
+handler.emit = lambda record: lines.append(record.getMessage())
+logging.getLogger("bnfast").addHandler(handler)
+import bnfast, tensorflow as tf
+from bnfast.keras import BatchNormalization, native
+y = BatchNormalization()(tf.constant([[1.0], [3.0]]), training=True)
+print(json.dumps([float(y[1, 0]), *native.status(), lines]))
+"""
+
+
+def copy_of_the_package(folder: Path) -> Path:
+    """A second bnfast, its Python files linked, whose _tf.so may be spoilt; the path of that."""
+    home = Path(bnfast.__file__).parent
+    package = folder / "bnfast"
+    package.mkdir()
+    for path in home.iterdir():
+        if path.name not in ("_tf.so", "__pycache__"):
+            (package / path.name).symlink_to(path)
+    shutil.copy(home / "_tf.so", package / "_tf.so")
+    return package / "_tf.so"
+
+
+def spoil(path: Path, how: str) -> str:
+    """Makes the library unusable; a part of the reason that must be given."""
+    data = path.read_bytes()
+    if how == "hidden":
+        path.unlink()
+        return "is not there"
+    if how == "truncated":
+        path.write_bytes(data[: len(data) // 2])
+        return "is truncated"
+    if how == "symbol":  # as if another TensorFlow had no such function: a name of the same length
+        path.write_bytes(data.replace(b"\0TF_AllocateOutput\0", b"\0TF_AllocateOutbut\0"))
+        return "libtensorflow_framework.so.2 has no TF_AllocateOutbut"
+    if how == "undefined":  # one that the C library should have
+        path.write_bytes(data.replace(b"\0dlopen\0", b"\0dlopem\0"))
+        return "undefined symbol: dlopem"
+    path.write_bytes(data.replace(bnfast.__version__.encode() + b"\0", b"9.9.9\0"))
+    return "it was built with another version of bnfast"
+
+
+@pytest.mark.parametrize("how", ["hidden", "truncated", "symbol", "undefined", "version"])
+def test_a_bad_library_breaks_nothing(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """import bnfast and import tensorflow succeed, training goes on, and one line says why."""
+    path = copy_of_the_package(tmp_path)
+    wanted = spoil(path, how)
+    monkeypatch.setattr(_tf_library, "PATH", path)
+    fits, reason = _tf_library.probe()
+    assert not fits
+    assert wanted in reason
+    environment = {name: value for name, value in os.environ.items() if name != "BNFAST_BRIDGE"}
+    environment |= {"PYTHONPATH": os.fspath(tmp_path), "TF_CPP_MIN_LOG_LEVEL": "3"}
+    result = subprocess.run(
+        [sys.executable, "-c", HOST], env=environment, capture_output=True, text=True, timeout=300, cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+    y, available, reason, lines = json.loads(result.stdout)
+    assert y == pytest.approx(1, abs=1e-3)
+    assert not available
+    assert wanted in reason
+    assert len(lines) == 1
+    assert reason in lines[0]
+
+
+def test_a_truncated_library_is_told_before_it_is_loaded(tmp_path: Path) -> None:
+    """Wherever it ends: dlopen would map it and end the process when it reads past the end."""
+    path = tmp_path / "_tf.so"
+    data = _tf_library.PATH.read_bytes()
+    assert _tf_library.defect() == ""
+    for end in np.linspace(0, 0.5, 20) * len(data):
+        path.write_bytes(data[: int(end)])
+        assert _tf_library.defect(path) == f"{path} is {'truncated' if end >= 64 else 'not a 64-bit ELF library'}"
+    path.write_text("not a library" * 100)
+    assert _tf_library.defect(path) == f"{path} is not a 64-bit ELF library"
+    assert _tf_library.defect(tmp_path) == f"{tmp_path} can't be read: Is a directory"
