@@ -1,5 +1,5 @@
 // NumPy arrays as the core sees them: pointer, shape, dtype. Nothing is converted here: whatever isn't plain (an exact
-// ndarray, C-contiguous, aligned, native byte order, of a dtype the core knows) is declined, and the caller's Python
+// ndarray, C-contiguous, aligned, the machine's byte order, of a dtype the core knows) is declined, and the caller's Python
 // side converts it or says what is wrong with it.
 #pragma once
 #include <pybind11/numpy.h>

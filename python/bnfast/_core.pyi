@@ -1,6 +1,6 @@
-"""The C++ core. Positional-only; takes the plain case alone (C-contiguous, aligned, native ndarrays of the right
-dtype and shape, valid scalars, no forbidden overlap) and returns None, having changed nothing, for anything else:
-functional.py then asks _validate for the error or for plain arguments."""
+"""The C++ core. Positional-only. It accepts C-contiguous, aligned ndarrays in the machine's byte order, of the right
+dtype and shape, with valid scalars and no forbidden overlap. For anything else it returns None and changes nothing:
+bnfast.functional then asks bnfast._arguments for the error or for converted arguments."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, TypedDict

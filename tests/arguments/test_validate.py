@@ -42,7 +42,7 @@ TENSOR = [  # of anything that must be like x
 ]
 DTYPE = [
     (X.astype(np.int32), TypeError, "must have dtype float32, float64, float16 or bfloat16.*Received: int32"),
-    (X.astype(">f4"), TypeError, "in native byte order. Received: >f4"),
+    (X.astype(">f4"), TypeError, "in the machine's byte order. Received: >f4"),
     (X.astype(np.complex64), TypeError, "Received: complex64"),
     (np.float32(1), ValueError, r"must have at least one axis. Received: shape \(\)"),
     (None, TypeError, "must be a NumPy array.*Received: NoneType"),
@@ -58,7 +58,7 @@ VECTOR = [
     (np.float32(1), ValueError, r"must have shape \(5,\).*Received: \(\)"),
     (GOOD.astype(np.float16), TypeError, "must have dtype float32 or float64.*Received: float16"),
     (GOOD.astype(np.int64), TypeError, "must have dtype float32 or float64.*Received: int64"),
-    (GOOD.astype(">f8"), TypeError, "in native byte order. Received: >f8"),
+    (GOOD.astype(">f8"), TypeError, "in the machine's byte order. Received: >f8"),
 ]
 GIVEN_AS_LIST = [([1.0] * C, TypeError, "must be a NumPy array.*Received: list")]
 REQUIRED = [(None, TypeError, r"must be an array of shape \(5,\). Received: None")]

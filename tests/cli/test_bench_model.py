@@ -101,7 +101,7 @@ def test_the_command_with_every_variant_that_is_there(tensorflow, tmp_path):
     assert done.stderr == ""
     found = json.loads((folder / f"{SPEC.file_name}.json").read_text())
     missing = {row["variant"] for row in found["left_out"]}
-    assert missing <= {"bnfast-native"}
+    assert missing <= {"bnfast-op"}
     rows = {(row["variant"], row["what"]): row for row in found["rows"]}
     here = [name for name in models.TITLES if name not in missing]
     assert {name for name, what in rows if what == "predict"} == set(here)
@@ -193,23 +193,23 @@ def test_rows_and_tables(tmp_path):
     measured = make_measured(
         {
             ("keras", "train"): [0.4, 0.8, 4.0],
-            ("bnfast-native", "train"): [0.2, 0.2, 2.0],
+            ("bnfast-op", "train"): [0.2, 0.2, 2.0],
             ("keras", "predict"): [0.08] * 3,
             ("bnfast-fold", "predict"): [0.06] * 3,
         }
     )
-    peaks = {"keras": [3, 1, 2], "bnfast-native": [1, 1, 1]}
+    peaks = {"keras": [3, 1, 2], "bnfast-op": [1, 1, 1]}
     runs = {name: [{"before_bytes": 5, "peak_bytes": n * 10**9} for n in billions] for name, billions in peaks.items()}
     rows = model_report.rows_of(measured, runs)
     assert model_report.table(rows) == [
         ("Keras's layer", "800", "1.00", "80", "1.00", "2000", "1.00"),
-        ("bnfast, native op", "200", "0.50", "-", "-", "1000", "0.50"),
+        ("bnfast, TensorFlow op", "200", "0.50", "-", "-", "1000", "0.50"),
         ("bnfast, folded", "-", "-", "60", "0.75", "-", "-"),
     ]
     machine = {"cpu": "c", "cores": 2, "l2_bytes": 0, "l3_bytes": 0, "isa": "i", "threads": 2, "load_before": 0}
     left_out = [{"variant": "tf-fused", "what": "all", "reason": "gone"}]
     text = model_report.markdown({**machine, "versions": {"python": "3"}}, SPEC.label, rows, left_out)
-    assert "| bnfast, native op | 200 | 0.50 | - | - | 1000 | 0.50 |" in text
+    assert "| bnfast, TensorFlow op | 200 | 0.50 | - | - | 1000 | 0.50 |" in text
     assert "- TF fused op: gone" in text
     pytest.importorskip("matplotlib")
     model_figure.save(tmp_path / "all.png", rows, SPEC.label, "a machine")

@@ -86,15 +86,15 @@ def test_info_names_what_is_missing(capsys, monkeypatch):
     assert "Keras bridge     none (TensorFlow is not installed)" in out
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the native bridge is built on Linux alone")
+@pytest.mark.skipif(sys.platform != "linux", reason="the TensorFlow op is built on Linux alone")
 def test_info_says_which_bridge_and_why(need, monkeypatch, tmp_path):
     need("tensorflow")
     monkeypatch.delenv("BNFAST_BRIDGE", raising=False)
-    assert info.bridge() == {"name": "native", "reason": "_tf.so fits the installed TensorFlow"}
+    assert info.bridge() == {"name": "op", "reason": "_tf.so fits the installed TensorFlow"}
     monkeypatch.setattr(_tf_library, "PATH", tmp_path / "_tf.so")
     reason = f"{tmp_path / '_tf.so'} is not there"
     assert info.bridge() == {"name": "numpy_function", "reason": reason}
-    monkeypatch.setenv("BNFAST_BRIDGE", "native")
+    monkeypatch.setenv("BNFAST_BRIDGE", "op")
     assert info.bridge() == {"name": None, "reason": reason}
     monkeypatch.setenv("BNFAST_BRIDGE", "numpy_function")
     assert info.bridge() == {"name": "numpy_function", "reason": "BNFAST_BRIDGE"}

@@ -75,7 +75,11 @@ def test_long_and_short_vectors():
         ({"v": [1.0]}, TypeError, "v must be a NumPy array or have the buffer protocol"),
         ({"v": np.ones((5, 3), int)}, TypeError, "v must have dtype float32, float64, float16 or bfloat16"),
         ({"g": np.ones(5)}, ValueError, r"g must have shape \(3,\) to match axis -1 of v. Received: \(5,\)"),
-        ({"g": np.ones(3, int)}, TypeError, "g must have dtype float32 or float64 in native byte order. Received: int"),
+        (
+            {"g": np.ones(3, int)},
+            TypeError,
+            "g must have dtype float32 or float64 in the machine's byte order. Received: int",
+        ),
         ({"axis": 2}, ValueError, r"axis must be one or more different axes in \[-2, 2\).*Received: 2"),
         ({"axis": (1, -1)}, ValueError, r"axis must be one or more different axes.*Received: \(1, -1\)"),
         ({"axis": ()}, ValueError, r"axis must be one or more different axes.*Received: \(\)"),

@@ -13,15 +13,15 @@ if "tensorflow" in os.environ.get("BNFAST_REQUIRE", ""):
     importlib.import_module("tensorflow")  # its absence is then an error, not a skip
 
 
-@pytest.fixture(params=["numpy_function", "native"])
+@pytest.fixture(params=["numpy_function", "op"])
 def each_bridge(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The test runs once through either way into TensorFlow; its value says which. Linux always has the native one."""
-    from bnfast.tensorflow import op as native
+    """The test runs once through either way into TensorFlow; its value says which. Linux always has the op."""
+    from bnfast.tensorflow import op
 
     name = str(request.param)
-    available, reason = native.status()
-    if name == "native" and not available:
-        (pytest.fail if sys.platform == "linux" else pytest.skip)(f"native: {reason}")
+    available, reason = op.status()
+    if name == "op" and not available:
+        (pytest.fail if sys.platform == "linux" else pytest.skip)(f"op: {reason}")
     monkeypatch.setenv("BNFAST_BRIDGE", name)
     return name
 

@@ -158,7 +158,7 @@ def test_buffers_that_the_program_still_reads_are_spared(
     for tensor, array in zip(given, (v, w, u), strict=True):
         assert tensor.numpy().tobytes() == array.tobytes()
     dy_at, x_at, dx_at, dresidual_at = (int(place) for place in places)
-    assert ((dx_at, dresidual_at) == (dy_at, x_at)) == (each_bridge == "native" and not held)
+    assert ((dx_at, dresidual_at) == (dy_at, x_at)) == (each_bridge == "op" and not held)
 
 
 @pytest.mark.parametrize("activation", [None, "relu"])

@@ -1,4 +1,4 @@
-"""The TensorFlow op of the native bridge: its library, its attributes, its buffers, and what happens without it."""
+"""The TensorFlow op: its library, its attributes, its buffers, and what happens without it."""
 
 import json
 import logging
@@ -17,7 +17,7 @@ import bnfast
 import tensorflow as tf
 from bnfast import _core
 from bnfast.keras import BatchNormalization
-from bnfast.tensorflow import op as native
+from bnfast.tensorflow import op
 from bnfast.tensorflow import op_library as _tf_library
 from bnfast.tensorflow import ops as bridge
 from bnfast.tensorflow.ops import Batch, Options
@@ -29,7 +29,7 @@ SHAPE = (16, 20, 20, 64)
 
 @pytest.fixture(autouse=True)
 def native_bridge(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BNFAST_BRIDGE", "native")
+    monkeypatch.setenv("BNFAST_BRIDGE", "op")
 
 
 def pointer(tensor: Any) -> Any:
@@ -38,7 +38,7 @@ def pointer(tensor: Any) -> Any:
 
 
 def test_it_loads_here() -> None:
-    available, reason = native.status()
+    available, reason = op.status()
     assert available, reason
     assert reason == f"_tf.so loaded by TensorFlow {tf.__version__}"
     assert _tf_library.probe() == (True, "_tf.so fits the installed TensorFlow")
@@ -76,7 +76,7 @@ def test_settings_of_the_core_reach_the_op(isa: str | None, rng: np.random.Gener
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
 @pytest.mark.parametrize("axis", [0, 1, 2, -1])
 def test_both_bridges_give_the_same_bits(axis: int, dtype: str, rng: np.random.Generator) -> None:
-    """float16 and bfloat16 too, masks, residuals, any activation; graph against eager, native against the callback."""
+    """float16 and bfloat16 too, masks, residuals, any activation; graph against eager, op against callback."""
     shape = (6, 5, 4, 3)
     channels = shape[axis]
     x, dy, residual = (tf.cast(rng.normal(1, 2, shape), dtype) for _ in range(3))
@@ -96,7 +96,7 @@ def test_both_bridges_give_the_same_bits(axis: int, dtype: str, rng: np.random.G
                         y, *moving = bridge.train_step(batch, tuple(vectors[2:]), 0.9, options, name)
                     return [y, *moving, *tape.gradient(y, sources, output_gradients=dy)]
 
-                results = [tf.function(run)("native"), run("native"), run("numpy_function")]
+                results = [tf.function(run)("op"), run("op"), run("numpy_function")]
                 for first, *others in zip(*results, strict=True):
                     assert all(other.dtype == first.dtype for other in others)
                     assert len({tf.io.serialize_tensor(t).numpy() for t in (first, *others)}) == 1
@@ -180,16 +180,16 @@ def test_what_others_still_read_is_not_overwritten(rng: np.random.Generator) -> 
         ({"mask": [np.zeros(3)]}, r"mask must have 4 values, one for all channels. Received: \(3,\)"),
         ({"mask": [np.zeros(4, "float32")]}, "mask must be float32, for float64 x float64"),
         ({"axis": 5}, r"axis must lie in \[-2, 2\). Received: 5"),
-        ({"epsilon_bits": native._bits(-1.0)}, "epsilon must be finite and >= 0"),
+        ({"epsilon_bits": op._bits(-1.0)}, "epsilon must be finite and >= 0"),
         ({"gamma": [np.ones(3)] * 2}, "num_gamma must be 0 or 1"),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
 )
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
 def test_wrong_inputs_are_invalid_arguments(graph: bool, wrong: dict[str, Any], message: str) -> None:
-    ops = native._load().ops
+    ops = op._load().ops
     words = dict(x=np.ones((4, 3)), moving_mean=np.zeros(3), moving_variance=np.zeros(3), gamma=[], beta=[])
-    words |= dict(mask=[], residual=[], momentum_bits=0, **native._attributes(Options())) | wrong
+    words |= dict(mask=[], residual=[], momentum_bits=0, **op._attributes(Options())) | wrong
 
     def run() -> Any:
         return ops.bnfast_train(
@@ -204,17 +204,17 @@ def test_y_without_an_activation_is_an_invalid_argument() -> None:
     x, one = tf.ones((4, 3)), tf.ones(3)
     words = dict(dy=x, x=x, saved=tf.ones((2, 3), tf.float64), gamma=[one], beta=[one], mask=[], y=[x], statistics=[])
     with pytest.raises(tf.errors.InvalidArgumentError, match="num_y must be 0 without an activation"):
-        native._load().ops.bnfast_grad(parameter_type=tf.float32, **words, **native._attributes(Options()))
+        op._load().ops.bnfast_grad(parameter_type=tf.float32, **words, **op._attributes(Options()))
 
 
 def test_shapes_are_known_inside_the_graph() -> None:
     """The op's own shape functions, in C: a graph that was loaded from a file has only these."""
-    ops = native._load().ops
+    ops = op._load().ops
 
     @tf.function(input_signature=[tf.TensorSpec([None, 7, 3]), tf.TensorSpec(None), tf.TensorSpec(None, "float64")])
     def run(x: Any, unknown: Any, saved: Any) -> None:
         one = tf.ones(3)
-        words = dict(gamma=[one], beta=[one], mask=[], **native._attributes(Options()))
+        words = dict(gamma=[one], beta=[one], mask=[], **op._attributes(Options()))
         forward_words = dict(moving_variance=one, residual=[], momentum_bits=0, **words)
         forward = ops.bnfast_train(x=x, moving_mean=one, **forward_words)
         assert [t.shape.as_list() for t in forward] == [[None, 7, 3], [3], [3], [2, 3]]
@@ -237,29 +237,29 @@ def test_the_bridge_is_in_the_config_where_it_is_not_auto() -> None:
 
 def test_the_environment_decides_for_auto_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BNFAST_BRIDGE", "numpy_function")
-    assert [native.choose(name) for name in native.BRIDGES] == ["numpy_function", "numpy_function", "native"]
-    monkeypatch.setenv("BNFAST_BRIDGE", "native")
-    assert [native.choose(name) for name in native.BRIDGES] == ["native", "numpy_function", "native"]
+    assert [op.choose(name) for name in op.BRIDGES] == ["numpy_function", "numpy_function", "op"]
+    monkeypatch.setenv("BNFAST_BRIDGE", "op")
+    assert [op.choose(name) for name in op.BRIDGES] == ["op", "numpy_function", "op"]
     monkeypatch.delenv("BNFAST_BRIDGE")
-    assert native.choose("auto") == "native"
+    assert op.choose("auto") == "op"
     monkeypatch.setenv("BNFAST_BRIDGE", "stone")
     with pytest.raises(ValueError, match=r"BNFAST_BRIDGE must be one of .* Received: 'stone'"):
-        native.choose("auto")
+        op.choose("auto")
 
 
 def test_without_the_op_auto_falls_back_with_one_line(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(native, "_library", native._Library(None, "it is raining"))
-    monkeypatch.setattr(native, "_logged", False)
+    monkeypatch.setattr(op, "_library", op._Library(None, "it is raining"))
+    monkeypatch.setattr(op, "_logged", False)
     monkeypatch.delenv("BNFAST_BRIDGE")
     x = tf.ones([4, 3])
     with caplog.at_level(logging.INFO, "bnfast"):
         for _ in range(2):
             BatchNormalization()(x, training=True)
-        BatchNormalization(bridge="native")(x)  # inference needs no bridge
+        BatchNormalization(bridge="op")(x)  # inference needs no bridge
         with pytest.raises(RuntimeError, match="bnfast's TensorFlow op can't be used: it is raining"):
-            BatchNormalization(bridge="native")(x, training=True)
+            BatchNormalization(bridge="op")(x, training=True)
     assert [record.getMessage() for record in caplog.records] == [
         "bnfast.keras goes through numpy_function, because its TensorFlow op can't be used: it is raining"
     ]
@@ -272,9 +272,10 @@ handler = logging.Handler()
 handler.emit = lambda record: lines.append(record.getMessage())
 logging.getLogger("bnfast").addHandler(handler)
 import bnfast, tensorflow as tf
-from bnfast.keras import BatchNormalization, native
+from bnfast.keras import BatchNormalization
+from bnfast.tensorflow import op
 y = BatchNormalization()(tf.constant([[1.0], [3.0]]), training=True)
-print(json.dumps([float(y[1, 0]), *native.status(), lines]))
+print(json.dumps([float(y[1, 0]), *op.status(), lines]))
 """
 
 

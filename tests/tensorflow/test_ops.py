@@ -1,7 +1,7 @@
 """The ways between TensorFlow and the kernels: no copies, nothing written, static shapes, many threads.
 
 Pointers, through numpy_function: what a kernel call reads and returns, recorded around its callback, against what
-TensorFlow holds before and after it, seen by a consumer of its own. test_native.py looks at those of the native op.
+TensorFlow holds before and after it, seen by a consumer of its own. test_op.py looks at those of the op.
 """
 
 import threading
@@ -226,7 +226,7 @@ def test_the_graph_has_one_op_each_way(each_bridge: str) -> None:
         graph = tf.function(f).get_concrete_function(tf.TensorSpec([None, 8])).graph
         return [op.type for op in graph.get_operations() if "PyFunc" in op.type or "Bnfast" in op.type]
 
-    wanted = {"numpy_function": ["PyFuncStateless"] * 2, "native": ["BnfastTrain", "BnfastGrad"]}
+    wanted = {"numpy_function": ["PyFuncStateless"] * 2, "op": ["BnfastTrain", "BnfastGrad"]}
     assert ours(step.python_function) == wanted[each_bridge]
     assert ours(lambda x: layer(x, training=False)) == []
     assert ours(lambda x: layer(x)) == []

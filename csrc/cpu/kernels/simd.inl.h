@@ -1,4 +1,4 @@
-// Vectors of the native width of one instruction set, and how each dtype is loaded, stored and rounded.
+// Vectors of one instruction set's full width, and how each dtype is loaded, stored and rounded.
 //
 // Included once by each ISA's translation unit, which defines BNFAST_VBYTES (16, 32 or 64). Everything here has
 // internal linkage, and only C headers come in, so that the linker can't give this unit's code to another processor.

@@ -36,7 +36,7 @@ def as_array(name: str, value: Any) -> Array:
 
 
 def _native(array: Array) -> Array:
-    """ctypes arrays come as '<f4': the native order, but by a name that _core doesn't take for it."""
+    """ctypes arrays come as '<f4': the machine's byte order, but by a name that _core doesn't take for it."""
     if array.dtype.isnative and array.dtype.byteorder in "<>":
         return array.view(array.dtype.newbyteorder("="))
     return array

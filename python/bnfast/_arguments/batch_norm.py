@@ -1,7 +1,7 @@
 """Every user-facing error of the functional API, and plain arguments for _core where there is none.
 
 The four functions train, infer, grad and moments take what the public function of that name took and return the
-argument list of the _core function, in its order: C-contiguous native ndarrays, Python scalars, checked strings.
+argument list of the _core function, in its order: C-contiguous ndarrays, Python scalars, checked strings.
 Several axes are one in that list (_axes.py), and what _core returns is restored by functional.py.
 Nothing is written here, so whatever raises has changed nothing. Messages say what was wanted and what was received:
 ValueError for values and shapes, TypeError for types and dtypes.

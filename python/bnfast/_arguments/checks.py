@@ -24,7 +24,7 @@ def tensor(name: str, value: Any) -> Array:
     """An array of at least one axis and one of the four dtypes; strides as they came."""
     array = as_array(name, value)
     if not (array.dtype.char in "fde" or array.dtype.name == "bfloat16") or not array.dtype.isnative:  # name: 2 us
-        wanted = "float32, float64, float16 or bfloat16 in native byte order"
+        wanted = "float32, float64, float16 or bfloat16 in the machine's byte order"
         raise TypeError(f"{name} must have dtype {wanted}. Received: {array.dtype}")
     if array.ndim == 0:
         raise ValueError(f"{name} must have at least one axis. Received: shape ()")
@@ -49,7 +49,8 @@ def vector(name: str, value: Any, axes: Axes, required: bool = False) -> Array |
         return None
     array = as_array(name, value)
     if array.dtype.char not in "fd" or not array.dtype.isnative:
-        raise TypeError(f"{name} must have dtype float32 or float64 in native byte order. Received: {array.dtype}")
+        wanted = "float32 or float64 in the machine's byte order"
+        raise TypeError(f"{name} must have dtype {wanted}. Received: {array.dtype}")
     if array.shape != axes.shape:
         raise ValueError(f"{name} must have shape {axes.shape} to match {axes} of x. Received: {array.shape}")
     return array

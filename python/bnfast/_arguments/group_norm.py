@@ -161,7 +161,8 @@ def _statistics(name: str, value: Any, view: View) -> Array:
         raise TypeError(f"{name} must be an array of shape {view.statistics}. Received: None")
     array = as_array(name, value)
     if array.dtype.char not in "fd" or not array.dtype.isnative:
-        raise TypeError(f"{name} must have dtype float32 or float64 in native byte order. Received: {array.dtype}")
+        wanted = "float32 or float64 in the machine's byte order"
+        raise TypeError(f"{name} must have dtype {wanted}. Received: {array.dtype}")
     if array.shape != view.statistics:
         raise ValueError(f"{name} must have shape {view.statistics}, {view.meaning}. Received: {array.shape}")
     return array

@@ -2,7 +2,7 @@
 
     keras                  as keras.applications makes it
     tf-fused               TensorFlow's fused op in a custom layer, moving statistics by the op, as tf.keras 2 had it
-    bnfast-native          bnfast.keras.accelerate through the TensorFlow op
+    bnfast-op          bnfast.keras.accelerate through the TensorFlow op
     bnfast-numpy_function  the same through tf.numpy_function
     bnfast-fold            bnfast.keras.fold: it predicts and doesn't train
     left-out               the identity: what a batch norm that costs nothing would leave
@@ -34,7 +34,7 @@ DAMPING = 1.25
 TITLES = {
     "keras": "Keras's layer",
     "tf-fused": "TF fused op",
-    "bnfast-native": "bnfast, native op",
+    "bnfast-op": "bnfast, TensorFlow op",
     "bnfast-numpy_function": "bnfast, numpy_function",
     "bnfast-fold": "bnfast, folded",
     "left-out": "batch norm left out",
@@ -195,13 +195,13 @@ def make(name: str, model: Any) -> Any:
 
 def _native(model: Any) -> Any:
     try:
-        from bnfast.tensorflow import op as native
+        from bnfast.tensorflow import op
     except ImportError as error:
-        raise Unsupported(f"no native op: {error}") from error
-    works, reason = native.status()
+        raise Unsupported(f"no TensorFlow op: {error}") from error
+    works, reason = op.status()
     if not works:
-        raise Unsupported(f"no native op: {reason}")
-    return _accelerated(model, "native")
+        raise Unsupported(f"no TensorFlow op: {reason}")
+    return _accelerated(model, "op")
 
 
 def _accelerated(model: Any, bridge: str) -> Any:
@@ -225,7 +225,7 @@ def _exchanged(model: Any, kind: str) -> Any:
 _MAKERS: dict[str, Callable[[Any], Any]] = {
     "keras": lambda model: model,
     "tf-fused": lambda model: _exchanged(model, "fused"),
-    "bnfast-native": _native,
+    "bnfast-op": _native,
     "bnfast-numpy_function": lambda model: _accelerated(model, "numpy_function"),
     "bnfast-fold": _folded,
     "left-out": lambda model: _exchanged(model, "identity"),

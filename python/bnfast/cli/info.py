@@ -56,7 +56,7 @@ def bridge() -> dict[str, str | None]:
         return {"name": wanted, "reason": "BNFAST_BRIDGE"}
     fits, reason = _tf_library.probe()
     if fits:
-        return {"name": "native", "reason": reason}
+        return {"name": "op", "reason": reason}
     installed = importlib.util.find_spec("tensorflow") is not None
     return {"name": "numpy_function" if wanted == "auto" and installed else None, "reason": reason}
 

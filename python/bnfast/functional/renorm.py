@@ -83,7 +83,8 @@ def renorm_correction(
 def _vector(name: str, value: Any, shape: tuple[int, ...] | None = None, positive: bool = False) -> Vector:
     array: Array = as_array(name, value)
     if array.dtype.char not in "fd" or not array.dtype.isnative:
-        raise TypeError(f"{name} must have dtype float32 or float64 in native byte order. Received: {array.dtype}")
+        wanted = "float32 or float64 in the machine's byte order"
+        raise TypeError(f"{name} must have dtype {wanted}. Received: {array.dtype}")
     if shape is not None and array.shape != shape:
         raise ValueError(f"{name} must have the shape of mean, {shape}. Received: {array.shape}")
     if positive and (array < 0).any():

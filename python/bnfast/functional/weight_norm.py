@@ -68,7 +68,7 @@ def _plain(v: Any, g: Any, axis: Any) -> tuple[Array, Array, tuple[int, ...]]:
     kept = sorted(a % v.ndim for a in indices)
     g = as_array("g", g)
     if g.dtype.char not in "fd" or not g.dtype.isnative:
-        raise TypeError(f"g must have dtype float32 or float64 in native byte order. Received: {g.dtype}")
+        raise TypeError(f"g must have dtype float32 or float64 in the machine's byte order. Received: {g.dtype}")
     shape = tuple(v.shape[a] for a in kept)
     if g.shape != shape:
         raise ValueError(f"g must have shape {shape} to match axis {axis} of v. Received: {g.shape}")

@@ -28,9 +28,9 @@ from .layers.layer_norm import LayerNormalization
 from .layers.weight_norm import WeightNormalization
 from .models.accelerate import accelerate
 from .models.fold import fold
-from .models.patch import enabled, patch, unpatch
+from .models.patch import is_patched, patch, unpatch, uses_bnfast
 from .models.report import report
-from .models.to_keras import to_native
+from .models.to_keras import to_keras
 
 __all__ = [
     "BatchNormalization",
@@ -41,12 +41,13 @@ __all__ = [
     "LayerNormalization",
     "WeightNormalization",
     "accelerate",
-    "enabled",
     "fold",
+    "is_patched",
     "patch",
     "report",
-    "to_native",
+    "to_keras",
     "unpatch",
+    "uses_bnfast",
 ]
 
 del _keras, _tensorflow

@@ -60,7 +60,8 @@ def load(layer: BatchNormalization, state: Mapping[str, Any], names: tuple[str, 
         if wanted is not None and array.dtype != wanted:
             raise TypeError(f"{name} must have dtype {wanted}, like the layer's. Received: {array.dtype}")
         if array.dtype.char not in "fd" or not array.dtype.isnative:
-            raise TypeError(f"{name} must have dtype float32 or float64 in native byte order. Received: {array.dtype}")
+            wanted = "float32 or float64 in the machine's byte order"
+            raise TypeError(f"{name} must have dtype {wanted}. Received: {array.dtype}")
         if array.shape != (wanted := layer._shape_of(name, shape)):
             raise ValueError(f"{name} must have shape {wanted}, one value a channel. Received: {array.shape}")
     if layer.built:

@@ -1,4 +1,4 @@
-"""Inference-mode batch normalization as native TensorFlow ops, so that an exported graph runs without bnfast.
+"""Inference-mode batch normalization as TensorFlow's own ops, so that an exported graph runs without bnfast.
 
     y = activation(gamma*(x - moving_mean)/sqrt(moving_variance + epsilon) + beta + residual)
 

@@ -49,17 +49,17 @@ def status() -> tuple[bool, str]:
 
 
 def choose(bridge: str) -> str:
-    """ "native" or "numpy_function". "auto" is what BNFAST_BRIDGE says, else native where it loads.
+    """ "op" or "numpy_function". "auto" is what BNFAST_BRIDGE says, else "op" where the library loads.
 
-    Raises RuntimeError where native was asked for and can't be had, ValueError for a word that names no bridge.
+    Raises RuntimeError where the op was asked for and can't be had, ValueError for a word that names no bridge.
     """
     wanted = _tf_library.wanted(bridge)
     if wanted == "numpy_function":
         return wanted
     available, reason = status()
     if available:
-        return "native"
-    if wanted == "native":
+        return "op"
+    if wanted == "op":
         raise RuntimeError(f"bnfast's TensorFlow op can't be used: {reason}")
     _log_once(reason)
     return "numpy_function"

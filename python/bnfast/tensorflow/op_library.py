@@ -1,5 +1,5 @@
 """The file of the TensorFlow op, bnfast/_tf.so: where it lies, whether it is whole, whether a TensorFlow can load it;
-and whether it is wanted. It is built on Linux alone. Nothing here imports TensorFlow; `bnfast.keras.native` does.
+and whether it is wanted. It is built on Linux alone. Nothing here imports TensorFlow; `bnfast.tensorflow.op` does.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from pathlib import Path
 
 from .. import _core
 
-PATH = Path(__file__).parent / "_tf.so"
-BRIDGES = ("auto", "numpy_function", "native")
+PATH = Path(__file__).parents[1] / "_tf.so"  # beside _core, where CMake installs it
+BRIDGES = ("auto", "numpy_function", "op")
 
 # Arguments: TensorFlow's library, ours, the core. A process of its own: whatever is wrong with them can end no other.
 _PROBE = """

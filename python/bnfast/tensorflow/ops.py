@@ -5,7 +5,7 @@
     moments     x -> mean, variance, which pass no gradient on
     gradient    the backward op alone, with statistics of the caller's
 
-Either goes through TensorFlow ops of bnfast's own (`native`) or, wherever these can't be had, through bnfast.functional
+Either goes through TensorFlow ops of bnfast's own (`op`) or, wherever these can't be had, through bnfast.functional
 in a numpy_function: this file. Gradients are the kernels' own (batch_norm_grad); their derivative, for second and
 higher orders, is that of the same formula in plain TensorFlow ops. Callbacks keep nothing and write nothing but arrays
 of their own and those made for them (`outs`), so they are stateless; moving statistics are updated on copies. gamma,
@@ -24,7 +24,7 @@ import tensorflow as tf
 from .. import _core
 from ..functional import batch_norm as functional
 from . import numpy_callback as host
-from . import op as native
+from . import op
 from . import reference as formula
 from .reference import Batch, Options
 
@@ -47,8 +47,8 @@ def train(
 
     y has x's shape and dtype; mean and variance (population) are (C,), float64 for float64 x and float32 otherwise.
     """
-    if native.choose(bridge) == "native":
-        return native.train(x, gamma, beta, mask, options)
+    if op.choose(bridge) == "op":
+        return op.train(x, gamma, beta, mask, options)
     y, mean, variance = _train(_given(x=x, gamma=gamma, beta=beta), _given(mask=mask), options, {})
     dtype = formula.compute_dtype(x)
     return y, tf.cast(mean, dtype), tf.cast(variance, dtype)
@@ -69,8 +69,8 @@ def train_step(
     moving: mean and variance so far. nan_policy: "propagate" or "skip_update".
     """
     words: dict[str, Any] = {"correction": correction, "nan_policy": nan_policy}
-    if native.choose(bridge) == "native":
-        return native.train_step(batch, moving, momentum, options, **words)
+    if op.choose(bridge) == "op":
+        return op.train_step(batch, moving, momentum, options, **words)
     constants = _given(mask=batch.mask, moving_mean=moving[0], moving_variance=moving[1])
     return _train(_given(**batch.primal), constants, options, {"momentum": momentum, **words})
 
@@ -79,8 +79,8 @@ def moments(
     x: tf.Tensor, *, mask: tf.Tensor | None = None, options: Options = _DEFAULT, bridge: str = "auto"
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """(mean, variance) of one batch, float64 of shape (C,), as constants to the gradient."""
-    if native.choose(bridge) == "native":
-        mean, variance = native.moments(x, mask, options)
+    if op.choose(bridge) == "op":
+        mean, variance = op.moments(x, mask, options)
     else:
         tensors = {name: tf.stop_gradient(tensor) for name, tensor in _given(x=x, mask=mask).items()}
         mean, variance = host.call(partial(_moments_callback, axis=options.axis), tensors, [tf.float64, tf.float64])
@@ -110,9 +110,9 @@ def gradient(
     Other than a train's own, this isn't to be differentiated: it would give the derivative that goes with x's own mean
     and invstd.
     """
-    if native.choose(bridge) == "native":
+    if op.choose(bridge) == "op":
         vectors = mean, invstd, gamma, beta, dmean, dvariance
-        return native.gradient(dy, x, *vectors, mask, y, options)
+        return op.gradient(dy, x, *vectors, mask, y, options)
     saved = {"mean": mean, "invstd": invstd, **_given(mask=mask)}
     upstream = {"dy": dy, "dmean": dmean, "dvariance": dvariance}
     primal = _given(x=x, gamma=gamma, beta=beta, y=y)

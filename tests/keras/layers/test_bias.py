@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("tensorflow")
 import keras
 import tensorflow as tf
-from bnfast.keras import accelerate, fold, to_native
+from bnfast.keras import accelerate, fold, to_keras
 from keras import layers as L
 
 KERAS = keras.layers.BatchNormalization
@@ -175,9 +175,9 @@ def test_fit_files_and_the_way_back(tmp_path: Path) -> None:
     again = keras.models.load_model(tmp_path / "ours.keras")
     assert absorbed(again) == absorbed(ours) == [model.layers[1].name]
     assert bias_gradients(again) == 0
-    for other in (ours, again, to_native(ours), fold(ours)):
+    for other in (ours, again, to_keras(ours), fold(ours)):
         np.testing.assert_allclose(other.predict(x, verbose=0), wanted, rtol=1e-4, atol=1e-5)
-    assert type(to_native(ours).layers[2]) is KERAS
+    assert type(to_keras(ours).layers[2]) is KERAS
 
 
 def test_in_place() -> None:

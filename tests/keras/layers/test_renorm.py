@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("tensorflow")
 import keras
 import tensorflow as tf
-from bnfast.keras import BatchNormalization, BatchNormalizationAdd, to_native
+from bnfast.keras import BatchNormalization, BatchNormalizationAdd, to_keras
 
 KERAS = keras.layers.BatchNormalization
 if "renorm" not in KERAS().get_config():
@@ -162,9 +162,9 @@ def test_training_as_a_tensor_residual_and_activation(value: bool, rng: np.rando
 def test_the_way_back_to_keras(rng: np.random.Generator) -> None:
     model = keras.Sequential([keras.Input((4,)), BatchNormalization(renorm=True, renorm_clipping=CLIPPING, name="bn")])
     model.set_weights([rng.uniform(0.5, 1.5, w.shape) for w in model.get_weights()])
-    native = to_native(model)
-    assert type(native.get_layer("bn")) is KERAS
-    assert all(np.array_equal(a, b) for a, b in zip(native.get_weights(), model.get_weights(), strict=True))
+    restored = to_keras(model)
+    assert type(restored.get_layer("bn")) is KERAS
+    assert all(np.array_equal(a, b) for a, b in zip(restored.get_weights(), model.get_weights(), strict=True))
 
 
 @pytest.mark.parametrize(

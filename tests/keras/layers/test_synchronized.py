@@ -18,7 +18,7 @@ import bnfast.keras
 import keras
 import replicas
 import tensorflow as tf
-from bnfast.keras import BatchNormalization, accelerate, to_native
+from bnfast.keras import BatchNormalization, accelerate, to_keras
 
 PROGRAM = Path(replicas.__file__)
 SHARDED = ("y", "dx", "dresidual")
@@ -178,14 +178,14 @@ def test_config_and_file(tmp_path):
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-def test_accelerate_and_to_native_keep_it(inplace):
+def test_accelerate_and_to_keras_keep_it(inplace):
     norm = keras.layers.BatchNormalization(synchronized=True, name="norm")
     net = keras.Sequential([keras.Input((3,)), keras.layers.Dense(4), norm])
     fast = accelerate(net, inplace=inplace, verbose=False)
     ours = fast.get_layer("norm")
     assert isinstance(ours, BatchNormalization)
     assert ours.synchronized is True
-    back = to_native(fast, inplace=inplace).get_layer("norm")
+    back = to_keras(fast, inplace=inplace).get_layer("norm")
     assert type(back) is type(keras.layers.BatchNormalization())
     assert back.synchronized is True
 
@@ -193,5 +193,5 @@ def test_accelerate_and_to_native_keep_it(inplace):
 def test_patch_takes_it():
     with bnfast.keras.patch():
         layer = keras.layers.BatchNormalization(synchronized=True)
-    assert bnfast.keras.enabled(layer)
+    assert bnfast.keras.uses_bnfast(layer)
     assert layer.synchronized is True

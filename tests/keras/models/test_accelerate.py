@@ -213,9 +213,9 @@ def test_without_the_op_little_data_stays_with_keras(monkeypatch):
     monkeypatch.setattr("bnfast.tensorflow.op.status", lambda: (False, "it isn't there"))
     monkeypatch.delenv("BNFAST_BRIDGE", raising=False)
     fast = quiet(model)
-    assert states(fast) == {"large": "bnfast", "small": "native"}
-    assert "8 KiB" in report(fast).native[0].reason
-    assert "it isn't there" in report(fast).native[0].reason
-    with pytest.raises(ValueError, match="small stays native: 8 KiB"):
+    assert states(fast) == {"large": "bnfast", "small": "keras"}
+    assert "8 KiB" in report(fast).keras[0].reason
+    assert "it isn't there" in report(fast).keras[0].reason
+    with pytest.raises(ValueError, match="small stays on Keras's layer: 8 KiB"):
         quiet(model, strict=True)
     assert states(quiet(model, bridge="numpy_function")) == {"large": "bnfast", "small": "bnfast"}

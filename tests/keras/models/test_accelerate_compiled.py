@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("tensorflow")
 import keras
-from bnfast.keras import report, to_native
+from bnfast.keras import report, to_keras
 from keras import layers as L
 from keras_models import KERAS, data, dense_net, quiet, randomize, residual_net
 
@@ -56,8 +56,8 @@ def test_renorm_comes_along_and_back(inplace: bool) -> None:
             assert {row.state.split()[0] for row in report(model).rows} == {"bnfast"}
             assert sum("+" in row.state for row in report(model).rows) == (0 if inplace else 3)
         if step == 3:
-            model = to_native(model, inplace=inplace)
-            assert {row.state for row in report(model).rows} == {"native"}
+            model = to_keras(model, inplace=inplace)
+            assert {row.state for row in report(model).rows} == {"keras"}
         results = [m.train_on_batch(*data("float64", step), return_dict=True) for m in (model, twin)]
         np.testing.assert_allclose(results[0]["loss"], results[1]["loss"], rtol=1e-6)
     found = {weight.path: weight.numpy() for weight in model.weights}

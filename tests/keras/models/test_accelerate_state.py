@@ -168,10 +168,10 @@ if "renorm" in KERAS().get_config():  # Keras 3.14 and later
 @pytest.mark.parametrize("inplace", [False, True])
 def test_what_is_left_alone(reason: str, inplace: bool) -> None:
     model = dense_net(norm=LEFT_ALONE[reason]())
-    with pytest.raises(ValueError, match=f"strict=True, and batch norm bn stays native: {reason}"):
+    with pytest.raises(ValueError, match=f"strict=True, and batch norm bn stays on Keras's layer: {reason}"):
         accelerate(model, strict=True, inplace=inplace)
     (row,) = report(quiet(model, inplace=inplace)).rows
-    assert (row.name, row.state, row.bridge) == ("bn", "native", "")
+    assert (row.name, row.state, row.bridge) == ("bn", "keras", "")
     assert row.reason.startswith(reason)
 
 
@@ -247,7 +247,7 @@ def test_what_a_config_cannot_hold_comes_along() -> None:
     assert quiet(model).layers[0].adjustment is adjustment
 
 
-def test_arguments_out_of_range_stay_native() -> None:
+def test_arguments_out_of_range_stay_on_keras() -> None:
     model = keras.Sequential([keras.Input((6,)), KERAS(momentum=1.5), KERAS()])
     fast = quiet(model)
     assert [type(layer) for layer in fast.layers] == [KERAS, BatchNormalization]

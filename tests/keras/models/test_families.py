@@ -1,4 +1,4 @@
-"""All keras.applications families through accelerate and to_native: predictions, weights, names, reports."""
+"""All keras.applications families through accelerate and to_keras: predictions, weights, names, reports."""
 
 import re
 from typing import Any
@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("tensorflow")
 import families
-from bnfast.keras import accelerate, report, to_native
+from bnfast.keras import accelerate, report, to_keras
 
 STATES = r"bnfast( \+ add)?( \+ (relu|relu6))?"
 
@@ -32,12 +32,12 @@ def test_there_and_back(name: str) -> None:
     assert {layer.name for layer in model.layers} == names | set(report(fast).removed)
     assert fast.output_names == model.output_names
 
-    native = to_native(fast)
-    assert [(type(layer), layer.name) for layer in native.layers] == [(type(n), n.name) for n in model.layers]
-    assert [weight.path for weight in native.weights] == [weight.path for weight in model.weights]
-    for copied in (native, model):
+    restored = to_keras(fast)
+    assert [(type(layer), layer.name) for layer in restored.layers] == [(type(n), n.name) for n in model.layers]
+    assert [weight.path for weight in restored.weights] == [weight.path for weight in model.weights]
+    for copied in (restored, model):
         assert all(np.array_equal(a, b) for a, b in zip(copied.get_weights(), weights, strict=True))
-    np.testing.assert_array_equal(native(x), wanted)
+    np.testing.assert_array_equal(restored(x), wanted)
 
 
 @pytest.mark.families

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("tensorflow")
 import keras
 import tensorflow as tf
-from bnfast.keras import GroupNormalization, InstanceNormalization, LayerNormalization, to_native
+from bnfast.keras import GroupNormalization, InstanceNormalization, LayerNormalization, to_keras
 from bnfast.keras.layers import norms
 from keras import layers as L
 from norms_cases import each_way, same, theirs
@@ -37,13 +37,15 @@ def models(dtype: str = "float64") -> tuple[Any, Any]:
     keras.config.set_dtype_policy(dtype)
     try:
         ours = model_of(GroupNormalization, InstanceNormalization, LayerNormalization)
-        native = model_of(L.GroupNormalization, lambda **words: L.GroupNormalization(-1, **words), L.LayerNormalization)
+        keras_model = model_of(
+            L.GroupNormalization, lambda **words: L.GroupNormalization(-1, **words), L.LayerNormalization
+        )
     finally:
         keras.config.set_dtype_policy(before)
     rng = np.random.default_rng(5)
     ours.set_weights([rng.uniform(0.05, 0.15, w.shape) for w in ours.get_weights()])  # large ones make SGD diverge
-    native.set_weights(ours.get_weights())
-    return ours, native
+    keras_model.set_weights(ours.get_weights())
+    return ours, keras_model
 
 
 def data() -> tuple[Any, Any]:
@@ -100,21 +102,21 @@ def test_configs(kind: Any) -> None:
 
 
 def test_files(tmp_path: Path) -> None:
-    ours, native = models()
+    ours, keras_model = models()
     ours.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
     assert [type(layer) for layer in loaded.layers] == [type(layer) for layer in ours.layers]
-    assert [w.path for w in loaded.weights] == [w.path for w in native.weights]
+    assert [w.path for w in loaded.weights] == [w.path for w in keras_model.weights]
     np.testing.assert_array_equal(loaded(data()[0]), ours(data()[0]))
 
 
 def test_files_of_keras(tmp_path: Path) -> None:
     """Weights go either way. (Files name layers by their class, so Keras's for an instance norm is a group norm's.)"""
-    ours, native = (
+    ours, keras_model = (
         keras.Sequential([keras.Input((4, 6)), group(3, beta_initializer="ones"), layer(gamma_initializer="ones")])
         for group, layer in ((GroupNormalization, LayerNormalization), (L.GroupNormalization, L.LayerNormalization))
     )
-    for source, target in ((ours, native), (native, ours)):
+    for source, target in ((ours, keras_model), (keras_model, ours)):
         source.set_weights([np.full(w.shape, i + 1.5) for i, w in enumerate(source.weights)])
         source.save_weights(tmp_path / "model.weights.h5")
         target.set_weights([0 * w for w in target.get_weights()])
@@ -125,7 +127,7 @@ def test_files_of_keras(tmp_path: Path) -> None:
 
 def test_inference_is_made_of_tensorflows_ops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(norms, "SMALL_BYTES", 0)
-    ours, native = models("float32")
+    ours, keras_model = models("float32")
     x = tf.constant(data()[0], tf.float32)
     ours.export(tmp_path / "exported", verbose=False)
     exported = tf.saved_model.load(tmp_path / "exported")
@@ -133,30 +135,30 @@ def test_inference_is_made_of_tensorflows_ops(tmp_path: Path, monkeypatch: pytes
     kinds = {node.op for function in graph.library.function for node in function.node_def}
     assert "Rsqrt" in kinds
     assert not [kind for kind in kinds if "PyFunc" in kind]
-    same([exported.serve(x)], [native(x)], 1e-5)
+    same([exported.serve(x)], [keras_model(x)], 1e-5)
 
 
 @pytest.mark.parametrize("inplace", [False, True])
 def test_to_native(inplace: bool) -> None:
-    ours, native = models()
+    ours, keras_model = models()
     ours.compile(keras.optimizers.SGD(0.01, momentum=0.9), "mse")
     ours.fit(*data(), verbose=0)
-    native.set_weights(ours.get_weights())
-    back = to_native(ours, inplace=inplace)
+    keras_model.set_weights(ours.get_weights())
+    back = to_keras(ours, inplace=inplace)
     assert (back is ours) == inplace
-    assert [type(layer) for layer in back.layers] == [type(layer) for layer in native.layers]
-    assert [w.path for w in back.weights] == [w.path for w in native.weights]
+    assert [type(layer) for layer in back.layers] == [type(layer) for layer in keras_model.layers]
+    assert [w.path for w in back.weights] == [w.path for w in keras_model.weights]
     assert "bnfast" not in back.to_json()
-    np.testing.assert_array_equal(back(data()[0], training=True), native(data()[0], training=True))
+    np.testing.assert_array_equal(back(data()[0], training=True), keras_model(data()[0], training=True))
     assert back.get_layer("instance").groups == 8
     assert back.get_layer("layer").supports_jit
-    native.compile(keras.optimizers.SGD(0.01), "mse")
+    keras_model.compile(keras.optimizers.SGD(0.01), "mse")
     back.compile(keras.optimizers.SGD(0.01), "mse")
-    assert back.train_on_batch(*data()) == pytest.approx(native.train_on_batch(*data()))
+    assert back.train_on_batch(*data()) == pytest.approx(keras_model.train_on_batch(*data()))
 
 
-def test_to_native_drops_the_training_that_only_ours_take() -> None:
+def test_to_keras_drops_the_training_that_only_ours_take() -> None:
     inputs = keras.Input((4,))
     model = keras.Model(inputs, LayerNormalization(name="norm")(inputs, training=True))
     x = np.random.default_rng(1).normal(size=(3, 4)).astype("float32")
-    np.testing.assert_allclose(to_native(model)(x), model(x), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(to_keras(model)(x), model(x), rtol=1e-5, atol=1e-6)

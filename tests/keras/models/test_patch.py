@@ -1,4 +1,4 @@
-"""patch, unpatch, enabled: whoever names Keras's BatchNormalization gets ours, and nothing is left behind."""
+"""patch and unpatch: code that names Keras's BatchNormalization gets ours, and nothing is left behind."""
 
 import json
 import subprocess
@@ -15,7 +15,7 @@ pytest.importorskip("tensorflow")
 import bnfast.keras
 import keras
 import tensorflow as tf
-from bnfast.keras import enabled, patch, unpatch
+from bnfast.keras import is_patched, patch, unpatch, uses_bnfast
 from bnfast.keras.models.patch import KERAS, made, summary
 from keras.src import api_export
 
@@ -79,10 +79,10 @@ def test_all_the_ways_to_name_it() -> None:
 
     config = {"module": "keras.layers", "class_name": "BatchNormalization", "config": {}, "registered_name": None}
     assert from_keras is from_tensorflow is tf.keras.layers.BatchNormalization is keras.layers.BatchNormalization
-    assert enabled(from_keras)
-    assert enabled(keras.layers.deserialize(config))
-    assert enabled(keras.saving.deserialize_keras_object(config))
-    assert enabled(keras.applications.MobileNet(weights=None, input_shape=(32, 32, 3), classes=2))
+    assert uses_bnfast(from_keras)
+    assert uses_bnfast(keras.layers.deserialize(config))
+    assert uses_bnfast(keras.saving.deserialize_keras_object(config))
+    assert uses_bnfast(keras.applications.MobileNet(weights=None, input_shape=(32, 32, 3), classes=2))
 
 
 def test_names_imported_meanwhile_are_restored_wherever_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,45 +98,45 @@ def test_names_imported_meanwhile_are_restored_wherever_they_are(monkeypatch: py
         OURS.PatchedBatchNormalization,
         OURS.PatchedBatchNormalization,
     )
-    assert enabled(script)
+    assert uses_bnfast(script)
     unpatch()
     assert (script.Before, script.BN, script.BatchNormalization, lazy.norm) == (KERAS,) * 4
-    assert not enabled(script)
+    assert not uses_bnfast(script)
 
 
 def test_patching_twice_and_unpatching_twice_is_once() -> None:
-    assert not enabled()
+    assert not is_patched()
     with patch():
         with patch():
             pass
-        assert enabled(), "the inner one didn't begin it"
-    assert not enabled()
+        assert is_patched(), "the inner one didn't begin it"
+    assert not is_patched()
     unpatch()
     assert keras.layers.BatchNormalization is KERAS
     with pytest.raises(KeyError), patch():
         raise KeyError
-    assert not enabled()
+    assert not is_patched()
 
 
-def test_enabled_looks_at_the_thing_itself() -> None:
+def test_uses_bnfast_looks_at_the_thing_itself() -> None:
     earlier, ours = keras.layers.BatchNormalization(), bnfast.keras.BatchNormalization()
     plain = keras.Sequential([earlier])
     with patch():
-        assert enabled()
-        assert enabled(keras.layers)
-        assert enabled(tf.keras.layers)
+        assert is_patched()
+        assert uses_bnfast(keras.layers)
+        assert uses_bnfast(tf.keras.layers)
         patched, fallen = keras.layers.BatchNormalization(), keras.layers.BatchNormalization(epsilon=-1)
         model = keras.Sequential([keras.Input((3,)), keras.Sequential([patched]), keras.layers.Dense(1)])
         mixed = keras.Sequential([patched, earlier])
-        assert not enabled(plain)
-    assert not enabled(keras.layers)
-    assert not enabled(keras.layers.BatchNormalization)
-    assert not enabled(json), "a module that names no batch norm"
-    answers = {each: enabled(each) for each in (earlier, ours, patched, fallen, model, mixed, plain)}
+        assert not uses_bnfast(plain)
+    assert not uses_bnfast(keras.layers)
+    assert not uses_bnfast(keras.layers.BatchNormalization)
+    assert not uses_bnfast(json), "a module that names no batch norm"
+    answers = {each: uses_bnfast(each) for each in (earlier, ours, patched, fallen, model, mixed, plain)}
     assert [each for each, answer in answers.items() if answer] == [ours, patched, model]
-    assert not enabled(keras.layers.Dense(1))
-    with pytest.raises(TypeError, match=r"obj must be None, a layer, a model, a class or a module\. Received: str"):
-        enabled("keras")
+    assert not uses_bnfast(keras.layers.Dense(1))
+    with pytest.raises(TypeError, match=r"obj must be a layer, a model, a class or a module\. Received: str"):
+        uses_bnfast("keras")
 
 
 def test_isinstance_holds_before_during_and_after() -> None:
@@ -173,7 +173,7 @@ def test_a_subclass_of_a_script_trains_on_our_kernels(rng: np.random.Generator) 
     x = rng.normal(3, 2, size=(32, 5)).astype("float32")
     np.testing.assert_allclose(mine(x, training=True), 2 * theirs(x, training=True), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(mine.moving_mean, theirs.moving_mean, rtol=1e-5)
-    assert enabled(mine)
+    assert uses_bnfast(mine)
     assert [(entry.name, entry.reason) for entry in made] == [("mine", None)]
     assert made[0].state.startswith("trained on ")
     assert Mine.from_config(mine.get_config()).momentum == 0.5
@@ -195,7 +195,7 @@ def test_what_we_do_not_take_is_keras_s_own(words: dict[str, Any], reason: str, 
     patch()
     ours = keras.layers.BatchNormalization(**words)
     assert ours.get_config() == theirs.get_config(), "default names too"
-    assert (made[0].reason, enabled(ours)) == (reason, False)
+    assert (made[0].reason, uses_bnfast(ours)) == (reason, False)
     x = rng.normal(size=(32, 5)).astype("float32")
     for training in (True, False):
         np.testing.assert_array_equal(ours(x, training=training), theirs(x, training=training))
@@ -218,7 +218,7 @@ def test_arguments_that_keras_refuses_are_refused_in_its_words() -> None:
 def test_another_backend_is_left_to_keras(monkeypatch: pytest.MonkeyPatch) -> None:
     patch()
     monkeypatch.setattr(keras.backend, "backend", lambda: "torch")
-    assert not enabled(keras.layers.BatchNormalization())
+    assert not uses_bnfast(keras.layers.BatchNormalization())
     assert made[0].reason == "Keras runs on torch"
 
 
@@ -266,7 +266,7 @@ def test_what_it_trained_loads_without_bnfast(when: str, tmp_path: Path, rng: np
         model.save(tmp_path / "small.h5")
         model.save_weights(tmp_path / "small.weights.h5")
         (tmp_path / "small.json").write_text(model.to_json())
-    assert enabled(model)
+    assert uses_bnfast(model)
     x = rng.normal(size=(5, 8, 8, 3)).astype("float32")
     np.savez(tmp_path / "data.npz", *model.get_weights(), x=x, y=model.predict(x, verbose=0))
     done = subprocess.run([sys.executable, "-c", LOAD, str(tmp_path)], capture_output=True, text=True, timeout=300)
@@ -278,10 +278,10 @@ def test_the_config_is_the_one_keras_writes() -> None:
     with patch():
         ours = small_model(**WORDS[-1])
         assert json.loads(ours.to_json()) == json.loads(theirs)
-        assert enabled(keras.models.model_from_json(theirs))
-        assert enabled(keras.models.clone_model(ours))
+        assert uses_bnfast(keras.models.model_from_json(theirs))
+        assert uses_bnfast(keras.models.clone_model(ours))
     assert json.loads(ours.to_json()) == json.loads(theirs)
-    assert not enabled(keras.models.model_from_json(ours.to_json()))
+    assert not uses_bnfast(keras.models.model_from_json(ours.to_json()))
 
 
 @pytest.mark.parametrize("words", WORDS, ids=str)
@@ -292,7 +292,7 @@ def test_a_training_gives_what_keras_gives(words: dict[str, Any]) -> None:
         keras.utils.set_random_seed(4)
         model = trained(small_model(**words), np.random.default_rng(0))
         results.append({w.path: w.numpy() for w in model.weights if w.path != "head/bias"})  # its true gradient is 0
-    assert enabled(model)
+    assert uses_bnfast(model)
     assert results[0].keys() == results[1].keys()
     for path, theirs in results[0].items():
         np.testing.assert_allclose(results[1][path], theirs, rtol=1e-3, atol=1e-4, err_msg=path)
@@ -306,17 +306,17 @@ def test_a_model_made_under_the_patch_goes_through_the_rest() -> None:
         mixed = keras.Model(inputs, keras.layers.BatchNormalization()(odd(x)))
     assert [row.state for row in bnfast.keras.report(model).rows] == ["bnfast", "bnfast"]
     first, second = bnfast.keras.report(mixed).rows
-    assert (first.state, first.reason) == ("native", "renorm=True with synchronized=True is not supported")
+    assert (first.state, first.reason) == ("keras", "renorm=True with synchronized=True is not supported")
     assert second.state == "bnfast"
     with pytest.raises(ValueError, match="renorm=True"):
         bnfast.keras.accelerate(mixed, strict=True)
     for each in (model, mixed):
-        native = bnfast.keras.to_native(each)
-        assert all(type(layer).__module__.startswith("keras.") for layer in native.layers)
+        restored = bnfast.keras.to_keras(each)
+        assert all(type(layer).__module__.startswith("keras.") for layer in restored.layers)
     assert all(type(layer).__module__.startswith("keras.") for layer in bnfast.keras.fold(model).layers[:3])
 
 
-@pytest.mark.parametrize("words", [{"activation": "relu"}, {"fused": True}, {"bridge": "native"}], ids=str)
+@pytest.mark.parametrize("words", [{"activation": "relu"}, {"fused": True}, {"bridge": "op"}], ids=str)
 def test_what_keras_refuses_is_refused_under_the_patch(words: Any) -> None:
     """A config of Keras's can't hold it: a saved model would compute something else."""
     patch()

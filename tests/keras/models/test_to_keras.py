@@ -1,4 +1,4 @@
-"""to_native: Keras's layers again, the same values, and files and exports that need no bnfast."""
+"""to_keras: Keras's layers again, the same values, and files and exports that need no bnfast."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("tensorflow")
 import keras
 import tensorflow as tf
-from bnfast.keras import BatchNormalization, BatchNormalizationAdd, accelerate, report, to_native
+from bnfast.keras import BatchNormalization, BatchNormalizationAdd, accelerate, report, to_keras
 from keras import layers as L
 from keras_models import KERAS, data, dense_net, quiet, randomize, residual_net, same_predictions, subclassed
 from needs import need_module
@@ -36,25 +36,25 @@ def test_there_and_back(loaded: bool, tmp_path: Path) -> None:
     if loaded:
         fast.save(tmp_path / "fast.keras")
         fast = keras.models.load_model(tmp_path / "fast.keras")
-    native = to_native(fast)
-    assert wiring(native) == wiring(model)
-    assert [w.path for w in native.trainable_weights] == [w.path for w in model.trainable_weights]
+    restored = to_keras(fast)
+    assert wiring(restored) == wiring(model)
+    assert [w.path for w in restored.trainable_weights] == [w.path for w in model.trainable_weights]
     before = model.variables + model.optimizer.variables
-    after = native.variables + native.optimizer.variables
+    after = restored.variables + restored.optimizer.variables
     assert [v.numpy().tobytes() for v in after] == [v.numpy().tobytes() for v in before]
-    np.testing.assert_array_equal(native(data()[0]), model(data()[0]))
-    assert native.evaluate(*data(), verbose=0) == model.evaluate(*data(), verbose=0)
+    np.testing.assert_array_equal(restored(data()[0]), model(data()[0]))
+    assert restored.evaluate(*data(), verbose=0) == model.evaluate(*data(), verbose=0)
 
 
 def test_sequential_models_and_models_in_models() -> None:
     inner = keras.Sequential([keras.Input((4,)), KERAS(name="bn"), L.LeakyReLU(0.3, name="leaky")], name="inner")
     model = randomize(keras.Sequential([keras.Input((4,)), inner, KERAS(name="bn"), L.Dense(2)], name="outer"))
-    native = to_native(quiet(model))
-    assert isinstance(native, keras.Sequential)
-    assert [type(layer) for layer in native.layers[0].layers] == [KERAS, L.LeakyReLU]
-    assert native.layers[0].get_layer("leaky").negative_slope == pytest.approx(0.3)
-    assert [w.path for w in native.weights] == [w.path for w in model.weights]
-    same_predictions(model, native)
+    restored = to_keras(quiet(model))
+    assert isinstance(restored, keras.Sequential)
+    assert [type(layer) for layer in restored.layers[0].layers] == [KERAS, L.LeakyReLU]
+    assert restored.layers[0].get_layer("leaky").negative_slope == pytest.approx(0.3)
+    assert [w.path for w in restored.weights] == [w.path for w in model.weights]
+    same_predictions(model, restored)
 
 
 def test_layers_written_by_hand() -> None:
@@ -64,16 +64,16 @@ def test_layers_written_by_hand() -> None:
     x = BatchNormalizationAdd(activation="tanh", name="second")([x, inputs])
     x = BatchNormalizationAdd(name="third")([x, inputs])
     model = randomize(keras.Model(inputs, BatchNormalization(activation=L.PReLU(), name="out")(x)))
-    native = to_native(model)
-    assert [layer.name for layer in native.layers[1:]] == [
+    restored = to_keras(model)
+    assert [layer.name for layer in restored.layers[1:]] == [
         *("first", "first_activation"),
         *("second", "second_add", "second_activation"),
         *("third", "third_add"),
         *("out_bn", "out"),
     ]
-    assert native.output_names == model.output_names == ["out"]
-    assert not any(row.state != "native" for row in report(native).rows)
-    same_predictions(model, native)
+    assert restored.output_names == model.output_names == ["out"]
+    assert not any(row.state != "keras" for row in report(restored).rows)
+    same_predictions(model, restored)
 
 
 def test_masks_reach_the_batch_norm() -> None:
@@ -83,10 +83,10 @@ def test_masks_reach_the_batch_norm() -> None:
     model = randomize(keras.Model(inputs, L.LSTM(4)(x)))
     fast = quiet(model)
     assert report(fast).rows[0].state == "bnfast + add + relu"
-    native = to_native(fast)
+    restored = to_keras(fast)
     x = np.random.default_rng(1).normal(size=(6, 5, 3)).astype("float32")
     x[:, 3:] = 0
-    for other in (fast, native):
+    for other in (fast, restored):
         np.testing.assert_allclose(other(x, training=True), model(x, training=True), rtol=1e-4, atol=1e-5)
 
 
@@ -97,7 +97,7 @@ def test_in_place() -> None:
     model.compile("sgd", "mse")
     model.fit(np.ones((4, 4)), np.ones((4, 2)), verbose=0)
     model.set_weights(twin.get_weights())
-    assert to_native(model, inplace=True) is model
+    assert to_keras(model, inplace=True) is model
     assert {type(norm) for norm in (*model.norms, *model.more.values())} == {KERAS}
     assert [id(v) for v in model.variables] == before
     assert model.norms[0].get_config() == twin.norms[0].get_config()
@@ -114,35 +114,35 @@ def test_layers_that_never_were_keras_s_go_back_in_place() -> None:
     model.compile("sgd", "mse")
     model.fit(x, x, verbose=0)
     wanted = model(x)
-    copied = to_native(model)
-    assert to_native(model, inplace=True) is model
-    for native in (copied, model):
-        assert [type(layer) for layer in native.layers] == [KERAS, KERAS]
-        np.testing.assert_array_equal(native(x), copied(x))
+    copied = to_keras(model)
+    assert to_keras(model, inplace=True) is model
+    for restored in (copied, model):
+        assert [type(layer) for layer in restored.layers] == [KERAS, KERAS]
+        np.testing.assert_array_equal(restored(x), copied(x))
     np.testing.assert_allclose(model(x), wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_in_place_all_or_nothing() -> None:
     model = keras.Sequential([keras.Input((6,)), BatchNormalization(), BatchNormalization(correction=1)])
     with pytest.raises(ValueError, match="can't be copied"):
-        to_native(model, inplace=True)
+        to_keras(model, inplace=True)
     assert [type(layer) for layer in model.layers] == [BatchNormalization, BatchNormalization]
 
 
 def test_a_fused_layer_has_no_way_back_in_place() -> None:
     fast = quiet(residual_net())
     with pytest.raises(ValueError, match="layer relu0 has an activation or an Add fused into it"):
-        to_native(fast, inplace=True)
+        to_keras(fast, inplace=True)
     assert report(fast).removed, "nothing was changed"
 
 
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="model net has no layer of bnfast's"):
-        to_native(dense_net())
+        to_keras(dense_net())
     with pytest.raises(ValueError, match=r"model block \(Block\) is neither Functional nor Sequential.*inplace=True"):
-        to_native(accelerate(subclassed(), inplace=True, verbose=False))
+        to_keras(accelerate(subclassed(), inplace=True, verbose=False))
     with pytest.raises(TypeError, match=r"model must be a keras\.Model"):
-        to_native(BatchNormalization())
+        to_keras(BatchNormalization())
 
 
 LOAD = """
@@ -157,27 +157,27 @@ numpy.save("export.npy", exported.serve(x))
 
 
 def test_files_and_exports_load_without_bnfast(tmp_path: Path) -> None:
-    native = to_native(quiet(residual_net(compiled="adam")))
+    restored = to_keras(quiet(residual_net(compiled="adam")))
     x = data()[0]
-    native.save(tmp_path / "model.keras")
-    native.export(tmp_path / "exported")
+    restored.save(tmp_path / "model.keras")
+    restored.export(tmp_path / "exported")
     np.save(tmp_path / "x.npy", x)
     run = subprocess.run([sys.executable, "-c", LOAD], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     for name in ("file.npy", "export.npy"):
-        np.testing.assert_allclose(np.load(tmp_path / name), native(x), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(np.load(tmp_path / name), restored(x), rtol=1e-5, atol=1e-6)
 
 
 def test_tflite(tmp_path: Path) -> None:
-    native = to_native(quiet(residual_net()))
-    content = tf.lite.TFLiteConverter.from_keras_model(native).convert()
+    restored = to_keras(quiet(residual_net()))
+    content = tf.lite.TFLiteConverter.from_keras_model(restored).convert()
     interpreter = tf.lite.Interpreter(model_content=content)
     x = data()[0][:1]
     interpreter.allocate_tensors()
     interpreter.set_tensor(interpreter.get_input_details()[0]["index"], x)
     interpreter.invoke()
     y = interpreter.get_tensor(interpreter.get_output_details()[0]["index"])
-    np.testing.assert_allclose(y, native(x), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(y, restored(x), rtol=1e-4, atol=1e-5)
 
 
 def test_onnx(tmp_path: Path) -> None:
@@ -185,10 +185,10 @@ def test_onnx(tmp_path: Path) -> None:
     need_module("tf2onnx")
     model = residual_net()
     model(data()[0])
-    native = to_native(quiet(model))
-    native.export(tmp_path / "model.onnx", format="onnx", verbose=False)
+    restored = to_keras(quiet(model))
+    restored.export(tmp_path / "model.onnx", format="onnx", verbose=False)
     exported = onnx.load(tmp_path / "model.onnx")
     onnx.checker.check_model(exported)
     x = data()[0]
     (y,) = need_module("onnx.reference").ReferenceEvaluator(exported).run(None, {exported.graph.input[0].name: x})
-    np.testing.assert_allclose(y, native(x), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(y, restored(x), rtol=1e-4, atol=1e-5)

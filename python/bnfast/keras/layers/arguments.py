@@ -11,7 +11,7 @@ import operator
 from typing import Any
 
 from ..._arguments import checks as _checks
-from ...tensorflow import op as native
+from ...tensorflow import op
 from ...tensorflow.training import adjustment as adjustments
 from ...tensorflow.training import ghosts
 from ...tensorflow.training.step import NAN_POLICIES
@@ -58,8 +58,8 @@ def own(
     synchronized: bool,
 ) -> dict[str, Any]:
     """The attributes by name. renorm and synchronized are Keras's, to see what goes with them."""
-    if bridge not in native.BRIDGES:
-        raise ValueError(f"bridge must be one of {native.BRIDGES}. Received: {bridge!r}")
+    if bridge not in op.BRIDGES:
+        raise ValueError(f"bridge must be one of {op.BRIDGES}. Received: {bridge!r}")
     if virtual_batch_size is not None:
         ghosts.check(virtual_batch_size, renorm)
     adjustments.check(adjustment, virtual_batch_size)

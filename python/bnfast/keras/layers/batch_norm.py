@@ -83,10 +83,10 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         synchronized: under a tf.distribute strategy the batch is that of all replicas, whose shards may be of any size.
             Without one, or with one replica, the layer is what it is without. Replicas talk in each training call (not
             from inside a tf.cond or tf.while_loop). Not with renorm, virtual_batch_size or adjustment.
-        bridge: how TensorFlow reaches the kernels in training: "native" (TensorFlow ops of bnfast's own),
-            "numpy_function" (a Python callback each way), or "auto": native where it loads, else numpy_function and one
+        bridge: how TensorFlow reaches the kernels in training: "op" (TensorFlow ops of bnfast's own),
+            "numpy_function" (a Python callback each way), or "auto": "op" where it loads, else numpy_function and one
             line in the log `bnfast`. The environment's BNFAST_BRIDGE decides for "auto".
-        replaces: what this layer was made from, as `accelerate` writes it and `to_native` reads it: the names "norm"
+        replaces: what this layer was made from, as `accelerate` writes it and `to_keras` reads it: the names "norm"
             and "add", and "place", the batch norm's among Add's inputs. "bias" names the layer before, whose output
             nothing but this layer reads: its bias, added last, is left out in training (see `bnfast.keras.accelerate`).
 
@@ -98,7 +98,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
             is, and so does any other that fits nothing else.
 
     Raises:
-        RuntimeError: Keras runs on a backend other than TensorFlow. In training, bridge="native" where the ops can't
+        RuntimeError: Keras runs on a backend other than TensorFlow. In training, bridge="op" where the ops can't
             be loaded: a saved layer can be opened, and used for inference, all the same.
         ValueError, TypeError: an argument out of range or of the wrong type; the message says which.
 

@@ -17,8 +17,8 @@ from .compiled import carry_over
 from .fusion import Finder, Fusion, layer_of
 from .graph_copy import Bundle, Replacement, clone, is_graph, layers, name_scopes, operations, paired, rebuild, transfer
 from .inplace import become, forget_functions
-from .patch import enabled
-from .report import OURS, norms, report, why_native
+from .patch import uses_bnfast
+from .report import OURS, norms, report, why_unchanged
 
 
 def accelerate(
@@ -30,7 +30,7 @@ def accelerate(
     output of one goes into nothing but a ReLU, ReLU6 or LeakyReLU, the two become one layer, and so do BN + Add and
     BN + Add + activation (`BatchNormalizationAdd`): it takes the name of the last of them. Others stay as they are, and
     so do Keras's layer and group norms: bnfast.keras has layers of the same names to put in their place.
-    `bnfast.keras.report(model)` says of each what it is now, why, and which names went; `to_native` leads back.
+    `bnfast.keras.report(model)` says of each what it is now, why, and which names went; `to_keras` leads back.
 
     Where nothing but a batch norm reads the output of a Dense or convolution layer, training leaves that layer's bias
     out: the batch's mean would take it away again. y and moving_mean are the same; the bias's gradient is 0 without the
@@ -40,7 +40,7 @@ def accelerate(
         model: a built Functional or Sequential model, with models nested in it or not. It is not changed.
         inplace: True changes the model given and returns it, which is the way for subclassed models: layers are
             replaced where they sit, nothing is fused, and compiled state needs no copy.
-        strict: raise where a batch norm would stay native, before anything is changed.
+        strict: raise where a batch norm would stay on Keras's layer, before anything is changed.
         bridge: how TensorFlow calls the kernels, as in `bnfast.keras.BatchNormalization`.
         verbose: print the report.
 
@@ -52,7 +52,8 @@ def accelerate(
     Raises:
         TypeError: not a keras.Model.
         ValueError: the model has no batch norm or isn't built; a subclassed model without inplace=True; a layer that
-            can't be copied by its config; strict=True and a batch norm that stays native. The message names which.
+            can't be copied by its config; strict=True and a batch norm that stays on Keras's layer. The message names
+            the layer.
         RuntimeError: Keras runs on a backend other than TensorFlow.
     """
     check(model)
@@ -65,13 +66,13 @@ def accelerate(
             "layer by layer: accelerate(model, inplace=True) replaces the layers of the model itself"
         )
     finder = Finder(model)
-    others = [norm for norm in found if type(norm) not in OURS or not enabled(norm)]
-    reasons = {id(norm): why_native(norm, finder.shape(norm), bridge) for norm in others}
+    others = [norm for norm in found if type(norm) not in OURS or not uses_bnfast(norm)]
+    reasons = {id(norm): why_unchanged(norm, finder.shape(norm), bridge) for norm in others}
     if strict:
         for norm in found:
             if reasons.get(id(norm)) is not None:
                 raise ValueError(
-                    f"strict=True, and batch norm {norm.path or norm.name} stays native: {reasons[id(norm)]}"
+                    f"strict=True, and batch norm {norm.path or norm.name} stays on Keras's layer: {reasons[id(norm)]}"
                 )
     swapped = [norm for norm in found if _unfused(norm) and reasons.get(id(norm)) is None]
     words = {} if bridge == "auto" else {"bridge": bridge}

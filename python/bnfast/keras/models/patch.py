@@ -22,7 +22,7 @@ from typing import Any
 import keras
 from keras.src import api_export
 
-from ...tensorflow import op as native
+from ...tensorflow import op
 from ...tensorflow.training import mode as freezing
 from ...tensorflow.training import renorm as renorms
 from ..layers import arguments
@@ -138,7 +138,7 @@ def _unsupported(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
 
 def _bridge(ours: layer.BatchNormalization) -> str:
     """The bridge this layer trains on."""
-    return native.choose(ours.bridge)
+    return op.choose(ours.bridge)
 
 
 class Patch:
@@ -171,7 +171,7 @@ def patch() -> Patch:
     behaviour. Code compiled with `tf.function(jit_compile=True)` can't hold bnfast's layer: XLA has no kernel for it.
     """
     with _lock:
-        began = not enabled()
+        began = not is_patched()
         if began:
             api_export.REGISTERED_NAMES_TO_OBJS[API_NAME] = PatchedBatchNormalization
             for name, namespace in _namespaces():
@@ -192,28 +192,33 @@ def unpatch() -> None:
                 _replace(namespace, PatchedBatchNormalization, KERAS)
 
 
-def enabled(obj: Any = None) -> bool:
-    """Whether the patch is on, or whether `obj` is bnfast's.
+def is_patched() -> bool:
+    """Whether `patch()` is in force."""
+    return api_export.REGISTERED_NAMES_TO_OBJS.get(API_NAME) is PatchedBatchNormalization
 
-    obj: None for the patch itself; a layer, or a model (all of its batch norms, and at least one); a class; a module
-    (what it names BatchNormalization). A layer that runs Keras's own code under the patch is not bnfast's.
+
+def uses_bnfast(obj: Any) -> bool:
+    """Whether `obj` computes its batch norms with bnfast.
+
+    Args:
+        obj: a batch norm layer; a model or another layer (True if it holds batch norms and all of them use bnfast); a
+            class; or a module (the class that it names BatchNormalization). A layer that was made under the patch and
+            runs Keras's own code does not use bnfast.
 
     Raises:
-        TypeError: anything else.
+        TypeError: obj is anything else.
     """
-    if obj is None:
-        return api_export.REGISTERED_NAMES_TO_OBJS.get(API_NAME) is PatchedBatchNormalization
     if isinstance(obj, type):
         return layer.BatchNormalization in obj.__mro__
     if isinstance(obj, ModuleType):
         named = getattr(obj, "BatchNormalization", None)
-        return isinstance(named, type) and enabled(named)
+        return isinstance(named, type) and uses_bnfast(named)
     if isinstance(obj, KERAS):
-        return enabled(type(obj)) and (not hasattr(obj, "entry") or obj.entry.reason is None)
+        return uses_bnfast(type(obj)) and (not hasattr(obj, "entry") or obj.entry.reason is None)
     if isinstance(obj, keras.Layer):
         norms = [each for each in obj._flatten_layers() if isinstance(each, KERAS)]
-        return bool(norms) and all(map(enabled, norms))
-    raise TypeError(f"obj must be None, a layer, a model, a class or a module. Received: {type(obj).__name__}")
+        return bool(norms) and all(map(uses_bnfast, norms))
+    raise TypeError(f"obj must be a layer, a model, a class or a module. Received: {type(obj).__name__}")
 
 
 def summary() -> str:

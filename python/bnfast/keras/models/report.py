@@ -1,9 +1,9 @@
 """What became of a model's batch norms: one row each, read off the layers themselves, so also of a model from a file.
 
 state   "bnfast", followed by what is fused into it ("bnfast + relu", "bnfast + add", "bnfast + add + relu"), or
-        "native": Keras's own code, or another's
-bridge  how TensorFlow reaches the kernels: "numpy_function" or "native"; "" where the state is native
-reason  why the state is native, or why nothing is fused into it; "" otherwise
+        "keras": Keras's own code, or another's
+bridge  how TensorFlow reaches the kernels: "numpy_function" or "op"; "" where the state is "keras"
+reason  why the state is "keras", or why nothing is fused into it; "" otherwise
 removed names of the layers that this one stands for
 """
 
@@ -17,14 +17,14 @@ from typing import Any
 
 import tensorflow as tf
 
-from ...tensorflow import op as native
+from ...tensorflow import op
 from ...tensorflow import op_library as _tf_library
 from ..layers import activation as activations
 from ..layers.batch_norm import BatchNormalization
 from ..layers.batch_norm_add import BatchNormalizationAdd
 from .fusion import Finder
 from .graph_copy import layers
-from .patch import PatchedBatchNormalization, enabled
+from .patch import PatchedBatchNormalization, uses_bnfast
 
 KERAS = BatchNormalization.__bases__[0]  # by this way also while keras.layers.BatchNormalization names ours
 OURS = (BatchNormalization, BatchNormalizationAdd, PatchedBatchNormalization)
@@ -57,15 +57,15 @@ class Report:
         return {name: row.name for row in self.rows for name in row.removed}
 
     @property
-    def native(self) -> tuple[Row, ...]:
-        return tuple(row for row in self.rows if row.state == "native")
+    def keras(self) -> tuple[Row, ...]:
+        return tuple(row for row in self.rows if row.state == "keras")
 
     def __str__(self) -> str:
         heads = ("layer", "state", "bridge", "stands for", "reason")
         rows = [(row.name, row.state, row.bridge, ", ".join(row.removed), row.reason) for row in self.rows]
         widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
         lines = ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in (heads, *rows)]
-        ours = len(self.rows) - len(self.native)
+        ours = len(self.rows) - len(self.keras)
         fused = sum("+" in row.state for row in self.rows)
         return "\n".join([f"{self.model}: {ours} of {len(self.rows)} batch norms on bnfast, {fused} fused", *lines])
 
@@ -85,9 +85,9 @@ def norms(model: Any) -> Iterator[Any]:
 
 
 def _row(name: str, layer: Any, finder: Finder) -> Row:
-    if type(layer) not in OURS or not enabled(layer):
-        reason = why_native(layer, finder.shape(layer)) or "accelerate() has not been applied"
-        return Row(name, "native", "", reason, ())
+    if type(layer) not in OURS or not uses_bnfast(layer):
+        reason = why_unchanged(layer, finder.shape(layer)) or "accelerate() has not been applied"
+        return Row(name, "keras", "", reason, ())
     fused = activations.fuse(layer.activation, layer.compute_dtype)
     add = ["add"] if isinstance(layer, BatchNormalizationAdd) else []
     parts = ["bnfast", *add, *([fused.activation] if fused is not None and fused.activation else [])]
@@ -101,12 +101,12 @@ def _row(name: str, layer: Any, finder: Finder) -> Row:
 
 def _bridge(layer: Any) -> str:
     try:
-        return native.choose(layer.bridge)
-    except RuntimeError:  # native was asked for and can't be had: training will say why
+        return op.choose(layer.bridge)
+    except RuntimeError:  # the op was asked for and can't be had: training will say why
         return str(layer.bridge)
 
 
-def why_native(layer: Any, shape: tuple[int | None, ...] | None, bridge: str = "auto") -> str | None:
+def why_unchanged(layer: Any, shape: tuple[int | None, ...] | None, bridge: str = "auto") -> str | None:
     """Why `accelerate` leaves this batch norm as it is, None where it doesn't. shape: its input's, None if unknown."""
     kind = type(layer)
     if kind not in (KERAS, PatchedBatchNormalization):
@@ -128,7 +128,7 @@ def worth_it(layer: Any, shape: tuple[int | None, ...] | None, bridge: str) -> s
     Through the TensorFlow op none is: (8, 32) takes 0.83 of Keras's time. Where that can't be had, a callback each way
     costs 0.13 ms more than Keras's ops do on little data: (32, 300) 2.1 times, 256 KiB 1.1 times, 512 KiB 0.55 times.
     """
-    if shape is None or None in shape[1:] or _tf_library.wanted(bridge) != "auto" or native.status()[0]:
+    if shape is None or None in shape[1:] or _tf_library.wanted(bridge) != "auto" or op.status()[0]:
         return None
     batch = USUAL_BATCH if shape[0] is None else shape[0]
     size = batch * math.prod(extent for extent in shape[1:] if extent) * tf.as_dtype(layer.compute_dtype).size
@@ -136,5 +136,5 @@ def worth_it(layer: Any, shape: tuple[int | None, ...] | None, bridge: str) -> s
         return None
     return (
         f"{size / 1024:.0f} KiB of input (a batch of unknown size taken as {USUAL_BATCH}) are too little for "
-        f"numpy_function, and the TensorFlow op can't be used: {native.status()[1]}"
+        f"numpy_function, and the TensorFlow op can't be used: {op.status()[1]}"
     )

@@ -1,4 +1,4 @@
-"""`to_native(model)`: the way back from `accelerate`, to a model of Keras's layers alone, which loads without bnfast.
+"""`to_keras(model)`: the way back from `accelerate`, to a model of Keras's layers alone, which loads without bnfast.
 
 Layer, group and instance norms, which `accelerate` never makes, become Keras's too.
 A fused layer is taken apart again: batch norm, Add, activation, under the names that it stands for (its `replaces`).
@@ -32,7 +32,7 @@ RELATIVES: dict[Any, tuple[Any, dict[str, Any]]] = {
 }
 
 
-def to_native(model: Any, *, inplace: bool = False) -> Any:
+def to_keras(model: Any, *, inplace: bool = False) -> Any:
     """A model with the same weights, names and outputs and with Keras's own norms; export and convert this one.
 
     Args:
@@ -51,18 +51,18 @@ def to_native(model: Any, *, inplace: bool = False) -> Any:
     check(model)
     ours = [layer for layer in layers(model) if _is_ours(layer)]
     if not ours:
-        raise ValueError(f"model {model.name} has no layer of bnfast's: it is native as it is")
+        raise ValueError(f"model {model.name} has no layer of bnfast's: its layers are Keras's already")
     if inplace:
         for layer in ours:
             _alone(layer)
-        for layer, native in [(layer, _norm(layer, layer.name)) for layer in ours]:  # all, or an error
-            become(layer, native)
+        for layer, keras_layer in [(layer, _norm(layer, layer.name)) for layer in ours]:  # all, or an error
+            become(layer, keras_layer)
         forget_functions(model)
         return model
     if not is_graph(model):
         raise ValueError(
             f"model {model.name} ({type(model).__name__}) is neither Functional nor Sequential, so it can't be copied "
-            "layer by layer: to_native(model, inplace=True) replaces the layers of the model itself"
+            "layer by layer: to_keras(model, inplace=True) replaces the layers of the model itself"
         )
     return _copied(model, ours)
 
