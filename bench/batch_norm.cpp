@@ -40,10 +40,13 @@ struct Case {
 };
 
 struct Aligned {
-    explicit Aligned(std::size_t bytes) : data(static_cast<char*>(aligned_alloc(2 << 20, (bytes + (2 << 20)) >> 21 << 21))) {
+    explicit Aligned(std::size_t bytes)
+        : data(static_cast<char*>(aligned_alloc(2 << 20, (bytes + (2 << 20)) >> 21 << 21))) {
         std::memset(data.get(), 0, bytes);
     }
-    struct Free { void operator()(char* p) const { std::free(p); } };
+    struct Free {
+        void operator()(char* p) const { std::free(p); }
+    };
     std::unique_ptr<char, Free> data;
     template <class T> T* as() { return reinterpret_cast<T*>(data.get()); }
 };
@@ -57,7 +60,8 @@ double now() {
 void settle() {
     double used = double(std::clock());
     for (int i = 0; i < 10; ++i) {
-        std::this_thread::sleep_for(std::chrono::milliseconds(9));  // two ticks of 4 ms: a thread's time counts at ticks
+        std::this_thread::sleep_for(
+            std::chrono::milliseconds(9));  // two ticks of 4 ms: a thread's time counts at ticks
         const double now_used = double(std::clock());
         if (now_used - used < 1e-3 * CLOCKS_PER_SEC) return;
         used = now_used;
@@ -89,10 +93,16 @@ std::uint16_t to_bfloat16(float f) {
 class Bench {
 public:
     explicit Bench(const Case& c)
-        : case_(c), shape_(c.channels_last ? bnfast::Shape{c.shape.N * c.shape.spatial, c.shape.C, 1}
-                                           : bnfast::Shape{c.shape.N, c.shape.C, c.shape.spatial}),
-          bytes_(shape_.size() * bnfast::item_bytes(c.dtype)), x_(bytes_), dy_(bytes_), y_(bytes_), gamma_(shape_.C, 1.f),
-          beta_(shape_.C, 0.5f), statistics_(5 * shape_.C) {
+        : case_(c),
+          shape_(c.channels_last ? bnfast::Shape{c.shape.N * c.shape.spatial, c.shape.C, 1}
+                                 : bnfast::Shape{c.shape.N, c.shape.C, c.shape.spatial}),
+          bytes_(shape_.size() * bnfast::item_bytes(c.dtype)),
+          x_(bytes_),
+          dy_(bytes_),
+          y_(bytes_),
+          gamma_(shape_.C, 1.f),
+          beta_(shape_.C, 0.5f),
+          statistics_(5 * shape_.C) {
         std::mt19937 random(7);
         std::normal_distribution<float> normal(3.f, 2.f);
         for (int64_t i = 0; i < shape_.size(); ++i) {
@@ -125,9 +135,8 @@ public:
     }
     double reads() {
         const char* const dy = case_.op == bnfast::Op::grad ? dy_.as<char>() : nullptr;
-        return milliseconds([&] {
-            benchmark::DoNotOptimize(yardstick::read(x_.as<char>(), dy, bytes_, case_.threads));
-        });
+        return milliseconds(
+            [&] { benchmark::DoNotOptimize(yardstick::read(x_.as<char>(), dy, bytes_, case_.threads)); });
     }
     bool has_onednn() const {
 #if defined(BNFAST_WITH_ONEDNN)
@@ -138,7 +147,9 @@ public:
     }
     void onednn() {
 #if defined(BNFAST_WITH_ONEDNN)
-        case_.op == bnfast::Op::train ? onednn_->train() : case_.op == bnfast::Op::infer ? onednn_->infer() : onednn_->grad();
+        case_.op == bnfast::Op::train   ? onednn_->train()
+        : case_.op == bnfast::Op::infer ? onednn_->infer()
+                                        : onednn_->grad();
 #endif
     }
     double gigabytes() const { return double(bytes_) * (case_.op == bnfast::Op::grad ? 3 : 2) / 1e9; }
@@ -265,8 +276,8 @@ int main(int argc, char** argv) {
                     for (int threads = most; threads >= 1; threads = threads > 1 ? 1 : 0) {
                         if (!last && shape.spatial == 1) continue;
                         const std::string name = shape.set + "/" + shape.name + "/" +
-                                                 (last ? "channels_last" : "channels_first") + "/" + op_names[op] + "/" +
-                                                 dtype_names[dtype] + "/threads:" + std::to_string(threads);
+                                                 (last ? "channels_last" : "channels_first") + "/" + op_names[op] +
+                                                 "/" + dtype_names[dtype] + "/threads:" + std::to_string(threads);
                         const Case c{shape, last, bnfast::Op(op), bnfast::DType(dtype), threads};
                         benchmark::RegisterBenchmark(name.c_str(), [c](benchmark::State& s) { run(s, c); })
                             ->Iterations(9)  // each is 4 ms of calls a piece: the medians are over nine rounds

@@ -9,19 +9,23 @@
 class OneDnn {
 public:
     OneDnn(std::int64_t N, std::int64_t C, std::int64_t S, bool channels_last, float* x, float* dy, float* y, float* dx)
-        : engine_(dnnl::engine::kind::cpu, 0), stream_(engine_), scale_shift_(2 * C, 1.f), dscale_shift_(2 * C),
-          mean_(C), variance_(C) {
+        : engine_(dnnl::engine::kind::cpu, 0),
+          stream_(engine_),
+          scale_shift_(2 * C, 1.f),
+          dscale_shift_(2 * C),
+          mean_(C),
+          variance_(C) {
         using namespace dnnl;
         const auto tag = channels_last ? memory::format_tag::nhwc : memory::format_tag::nchw;
         const memory::desc tensor({N, C, S, 1}, memory::data_type::f32, tag);
         const memory::desc pair({2, C}, memory::data_type::f32, memory::format_tag::nc);
         const auto flags = normalization_flags::use_scale_shift;
-        const batch_normalization_forward::primitive_desc train(
-            {prop_kind::forward_training, tensor, 1e-3f, flags}, engine_);
+        const batch_normalization_forward::primitive_desc train({prop_kind::forward_training, tensor, 1e-3f, flags},
+                                                                engine_);
         const batch_normalization_forward::primitive_desc infer(
             {prop_kind::forward_inference, tensor, 1e-3f, flags | normalization_flags::use_global_stats}, engine_);
-        const batch_normalization_backward::primitive_desc grad(
-            {prop_kind::backward, tensor, tensor, 1e-3f, flags}, engine_, train);
+        const batch_normalization_backward::primitive_desc grad({prop_kind::backward, tensor, tensor, 1e-3f, flags},
+                                                                engine_, train);
         const auto of = [&](const memory::desc& d, void* p) { return memory(d, engine_, p); };
         args_ = {{DNNL_ARG_SRC, of(tensor, x)},
                  {DNNL_ARG_DST, of(tensor, y)},

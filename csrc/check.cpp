@@ -63,8 +63,7 @@ void check(const TrainArgs& a) {
     check_vector(a.beta, "beta");
     check_vector(a.moving_mean, "moving_mean");
     check_vector(a.moving_variance, "moving_variance");
-    require(!a.moving_mean.data == !a.moving_variance.data,
-            "moving_mean and moving_variance must be given together");
+    require(!a.moving_mean.data == !a.moving_variance.data, "moving_mean and moving_variance must be given together");
     require(a.momentum >= 0 && a.momentum <= 1, "momentum must lie in [0, 1]. Received: ", a.momentum);
     check_epsilon(a.epsilon);
     check_activation(a.activation, a.negative_slope);
@@ -139,11 +138,13 @@ Shape shape_of(const int64_t* dims, int rank, int axis) {
 }
 
 NonFiniteError::NonFiniteError(std::vector<int64_t> at)
-    : std::runtime_error("x has non-finite batch statistics in channels " + [&] {
-          std::string text;
-          for (std::size_t i = 0; i < at.size() && i < 8; ++i) text += (i ? ", " : "") + std::to_string(at[i]);
-          return text + (at.size() > 8 ? ", ... (" + std::to_string(at.size()) + " in all)" : "");
-      }()),
+    : std::runtime_error("x has non-finite batch statistics in channels " +
+                         [&] {
+                             std::string text;
+                             for (std::size_t i = 0; i < at.size() && i < 8; ++i)
+                                 text += (i ? ", " : "") + std::to_string(at[i]);
+                             return text + (at.size() > 8 ? ", ... (" + std::to_string(at.size()) + " in all)" : "");
+                         }()),
       channels(std::move(at)) {}
 
 }  // namespace bnfast

@@ -1,6 +1,6 @@
 // NumPy arrays as the core sees them: pointer, shape, dtype. Nothing is converted here: whatever isn't plain (an exact
-// ndarray, C-contiguous, aligned, the machine's byte order, of a dtype the core knows) is declined, and the caller's Python
-// side converts it or says what is wrong with it.
+// ndarray, C-contiguous, aligned, the machine's byte order, of a dtype the core knows) is declined, and the caller's
+// Python side converts it or says what is wrong with it.
 #pragma once
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -48,7 +48,8 @@ struct ArrayView {
 
     ArrayView() = default;
     ArrayView(py::handle h, int flags) {
-        // no static of its own: npy_api::get() lets go of the GIL the first time, and who waits for the static would hold it
+        // no static of its own: npy_api::get() lets go of the GIL the first time, and who waits for the static would
+        // hold it
         const PyTypeObject* const ndarray = py::detail::npy_api::get().PyArray_Type_;
         plain(Py_TYPE(h.ptr()) == ndarray);
         const auto* a = py::detail::array_proxy(h.ptr());
@@ -61,9 +62,7 @@ struct ArrayView {
         for (int i = 0; i < rank; ++i) size *= dims[i];
         dtype = *known;
     }
-    std::int64_t bytes() const {
-        return size * (dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2);
-    }
+    std::int64_t bytes() const { return size * (dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2); }
     bool same_shape(const ArrayView& o) const {
         return rank == o.rank && std::memcmp(dims, o.dims, sizeof(*dims) * std::size_t(rank)) == 0;
     }

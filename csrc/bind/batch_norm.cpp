@@ -76,9 +76,9 @@ py::object infer(py::handle x, py::handle moving_mean, py::handle moving_varianc
 }
 
 py::object grad(py::handle dy, py::handle x, py::handle mean, py::handle invstd, py::handle gamma, py::handle beta,
-                py::handle axis, py::handle mask, py::handle activation, py::handle negative_slope,
-                py::handle residual, py::handle y, py::handle training, py::handle dmean, py::handle dvariance,
-                py::handle out, py::handle out_dresidual) {
+                py::handle axis, py::handle mask, py::handle activation, py::handle negative_slope, py::handle residual,
+                py::handle y, py::handle training, py::handle dmean, py::handle dvariance, py::handle out,
+                py::handle out_dresidual) {
     return or_none([&]() -> py::object {
         const ArrayView xv = input(x), dyv = like(dy, xv), rv = like(residual, xv), yv = like(y, xv), mv = input(mean),
                         sv = input(invstd), gv = optional_input(gamma), bv = optional_input(beta),
@@ -111,8 +111,8 @@ py::object grad(py::handle dy, py::handle x, py::handle mean, py::handle invstd,
         const bool gated = (rv.dims || yv.dims) && a.activation != Activation::none;
         plain(gated || out_dresidual.is_none());
         if (gated) {
-            const py::array made = output_for(out_dresidual, x, xv, {xv},
-                                              {output(dx), dyv, rv, yv, mv, sv, gv, bv, weightsv, dmv, dvv});
+            const py::array made =
+                output_for(out_dresidual, x, xv, {xv}, {output(dx), dyv, rv, yv, mv, sv, gv, bv, weightsv, dmv, dvv});
             a.dresidual = py::detail::array_proxy(made.ptr())->data;
             dresidual = made;
         } else if (rv.dims || yv.dims) {

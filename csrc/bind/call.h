@@ -47,8 +47,8 @@ template <class F> py::object or_none(F f) {
 }
 
 // The array to write: out, which is exactly one of `same` or disjoint from every input, or a new one.
-inline py::array output_for(py::handle out, py::handle x, const ArrayView& view,
-                            std::initializer_list<ArrayView> same, std::initializer_list<ArrayView> disjoint) {
+inline py::array output_for(py::handle out, py::handle x, const ArrayView& view, std::initializer_list<ArrayView> same,
+                            std::initializer_list<ArrayView> disjoint) {
     if (out.is_none()) {
         return new_array(py::reinterpret_borrow<py::array>(x).dtype(), view.dims, view.rank, view.bytes());
     }

@@ -16,8 +16,8 @@ const std::vector<std::string> train_names{
     "x",    "gamma",      "beta",           "moving_mean", "moving_variance", "axis",       "momentum", "epsilon",
     "mask", "activation", "negative_slope", "residual",    "correction",      "nan_policy", "out"};
 const std::vector<std::string> grad_names{
-    "dy",         "x",              "mean",     "invstd", "gamma",    "beta",  "axis",      "mask",
-    "activation", "negative_slope", "residual", "y",      "training", "dmean", "dvariance", "out", "out_dresidual"};
+    "dy",       "x", "mean",     "invstd", "gamma",     "beta", "axis",         "mask", "activation", "negative_slope",
+    "residual", "y", "training", "dmean",  "dvariance", "out",  "out_dresidual"};
 
 enum TrainPlace { moving_mean_at = 3, moving_variance_at = 4 };
 enum GradPlace { gamma_at = 4, beta_at = 5, y_at = 11 };
@@ -64,8 +64,8 @@ py::object Callback::train_on(const py::args& arrays) const {
         a[moving_mean_at] = moved[0].ptr();
         a[moving_variance_at] = moved[1].ptr();
     }
-    const py::object result = train(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11], a[12],
-                                    a[13], a[14]);
+    const py::object result =
+        train(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11], a[12], a[13], a[14]);
     if (result.is_none()) return result;
     const py::tuple r = result;  // y, mean, variance, invstd
     py::list made;

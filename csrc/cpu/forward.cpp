@@ -120,8 +120,18 @@ double train(const TrainArgs& a) {
     record_isa(table);
 
     const ApplyArgs apply = apply_args(a, plan, space, scratch);
-    FoldArgs fold{a.shape.C, plan.grid.pack, 0, 0, {a.mean, 1}, {a.variance, 1}, param_vector(a.gamma),
-                  param_vector(a.beta), 0, a.epsilon, a.invstd, apply.params};
+    FoldArgs fold{a.shape.C,
+                  plan.grid.pack,
+                  0,
+                  0,
+                  {a.mean, 1},
+                  {a.variance, 1},
+                  param_vector(a.gamma),
+                  param_vector(a.beta),
+                  0,
+                  a.epsilon,
+                  a.invstd,
+                  apply.params};
     const int act = kernel_activation(a.activation, a.negative_slope);
     const int64_t C = a.shape.C;
     bool proceed = true;
@@ -161,9 +171,18 @@ void infer(const InferArgs& a) {
     scratch.take();
     record_isa(table);
     const ApplyArgs apply = apply_args(a, plan, space, scratch);
-    FoldArgs fold{a.shape.C, plan.grid.pack, 0, a.shape.C, param_vector(a.moving_mean),
-                  param_vector(a.moving_variance), param_vector(a.gamma), param_vector(a.beta), 0, a.epsilon,
-                  nullptr, apply.params};
+    FoldArgs fold{a.shape.C,
+                  plan.grid.pack,
+                  0,
+                  a.shape.C,
+                  param_vector(a.moving_mean),
+                  param_vector(a.moving_variance),
+                  param_vector(a.gamma),
+                  param_vector(a.beta),
+                  0,
+                  a.epsilon,
+                  nullptr,
+                  apply.params};
     const int act = kernel_activation(a.activation, a.negative_slope);
     parallel(plan.threads, [&](Team& team) {
         fold_slices(team, plan, [&](int64_t c0, int64_t c1) {
@@ -190,8 +209,8 @@ double moments(const MomentsArgs& a) {
     record_isa(table);
     run_steps(
         plan, [&](int rank, int64_t k, int64_t c0, int64_t c1) { reduction.chunk(rank, k, c0, c1); },
-        [&](int64_t c0, int64_t c1) { table.merge(reduction.merge(c0, c1, a.mean, a.variance)); },
-        [] { return false; }, [](int64_t, int64_t) {}, [](int64_t) {});
+        [&](int64_t c0, int64_t c1) { table.merge(reduction.merge(c0, c1, a.mean, a.variance)); }, [] { return false; },
+        [](int64_t, int64_t) {}, [](int64_t) {});
     return reduction.total();
 }
 

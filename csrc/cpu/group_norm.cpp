@@ -102,16 +102,24 @@ struct Forward {
             std::fill_n(pv + r * K, K, v[r]);
         }
         const int64_t pack = spans.vectors ? 1 : make_grid(spans.piece_shape(h), a.dtype).pack;
-        kernel.fold({P, pack, 0, P, {pm, 1}, {pv, 1}, {gamma ? pg : nullptr, 1}, {beta ? pb : nullptr, 1}, 0,
-                     a.epsilon, at(w, invstd), params(w)});
+        kernel.fold({P,
+                     pack,
+                     0,
+                     P,
+                     {pm, 1},
+                     {pv, 1},
+                     {gamma ? pg : nullptr, 1},
+                     {beta ? pb : nullptr, 1},
+                     0,
+                     a.epsilon,
+                     at(w, invstd),
+                     params(w)});
         for (int64_t r = 0; r < rows; ++r) {
             a.mean[row + r] = m[r];
             a.invstd[row + r] = at(w, invstd)[r * K];
         }
     }
-    Params params(int64_t w) const {
-        return {at(w, mean_hi), at(w, scale), at(w, shift), nullptr, nullptr, nullptr};
-    }
+    Params params(int64_t w) const { return {at(w, mean_hi), at(w, scale), at(w, shift), nullptr, nullptr, nullptr}; }
 
     void apply(int64_t w, int64_t i, int64_t unit) const {
         if (spans.vectors) return apply_vectors(w, i, unit);

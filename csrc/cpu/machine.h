@@ -7,9 +7,9 @@ namespace bnfast {
 
 struct Machine {
     std::int64_t l1d = 32 << 10, l2 = 1 << 20, l3 = 8 << 20;  // bytes a core, a core, and counted on of the shared
-    int threads = 1;                                           // min(affinity, cgroup quota)
+    int threads = 1;                                          // min(affinity, cgroup quota)
     std::string threads_reason;
-    std::int64_t memory = 0;                                   // bytes: min(physical, cgroup limit); 0: unknown
+    std::int64_t memory = 0;  // bytes: min(physical, cgroup limit); 0: unknown
 };
 const Machine& machine();
 

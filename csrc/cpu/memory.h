@@ -15,8 +15,8 @@ struct MemoryStatistics {
     std::int64_t held_bytes, limit_bytes, in_use_bytes, reused, fresh;
 };
 MemoryStatistics memory_statistics();
-void clear_memory();                           // gives every block that nobody uses back to the system
-void set_memory_limit(std::int64_t bytes);     // of the blocks kept for reuse
+void clear_memory();                        // gives every block that nobody uses back to the system
+void set_memory_limit(std::int64_t bytes);  // of the blocks kept for reuse
 
 // Scratch of the calling thread, reused from call to call; grows only. Valid until the next call on the same thread.
 double* thread_scratch(std::size_t doubles);

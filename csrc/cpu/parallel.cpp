@@ -27,7 +27,8 @@
 
 namespace bnfast {
 
-// ---- floating-point mode ---------------------------------------------------------------------------------------------
+// ---- floating-point mode
+// ---------------------------------------------------------------------------------------------
 
 unsigned fp_mode() {
 #if defined(__x86_64__)
@@ -66,7 +67,8 @@ IeeeMode::~IeeeMode() {
     if (fp_mode() != saved_) set_fp_mode(saved_);
 }
 
-// ---- the team --------------------------------------------------------------------------------------------------------
+// ---- the team
+// --------------------------------------------------------------------------------------------------------
 
 namespace {
 
@@ -78,8 +80,8 @@ void relax() {
 #endif
 }
 
-// Keeps workers off the processor that their caller runs on. Left alone, Linux (6.18, a KVM guest) often woke a worker on
-// its caller's processor with the other one idle, where it waited for a time slice: 4.5 ms for a job of 0.3 ms.
+// Keeps workers off the processor that their caller runs on. Left alone, Linux (6.18, a KVM guest) often woke a worker
+// on its caller's processor with the other one idle, where it waited for a time slice: 4.5 ms for a job of 0.3 ms.
 class KeepAway {
 public:
 #if defined(__linux__)
@@ -138,7 +140,9 @@ public:
         posted_.store(job);
         if (sleeping_.load() > 0) {
             away_.from_caller();
-            { const std::lock_guard<std::mutex> lock(mutex_); }
+            {
+                const std::lock_guard<std::mutex> lock(mutex_);
+            }
             wake_.notify_all();
         }
         while (full && int(members_.load() & closed) < size) std::this_thread::yield();
@@ -150,7 +154,9 @@ public:
     }
     void stop() {  // workers leave when they next look; the pool itself stays
         stopped_.store(true);
-        { const std::lock_guard<std::mutex> lock(mutex_); }
+        {
+            const std::lock_guard<std::mutex> lock(mutex_);
+        }
         wake_.notify_all();
     }
 
@@ -164,7 +170,8 @@ private:
         away_.join(omp_get_thread_num());
         for (std::uint64_t seen = 0; wait_for_job(seen);) {
             std::uint64_t now = members_.load(std::memory_order_acquire);
-            while (int(now & closed) < size_ && !members_.compare_exchange_weak(now, now + 1, std::memory_order_acq_rel)) {
+            while (int(now & closed) < size_ &&
+                   !members_.compare_exchange_weak(now, now + 1, std::memory_order_acq_rel)) {
             }
             seen = now >> shift;
             if (int(now & closed) >= size_) continue;  // over, or the team is complete

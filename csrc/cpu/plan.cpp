@@ -54,11 +54,12 @@ void schedule_groups(Plan& plan, const PlanRequest& request, const Machine& mach
     const int64_t channel = g.N * g.S * item_bytes(request.dtype) * request.inputs;
     const int threads = plan.threads;
     if (plan.rows) {
-        // A group: some 2 MiB (with 256 KiB the pieces of memory are so short that 13 to 26 MB took 1.1 times as long), and
-        // at least 4 groups a thread for balance; one channel must fit its share of L3.
+        // A group: some 2 MiB (with 256 KiB the pieces of memory are so short that 13 to 26 MB took 1.1 times as long),
+        // and at least 4 groups a thread for balance; one channel must fit its share of L3.
         plan.group = std::clamp<int64_t>((2 << 20) / std::max<int64_t>(channel, 1), 1,
                                          std::max<int64_t>(1, g.C / (4 * threads)));
-        // In cache pieces below a page cost more than the second read: (256, 64, 5, 5) train 0.78, (1000, 16, 4, 4) 0.82.
+        // In cache pieces below a page cost more than the second read: (256, 64, 5, 5) train 0.78, (1000, 16, 4, 4)
+        // 0.82.
         const int64_t held = plan.group * channel, piece = plan.group * g.S * item_bytes(request.dtype);
         plan.by_groups = held <= std::max(machine.l2 / 2, machine.l3 / (2 * threads)) &&
                          (threads == 1 || g.C >= 4 * threads) && (plan.stream || g.N == 1 || piece >= 4096);
@@ -134,9 +135,9 @@ Plan make_plan(const PlanRequest& request, const Machine& machine) {
 }
 
 // Streaming loses while the consumer may still find y in cache: it starts where in- and outputs exceed five eighths of
-// the LLC, for nobody has all of it. Against three quarters gradients of 7 to 8.4 MB took 0.59 to 0.93 of the time, 0.43
-// to 0.63 on one thread, trainings of 10.5 to 12 MB 0.96 to 1.06 and 0.61 to 0.72, infer 1.06 to 1.13 and 0.52 to 0.68.
-// With half of it a training of 8 MB took 1.26.
+// the LLC, for nobody has all of it. Against three quarters gradients of 7 to 8.4 MB took 0.59 to 0.93 of the time,
+// 0.43 to 0.63 on one thread, trainings of 10.5 to 12 MB 0.96 to 1.06 and 0.61 to 0.72, infer 1.06 to 1.13 and 0.52 to
+// 0.68. With half of it a training of 8 MB took 1.26.
 bool streams(int64_t bytes, const Machine& machine) { return bytes > machine.l3 / 8 * 5; }
 
 int threads_for(int64_t tensor_bytes, int threads, int64_t serial) {

@@ -24,17 +24,17 @@ Shape canonical(Shape shape);
 Grid make_grid(Shape shape, DType dtype);
 
 struct Plan {
-    Grid grid{};           // of the reduce step
-    Grid apply_grid{};     // the same but for weighted gradients (pack 1)
-    bool rows = false;     // the rows layout
+    Grid grid{};        // of the reduce step
+    Grid apply_grid{};  // the same but for weighted gradients (pack 1)
+    bool rows = false;  // the rows layout
     bool by_groups = false;
-    bool stream = false;   // non-temporal stores
-    bool ahead = false;    // moments: the next block is asked for while one is read
+    bool stream = false;  // non-temporal stores
+    bool ahead = false;   // moments: the next block is asked for while one is read
     int threads = 1;
-    std::int64_t group = 1, groups = 1;               // channels a group
-    std::int64_t apply_unit = 1, apply_units = 1;     // rows: values; columns: packed rows
-    std::int64_t slice = 1, slices = 1;               // channels a fold slice
-    std::int64_t bytes_read = 0, bytes_written = 0;   // of memory beyond the caches, as the plan expects
+    std::int64_t group = 1, groups = 1;              // channels a group
+    std::int64_t apply_unit = 1, apply_units = 1;    // rows: values; columns: packed rows
+    std::int64_t slice = 1, slices = 1;              // channels a fold slice
+    std::int64_t bytes_read = 0, bytes_written = 0;  // of memory beyond the caches, as the plan expects
 
     std::int64_t group_end(std::int64_t g) const { return (g + 1) * group < grid.C ? (g + 1) * group : grid.C; }
 };
@@ -45,9 +45,9 @@ struct PlanRequest {
     Op op = Op::train;
     int threads = 1;
     bool masked = false;
-    bool whole_first = false;         // every statistic before any output (NanPolicy::raise)
-    int inputs = 1, outputs = 1;      // tensors of x's size that the apply step reads and writes
-    std::int64_t serial_bytes = -1;   // tensors below this run on one thread; -1: the measured default
+    bool whole_first = false;        // every statistic before any output (NanPolicy::raise)
+    int inputs = 1, outputs = 1;     // tensors of x's size that the apply step reads and writes
+    std::int64_t serial_bytes = -1;  // tensors below this run on one thread; -1: the measured default
 };
 Plan make_plan(const PlanRequest& request, const Machine& machine);
 

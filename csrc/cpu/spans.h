@@ -4,10 +4,11 @@
 //   pieces   a span is some rows (sample, group) of K pieces of S values: moments of rows of D = K*S values, then
 //            the rows kernels with constants for every piece
 //   vectors  a span is some samples whose channels are single values (S = 1): row_norm.inl.h
-// Either a thread takes a span through reduce, fold and apply while it lies in cache (1 read and 1 write of memory), or,
-// where spans are few or large, all are reduced, then folded, then applied, in units that threads share. A span's size
-// changes no bit, except for gradients of vectors, where it is a function of the shape. Sums over samples are taken in
-// at most 64 parts, which the shape alone decides: stretches are what one thread takes in order, of whole parts each.
+// Either a thread takes a span through reduce, fold and apply while it lies in cache (1 read and 1 write of memory),
+// or, where spans are few or large, all are reduced, then folded, then applied, in units that threads share. A span's
+// size changes no bit, except for gradients of vectors, where it is a function of the shape. Sums over samples are
+// taken in at most 64 parts, which the shape alone decides: stretches are what one thread takes in order, of whole
+// parts each.
 #pragma once
 #include <algorithm>
 #include <type_traits>
@@ -44,7 +45,9 @@ struct Spans {
         const std::int64_t bytes = values * item_bytes(dtype) * inputs, few = 4 * threads;
         const std::int64_t cache = std::max(machine().l2 / 2, machine().l3 / (2 * threads));
         steps = threads > 1 && (least < few || bytes > cache);
-        set_height(columns || steps ? 1 : std::clamp<std::int64_t>((128 << 10) / bytes, 1, std::max<std::int64_t>(1, least / few)));
+        set_height(columns || steps
+                       ? 1
+                       : std::clamp<std::int64_t>((128 << 10) / bytes, 1, std::max<std::int64_t>(1, least / few)));
     }
     void set_height(std::int64_t h) {
         height = h;
@@ -72,8 +75,8 @@ struct Spans {
     std::int64_t ahead(std::int64_t i) const { return stream && !steps && !columns ? held(i) * values : 0; }
     std::int64_t workspaces() const { return steps ? count : threads; }
 
-    // A row's values lie apart. Where they don't the rows kernels reduce them: one group's statistics have the same bits
-    // whether parameters make columns of its sample or none do.
+    // A row's values lie apart. Where they don't the rows kernels reduce them: one group's statistics have the same
+    // bits whether parameters make columns of its sample or none do.
     bool scattered() const { return columns && s.G > 1; }
     // What the kernels of batch norm see of a span of h: rows that are channels, then pieces that are.
     Shape rows(std::int64_t h) const { return scattered() ? Shape{s.A, s.C, 1} : Shape{1, h * groups, D}; }
@@ -166,7 +169,7 @@ inline RowArgs row_args(const Spans& spans, std::int64_t g, std::int64_t first, 
     a.stride = C;
     a.k1 = K;
     a.constant_step = G;
-    a.params = {constant(params.mean_hi), constant(params.scale), constant(params.shift),
+    a.params = {constant(params.mean_hi), constant(params.scale),   constant(params.shift),
                 constant(params.mean_dy), constant(params.slope_x), constant(params.level)};
     a.gamma = column(gamma);
     a.beta = column(beta);

@@ -83,7 +83,8 @@ void apply_group(const Plan& plan, Args args, std::int64_t c0, std::int64_t c1, 
     }
     args.c0 = c0;
     args.c1 = c1;
-    // While this group is written the next one is read: (32, 256, 56, 56) train 0.79, grad 0.90; in cache it gains nothing.
+    // While this group is written the next one is read: (32, 256, 56, 56) train 0.79, grad 0.90; in cache it gains
+    // nothing.
     args.ahead = plan.stream && c1 < g.C ? (c1 - c0) * g.S : 0;
     if (!plan.rows) {
         args.begin = 0;
@@ -99,9 +100,8 @@ void apply_group(const Plan& plan, Args args, std::int64_t c0, std::int64_t c1, 
 
 // fold(c0, c1) over all channels, a slice at a time.
 template <class Fold> void fold_slices(Team& team, const Plan& plan, Fold fold) {
-    team.for_each(plan.slices, false, [&](std::int64_t i) {
-        fold(i * plan.slice, std::min(plan.grid.C, (i + 1) * plan.slice));
-    });
+    team.for_each(plan.slices, false,
+                  [&](std::int64_t i) { fold(i * plan.slice, std::min(plan.grid.C, (i + 1) * plan.slice)); });
 }
 
 // reduce -> fold -> apply, by groups or step by step. fold(c0, c1) runs once for every channel; proceed() is asked

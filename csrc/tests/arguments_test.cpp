@@ -79,8 +79,7 @@ template <class Args> struct Bad {
     std::function<void(Args&)> spoil;
 };
 
-template <class Args, class Call>
-void check_all(Args (*make)(Buffers&), Call call, const std::vector<Bad<Args>>& bad) {
+template <class Args, class Call> void check_all(Args (*make)(Buffers&), Call call, const std::vector<Bad<Args>>& bad) {
     for (const auto& b : bad) {
         Buffers buffers;
         Args args = make(buffers);

@@ -56,11 +56,11 @@ std::string Case::text() const {
 
 const std::vector<Shape>& kernel_shapes() {
     static const std::vector<Shape> shapes = {
-        {1, 1, 1},      {1, 23, 1},    {7, 3, 1},     {64, 64, 1},   {65, 300, 1},     // columns, one row at a time
-        {2000, 3, 1},   {2003, 100, 1}, {700, 130, 1},                                  // packed columns, with a tail
-        {600, 257, 1},  {2501, 64, 1},                                                  // several blocks and chunks
-        {2, 3, 49},     {5, 7, 2},     {40, 5, 196},  {3, 2, 4097},  {1, 9, 5000},      // rows
-        {140001, 2, 2}, {1, 1, 270000},                                                 // rows in several chunks
+        {1, 1, 1},      {1, 23, 1},     {7, 3, 1},     {64, 64, 1},  {65, 300, 1},  // columns, one row at a time
+        {2000, 3, 1},   {2003, 100, 1}, {700, 130, 1},                              // packed columns, with a tail
+        {600, 257, 1},  {2501, 64, 1},                                              // several blocks and chunks
+        {2, 3, 49},     {5, 7, 2},      {40, 5, 196},  {3, 2, 4097}, {1, 9, 5000},  // rows
+        {140001, 2, 2}, {1, 1, 270000},                                             // rows in several chunks
     };
     return shapes;
 }
@@ -170,9 +170,8 @@ Backward run_grad(const Case& c, const Inputs& in, const Forward& forward, int s
 }
 
 bool same(const std::vector<double>& a, const std::vector<double>& b) {
-    return a.size() == b.size() && std::equal(a.begin(), a.end(), b.begin(), [](double p, double q) {
-        return equal_bits(DType::float64, &p, &q);
-    });
+    return a.size() == b.size() && std::equal(a.begin(), a.end(), b.begin(),
+                                              [](double p, double q) { return equal_bits(DType::float64, &p, &q); });
 }
 bool Forward::same_bits(const Forward& o) const {
     return y.same_bits(o.y) && same(mean, o.mean) && same(variance, o.variance) && same(invstd, o.invstd) &&

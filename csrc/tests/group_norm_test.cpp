@@ -1,5 +1,5 @@
-// Group norm and its special cases against the formulas in long double; the same bits on every instruction set and team;
-// batch norm's bits where a sample is a batch; empty input; bad arguments.
+// Group norm and its special cases against the formulas in long double; the same bits on every instruction set and
+// team; batch norm's bits where a sample is a batch; empty input; bad arguments.
 #include <doctest/doctest.h>
 
 #include <cmath>
@@ -23,8 +23,13 @@ struct Norm {
     bool affine;
     Array x, dy, gamma, beta;
     Norm(GroupShape s, DType type, bool has_affine, double offset = 0)
-        : shape(s), dtype(type), affine(has_affine), x(type, s.size()), dy(type, s.size()),
-          gamma(compute_type(type), s.C), beta(compute_type(type), s.C) {
+        : shape(s),
+          dtype(type),
+          affine(has_affine),
+          x(type, s.size()),
+          dy(type, s.size()),
+          gamma(compute_type(type), s.C),
+          beta(compute_type(type), s.C) {
         std::mt19937 random(unsigned(s.size() + s.G));
         std::normal_distribution<double> normal(0, 1);
         for (int64_t i = 0; i < x.size; ++i) {
@@ -53,8 +58,11 @@ struct Out {
 
 Out run(const Norm& n, int shift = 0) {
     const int64_t rows = n.shape.N * n.shape.G, C = n.shape.C;
-    Out o{Array(n.dtype, n.x.size, shift, 64), Array(n.dtype, n.x.size, shift, 64), Array(n.gamma.dtype, C, 0, 64),
-          Array(n.gamma.dtype, C, 0, 64), std::vector<double>(std::size_t(rows), -7),
+    Out o{Array(n.dtype, n.x.size, shift, 64),
+          Array(n.dtype, n.x.size, shift, 64),
+          Array(n.gamma.dtype, C, 0, 64),
+          Array(n.gamma.dtype, C, 0, 64),
+          std::vector<double>(std::size_t(rows), -7),
           std::vector<double>(std::size_t(rows), -7)};
     GroupNormArgs a;
     a.x = n.x.data();
@@ -124,9 +132,9 @@ Worst check(const Norm& n, const Out& o) {
         worst.add("y", i, o.y.get(i), y,
                   16 * eps * (1 + std::fabs(h)) * (std::fabs(gamma(i)) + 1) + half * std::fabs(y) + tiny);
         const long double dx = s1 * (g - at(sum_g, n.row(i)) - h * at(sum_gx, n.row(i)));
-        worst.add("dx", i, o.dx.get(i), dx,
-                  16 * eps * s1 * (std::fabs(g) + (1 + std::fabs(h)) * at(size_g, n.row(i))) + half * std::fabs(dx) +
-                      tiny);
+        worst.add(
+            "dx", i, o.dx.get(i), dx,
+            16 * eps * s1 * (std::fabs(g) + (1 + std::fabs(h)) * at(size_g, n.row(i))) + half * std::fabs(dx) + tiny);
     }
     for (int64_t c = 0; c < s.C; ++c) {
         worst.add("dgamma", c, o.dgamma.get(c), at(dgamma, c), 16 * eps * at(size_gamma, c));
@@ -139,8 +147,8 @@ const GroupShape shapes[] = {
     {5, 1, 6, 35, 3},     {3, 1, 4, 5000, 2},  {70, 1, 12, 3, 12}, {2, 1, 1, 300000, 1},  // pieces
     {4, 35, 6, 1, 3},     {3, 700, 23, 1, 23}, {9, 49, 64, 1, 8},  {2, 9000, 3, 1, 1},    // columns
     {300, 1, 100, 1, 1},  {500, 1, 24, 1, 4},  {7, 1, 5000, 1, 1}, {90, 1, 3, 1, 1},      // vectors
-    {1, 1, 100003, 1, 1}, {40, 1, 7, 1, 7},    {3, 11, 1, 1, 1},
-    {131, 7, 12, 1, 4},   {150, 1, 12, 5, 4},  {65, 9, 20, 1, 1},  // more samples than parts of sums
+    {1, 1, 100003, 1, 1}, {40, 1, 7, 1, 7},    {3, 11, 1, 1, 1},   {131, 7, 12, 1, 4},
+    {150, 1, 12, 5, 4},   {65, 9, 20, 1, 1},  // more samples than parts of sums
 };
 
 std::string text(const Norm& n) {

@@ -151,8 +151,7 @@ TEST_CASE("weights of one change no bit; values of weight 0 have no say, even Na
             CHECK(same_result(run(shape, in.x, &ones), run(shape, in.x)));
             const Result before = run(shape, in.x, &in.mask);
             for (std::int64_t i = 0; i < in.x.size; ++i)
-                if (in.mask.get(weight_of(shape, i)) == 0)
-                    in.x.set(i, std::numeric_limits<double>::quiet_NaN());
+                if (in.mask.get(weight_of(shape, i)) == 0) in.x.set(i, std::numeric_limits<double>::quiet_NaN());
             CHECK(same_result(run(shape, in.x, &in.mask), before));
         }
 }
@@ -176,7 +175,8 @@ TEST_CASE("NaN and infinity stay in their channel, on every instruction set") {
 }
 
 #if defined(__linux__)
-// x ends where nothing may be read. The run with tiny caches asks for lines ahead and touches what its sample leaves out.
+// x ends where nothing may be read. The run with tiny caches asks for lines ahead and touches what its sample leaves
+// out.
 TEST_CASE("nothing is read behind x") {
     for (Shape shape : {Shape{1, 1, 320}, Shape{9, 3, 1000}, Shape{2, 2, 4500}, Shape{40, 5, 49}, Shape{300, 70, 1}})
         for (DType dtype : all_dtypes)

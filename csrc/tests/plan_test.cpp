@@ -79,9 +79,8 @@ TEST_CASE("the grid depends on shape and dtype alone") {
             for (DType dtype : all_dtypes) {
                 const Grid expected = make_grid(shape, dtype);
                 bool same = true;
-                each_plan(shape, dtype, [&](const PlanRequest&, const Plan& p) {
-                    same = same && same_grid(p.grid, expected);
-                });
+                each_plan(shape, dtype,
+                          [&](const PlanRequest&, const Plan& p) { same = same && same_grid(p.grid, expected); });
                 INFO(text(shape, dtype));
                 CHECK(same);
             }
@@ -190,8 +189,7 @@ struct Notes {
                     ++folded[std::size_t(c)];
                 }
             },
-            [] { return true; },
-            [&](int64_t c0, int64_t c1) { apply_group(plan, args, c0, c1, rows, columns); },
+            [] { return true; }, [&](int64_t c0, int64_t c1) { apply_group(plan, args, c0, c1, rows, columns); },
             [&](int64_t u) { apply_unit(plan, args, u, rows, columns); });
     }
     bool all_once() const {

@@ -68,7 +68,9 @@ bool equal_bits(DType dtype, const void* a, const void* b) {
 }
 
 Array::Array(DType type, std::int64_t count, int shift, int guard)
-    : dtype(type), size(count), front_((std::size_t(guard) + 63) / 64 * 64 + std::size_t(shift) * item(type)),
+    : dtype(type),
+      size(count),
+      front_((std::size_t(guard) + 63) / 64 * 64 + std::size_t(shift) * item(type)),
       guard_(std::size_t(guard)) {
     bytes_.assign(front_ + std::size_t(count) * item(type) + guard_, 0xa5);
 }
@@ -115,9 +117,7 @@ Moments moments_of(Shape shape, const Array& x, const Array* mask) {
     };
     each([&](std::size_t c, long double w, long double v) { m.mean[c] += w * v; });
     for (auto& mean : m.mean) mean /= m.count;
-    each([&](std::size_t c, long double w, long double v) {
-        m.variance[c] += w * (v - m.mean[c]) * (v - m.mean[c]);
-    });
+    each([&](std::size_t c, long double w, long double v) { m.variance[c] += w * (v - m.mean[c]) * (v - m.mean[c]); });
     for (auto& variance : m.variance) variance /= m.count;
     return m;
 }
@@ -128,8 +128,8 @@ Wide preactivation(Shape shape, const Array& x, const Wide& mean, const Wide& in
     for (std::int64_t i = 0; i < shape.size(); ++i) {
         const std::int64_t c = channel_of(shape, i);
         const long double xhat = (x.get(i) - mean[std::size_t(c)]) * invstd[std::size_t(c)];
-        z[std::size_t(i)] = (gamma ? gamma->get(c) : 1) * xhat + (beta ? beta->get(c) : 0) +
-                            (residual ? residual->get(i) : 0);
+        z[std::size_t(i)] =
+            (gamma ? gamma->get(c) : 1) * xhat + (beta ? beta->get(c) : 0) + (residual ? residual->get(i) : 0);
     }
     return z;
 }

@@ -17,7 +17,7 @@ const char* name_of(DType dtype);
 DType compute_type(DType dtype);  // float64 for float64, else float32
 
 double widen(DType dtype, const void* at);
-void narrow(DType dtype, double value, void* at);  // to nearest, ties to even
+void narrow(DType dtype, double value, void* at);            // to nearest, ties to even
 bool equal_bits(DType dtype, const void* a, const void* b);  // any NaN equals any NaN
 
 template <class T> struct LineAligned {  // an allocator: memory on a 64-byte line

@@ -1,5 +1,6 @@
 // The attributes of BnfastTrain and BnfastGrad, read once when TensorFlow builds a kernel; read-only afterwards, so one
-// kernel may run on many threads at once. TensorFlow's float attributes hold 32 bits, hence the bits of a float64 as int.
+// kernel may run on many threads at once. TensorFlow's float attributes hold 32 bits, hence the bits of a float64 as
+// int.
 #pragma once
 #include "call.h"
 

@@ -67,8 +67,8 @@ void require_vector(const Tensor& tensor, const char* name, std::int64_t C, std:
 
 void require_like(const Tensor& tensor, const char* name, const Dims& x) {
     if (tensor.dims() == x) return;
-    throw Failure{TF_INVALID_ARGUMENT, std::string(name) + " must have the shape of x, " + x.text() +
-                                           ". Received: " + tensor.dims().text()};
+    throw Failure{TF_INVALID_ARGUMENT,
+                  std::string(name) + " must have the shape of x, " + x.text() + ". Received: " + tensor.dims().text()};
 }
 
 }  // namespace bnfast::tf

@@ -1,6 +1,6 @@
 // How the TensorFlow op reaches the core that Python has loaded: a table of functions, handed over once by _core.
-// So the op's library holds no kernel and no thread pool of its own: NumPy callers and the op share one team of threads,
-// one scratch a thread, one choice of instruction set. No exception crosses from one library into the other.
+// So the op's library holds no kernel and no thread pool of its own: NumPy callers and the op share one team of
+// threads, one scratch a thread, one choice of instruction set. No exception crosses from one library into the other.
 #pragma once
 #include <cstddef>
 

@@ -91,8 +91,8 @@ void grad(const Attributes& a, TF_OpKernelContext* context) {
     const Tensor dy = call.input(0), x = call.input(1), saved = call.input(2);
     const Dims saved_dims = saved.dims();
     if (saved_dims.rank != 2 || saved_dims.extents[0] != 2 || saved_dims.extents[1] != shape.C)
-        throw Failure{TF_INVALID_ARGUMENT, "saved must have shape (2, " + std::to_string(shape.C) +
-                                               "). Received: " + saved_dims.text()};
+        throw Failure{TF_INVALID_ARGUMENT,
+                      "saved must have shape (2, " + std::to_string(shape.C) + "). Received: " + saved_dims.text()};
     int next = 3;
     const Optional optional(call, a, next, "y", dims, shape);
     Tensor dmean, dvariance;

@@ -5,12 +5,11 @@
 //             -> y, the moving statistics updated, saved (2, C): mean and invstd of the batch, for BnfastGrad
 //   BnfastGrad:  dy, x, saved, [gamma], [beta], [mask], [y], [dmean, dvariance] -> dx, dgamma, dbeta, [dresidual]
 //
-// y goes to BnfastGrad where the forward had both residual and activation: kept for the next layer anyway, it spares the
-// residual being kept beside it (ResNet50 at batch 16: 92 MB of 1356).
-// parameter_type is U, which TensorFlow can't infer for a BnfastGrad without gamma and beta.
-// mask: N*S weights of W, float64 for float64 x and else float32. statistics_gradient tells the Python side that the
-// gradients of the second and third output count: with momentum 0 they are the batch's own mean and variance. BnfastGrad
-// keeps epsilon for its own derivative.
+// y goes to BnfastGrad where the forward had both residual and activation: kept for the next layer anyway, it spares
+// the residual being kept beside it (ResNet50 at batch 16: 92 MB of 1356). parameter_type is U, which TensorFlow can't
+// infer for a BnfastGrad without gamma and beta. mask: N*S weights of W, float64 for float64 x and else float32.
+// statistics_gradient tells the Python side that the gradients of the second and third output count: with momentum 0
+// they are the batch's own mean and variance. BnfastGrad keeps epsilon for its own derivative.
 #include "kernels.h"
 
 namespace bnfast::tf {
@@ -120,8 +119,7 @@ const bool registered = [] {
            {"y: T", "new_mean: U", "new_variance: U", "saved: double"},
            {"num_residual: int >= 0 = 0", "momentum_bits: int", "correction: int >= 0 = 0",
             "nan_policy: {'propagate', 'skip_update'} = 'propagate'", "statistics_gradient: bool = false"},
-           train_shapes,
-           TF_NewKernelBuilder("BnfastTrain", "CPU", create<train_attributes>, compute<train>, destroy));
+           train_shapes, TF_NewKernelBuilder("BnfastTrain", "CPU", create<train_attributes>, compute<train>, destroy));
     define("BnfastGrad",
            {"dy: T", "x: T", "saved: double", "gamma: num_gamma * U", "beta: num_beta * U", "mask: num_mask * W",
             "y: num_y * T", "statistics: num_statistics * U"},

@@ -13,7 +13,7 @@ std::string find_tensorflow() {
     void* const library = dlopen(file, RTLD_NOW | RTLD_NOLOAD);  // never closed: the ops stay as long as the process
     if (!library) return std::string(file) + " is not loaded";
     const char* missing = nullptr;
-#define BNFAST_FIND(result, name, arguments)                    \
+#define BNFAST_FIND(result, name, arguments)                        \
     name = reinterpret_cast<decltype(name)>(dlsym(library, #name)); \
     if (!name) missing = #name;
     BNFAST_TF_API(BNFAST_FIND)

@@ -1,8 +1,9 @@
 // TensorFlow's C API for ops and kernels, as far as bnfast's op calls it: plain C, the same from TensorFlow 2.18 on.
-// Declared here so that building needs no TensorFlow, and as pointers that `find_tensorflow` fills, because nothing else
-// works everywhere: TensorFlow 2.18 keeps its symbols out of the process's global scope (2.21 doesn't), and linking
-// against its library would put that into our wheel's dependencies. TensorFlow's own headers (tensorflow/c/kernels.h,
-// ops.h, tf_tensor.h, tf_status.h) say what each function does; enums are given as int here, as they are passed.
+// Declared here so that building needs no TensorFlow, and as pointers that `find_tensorflow` fills, because nothing
+// else works everywhere: TensorFlow 2.18 keeps its symbols out of the process's global scope (2.21 doesn't), and
+// linking against its library would put that into our wheel's dependencies. TensorFlow's own headers
+// (tensorflow/c/kernels.h, ops.h, tf_tensor.h, tf_status.h) say what each function does; enums are given as int here,
+// as they are passed.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -55,8 +56,7 @@ using InferShapes = void (*)(TF_ShapeInferenceContext*, TF_Status*);
     F(TF_KernelBuilder*, TF_NewKernelBuilder,                                                                          \
       (const char* op, const char* device, CreateKernel, ComputeKernel, DestroyKernel))                                \
     F(void, TF_RegisterKernelBuilder, (const char* name, TF_KernelBuilder*, TF_Status*))                               \
-    F(void, TF_OpKernelConstruction_GetAttrType,                                                                       \
-      (TF_OpKernelConstruction*, const char* name, int* value, TF_Status*))                                            \
+    F(void, TF_OpKernelConstruction_GetAttrType, (TF_OpKernelConstruction*, const char* name, int* value, TF_Status*)) \
     F(void, TF_OpKernelConstruction_GetAttrInt64,                                                                      \
       (TF_OpKernelConstruction*, const char* name, std::int64_t* value, TF_Status*))                                   \
     F(void, TF_OpKernelConstruction_GetAttrString,                                                                     \
@@ -79,7 +79,8 @@ using InferShapes = void (*)(TF_ShapeInferenceContext*, TF_Status*);
       (TF_ShapeInferenceContext*, TF_ShapeHandle*, std::int64_t begin, std::int64_t end, TF_ShapeHandle* result,       \
        TF_Status*))                                                                                                    \
     F(void, TF_ShapeInferenceContextConcatenateShapes,                                                                 \
-      (TF_ShapeInferenceContext*, TF_ShapeHandle* first, TF_ShapeHandle* second, TF_ShapeHandle* result, TF_Status*))  \
+      (TF_ShapeInferenceContext*, TF_ShapeHandle * first, TF_ShapeHandle * second, TF_ShapeHandle * result,            \
+       TF_Status*))                                                                                                    \
     F(TF_ShapeHandle*, TF_ShapeInferenceContextVectorFromSize, (TF_ShapeInferenceContext*, std::size_t size))
 
 #define BNFAST_DECLARE(result, name, arguments) extern result(*name) arguments;

@@ -37,7 +37,7 @@ struct ReduceArgs {  // moments of one chunk, channels [c0, c1)
     Grid grid;
     const void *x, *mask;
     int64_t chunk, c0, c1;
-    int ahead;  // whether the next block is asked for while one is read
+    int ahead;                             // whether the next block is asked for while one is read
     double *count, *centre, *offset, *m2;  // count: [chunks], the same for every channel; the rest [chunks][C]
     double* scratch;                       // 4*pack*C doubles of this thread's own, where pack > 1 or mask
 };
@@ -48,10 +48,10 @@ struct ApplyArgs {
     void* y;
     Params params;
     ActivationArgs act;
-    int stream;           // non-temporal stores where y is aligned
-    int64_t begin, end;   // rows: flat range of values; columns: packed rows
-    int64_t c0, c1;       // columns: range of packed columns (0, K unless a channel group is applied)
-    int64_t ahead;        // rows: how many values ahead of those read now the next group lies; 0: nothing is asked for
+    int stream;          // non-temporal stores where y is aligned
+    int64_t begin, end;  // rows: flat range of values; columns: packed rows
+    int64_t c0, c1;      // columns: range of packed columns (0, K unless a channel group is applied)
+    int64_t ahead;       // rows: how many values ahead of those read now the next group lies; 0: nothing is asked for
 };
 
 struct GradReduceArgs {
@@ -125,9 +125,9 @@ struct RowArgs {
     int64_t rows, stride, k0, k1, constant_step;
     int64_t ahead;  // how many values ahead of those read now the next rows lie; 0: nothing is asked for
     Params params;
-    const void *gamma, *beta;         // by column, in the compute type
-    double *row_sum, *row_sum_xmu;    // of dy*gamma and dy*gamma*(x - mean_hi), at i*constant_step
-    double *sum_dy, *sum_dy_xhat;     // by column; added to
+    const void *gamma, *beta;       // by column, in the compute type
+    double *row_sum, *row_sum_xmu;  // of dy*gamma and dy*gamma*(x - mean_hi), at i*constant_step
+    double *sum_dy, *sum_dy_xhat;   // by column; added to
     int stream;
 };
 
@@ -148,8 +148,8 @@ struct TypeKernels {
 };
 
 struct KernelTable {
-    const char* isa;       // set by the translation unit from the compiler's own macros
-    TypeKernels types[4];  // indexed by DType
+    const char* isa;                             // set by the translation unit from the compiler's own macros
+    TypeKernels types[4];                        // indexed by DType
     double (*merge)(const MergeArgs&) noexcept;  // returns the summed count
     void (*update_moving)(const MovingArgs&) noexcept;
 };

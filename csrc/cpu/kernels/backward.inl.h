@@ -73,7 +73,8 @@ template <class X, int mode, int act> void grad_apply_rows(const GradApplyArgs& 
 
 // ---- columns --------------------------------------------------------------------------------------------------------
 
-// With weights the caller gives a grid of pack 1 (apply is elementwise, its grid decides no bits): row r has weight w[r].
+// With weights the caller gives a grid of pack 1 (apply is elementwise, its grid decides no bits): row r has weight
+// w[r].
 template <class X, int mode, int act> void grad_apply_columns(const GradApplyArgs& a) noexcept {
     using S = typename X::S;
     using T = typename X::T;
@@ -87,32 +88,36 @@ template <class X, int mode, int act> void grad_apply_columns(const GradApplyArg
     constexpr bool frozen = mode == grad_frozen, gated = act != act_none, reads_x = !frozen || gated;
     with_flags(a.stream && may_stream<X>(dx, K, a.c0), gated && beside, [&](auto stream, auto has_beside) {
         const bool tiled = a.c1 - a.c0 >= wide_row;
-        over_columns<X>(a.begin, a.end, a.c0, a.c1, tiled, [&](int64_t r, int64_t k, int n, auto whole) {
-            const int64_t at = r * K + k;
-            auto constant = [&](void* p) { return load_some<P>(static_cast<const T*>(p) + k, n, whole); };
-            const V sc = constant(a.params.scale), m = reads_x ? constant(a.params.mean_hi) : V{};
-            const V xi = reads_x ? load_some<X>(x + at, n, whole) : V{};
-            V grad = load_some<X>(dy + at, n, whole);
-            if (gated) {
-                V z = pre_activation(xi, m, sc, constant(a.params.shift));
-                if (has_beside.value) z = gated_by(z, load_some<X>(beside + at, n, whole), a.beside_is_y);
-                grad = gate<act>(z, grad, bound, slope);
-                if (has_beside.value && dres) store_some<X>(dres + at, grad, n, whole, No{});
-            }
-            V out;
-            if (frozen) {
-                out = sc * grad;
-            } else {
-                const V level = constant(a.params.slope_x) * (xi - m) + constant(a.params.level);
-                const V mdy = constant(a.params.mean_dy), weight = mode == grad_weighted ? X::splat(w[r]) : V{};
-                out = mode == grad_weighted ? sc * (grad - weight * mdy) + weight * level : sc * (grad - mdy) + level;
-            }
-            store_some<X>(dx + at, out, n, whole, stream);
-        }, [&](int64_t r, int64_t k, int64_t n) {
-            ask_for_row(dy + r * K + k, n);
-            if (reads_x) ask_for_row(x + r * K + k, n);
-            if (!stream.value) ask_to_write_row(dx + r * K + k, n);
-        });
+        over_columns<X>(
+            a.begin, a.end, a.c0, a.c1, tiled,
+            [&](int64_t r, int64_t k, int n, auto whole) {
+                const int64_t at = r * K + k;
+                auto constant = [&](void* p) { return load_some<P>(static_cast<const T*>(p) + k, n, whole); };
+                const V sc = constant(a.params.scale), m = reads_x ? constant(a.params.mean_hi) : V{};
+                const V xi = reads_x ? load_some<X>(x + at, n, whole) : V{};
+                V grad = load_some<X>(dy + at, n, whole);
+                if (gated) {
+                    V z = pre_activation(xi, m, sc, constant(a.params.shift));
+                    if (has_beside.value) z = gated_by(z, load_some<X>(beside + at, n, whole), a.beside_is_y);
+                    grad = gate<act>(z, grad, bound, slope);
+                    if (has_beside.value && dres) store_some<X>(dres + at, grad, n, whole, No{});
+                }
+                V out;
+                if (frozen) {
+                    out = sc * grad;
+                } else {
+                    const V level = constant(a.params.slope_x) * (xi - m) + constant(a.params.level);
+                    const V mdy = constant(a.params.mean_dy), weight = mode == grad_weighted ? X::splat(w[r]) : V{};
+                    out =
+                        mode == grad_weighted ? sc * (grad - weight * mdy) + weight * level : sc * (grad - mdy) + level;
+                }
+                store_some<X>(dx + at, out, n, whole, stream);
+            },
+            [&](int64_t r, int64_t k, int64_t n) {
+                ask_for_row(dy + r * K + k, n);
+                if (reads_x) ask_for_row(x + r * K + k, n);
+                if (!stream.value) ask_to_write_row(dx + r * K + k, n);
+            });
         if (stream.value) fence_streams();
     });
 }

@@ -77,8 +77,18 @@ template <class X> BNFAST_INLINE GradColumns<X> grad_columns(const GradReduceArg
     using T = typename X::T;
     auto data = [&](const void* p) { return p ? static_cast<const S*>(p) + at : nullptr; };
     auto constants = [&](const void* p) { return static_cast<const T*>(p) + c; };
-    return {data(a.dy), data(a.x), data(a.beside), a.beside_is_y != 0, constants(a.params.mean_hi),
-            constants(a.params.scale), constants(a.params.shift), 0, 0, 0, 0, 0};
+    return {data(a.dy),
+            data(a.x),
+            data(a.beside),
+            a.beside_is_y != 0,
+            constants(a.params.mean_hi),
+            constants(a.params.scale),
+            constants(a.params.shift),
+            0,
+            0,
+            0,
+            0,
+            0};
 }
 
 // ---- rows -----------------------------------------------------------------------------------------------------------

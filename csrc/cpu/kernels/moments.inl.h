@@ -1,14 +1,14 @@
 // Reduce: moments of one chunk, in one read of memory.
 //
-// A block is at most 32 KiB. sum(x - x0) over a sample of it, x0 its first valid value, gives a centre c near its mean; then
-// d = x - c gives sum(d) and sum(d*d) of all of it, in L1 or on its way there. In float64:
+// A block is at most 32 KiB. sum(x - x0) over a sample of it, x0 its first valid value, gives a centre c near its mean;
+// then d = x - c gives sum(d) and sum(d*d) of all of it, in L1 or on its way there. In float64:
 //   mean_b = c + sum(d)/n,   M2_b = sum(d*d) - sum(d)^2/n  (clamped at 0)
-// Where c is more than a standard deviation off (2*sum(d)^2 > n*sum(d*d)), so that M2_b would lose more than a bit, its sums
-// are made again with c = mean_b: of 64 values in random order a few columns in a million, of 128 none; the values decide, and
-// nothing else.
-// Blocks are merged in order by Chan's formula, on means kept as centre + offset: the centre is the first block's, and
-// the difference of two means loses no digits of float64 to a large one. x - x0 and x - c are exact or nearly so at any offset, so the
-// offset costs no digits; a constant channel has d = 0 and M2 exactly 0. With weights w every sum takes w.
+// Where c is more than a standard deviation off (2*sum(d)^2 > n*sum(d*d)), so that M2_b would lose more than a bit, its
+// sums are made again with c = mean_b: of 64 values in random order a few columns in a million, of 128 none; the values
+// decide, and nothing else. Blocks are merged in order by Chan's formula, on means kept as centre + offset: the centre
+// is the first block's, and the difference of two means loses no digits of float64 to a large one. x - x0 and x - c are
+// exact or nearly so at any offset, so the offset costs no digits; a constant channel has d = 0 and M2 exactly 0. With
+// weights w every sum takes w.
 #pragma once
 #include "simd.inl.h"
 
@@ -39,8 +39,8 @@ template <class V> BNFAST_INLINE auto centre_is_off(V n, V sum_d, V sum_dd) {
     return part + part > sum_dd;
 }
 
-// One block with weights, n their sum and sample that of the sample: deviations(c, of the sample) and squares(c) are sums
-// of w*(x - c) and w*(x - c)^2.
+// One block with weights, n their sum and sample that of the sample: deviations(c, of the sample) and squares(c) are
+// sums of w*(x - c) and w*(x - c)^2.
 template <class T, class Deviations, class Squares>
 BNFAST_INLINE BlockMoments weighted_moments(T n, T sample, T x0, Deviations deviations, Squares squares) {
     T c = finite_or<T>(x0 + deviations(x0, true) * (sample > T(0) ? T(1) / sample : T(0)), x0);

@@ -9,7 +9,8 @@
 namespace bnfast {
 namespace {
 
-// Of the channels [c, c + n). Loops of their own: a choice for each value of five vectors kept the gradient's fold scalar.
+// Of the channels [c, c + n). Loops of their own: a choice for each value of five vectors kept the gradient's fold
+// scalar.
 BNFAST_INLINE void params(const ParamVector& p, int64_t c, int64_t n, double absent, double* to) {
     if (!p.data)
         for (int64_t i = 0; i < n; ++i) to[i] = absent;
@@ -44,7 +45,8 @@ template <class X> void fold(const FoldArgs& a) noexcept {
                 spread[i] = v == 0 ? 0 : root;
             }
         }
-        if (a.invstd) for (int64_t i = 0; i < n; ++i) a.invstd[c0 + i] = spread[i];
+        if (a.invstd)
+            for (int64_t i = 0; i < n; ++i) a.invstd[c0 + i] = spread[i];
         for (int64_t i = 0; i < n; ++i) {
             const double s = gamma[i] * spread[i];
             const T hi = T(mean[i]);
@@ -84,8 +86,9 @@ template <class V> BNFAST_INLINE Constants<V> joined(const Constants<V>& a, cons
             before ? a.mean_dy : b.mean_dy, before ? a.slope_x : b.slope_x, before ? a.level : b.level};
 }
 
-// step(offset, values, Yes: a whole vector, constants) over the values [begin, end). Vectors lie as those of y do, whole
-// ones aligned, and reach over the ends of rows: with a masked vector at the end of each 7x7 took 1.4 times as long.
+// step(offset, values, Yes: a whole vector, constants) over the values [begin, end). Vectors lie as those of y do,
+// whole ones aligned, and reach over the ends of rows: with a masked vector at the end of each 7x7 took 1.4 times as
+// long.
 template <class X, class Of, class Step>
 BNFAST_INLINE void over_rows(const Grid g, const typename X::S* y, int64_t begin, int64_t end, Of constants_of,
                              Step step) {
@@ -152,9 +155,9 @@ template <class X> BNFAST_INLINE bool may_stream(const void* y, int64_t K, int64
     return reinterpret_cast<uintptr_t>(y) % 64 == 0 && K % line == 0 && c0 % line == 0;
 }
 
-// Rows from here on go by tiles of half of it where that gains: the constants of a row (3 to 6 vectors) would not stay in
-// L1 until the next. No prefetcher follows such pieces, so each is asked for a row before. (512, 3072) in cache: infer
-// 0.68, grad 0.87 of the time; a streamed forward loses (1.1 to 1.3 at 100 MB), so it goes row by row.
+// Rows from here on go by tiles of half of it where that gains: the constants of a row (3 to 6 vectors) would not stay
+// in L1 until the next. No prefetcher follows such pieces, so each is asked for a row before. (512, 3072) in cache:
+// infer 0.68, grad 0.87 of the time; a streamed forward loses (1.1 to 1.3 at 100 MB), so it goes row by row.
 constexpr int64_t wide_row = 2048;
 
 // step(row, column, columns in the vector, Yes: a whole vector) over rows [begin, end), columns [c0, c1); with `tiled`
@@ -190,24 +193,26 @@ template <class X, int act> void apply_columns(const ApplyArgs& a) noexcept {
     const T bound = T(a.act.bound), slope = T(a.act.negative_slope);
     with_flags(a.stream && may_stream<X>(y, K, a.c0), res != nullptr, [&](auto stream, auto has_residual) {
         const bool tiled = a.c1 - a.c0 >= wide_row && !stream.value;
-        over_columns<X>(a.begin, a.end, a.c0, a.c1, tiled, [&](int64_t r, int64_t k, int n, auto whole) {
-            const int64_t at = r * K + k;
-            V z = pre_activation(load_some<X>(x + at, n, whole), load_some<P>(mean_hi + k, n, whole),
-                                 load_some<P>(scale + k, n, whole), load_some<P>(shift + k, n, whole));
-            if (has_residual.value) z += load_some<X>(res + at, n, whole);
-            store_some<X>(y + at, activate<act>(z, bound, slope), n, whole, stream);
-        }, [&](int64_t r, int64_t k, int64_t n) {
-            ask_for_row(x + r * K + k, n);
-            ask_to_write_row(y + r * K + k, n);
-        });
+        over_columns<X>(
+            a.begin, a.end, a.c0, a.c1, tiled,
+            [&](int64_t r, int64_t k, int n, auto whole) {
+                const int64_t at = r * K + k;
+                V z = pre_activation(load_some<X>(x + at, n, whole), load_some<P>(mean_hi + k, n, whole),
+                                     load_some<P>(scale + k, n, whole), load_some<P>(shift + k, n, whole));
+                if (has_residual.value) z += load_some<X>(res + at, n, whole);
+                store_some<X>(y + at, activate<act>(z, bound, slope), n, whole, stream);
+            },
+            [&](int64_t r, int64_t k, int64_t n) {
+                ask_for_row(x + r * K + k, n);
+                ask_to_write_row(y + r * K + k, n);
+            });
         if (stream.value) fence_streams();
     });
 }
 
 // ---- moving statistics ---------------------------------------------------------------------------------------------
 
-template <class T>
-BNFAST_INLINE void update(void* moving, const double* batch, const MovingArgs& a, double factor) {
+template <class T> BNFAST_INLINE void update(void* moving, const double* batch, const MovingArgs& a, double factor) {
     T* m = static_cast<T*>(moving);
     for (int64_t c = 0; c < a.C; ++c) {
         const bool finite = a.mean[c] - a.mean[c] == 0 && a.variance[c] - a.variance[c] == 0;

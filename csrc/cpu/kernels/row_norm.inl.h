@@ -1,6 +1,6 @@
-// Rows of K values whose statistics belong to the row, gamma and beta to the place in it: layer norm over trailing axes,
-// group norm where a channel is one value. (Channels of many values are pieces of rows, with constants of their own:
-// apply_rows and apply_columns do those.)
+// Rows of K values whose statistics belong to the row, gamma and beta to the place in it: layer norm over trailing
+// axes, group norm where a channel is one value. (Channels of many values are pieces of rows, with constants of their
+// own: apply_rows and apply_columns do those.)
 //
 //   y  = ((x - mean_hi)*scale + shift)*gamma + beta,  scale = invstd, shift = -mean_lo*invstd
 //   t  = dy*gamma;  dx = scale*(t - mean_dy) + (slope_x*(x - mean_hi) + level), constants from grad_fold on the sums

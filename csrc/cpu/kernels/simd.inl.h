@@ -99,8 +99,8 @@ template <class To, class From> BNFAST_INLINE To bits_as(From v) {
     return r;
 }
 
-// a - b, as a*1 - b where the ISA has it: the same rounding, so the same bits, but on the pipes that multiply. Sums keep
-// the adders busy; with both kinds of pipe moments of 512 KiB in L2 take 13.3 us instead of 16.5 on Zen 4.
+// a - b, as a*1 - b where the ISA has it: the same rounding, so the same bits, but on the pipes that multiply. Sums
+// keep the adders busy; with both kinds of pipe moments of 512 KiB in L2 take 13.3 us instead of 16.5 on Zen 4.
 template <class V> BNFAST_INLINE V minus(V a, V b) {
 #if BNFAST_VBYTES == 64 && defined(__AVX512F__)
     if constexpr (sizeof(a[0]) == 4) return (V)_mm512_fmsub_ps((__m512)a, _mm512_set1_ps(1), (__m512)b);
@@ -256,13 +256,21 @@ struct Float16 : Storage<Float16, uint16_t, float, F32v, U16h> {
 };
 
 template <class T> struct ComputeStorage;  // parameters and weights lie in the compute type
-template <> struct ComputeStorage<float> { using type = Float32; };
-template <> struct ComputeStorage<double> { using type = Float64; };
+template <> struct ComputeStorage<float> {
+    using type = Float32;
+};
+template <> struct ComputeStorage<double> {
+    using type = Float64;
+};
 
 // ---- flags known at compile time: the loops are compiled for each case, so that no vector asks ----------------------
 
-struct Yes { static constexpr bool value = true; };
-struct No { static constexpr bool value = false; };
+struct Yes {
+    static constexpr bool value = true;
+};
+struct No {
+    static constexpr bool value = false;
+};
 
 template <class X, class Whole> BNFAST_INLINE typename X::V load_some(const typename X::S* p, int n, Whole) {
     return Whole::value ? X::load(p) : X::load_partial(p, n, typename X::V{});
@@ -310,9 +318,7 @@ BNFAST_INLINE double sum_vector(F64v v) {
 }
 
 template <class X> BNFAST_INLINE typename X::T sum_lanes(typename X::V (&v)[X::NV]) {
-    BNFAST_UNROLL for (int h = X::NV / 2; h > 0; h /= 2) {
-        BNFAST_UNROLL for (int i = 0; i < h; ++i) v[i] += v[i + h];
-    }
+    BNFAST_UNROLL for (int h = X::NV / 2; h > 0; h /= 2) { BNFAST_UNROLL for (int i = 0; i < h; ++i) v[i] += v[i + h]; }
     return sum_vector(v[0]);
 }
 

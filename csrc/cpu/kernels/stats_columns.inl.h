@@ -56,11 +56,11 @@ BNFAST_INLINE void sum_deviations(const typename X::S* x, int64_t rows, int64_t 
         });
 }
 
-// The second: s1 = sum(d), s2 = sum(d*d), d = x - centre. next: how far ahead the tile lies that comes after this one, to
-// be asked for; 0: nothing is asked for.
+// The second: s1 = sum(d), s2 = sum(d*d), d = x - centre. next: how far ahead the tile lies that comes after this one,
+// to be asked for; 0: nothing is asked for.
 template <class X, class Tile, class Ask>
-BNFAST_INLINE void sum_squares(const typename X::S* x, int64_t rows, int64_t stride, int64_t width, int64_t next, Tile& t,
-                               Ask ask) {
+BNFAST_INLINE void sum_squares(const typename X::S* x, int64_t rows, int64_t stride, int64_t width, int64_t next,
+                               Tile& t, Ask ask) {
     using V = typename X::V;
     auto at = [&](int64_t r, int64_t k, int n, auto whole) { return load_some<X>(x + r * stride + k, n, whole); };
     across<X>(width, [&](int64_t k, int, auto) {
@@ -136,8 +136,8 @@ BNFAST_INLINE void column_moments(const typename X::S* x, int64_t rows, int64_t 
 // Weighted, one column at a time: row r has weight w[r*w_stride]. Every sum has the order of column_moments, so
 // all-ones weights give the same bits.
 template <class X>
-BNFAST_INLINE BlockMoments weighted_column(const typename X::S* x, const typename X::T* w, int64_t rows,
-                                           int64_t stride, int64_t w_stride) {
+BNFAST_INLINE BlockMoments weighted_column(const typename X::S* x, const typename X::T* w, int64_t rows, int64_t stride,
+                                           int64_t w_stride) {
     using T = typename X::T;
     auto value = [&](int64_t r) { return X::load_partial(x + r * stride, 1, typename X::V{})[0]; };
     auto weight = [&](int64_t r) { return w[r * w_stride]; };
@@ -160,9 +160,7 @@ BNFAST_INLINE BlockMoments weighted_column(const typename X::S* x, const typenam
     const int64_t step = sample_step_of(rows);
     return weighted_moments(
         sum(1, weight), sum(step, weight), x0,
-        [&](T c, bool sample) {
-            return sum(sample ? step : 1, [&](int64_t r) { return weighted(r, value(r) - c); });
-        },
+        [&](T c, bool sample) { return sum(sample ? step : 1, [&](int64_t r) { return weighted(r, value(r) - c); }); },
         [&](T c) { return sum(1, [&](int64_t r) { return weighted(r, (value(r) - c) * (value(r) - c)); }); });
 }
 
@@ -214,11 +212,11 @@ template <class X, int masked> void reduce_columns(const ReduceArgs& a) noexcept
     auto x = static_cast<const typename X::S*>(a.x);
     auto w = static_cast<const typename X::T*>(a.mask);
     double *centre = a.centre + a.chunk * g.C, *offset = a.offset + a.chunk * g.C, *m2 = a.m2 + a.chunk * g.C;
-    const ColumnState state = g.pack == 1
-                                  ? ColumnState{centre, offset, m2, a.scratch}
-                                  : ColumnState{a.scratch + K, a.scratch + 2 * K, a.scratch + 3 * K, a.scratch};
+    const ColumnState state = g.pack == 1 ? ColumnState{centre, offset, m2, a.scratch}
+                                          : ColumnState{a.scratch + K, a.scratch + 2 * K, a.scratch + 3 * K, a.scratch};
     for (int64_t k = k0; k < k1; ++k) state.centre[k] = state.offset[k] = state.m2[k] = 0;
-    if (masked) for (int64_t k = k0; k < k1; ++k) state.count[k] = 0;
+    if (masked)
+        for (int64_t k = k0; k < k1; ++k) state.count[k] = 0;
     const ColumnChunk chunk(g, a.chunk);
     double count = 0;
     for (int64_t r = chunk.first; r < chunk.end; r += g.block_rows) {

@@ -56,8 +56,8 @@ BNFAST_INLINE void add_row(const RowShape<X>& row, Sum (&s)[X::NV], Full full, P
         }
     }
     over_row(
-        row, [&](int v, int64_t k) { s[v] += full(k); },
-        [&](int v, int64_t k, int left) { s[v] += partial(k, left); }, i);
+        row, [&](int v, int64_t k) { s[v] += full(k); }, [&](int v, int64_t k, int left) { s[v] += partial(k, left); },
+        i);
 }
 
 template <class V> struct Squares {
@@ -107,7 +107,9 @@ BNFAST_INLINE BlockMoments block_of_rows(const typename X::S* x, int64_t rows, i
         over_sample(
             row, [&](int v, int64_t i) { s[v] += minus(X::load(p + i), shift); },
             [&](int v, int64_t i, int left) { s[v] += minus(X::load_partial(p + i, left, shift), shift); },
-            [&](int64_t i) { if (next) touch(p + i, lanes); });  // above the caches, train: 0.95 of the time
+            [&](int64_t i) {
+                if (next) touch(p + i, lanes);
+            });  // above the caches, train: 0.95 of the time
     }
     const T n = T(rows * len);
     T c = finite_or<T>(x0 + sum_lanes<X>(s) * (T(1) / T(rows * row.in_sample())), x0);

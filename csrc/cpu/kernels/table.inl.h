@@ -34,12 +34,12 @@ template <class X> constexpr TypeKernels kernels_of() {
 }  // namespace
 }  // namespace bnfast
 
-#define BNFAST_KERNEL_TABLE(table, isa)                                                                               \
-    namespace bnfast {                                                                                                \
-    extern const KernelTable table;                                                                                   \
-    const KernelTable table = {isa,                                                                                   \
-                               {kernels_of<Float32>(), kernels_of<Float64>(), kernels_of<Float16>(),                  \
-                                kernels_of<BFloat16>()},                                                              \
-                               merge_chunks,                                                                          \
-                               update_moving};                                                                        \
+#define BNFAST_KERNEL_TABLE(table, isa)                                                                \
+    namespace bnfast {                                                                                 \
+    extern const KernelTable table;                                                                    \
+    const KernelTable table = {                                                                        \
+        isa,                                                                                           \
+        {kernels_of<Float32>(), kernels_of<Float64>(), kernels_of<Float16>(), kernels_of<BFloat16>()}, \
+        merge_chunks,                                                                                  \
+        update_moving};                                                                                \
     }

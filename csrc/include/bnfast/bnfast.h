@@ -81,9 +81,9 @@ struct GradArgs {
     Activation activation = Activation::none;
     double negative_slope = 0.2;
     const void* residual = nullptr;
-    const void* y = nullptr;       // in place of residual, what train returned: the activation's gate is read off it
-    void* dresidual = nullptr;     // written where an activation and residual or y are given; x, if dx isn't, or disjoint
-    bool training = true;          // false: mean and invstd are constants, dx = gamma*invstd*dy
+    const void* y = nullptr;    // in place of residual, what train returned: the activation's gate is read off it
+    void* dresidual = nullptr;  // written where an activation and residual or y are given; x, if dx isn't, or disjoint
+    bool training = true;       // false: mean and invstd are constants, dx = gamma*invstd*dy
     ConstVector dmean, dvariance;  // gradients reaching the batch mean and variance directly
     Vector dgamma, dbeta;          // (C,) results
 };
