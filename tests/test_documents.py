@@ -1,0 +1,122 @@
+"""The documents that a test can check: generated benchmark tables, the form of decisions and of performance pages."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+DOCS = Path(__file__).parent.parent / "docs"
+DECISIONS = sorted((DOCS / "decisions").glob("[0-9]*.md"))
+TOPICS = sorted(path for path in (DOCS / "performance").glob("*.md") if path.name != "README.md")
+COLUMNS = ["tried", "expected", "measured", "machine", "commit", "kept?"]
+
+
+def cells(line: str) -> list[str]:
+    """The cells of one line of a Markdown table; an escaped | belongs to its cell."""
+    return [cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip())[1:-1]]
+
+
+def tables(text: str) -> list[list[list[str]]]:
+    """Every Markdown table of a page as its rows of cells, the ruler included."""
+    return [[cells(line) for line in block.splitlines()] for block in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)]
+
+
+@pytest.fixture(scope="module")
+def render() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("render", DOCS / "benchmarks" / "render.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_there_is_something_to_check(render):
+    assert DECISIONS
+    assert TOPICS
+    assert render.result_files()
+
+
+def test_generated_tables_are_those_of_their_data(render):
+    assert render.differing() == [], "run python docs/benchmarks/render.py"
+
+
+def test_every_picture_has_data(render):
+    pictures = {path.with_suffix(".json") for path in (DOCS / "benchmarks").rglob("*.png")}
+    assert pictures <= set(render.result_files())
+
+
+def test_a_table_that_differs_from_its_data_is_found(render, monkeypatch, tmp_path):
+    (tmp_path / "index.json").write_text('[{"folder": "cpu/abc1234", "date": "2026-11-21", "about": "x"}]')
+    (tmp_path / "cpu" / "abc1234").mkdir(parents=True)
+    data = '{"title": "T", "machine": "M", "date": "D", "program": "P", "about": [], "tables":'
+    columns = '[{"columns": [{"name": "a"}, {"name": "b", "format": ".2f"}], "rows": [[1, 2.0], ["x", null]]}]}'
+    (tmp_path / "cpu" / "abc1234" / "t.json").write_text(data + columns)
+    monkeypatch.setattr(render, "RESULTS", tmp_path)
+    monkeypatch.setattr(render, "INDEX", tmp_path / "index.json")
+    assert len(render.differing()) == 3
+    for page, text in render.pages():
+        page.write_text(text)
+    assert render.differing() == []
+    page = tmp_path / "cpu" / "abc1234" / "t.md"
+    assert "| 1 | 2.00 |\n| x | - |" in page.read_text()
+    page.write_text(page.read_text().replace("2.00", "1.00"))
+    assert render.differing() == [page]
+
+
+@pytest.mark.parametrize("path", DECISIONS, ids=lambda path: path.stem)
+def test_a_decision_has_its_headings(path):
+    text = path.read_text()
+    number = path.name[:4]
+    assert re.match(rf"# {number}\. \S", text)
+    assert re.search(r"^Date: \d{4}-\d\d-\d\d$", text, re.MULTILINE)
+    assert re.findall(r"^## (.*)$", text, re.MULTILINE) == ["Context", "Decision", "Consequences"]
+    status = re.search(r"^Status: (.*)$", text, re.MULTILINE)
+    assert status is not None
+    replaced = re.fullmatch(r"Accepted|Superseded by \[(\d{4})\]\((\d{4})-[\w-]+\.md\)", status[1])
+    assert replaced is not None, f"{path.name}: {status[1]}"
+    if replaced[1]:
+        later = next(other for other in DECISIONS if other.name.startswith(replaced[1]))
+        assert re.search(rf"^Supersedes: \[{number}\]", later.read_text(), re.MULTILINE), later.name
+
+
+@pytest.mark.parametrize("path", DECISIONS, ids=lambda path: path.stem)
+def test_what_a_decision_supersedes_says_so_too(path):
+    for number in re.findall(r"^Supersedes: \[(\d{4})\]", path.read_text(), re.MULTILINE):
+        earlier = next(other for other in DECISIONS if other.name.startswith(number))
+        assert f"Status: Superseded by [{path.name[:4]}]" in earlier.read_text()
+
+
+def test_decisions_are_numbered_from_one_and_listed():
+    assert [path.name[:4] for path in DECISIONS] == [f"{n:04d}" for n in range(1, len(DECISIONS) + 1)]
+    (index,) = tables((DOCS / "decisions" / "README.md").read_text())
+    listed = {row[0]: row for row in index[2:]}
+    assert list(listed) == [f"[{path.name[:4]}]({path.name})" for path in DECISIONS]
+    for path, row in zip(DECISIONS, listed.values(), strict=True):
+        text = path.read_text()
+        assert text.startswith(f"# {path.name[:4]}. {row[1]}\n")
+        assert f"\nStatus: {row[2]}\n" in text
+        assert row[3].endswith(".")
+
+
+@pytest.mark.parametrize("path", TOPICS, ids=lambda path: path.stem)
+def test_a_performance_page_has_an_introduction_and_full_tables(path):
+    text = path.read_text()
+    found = tables(text)
+    assert re.match(r"# \S.*\n\n[^|#\n]", text), "a heading, then a paragraph"
+    assert found
+    for rows in found:
+        assert rows[0] == COLUMNS
+        assert rows[2:]
+        for row in rows:
+            assert len(row) == len(COLUMNS), row
+            assert all(row), f"write 'not recorded' where a value is missing: {row}"
+
+
+def test_every_performance_page_is_listed():
+    index = (DOCS / "performance" / "README.md").read_text()
+    assert {name for name in re.findall(r"\]\(([\w-]+\.md)\)", index)} == {path.name for path in TOPICS}
