@@ -18,8 +18,8 @@ namespace py = pybind11;
 
 struct Declined {};  // thrown inside the binding: the function returns None
 
-inline void plain(bool is_plain) {
-    if (!is_plain) throw Declined{};
+inline void decline_unless(bool accepted) {
+    if (!accepted) throw Declined{};
 }
 
 inline std::optional<DType> dtype_of(const py::dtype& d) {
@@ -51,11 +51,11 @@ struct ArrayView {
         // no static of its own: npy_api::get() lets go of the GIL the first time, and who waits for the static would
         // hold it
         const PyTypeObject* const ndarray = py::detail::npy_api::get().PyArray_Type_;
-        plain(Py_TYPE(h.ptr()) == ndarray);
+        decline_unless(Py_TYPE(h.ptr()) == ndarray);
         const auto* a = py::detail::array_proxy(h.ptr());
-        plain((a->flags & flags) == flags);
+        decline_unless((a->flags & flags) == flags);
         const auto known = dtype_of(py::reinterpret_borrow<py::array>(h).dtype());
-        plain(known.has_value());
+        decline_unless(known.has_value());
         data = a->data;
         dims = a->dimensions;
         rank = a->nd;
@@ -80,12 +80,12 @@ inline ArrayView optional_input(py::handle h) { return h.is_none() ? ArrayView{}
 inline ArrayView like(py::handle h, const ArrayView& x) {
     if (h.is_none()) return {};
     const ArrayView view = input(h);
-    plain(view.same_shape(x) && view.dtype == x.dtype);
+    decline_unless(view.same_shape(x) && view.dtype == x.dtype);
     return view;
 }
 
 inline void plain_vector(const ArrayView& v, std::int64_t C) {
-    plain(v.rank == 1 && v.size == C && (v.dtype == DType::float32 || v.dtype == DType::float64));
+    decline_unless(v.rank == 1 && v.size == C && (v.dtype == DType::float32 || v.dtype == DType::float64));
 }
 inline ConstVector vector(const ArrayView& v, std::int64_t C) {
     if (!v.dims) return {};
@@ -122,7 +122,7 @@ template <int n> struct Vectors {
 // ---- scalars and words ----------------------------------------------------------------------------------------------
 
 inline double number(py::handle h) {
-    plain(PyFloat_Check(h.ptr()) || (PyLong_Check(h.ptr()) && !PyBool_Check(h.ptr())));
+    decline_unless(PyFloat_Check(h.ptr()) || (PyLong_Check(h.ptr()) && !PyBool_Check(h.ptr())));
     const double value = PyFloat_AsDouble(h.ptr());
     if (value == -1 && PyErr_Occurred()) {
         PyErr_Clear();
@@ -132,22 +132,22 @@ inline double number(py::handle h) {
 }
 inline double number_in(py::handle h, double low, double high) {
     const double value = number(h);
-    plain(value >= low && value <= high);
+    decline_unless(value >= low && value <= high);
     return value;
 }
 inline int integer(py::handle h) {
-    plain(PyLong_CheckExact(h.ptr()));
+    decline_unless(PyLong_CheckExact(h.ptr()));
     int overflow = 0;
     const long value = PyLong_AsLongAndOverflow(h.ptr(), &overflow);
-    plain(!overflow && value >= -64 && value <= 64);
+    decline_unless(!overflow && value >= -64 && value <= 64);
     return int(value);
 }
 inline bool boolean(py::handle h) {
-    plain(h.ptr() == Py_True || h.ptr() == Py_False);
+    decline_unless(h.ptr() == Py_True || h.ptr() == Py_False);
     return h.ptr() == Py_True;
 }
 template <int n> int word(py::handle h, const char* const (&words)[n]) {
-    plain(PyUnicode_Check(h.ptr()));
+    decline_unless(PyUnicode_Check(h.ptr()));
     for (int i = 0; i < n; ++i)
         if (PyUnicode_CompareWithASCIIString(h.ptr(), words[i]) == 0) return i;
     throw Declined{};
@@ -163,7 +163,7 @@ inline NanPolicy nan_policy_of(py::handle h) {
 
 inline Shape shape_along(const ArrayView& x, py::handle axis) {
     const int at = integer(axis);
-    plain(x.rank >= 1 && at >= -x.rank && at < x.rank);
+    decline_unless(x.rank >= 1 && at >= -x.rank && at < x.rank);
     static_assert(sizeof(py::ssize_t) == sizeof(std::int64_t), "64-bit extents");
     return shape_of(reinterpret_cast<const std::int64_t*>(x.dims), x.rank, at);
 }
@@ -172,7 +172,8 @@ inline Shape shape_along(const ArrayView& x, py::handle axis) {
 inline const void* weights(py::handle h, const ArrayView& x, const Shape& s) {
     if (h.is_none()) return nullptr;
     const ArrayView w = input(h);
-    plain(w.size == s.per_channel() && w.dtype == (x.dtype == DType::float64 ? DType::float64 : DType::float32));
+    decline_unless(w.size == s.per_channel() &&
+                   w.dtype == (x.dtype == DType::float64 ? DType::float64 : DType::float32));
     return w.data;
 }
 

@@ -18,15 +18,15 @@ py::object train(py::handle x, py::handle gamma, py::handle beta, py::handle mov
         const std::int64_t C = a.shape.C;
         a.gamma = vector(gv, C);
         a.beta = vector(bv, C);
-        plain(moving_mean.is_none() == moving_variance.is_none());
+        decline_unless(moving_mean.is_none() == moving_variance.is_none());
         ArrayView mm, mv;
         if (!moving_mean.is_none()) {
             mm = output(moving_mean);
             mv = output(moving_variance);
             plain_vector(mm, C);
             plain_vector(mv, C);
-            for (const ArrayView& other : {mv, xv, rv, gv, bv}) plain(!mm.overlaps(other));
-            for (const ArrayView& other : {xv, rv, gv, bv}) plain(!mv.overlaps(other));
+            for (const ArrayView& other : {mv, xv, rv, gv, bv}) decline_unless(!mm.overlaps(other));
+            for (const ArrayView& other : {xv, rv, gv, bv}) decline_unless(!mv.overlaps(other));
             a.moving_mean = {mm.data, mm.dtype};
             a.moving_variance = {mv.data, mv.dtype};
         }
@@ -37,7 +37,7 @@ py::object train(py::handle x, py::handle gamma, py::handle beta, py::handle mov
         a.negative_slope = number_in(negative_slope, 0, largest);
         a.residual = rv.data;
         a.correction = integer(correction);
-        plain(a.correction == 0 || a.correction == 1);
+        decline_unless(a.correction == 0 || a.correction == 1);
         a.nan_policy = nan_policy_of(nan_policy);
         const py::array y = output_for(out, x, xv, {xv}, {rv, gv, bv, mm, mv, optional_input(mask)});
         a.y = py::detail::array_proxy(y.ptr())->data;
@@ -83,7 +83,7 @@ py::object grad(py::handle dy, py::handle x, py::handle mean, py::handle invstd,
         const ArrayView xv = input(x), dyv = like(dy, xv), rv = like(residual, xv), yv = like(y, xv), mv = input(mean),
                         sv = input(invstd), gv = optional_input(gamma), bv = optional_input(beta),
                         dmv = optional_input(dmean), dvv = optional_input(dvariance);
-        plain(dyv.dims);
+        decline_unless(dyv.dims);
         GradArgs a;
         a.dy = dyv.data;
         a.x = xv.data;
@@ -97,7 +97,7 @@ py::object grad(py::handle dy, py::handle x, py::handle mean, py::handle invstd,
         a.mask = weights(mask, xv, a.shape);
         a.activation = activation_of(activation);
         a.negative_slope = number_in(negative_slope, 0, largest);
-        plain(!rv.dims || !yv.dims);
+        decline_unless(!rv.dims || !yv.dims);
         a.residual = rv.data;
         a.y = yv.data;
         a.training = boolean(training);
@@ -109,7 +109,7 @@ py::object grad(py::handle dy, py::handle x, py::handle mean, py::handle invstd,
         const py::array dgamma = vector_like(gv, bv, xv, C, a.dgamma), dbeta = vector_like(gv, bv, xv, C, a.dbeta);
         py::object dresidual = py::none();
         const bool gated = (rv.dims || yv.dims) && a.activation != Activation::none;
-        plain(gated || out_dresidual.is_none());
+        decline_unless(gated || out_dresidual.is_none());
         if (gated) {
             const py::array made =
                 output_for(out_dresidual, x, xv, {xv}, {output(dx), dyv, rv, yv, mv, sv, gv, bv, weightsv, dmv, dvv});

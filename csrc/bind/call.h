@@ -53,9 +53,9 @@ inline py::array output_for(py::handle out, py::handle x, const ArrayView& view,
         return new_array(py::reinterpret_borrow<py::array>(x).dtype(), view.dims, view.rank, view.bytes());
     }
     const ArrayView o = output(out);
-    plain(o.same_shape(view) && o.dtype == view.dtype);
-    for (const ArrayView& s : same) plain(o.data == s.data || !o.overlaps(s));
-    for (const ArrayView& d : disjoint) plain(!o.overlaps(d));
+    decline_unless(o.same_shape(view) && o.dtype == view.dtype);
+    for (const ArrayView& s : same) decline_unless(o.data == s.data || !o.overlaps(s));
+    for (const ArrayView& d : disjoint) decline_unless(!o.overlaps(d));
     return py::reinterpret_borrow<py::array>(out);
 }
 

@@ -9,25 +9,25 @@ namespace {
 
 GroupShape group_shape(const ArrayView& x, py::handle axis, py::handle groups) {
     int at = integer(axis);
-    plain(x.rank >= 2 && at >= -x.rank && at < x.rank);
+    decline_unless(x.rank >= 2 && at >= -x.rank && at < x.rank);
     at = at < 0 ? at + x.rank : at;
-    plain(at > 0);
+    decline_unless(at > 0);
     GroupShape s{x.dims[0], 1, x.dims[at], 1, x.dims[at]};  // G = 0: of no channels Python makes (N, 0)
     for (int i = 1; i < at; ++i) s.A *= x.dims[i];
     for (int i = at + 1; i < x.rank; ++i) s.S *= x.dims[i];
     if (!groups.is_none()) {
-        plain(PyLong_CheckExact(groups.ptr()));
+        decline_unless(PyLong_CheckExact(groups.ptr()));
         int overflow = 0;
         s.G = PyLong_AsLongLongAndOverflow(groups.ptr(), &overflow);
-        plain(!overflow);
+        decline_unless(!overflow);
     }
-    plain((s.A == 1 || s.S == 1) && s.G >= 1 && s.C % s.G == 0);
+    decline_unless((s.A == 1 || s.S == 1) && s.G >= 1 && s.C % s.G == 0);
     return s;
 }
 
 // The last axis: rows of one group.
 GroupShape layer_shape(const ArrayView& x, py::handle axis) {
-    plain(x.rank >= 1 && (integer(axis) == -1 || integer(axis) == x.rank - 1));
+    decline_unless(x.rank >= 1 && (integer(axis) == -1 || integer(axis) == x.rank - 1));
     GroupShape s{1, 1, x.dims[x.rank - 1], 1, 1};
     for (int i = 0; i < x.rank - 1; ++i) s.N *= x.dims[i];
     return s;
@@ -43,7 +43,7 @@ struct Dims {  // of mean and invstd
 };
 
 const double* statistics(const ArrayView& v, const Dims& d) {
-    plain(v.rank == d.rank && std::equal(d.at, d.at + d.rank, v.dims) && v.dtype == DType::float64);
+    decline_unless(v.rank == d.rank && std::equal(d.at, d.at + d.rank, v.dims) && v.dtype == DType::float64);
     return static_cast<const double*>(v.data);
 }
 
@@ -78,7 +78,7 @@ py::object backward(py::handle dy, py::handle x, py::handle mean, py::handle inv
     return or_none([&]() -> py::object {
         const ArrayView xv = input(x), dyv = like(dy, xv), mv = input(mean), sv = input(invstd),
                         gv = optional_input(gamma);
-        plain(dyv.dims);
+        decline_unless(dyv.dims);
         GroupNormGradArgs a;
         a.dy = dyv.data;
         a.x = xv.data;

@@ -1,4 +1,5 @@
-// Backward: the pre-activation's constants -> reduce (sum_dy, sum_dy_xmu) -> fold (dgamma, dbeta) -> apply (dx).
+// Backward: the pre-activation's constants -> reduce (sum_dy, sum_dy_centered_x) -> finalize (dgamma, dbeta) -> apply
+// (dx).
 #include <algorithm>
 
 #include "check.h"
@@ -22,8 +23,8 @@ double total_weight(const GradArgs& a) {
 
 // What the gate reads beside x, for the reduce and the apply step alike.
 template <class Args> void set_gate(Args& args, const GradArgs& a) {
-    args.beside = a.y ? a.y : a.residual;
-    args.beside_is_y = a.y != nullptr;
+    args.gate_input = a.y ? a.y : a.residual;
+    args.gate_input_is_y = a.y != nullptr;
     args.act = activation_args(a.activation, a.negative_slope);
 }
 
@@ -31,7 +32,7 @@ struct GradReduction {
     Plan plan;
     const TypeKernels& kernels;
     GradReduceArgs args{};
-    int64_t each_scratch, sum_dy_at, sum_dy_xmu_at, scratch_at;
+    int64_t each_scratch, sum_dy_at, sum_dy_centered_x_at, scratch_at;
 
     GradReduction(const Plan& p, const TypeKernels& k, const GradArgs& a, Scratch& scratch) : plan(p), kernels(k) {
         const Grid& g = plan.grid;
@@ -39,14 +40,14 @@ struct GradReduction {
         args.dy = a.dy;
         args.x = a.x;
         set_gate(args, a);
-        each_scratch = g.pack > 1 ? (2 * g.pack * g.C + 7) / 8 * 8 : 0;
+        each_scratch = g.pack > 1 ? round_up_to_line(2 * g.pack * g.C) : 0;
         sum_dy_at = scratch.count(g.chunks * g.C);
-        sum_dy_xmu_at = scratch.count(g.chunks * g.C);
+        sum_dy_centered_x_at = scratch.count(g.chunks * g.C);
         scratch_at = scratch.count(each_scratch * plan.threads);
     }
     void place(const Scratch& scratch, const Params& params) {
         args.sum_dy = scratch.at(sum_dy_at);
-        args.sum_dy_xmu = scratch.at(sum_dy_xmu_at);
+        args.sum_dy_centered_x = scratch.at(sum_dy_centered_x_at);
         args.scratch = scratch.at(scratch_at);
         args.params = params;
     }
@@ -74,13 +75,13 @@ GradApplyArgs grad_apply_args(const GradArgs& a, const Plan& plan, const Params&
     return args;
 }
 
-GradFoldArgs grad_fold_args(const GradArgs& a, const GradReduction& reduction) {
-    GradFoldArgs f{};
+GradFinalizeArgs grad_finalize_args(const GradArgs& a, const GradReduction& reduction) {
+    GradFinalizeArgs f{};
     f.C = a.shape.C;
     f.pack = reduction.plan.grid.pack;
     f.chunks = reduction.plan.grid.chunks;
     f.sum_dy = reduction.args.sum_dy;
-    f.sum_dy_xmu = reduction.args.sum_dy_xmu;
+    f.sum_dy_centered_x = reduction.args.sum_dy_centered_x;
     f.mean = param_vector(a.mean);
     f.invstd = param_vector(a.invstd);
     f.gamma = param_vector(a.gamma);
@@ -119,19 +120,19 @@ void grad(const GradArgs& a) {
 
     const int act = kernel_activation(a.activation, a.negative_slope);
     const int mode = !a.training ? grad_frozen : a.mask ? grad_weighted : grad_batch;
-    kernel.fold({a.shape.C, plan.grid.pack, 0, a.shape.C, param_vector(a.mean), param_vector(a.invstd),
-                 param_vector(a.gamma), param_vector(a.beta), 1, 0, nullptr, params});
+    kernel.finalize({a.shape.C, plan.grid.pack, 0, a.shape.C, param_vector(a.mean), param_vector(a.invstd),
+                     param_vector(a.gamma), param_vector(a.beta), 1, 0, nullptr, params});
     const GradApplyArgs apply = grad_apply_args(a, plan, params);
-    const GradFoldArgs fold = grad_fold_args(a, reduction);
+    const GradFinalizeArgs finalize_args = grad_finalize_args(a, reduction);
     const auto rows = kernel.grad_apply_rows[mode][act];
     const auto columns = kernel.grad_apply_columns[mode][act];
     run_steps(
         plan, [&](int rank, int64_t k, int64_t c0, int64_t c1) { reduction.chunk(act, rank, k, c0, c1); },
         [&](int64_t c0, int64_t c1) {
-            GradFoldArgs f = fold;
+            GradFinalizeArgs f = finalize_args;
             f.c0 = c0;
             f.c1 = c1;
-            kernel.grad_fold(f);
+            kernel.grad_finalize(f);
         },
         [] { return true; }, [&](int64_t c0, int64_t c1) { apply_group(plan, apply, c0, c1, rows, columns); },
         [&](int64_t u) { apply_unit(plan, apply, u, rows, columns); });

@@ -1,4 +1,5 @@
-// Forward: reduce -> fold -> apply, then the moving statistics. infer is fold -> apply, moments is reduce alone.
+// Forward: reduce -> finalize -> apply, then the moving statistics. infer is finalize -> apply, moments is reduce
+// alone.
 #include <algorithm>
 #include <cmath>
 
@@ -15,7 +16,7 @@ struct Reduction {
     Plan plan;
     const TypeKernels& kernels;
     ReduceArgs args{};
-    int64_t each_scratch, count_at, centre_at, offset_at, m2_at, scratch_at;
+    int64_t each_scratch, count_at, center_at, offset_at, m2_at, scratch_at;
 
     Reduction(const Plan& p, const TypeKernels& k, const void* x, const void* mask, Scratch& scratch)
         : plan(p), kernels(k) {
@@ -23,17 +24,17 @@ struct Reduction {
         args.grid = g;
         args.x = x;
         args.mask = mask;
-        args.ahead = plan.ahead;
-        each_scratch = g.pack > 1 || mask ? (4 * g.pack * g.C + 7) / 8 * 8 : 0;
+        args.prefetch_next = plan.prefetch_next;
+        each_scratch = g.pack > 1 || mask ? round_up_to_line(4 * g.pack * g.C) : 0;
         count_at = scratch.count(g.chunks * plan.groups);
-        centre_at = scratch.count(g.chunks * g.C);
+        center_at = scratch.count(g.chunks * g.C);
         offset_at = scratch.count(g.chunks * g.C);
         m2_at = scratch.count(g.chunks * g.C);
         scratch_at = scratch.count(each_scratch * plan.threads);
     }
     void place(const Scratch& scratch) {
         args.count = scratch.at(count_at);
-        args.centre = scratch.at(centre_at);
+        args.center = scratch.at(center_at);
         args.offset = scratch.at(offset_at);
         args.m2 = scratch.at(m2_at);
         args.scratch = scratch.at(scratch_at);
@@ -49,7 +50,7 @@ struct Reduction {
     }
     MergeArgs merge(int64_t c0, int64_t c1, double* mean, double* variance) const {
         const double* count = args.count + (plan.by_groups ? counts_of(c0) : 0);
-        return {args.grid.C, args.grid.chunks, c0, c1, count, args.centre, args.offset, args.m2, mean, variance};
+        return {args.grid.C, args.grid.chunks, c0, c1, count, args.center, args.offset, args.m2, mean, variance};
     }
     // Every group counts for itself (the counts are equal), so that none waits for another.
     int64_t counts_of(int64_t c0) const { return c0 / plan.group * args.grid.chunks; }
@@ -120,18 +121,18 @@ double train(const TrainArgs& a) {
     record_isa(table);
 
     const ApplyArgs apply = apply_args(a, plan, space, scratch);
-    FoldArgs fold{a.shape.C,
-                  plan.grid.pack,
-                  0,
-                  0,
-                  {a.mean, 1},
-                  {a.variance, 1},
-                  param_vector(a.gamma),
-                  param_vector(a.beta),
-                  0,
-                  a.epsilon,
-                  a.invstd,
-                  apply.params};
+    FinalizeArgs finalize_args{a.shape.C,
+                               plan.grid.pack,
+                               0,
+                               0,
+                               {a.mean, 1},
+                               {a.variance, 1},
+                               param_vector(a.gamma),
+                               param_vector(a.beta),
+                               0,
+                               a.epsilon,
+                               a.invstd,
+                               apply.params};
     const int act = kernel_activation(a.activation, a.negative_slope);
     const int64_t C = a.shape.C;
     bool proceed = true;
@@ -139,10 +140,10 @@ double train(const TrainArgs& a) {
         plan, [&](int rank, int64_t k, int64_t c0, int64_t c1) { reduction.chunk(rank, k, c0, c1); },
         [&](int64_t c0, int64_t c1) {
             table.merge(reduction.merge(c0, c1, a.mean, a.variance));
-            FoldArgs f = fold;
+            FinalizeArgs f = finalize_args;
             f.c0 = c0;
             f.c1 = c1;
-            kernel.fold(f);
+            kernel.finalize(f);
         },
         [&] {
             proceed = a.nan_policy != NanPolicy::raise || (all_finite(a.mean, C) && all_finite(a.variance, C));
@@ -171,25 +172,25 @@ void infer(const InferArgs& a) {
     scratch.take();
     record_isa(table);
     const ApplyArgs apply = apply_args(a, plan, space, scratch);
-    FoldArgs fold{a.shape.C,
-                  plan.grid.pack,
-                  0,
-                  a.shape.C,
-                  param_vector(a.moving_mean),
-                  param_vector(a.moving_variance),
-                  param_vector(a.gamma),
-                  param_vector(a.beta),
-                  0,
-                  a.epsilon,
-                  nullptr,
-                  apply.params};
+    FinalizeArgs finalize_args{a.shape.C,
+                               plan.grid.pack,
+                               0,
+                               a.shape.C,
+                               param_vector(a.moving_mean),
+                               param_vector(a.moving_variance),
+                               param_vector(a.gamma),
+                               param_vector(a.beta),
+                               0,
+                               a.epsilon,
+                               nullptr,
+                               apply.params};
     const int act = kernel_activation(a.activation, a.negative_slope);
     parallel(plan.threads, [&](Team& team) {
-        fold_slices(team, plan, [&](int64_t c0, int64_t c1) {
-            FoldArgs f = fold;
+        finalize_slices(team, plan, [&](int64_t c0, int64_t c1) {
+            FinalizeArgs f = finalize_args;
             f.c0 = c0;
             f.c1 = c1;
-            kernel.fold(f);
+            kernel.finalize(f);
         });
         team.for_each(plan.apply_units, false, [&](int64_t u) {
             apply_unit(plan, apply, u, kernel.apply_rows[act], kernel.apply_columns[act]);

@@ -24,7 +24,7 @@ struct Forward {
     Scratch scratch;
     Workspaces work, mine;  // of a workspace, of a rank
     int64_t chunks, lanes;  // of the reduce step; its "channels" in a span
-    int64_t count, centre, offset, m2, mean, variance, piece_mean, piece_variance, piece_gamma, piece_beta, invstd;
+    int64_t count, center, offset, m2, mean, variance, piece_mean, piece_variance, piece_gamma, piece_beta, invstd;
     int64_t mean_hi, scale, shift, reduce_scratch, gamma_at, beta_at;
 
     Forward(const GroupNormArgs& args, const KernelTable& t)
@@ -35,7 +35,7 @@ struct Forward {
         const int64_t constants = spans.vectors ? rows : pieces.pack * pieces.C;
         chunks = reduce.chunks;
         lanes = reduce.C;
-        for (int64_t* each : {&centre, &offset, &m2}) *each = work.array((spans.scattered() ? 2 : 1) * chunks * lanes);
+        for (int64_t* each : {&center, &offset, &m2}) *each = work.array((spans.scattered() ? 2 : 1) * chunks * lanes);
         count = work.array(chunks * (spans.scattered() ? 1 + spans.K : 1));
         for (int64_t* each : {&mean, &variance}) *each = work.array(rows);
         for (int64_t* each : {&piece_mean, &piece_variance, &piece_gamma, &piece_beta, &invstd}) *each = work.array(P);
@@ -54,13 +54,13 @@ struct Forward {
     double* at(int64_t w, int64_t array) const { return work(scratch, w, array); }
     void reduce(int rank, int64_t w, int64_t i, int64_t chunk) const {
         ReduceArgs r{};
-        r.ahead = spans.stream;
+        r.prefetch_next = spans.stream;
         r.grid = make_grid(spans.rows(spans.held(i)), a.dtype);
         r.x = values_of(a.x, spans, i);
         r.chunk = chunk;
         r.c1 = r.grid.C;
         r.count = at(w, count);
-        r.centre = at(w, centre);
+        r.center = at(w, center);
         r.offset = at(w, offset);
         r.m2 = at(w, m2);
         r.scratch = mine(scratch, rank, reduce_scratch);
@@ -69,7 +69,7 @@ struct Forward {
 
     // mean and variance of the span's rows.
     void merge(int64_t w, int64_t rows) const {
-        double *c = at(w, centre), *o = at(w, offset), *m = at(w, m2), *n = at(w, count);
+        double *c = at(w, center), *o = at(w, offset), *m = at(w, m2), *n = at(w, count);
         int64_t parts = chunks;
         if (spans.scattered()) {  // (chunk, group, k) -> (chunk, k, group): K*chunks parts of every group
             const int64_t G = spans.s.G, K = spans.K;
@@ -88,7 +88,7 @@ struct Forward {
         table.merge({rows, parts, 0, rows, n, c, o, m, at(w, mean), at(w, variance)});
     }
 
-    void fold(int64_t w, int64_t i) const {
+    void finalize(int64_t w, int64_t i) const {
         const int64_t h = spans.held(i), rows = h * spans.groups, K = spans.vectors ? 1 : spans.K, P = rows * K;
         const int64_t row = spans.first(i) * spans.groups, C = spans.s.C;
         merge(w, rows);
@@ -102,18 +102,18 @@ struct Forward {
             std::fill_n(pv + r * K, K, v[r]);
         }
         const int64_t pack = spans.vectors ? 1 : make_grid(spans.piece_shape(h), a.dtype).pack;
-        kernel.fold({P,
-                     pack,
-                     0,
-                     P,
-                     {pm, 1},
-                     {pv, 1},
-                     {gamma ? pg : nullptr, 1},
-                     {beta ? pb : nullptr, 1},
-                     0,
-                     a.epsilon,
-                     at(w, invstd),
-                     params(w)});
+        kernel.finalize({P,
+                         pack,
+                         0,
+                         P,
+                         {pm, 1},
+                         {pv, 1},
+                         {gamma ? pg : nullptr, 1},
+                         {beta ? pb : nullptr, 1},
+                         0,
+                         a.epsilon,
+                         at(w, invstd),
+                         params(w)});
         for (int64_t r = 0; r < rows; ++r) {
             a.mean[row + r] = m[r];
             a.invstd[row + r] = at(w, invstd)[r * K];
@@ -131,7 +131,7 @@ struct Forward {
         y.params = params(w);
         y.act = activation_args(Activation::none, 0);
         y.stream = plan.stream;
-        y.ahead = spans.ahead(i);
+        y.prefetch_distance = spans.prefetch_distance(i);
         apply_unit(plan, y, unit, kernel.apply_rows[act_none], kernel.apply_columns[act_none]);
     }
     void apply_vectors(int64_t w, int64_t i, int64_t unit) const {
@@ -141,7 +141,7 @@ struct Forward {
                                  values_of(a.y, spans, i), scratch.at(gamma_at), scratch.at(beta_at));
             r.k0 = unit * width;
             r.k1 = std::min(spans.K, r.k0 + width);
-            r.ahead = spans.ahead(i);
+            r.prefetch_distance = spans.prefetch_distance(i);
             kernel.row_apply(r);
         }
     }
@@ -171,8 +171,8 @@ void group_norm(const GroupNormArgs& a) {
     run_spans(
         f.spans, f.chunks, f.apply_units(), 0,
         [&](int rank, int64_t w, int64_t i, int64_t unit) { f.reduce(rank, w, i, unit); },
-        [&](int64_t w, int64_t i) { f.fold(w, i); }, [&](int64_t w, int64_t i, int64_t unit) { f.apply(w, i, unit); },
-        [](int64_t) {});
+        [&](int64_t w, int64_t i) { f.finalize(w, i); },
+        [&](int64_t w, int64_t i, int64_t unit) { f.apply(w, i, unit); }, [](int64_t) {});
 }
 
 }  // namespace bnfast

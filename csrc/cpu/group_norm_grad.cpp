@@ -1,8 +1,8 @@
 // Group norm, backward. With g = gamma*dy and M values a row: dx = invstd*(g - sum(g)/M - xhat*sum(g*xhat)/M).
 //
 // Of columns and pieces the kernels of batch norm leave sum(dy) and sum(dy*xhat) of every piece; summed with gamma they
-// are the row's, and grad_fold takes the difference between the piece's own mean and the row's as gradients that reach
-// the piece's mean and variance. A row of one piece has none: its bits are batch norm's.
+// are the row's, and grad_finalize takes the difference between the piece's own mean and the row's as gradients that
+// reach the piece's mean and variance. A row of one piece has none: its bits are batch norm's.
 #include "check.h"
 #include "spans.h"
 
@@ -20,8 +20,8 @@ struct Backward {
     Scratch scratch;
     Workspaces work, mine;
     int64_t chunks = 1, block_rows = 1;  // of a reduce step; samples whose columns are summed together
-    int64_t sum_dy, sum_dy_xmu, piece_mean, piece_invstd, piece_gamma, dmean, dvariance, row_dgamma, row_dbeta;
-    int64_t mean_hi, scale, shift, mean_dy, slope_x, level, reduce_scratch;
+    int64_t sum_dy, sum_dy_centered_x, piece_mean, piece_invstd, piece_gamma, dmean, dvariance, row_dgamma, row_dbeta;
+    int64_t mean_hi, scale, shift, mean_dy, dx_slope, dx_offset, reduce_scratch;
     int64_t gamma_at, dgamma_at, dbeta_at, parts;  // of dgamma and dbeta: [parts][C]
 
     Backward(const GroupNormGradArgs& args, const KernelTable& table)
@@ -34,10 +34,10 @@ struct Backward {
         const int64_t P = spans.vectors ? h * spans.groups : h * spans.pieces;
         const int64_t constants = spans.vectors ? P : g.pack * g.C;
         if (!spans.vectors) chunks = g.chunks;
-        for (int64_t* each : {&sum_dy, &sum_dy_xmu}) *each = work.array(chunks * P);
+        for (int64_t* each : {&sum_dy, &sum_dy_centered_x}) *each = work.array(chunks * P);
         for (int64_t* each : {&piece_mean, &piece_invstd, &piece_gamma, &dmean, &dvariance, &row_dgamma, &row_dbeta})
             *each = work.array(P);
-        for (int64_t* each : {&mean_hi, &scale, &shift, &mean_dy, &slope_x, &level}) *each = work.array(constants);
+        for (int64_t* each : {&mean_hi, &scale, &shift, &mean_dy, &dx_slope, &dx_offset}) *each = work.array(constants);
         reduce_scratch = mine.array(!spans.vectors && g.pack > 1 ? 2 * g.pack * g.C : 0);
         work.count(scratch, spans.workspaces());
         mine.count(scratch, spans.threads);
@@ -62,7 +62,7 @@ struct Backward {
 
     double* at(int64_t w, int64_t array) const { return work(scratch, w, array); }
     Params params(int64_t w) const {
-        return {at(w, mean_hi), at(w, scale), at(w, shift), at(w, mean_dy), at(w, slope_x), at(w, level)};
+        return {at(w, mean_hi), at(w, scale), at(w, shift), at(w, mean_dy), at(w, dx_slope), at(w, dx_offset)};
     }
     int64_t row(int64_t i) const { return spans.first(i) * spans.groups; }
     int64_t rows(int64_t i) const { return spans.held(i) * spans.groups; }
@@ -79,16 +79,16 @@ struct Backward {
             std::fill_n(pi + r * K, K, a.invstd[row(i) + r]);
         }
         const int64_t pack = spans.vectors ? 1 : make_grid(spans.piece_shape(spans.held(i)), a.dtype).pack;
-        kernel.fold({P, pack, 0, P, {pm, 1}, {pi, 1}, {gamma ? pg : nullptr, 1}, {}, 1, 0, nullptr, params(w)});
+        kernel.finalize({P, pack, 0, P, {pm, 1}, {pi, 1}, {gamma ? pg : nullptr, 1}, {}, 1, 0, nullptr, params(w)});
     }
 
-    GradFoldArgs grad_fold_args(int64_t w, int64_t P, double count) const {
-        GradFoldArgs f{};
+    GradFinalizeArgs grad_finalize_args(int64_t w, int64_t P, double count) const {
+        GradFinalizeArgs f{};
         f.C = f.c1 = P;
         f.pack = 1;
         f.chunks = 1;
         f.sum_dy = at(w, sum_dy);
-        f.sum_dy_xmu = at(w, sum_dy_xmu);
+        f.sum_dy_centered_x = at(w, sum_dy_centered_x);
         f.mean = {at(w, piece_mean), 1};
         f.invstd = {at(w, piece_invstd), 1};
         f.count = count;
@@ -110,14 +110,14 @@ struct Backward {
         r.chunk = chunk;
         r.c1 = r.grid.C;
         r.sum_dy = at(w, sum_dy);
-        r.sum_dy_xmu = at(w, sum_dy_xmu);
+        r.sum_dy_centered_x = at(w, sum_dy_centered_x);
         r.scratch = mine(scratch, rank, reduce_scratch);
         (r.grid.S > 1 ? kernel.grad_reduce_rows : kernel.grad_reduce_columns)[act_none](r);
     }
 
-    void fold(int64_t w, int64_t i) const {
+    void finalize(int64_t w, int64_t i) const {
         const int64_t K = spans.K, P = rows(i) * K;
-        GradFoldArgs f = grad_fold_args(w, P, double(spans.piece_size()));
+        GradFinalizeArgs f = grad_finalize_args(w, P, double(spans.piece_size()));
         f.pack = make_grid(spans.piece_shape(spans.held(i)), a.dtype).pack;
         f.chunks = chunks;
         f.dgamma = at(w, row_dgamma);
@@ -128,7 +128,7 @@ struct Backward {
             f.dmean = {at(w, dmean), 1};
             f.dvariance = {at(w, dvariance), 1};
         }
-        kernel.grad_fold(f);
+        kernel.grad_finalize(f);
         if (!spans.steps) add(w, i, 0, spans.s.C);
     }
 
@@ -158,7 +158,7 @@ struct Backward {
             double s0 = 0, s1 = 0;
             for (int64_t chunk = 0; chunk < chunks; ++chunk) {
                 s0 += at(w, sum_dy)[chunk * P + p + k];
-                s1 += at(w, sum_dy_xmu)[chunk * P + p + k];
+                s1 += at(w, sum_dy_centered_x)[chunk * P + p + k];
             }
             dm[k] = s0;
             dv[k] = (s1 - lo * s0) * invstd;
@@ -181,7 +181,7 @@ struct Backward {
         d.params = params(w);
         d.act = activation_args(Activation::none, 0);
         d.stream = plan.stream;
-        d.ahead = spans.ahead(i);
+        d.prefetch_distance = spans.prefetch_distance(i);
         apply_unit(plan, d, unit, kernel.grad_apply_rows[grad_batch][act_none],
                    kernel.grad_apply_columns[grad_batch][act_none]);
     }
@@ -199,28 +199,28 @@ struct Backward {
         r.k0 = block * row_block;
         r.k1 = std::min(spans.K, r.k0 + row_block);
         r.row_sum = at(w, sum_dy) + at_row;
-        r.row_sum_xmu = at(w, sum_dy_xmu) + at_row;
+        r.row_sum_centered_x = at(w, sum_dy_centered_x) + at_row;
         r.sum_dy = part(dbeta_at, i) + g * spans.K;
         r.sum_dy_xhat = part(dgamma_at, i) + g * spans.K;
         if (first == 0)
             for (int64_t k = r.k0; k < r.k1; ++k) r.sum_dy[k] = r.sum_dy_xhat[k] = 0;
         kernel.row_grad_reduce(r);
     }
-    void fold_vectors(int64_t w, int64_t i, int64_t first, int64_t samples) const {
-        GradFoldArgs f = grad_fold_args(w, rows(i), double(spans.K));
+    void finalize_vectors(int64_t w, int64_t i, int64_t first, int64_t samples) const {
+        GradFinalizeArgs f = grad_finalize_args(w, rows(i), double(spans.K));
         f.c0 = first * spans.groups;
         f.c1 = f.c0 + samples * spans.groups;
         f.chunks = chunks;
         f.dgamma = at(w, row_dgamma);
         f.dbeta = at(w, row_dbeta);
-        kernel.grad_fold(f);
+        kernel.grad_finalize(f);
     }
     void apply_vectors(int64_t w, int64_t i, int64_t first, int64_t samples, int64_t k0, int64_t k1) const {
         for (int64_t g = 0; g < spans.groups; ++g) {
             RowArgs r = vector_args(w, i, g, first, samples);
             r.k0 = k0;
             r.k1 = std::min(spans.K, k1);
-            r.ahead = spans.stream && !spans.steps ? samples * spans.values : 0;  // the next block
+            r.prefetch_distance = spans.stream && !spans.steps ? samples * spans.values : 0;  // the next block
             kernel.row_grad_apply(r);
         }
     }
@@ -229,7 +229,7 @@ struct Backward {
         for (int64_t first = 0; first < spans.held(i); first += block_rows) {
             const int64_t samples = std::min(block_rows, spans.held(i) - first);
             for (int64_t unit = 0; unit < spans.groups * chunks; ++unit) reduce_block(w, i, unit, first);
-            fold_vectors(w, i, first, samples);
+            finalize_vectors(w, i, first, samples);
             apply_vectors(w, i, first, samples, 0, spans.K);
         }
     }
@@ -268,7 +268,7 @@ struct Backward {
                     if (!spans.steps && chunk == 0) prepare(w, i);
                     reduce(rank, w, i, chunk);
                 },
-                [&](int64_t w, int64_t i) { fold(w, i); },
+                [&](int64_t w, int64_t i) { finalize(w, i); },
                 [&](int64_t w, int64_t i, int64_t unit) { apply(w, i, unit); }, [&](int64_t u) { finish(u); });
         run_spans(
             spans, spans.steps ? spans.groups * chunks : 1, spans.steps ? ceil_div(spans.K, part_width) : 0, slices,
@@ -277,7 +277,7 @@ struct Backward {
                 for (int64_t first = 0; first < spans.held(i); first += block_rows) reduce_block(w, i, unit, first);
             },
             [&](int64_t w, int64_t i) {
-                if (spans.steps) fold_vectors(w, i, 0, spans.held(i));
+                if (spans.steps) finalize_vectors(w, i, 0, spans.held(i));
             },
             [&](int64_t w, int64_t i, int64_t unit) {
                 apply_vectors(w, i, 0, spans.held(i), unit * part_width, (unit + 1) * part_width);

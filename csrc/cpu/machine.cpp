@@ -103,14 +103,14 @@ Machine look() {
     }
     m.l1d = cache_bytes(1, "BNFAST_L1_BYTES", m.l1d, 1 << 20);
     m.l2 = cache_bytes(2, "BNFAST_L2_BYTES", m.l2, 64 << 20);
-    m.l3 = cache_bytes(3, "BNFAST_L3_BYTES", 8 * m.l2, counted_on(std::int64_t(512) << 20, m.threads));
+    m.l3 = cache_bytes(3, "BNFAST_L3_BYTES", 8 * m.l2, usable_llc_bytes(std::int64_t(512) << 20, m.threads));
     m.memory = usable_memory();
     return m;
 }
 
 }  // namespace
 
-std::int64_t counted_on(std::int64_t bytes, int processors) {
+std::int64_t usable_llc_bytes(std::int64_t bytes, int processors) {
     return std::min(bytes, std::max<std::int64_t>(32, 4 * std::int64_t(processors)) << 20);
 }
 

@@ -15,6 +15,6 @@ const Machine& machine();
 
 // What `processors` can count on of a last-level cache of `bytes`: 4 MiB each, and 32 MiB in any case. A guest is told
 // of its socket's whole cache (2 processors, 260 MiB), where others' data lie.
-std::int64_t counted_on(std::int64_t bytes, int processors);
+std::int64_t usable_llc_bytes(std::int64_t bytes, int processors);
 
 }  // namespace bnfast

@@ -18,6 +18,8 @@ MemoryStatistics memory_statistics();
 void clear_memory();                        // gives every block that nobody uses back to the system
 void set_memory_limit(std::int64_t bytes);  // of the blocks kept for reuse
 
+constexpr std::int64_t round_up_to_line(std::int64_t doubles) { return (doubles + 7) / 8 * 8; }  // 64 bytes
+
 // Scratch of the calling thread, reused from call to call; grows only. Valid until the next call on the same thread.
 double* thread_scratch(std::size_t doubles);
 

@@ -18,7 +18,7 @@ int64_t rows_seen_as_one(int64_t N, int64_t C) {
     int64_t pack = 1;
     if (C < 64) pack = 64 / std::gcd(C, int64_t(64));
     else if (C <= 256) pack = 16 / std::gcd(C, int64_t(16));
-    return N >= 8 * pack ? pack : 1;  // too few packed rows: the fold of pack columns would cost more than it saves
+    return N >= 8 * pack ? pack : 1;  // too few packed rows: merging the pack columns would cost more than it saves
 }
 
 Grid rows_grid(Shape s, DType dtype) {
@@ -121,7 +121,7 @@ Plan make_plan(const PlanRequest& request, const Machine& machine) {
     const int64_t tensor = request.shape.size() * item_bytes(request.dtype);
     plan.threads = threads_for(tensor, request.threads, request.serial_bytes);
     plan.stream = streams(tensor * (request.inputs + request.outputs), machine);
-    plan.ahead = tensor > plan.threads * machine.l2;  // asking costs a quarter of the reduce where x lies in L2
+    plan.prefetch_next = tensor > plan.threads * machine.l2;  // asking costs a quarter of the reduce where x lies in L2
     schedule_groups(plan, request, machine);
     plan.groups = ceil_div(g.C, std::max<int64_t>(1, plan.group));
     schedule_apply(plan, request);

@@ -2,9 +2,9 @@
 //
 // The grid decides the order of summation, so it comes from shape and dtype alone (make_grid sees nothing else). The
 // schedule (who does what, in which order, through which stores) may depend on the machine: it can't change a bit.
-//   by_groups: each thread reduces, folds and applies one group of channels at a time, which stays in cache between
+//   by_groups: each thread reduces, finalizes and applies one group of channels at a time, which stays in cache between
 //              the steps: one read and one write of memory.
-//   otherwise: all chunks are reduced, the team meets, folds, meets, and applies: the last-read part of x is still
+//   otherwise: all chunks are reduced, the team meets, finalizes, meets, and applies: the last-read part of x is still
 //              cached and is applied first, the rest is read again.
 #pragma once
 #include <cstdint>
@@ -28,12 +28,12 @@ struct Plan {
     Grid apply_grid{};  // the same but for weighted gradients (pack 1)
     bool rows = false;  // the rows layout
     bool by_groups = false;
-    bool stream = false;  // non-temporal stores
-    bool ahead = false;   // moments: the next block is asked for while one is read
+    bool stream = false;         // non-temporal stores
+    bool prefetch_next = false;  // moments: prefetch the next block while one is read
     int threads = 1;
     std::int64_t group = 1, groups = 1;              // channels a group
     std::int64_t apply_unit = 1, apply_units = 1;    // rows: values; columns: packed rows
-    std::int64_t slice = 1, slices = 1;              // channels a fold slice
+    std::int64_t slice = 1, slices = 1;              // channels per finalize slice
     std::int64_t bytes_read = 0, bytes_written = 0;  // of memory beyond the caches, as the plan expects
 
     std::int64_t group_end(std::int64_t g) const { return (g + 1) * group < grid.C ? (g + 1) * group : grid.C; }

@@ -4,11 +4,11 @@
 //   pieces   a span is some rows (sample, group) of K pieces of S values: moments of rows of D = K*S values, then
 //            the rows kernels with constants for every piece
 //   vectors  a span is some samples whose channels are single values (S = 1): row_norm.inl.h
-// Either a thread takes a span through reduce, fold and apply while it lies in cache (1 read and 1 write of memory),
-// or, where spans are few or large, all are reduced, then folded, then applied, in units that threads share. A span's
-// size changes no bit, except for gradients of vectors, where it is a function of the shape. Sums over samples are
-// taken in at most 64 parts, which the shape alone decides: stretches are what one thread takes in order, of whole
-// parts each.
+// Either a thread takes a span through reduce, finalize and apply while it lies in cache (1 read and 1 write of
+// memory), or, where spans are few or large, all are reduced, then finalized, then applied, in units that threads
+// share. A span's size changes no bit, except for gradients of vectors, where it is a function of the shape. Sums over
+// samples are taken in at most 64 parts, which the shape alone decides: stretches are what one thread takes in order,
+// of whole parts each.
 #pragma once
 #include <algorithm>
 #include <type_traits>
@@ -72,7 +72,7 @@ struct Spans {
         return std::min(height, (stretches ? starts[i / each + 1] : least) - first(i));
     }
     // How far ahead the next span lies, to be asked for while this one is written; 0 where that gains nothing.
-    std::int64_t ahead(std::int64_t i) const { return stream && !steps && !columns ? held(i) * values : 0; }
+    std::int64_t prefetch_distance(std::int64_t i) const { return stream && !steps && !columns ? held(i) * values : 0; }
     std::int64_t workspaces() const { return steps ? count : threads; }
 
     // A row's values lie apart. Where they don't the rows kernels reduce them: one group's statistics have the same
@@ -98,16 +98,16 @@ struct Spans {
     }
 };
 
-// reduce(rank, workspace, span, unit), fold(workspace, span), apply(workspace, span, unit), then finish(unit).
-template <class Reduce, class Fold, class Apply, class Finish>
+// reduce(rank, workspace, span, unit), finalize(workspace, span), apply(workspace, span, unit), then finish(unit).
+template <class Reduce, class Finalize, class Apply, class Finish>
 void run_spans(const Spans& spans, std::int64_t reduce_units, std::int64_t apply_units, std::int64_t finish_units,
-               Reduce reduce, Fold fold, Apply apply, Finish finish) {
+               Reduce reduce, Finalize finalize, Apply apply, Finish finish) {
     parallel(spans.threads, [&](Team& team) {
         if (spans.steps) {
             team.for_each(spans.count * reduce_units, false, [&](std::int64_t i) {
                 reduce(team.rank, i / reduce_units, i / reduce_units, i % reduce_units);
             });
-            team.for_each(spans.count, false, [&](std::int64_t i) { fold(i, i); });
+            team.for_each(spans.count, false, [&](std::int64_t i) { finalize(i, i); });
             team.for_each(spans.count * apply_units, true,
                           [&](std::int64_t i) { apply(i / apply_units, i / apply_units, i % apply_units); });
         } else {
@@ -115,7 +115,7 @@ void run_spans(const Spans& spans, std::int64_t reduce_units, std::int64_t apply
                 const std::int64_t end = (k + 1) * spans.each;
                 for (std::int64_t i = k * spans.each; i < end && spans.held(i) > 0; ++i) {
                     for (std::int64_t u = 0; u < reduce_units; ++u) reduce(team.rank, team.rank, i, u);
-                    fold(team.rank, i);
+                    finalize(team.rank, i);
                     for (std::int64_t u = 0; u < apply_units; ++u) apply(team.rank, i, u);
                 }
             });
@@ -129,7 +129,7 @@ class Workspaces {
 public:
     std::int64_t array(std::int64_t doubles) {
         const std::int64_t at = each_;
-        each_ += (doubles + 7) / 8 * 8;
+        each_ += round_up_to_line(doubles);
         return at;
     }
     void count(Scratch& scratch, std::int64_t workspaces) { at_ = scratch.count(each_ * workspaces); }
@@ -169,8 +169,8 @@ inline RowArgs row_args(const Spans& spans, std::int64_t g, std::int64_t first, 
     a.stride = C;
     a.k1 = K;
     a.constant_step = G;
-    a.params = {constant(params.mean_hi), constant(params.scale),   constant(params.shift),
-                constant(params.mean_dy), constant(params.slope_x), constant(params.level)};
+    a.params = {constant(params.mean_hi), constant(params.scale),    constant(params.shift),
+                constant(params.mean_dy), constant(params.dx_slope), constant(params.dx_offset)};
     a.gamma = column(gamma);
     a.beta = column(beta);
     a.stream = spans.stream;

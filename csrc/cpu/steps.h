@@ -36,7 +36,7 @@ class Scratch {
 public:
     std::int64_t count(std::int64_t doubles) {
         const std::int64_t at = size_;
-        size_ += (doubles + 7) / 8 * 8;  // each piece on its own cache line
+        size_ += round_up_to_line(doubles);
         return at;
     }
     void take() { base_ = thread_scratch(std::size_t(size_)); }
@@ -47,11 +47,11 @@ private:
     double* base_ = nullptr;
 };
 
-// The constants that fold writes and apply reads: `count` vectors of pack*C doubles (floats take half of it).
+// The constants that finalize writes and apply reads: `count` vectors of pack*C doubles (floats take half of it).
 struct ParamSpace {
     std::int64_t offset, each;
     ParamSpace(Scratch& scratch, const Grid& g, int count)
-        : offset(scratch.count(count * ((g.pack * g.C + 7) / 8 * 8))), each((g.pack * g.C + 7) / 8 * 8) {}
+        : offset(scratch.count(count * round_up_to_line(g.pack * g.C))), each(round_up_to_line(g.pack * g.C)) {}
     void* vector(const Scratch& scratch, int i) const { return scratch.at(offset + i * each); }
 };
 
@@ -85,7 +85,7 @@ void apply_group(const Plan& plan, Args args, std::int64_t c0, std::int64_t c1, 
     args.c1 = c1;
     // While this group is written the next one is read: (32, 256, 56, 56) train 0.79, grad 0.90; in cache it gains
     // nothing.
-    args.ahead = plan.stream && c1 < g.C ? (c1 - c0) * g.S : 0;
+    args.prefetch_distance = plan.stream && c1 < g.C ? (c1 - c0) * g.S : 0;
     if (!plan.rows) {
         args.begin = 0;
         args.end = g.N;
@@ -98,16 +98,16 @@ void apply_group(const Plan& plan, Args args, std::int64_t c0, std::int64_t c1, 
     }
 }
 
-// fold(c0, c1) over all channels, a slice at a time.
-template <class Fold> void fold_slices(Team& team, const Plan& plan, Fold fold) {
+// finalize(c0, c1) over all channels, a slice at a time.
+template <class Finalize> void finalize_slices(Team& team, const Plan& plan, Finalize finalize) {
     team.for_each(plan.slices, false,
-                  [&](std::int64_t i) { fold(i * plan.slice, std::min(plan.grid.C, (i + 1) * plan.slice)); });
+                  [&](std::int64_t i) { finalize(i * plan.slice, std::min(plan.grid.C, (i + 1) * plan.slice)); });
 }
 
-// reduce -> fold -> apply, by groups or step by step. fold(c0, c1) runs once for every channel; proceed() is asked
-// once between fold and apply (only when not by groups) and may call the apply step off.
-template <class Reduce, class Fold, class Proceed, class ApplyGroup, class ApplyUnit>
-void run_steps(const Plan& plan, Reduce reduce, Fold fold, Proceed proceed, ApplyGroup group, ApplyUnit unit) {
+// reduce -> finalize -> apply, by groups or step by step. finalize(c0, c1) runs once for every channel; proceed() is
+// asked once between finalize and apply (only when not by groups) and may call the apply step off.
+template <class Reduce, class Finalize, class Proceed, class ApplyGroup, class ApplyUnit>
+void run_steps(const Plan& plan, Reduce reduce, Finalize finalize, Proceed proceed, ApplyGroup group, ApplyUnit unit) {
     const std::int64_t chunks = plan.grid.chunks;
     std::atomic<bool> go_on{true};
     parallel(plan.threads, [&](Team& team) {
@@ -115,7 +115,7 @@ void run_steps(const Plan& plan, Reduce reduce, Fold fold, Proceed proceed, Appl
             team.for_each(plan.groups, false, [&](std::int64_t g) {
                 const std::int64_t c0 = g * plan.group, c1 = plan.group_end(g);
                 for (std::int64_t k = 0; k < chunks; ++k) reduce(team.rank, k, c0, c1);
-                fold(c0, c1);
+                finalize(c0, c1);
                 group(c0, c1);
             });
             return;
@@ -124,7 +124,7 @@ void run_steps(const Plan& plan, Reduce reduce, Fold fold, Proceed proceed, Appl
             const std::int64_t g = i % plan.groups;
             reduce(team.rank, i / plan.groups, g * plan.group, plan.group_end(g));
         });
-        fold_slices(team, plan, fold);
+        finalize_slices(team, plan, finalize);
         team.for_each(1, false, [&](std::int64_t) { go_on = proceed(); });
         if (go_on) team.for_each(plan.apply_units, true, unit);
     });

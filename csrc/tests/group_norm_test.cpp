@@ -189,9 +189,9 @@ TEST_CASE("group norm: large offsets cost the variance no digits") {
         if (shape.A * (shape.C / shape.G) * shape.S < 3) continue;
         const Norm n(shape, DType::float64, false, 1e4);
         const Out o = run(n);
-        Norm centred = n;
-        for (int64_t i = 0; i < n.x.size; ++i) centred.x.set(i, n.x.get(i) - 1e4);
-        const Out expected = run(centred);
+        Norm centered = n;
+        for (int64_t i = 0; i < n.x.size; ++i) centered.x.set(i, n.x.get(i) - 1e4);
+        const Out expected = run(centered);
         for (std::size_t r = 0; r < o.invstd.size(); ++r)
             CHECK(std::fabs(o.invstd[r] / expected.invstd[r] - 1) < 1e-12);
     }

@@ -1,5 +1,5 @@
 // The plan is pure: its grid comes from shape and dtype alone, and whatever the schedule, each value is reduced, each
-// channel folded and each value applied exactly once. No data is touched, so shapes may be huge.
+// channel finalized and each value applied exactly once. No data is touched, so shapes may be huge.
 #include <doctest/doctest.h>
 
 #include <algorithm>
@@ -160,10 +160,10 @@ namespace {
 
 // Runs the driver of all calls with steps that only take notes.
 struct Notes {
-    std::vector<std::atomic<int>> reduced, folded, applied;
+    std::vector<std::atomic<int>> reduced, finalized, applied;
     std::atomic<bool> in_order{true};
     explicit Notes(const Grid& g)
-        : reduced(std::size_t(g.chunks * g.C)), folded(std::size_t(g.C)), applied(std::size_t(g.N * g.C * g.S)) {}
+        : reduced(std::size_t(g.chunks * g.C)), finalized(std::size_t(g.C)), applied(std::size_t(g.N * g.C * g.S)) {}
 
     void run(const Plan& plan) {
         const Grid &g = plan.grid, &a = plan.apply_grid;
@@ -186,7 +186,7 @@ struct Notes {
                 for (int64_t c = c0; c < c1; ++c) {
                     for (int64_t k = 0; k < g.chunks; ++k)
                         if (reduced[std::size_t(k * g.C + c)] != 1) in_order = false;
-                    ++folded[std::size_t(c)];
+                    ++finalized[std::size_t(c)];
                 }
             },
             [] { return true; }, [&](int64_t c0, int64_t c1) { apply_group(plan, args, c0, c1, rows, columns); },
@@ -196,19 +196,19 @@ struct Notes {
         auto once = [](const std::vector<std::atomic<int>>& counts) {
             return std::all_of(counts.begin(), counts.end(), [](const std::atomic<int>& n) { return n == 1; });
         };
-        return in_order && once(reduced) && once(folded) && once(applied);
+        return in_order && once(reduced) && once(finalized) && once(applied);
     }
 
 private:
     void apply(int64_t i, int64_t c) {
-        if (folded[std::size_t(c)] != 1) in_order = false;
+        if (finalized[std::size_t(c)] != 1) in_order = false;
         ++applied[std::size_t(i)];
     }
 };
 
 }  // namespace
 
-TEST_CASE("each chunk is reduced, each channel then folded, each value then applied, exactly once") {
+TEST_CASE("each chunk is reduced, each channel then finalized, each value then applied, exactly once") {
     int by_groups = 0, by_steps = 0;
     for (Shape shape : shapes()) {
         if (shape.size() > 100000) continue;
@@ -292,10 +292,10 @@ TEST_CASE("stores stream where in- and outputs exceed five eighths of the last c
 
 TEST_CASE("of a last-level cache 4 MiB a processor are counted on, and 32 in any case") {
     constexpr int64_t MiB = 1 << 20;
-    CHECK(counted_on(8 * MiB, 2) == 8 * MiB);
-    CHECK(counted_on(260 * MiB, 2) == 32 * MiB);  // a guest's view of a socket
-    CHECK(counted_on(260 * MiB, 60) == 240 * MiB);
-    CHECK(counted_on(260 * MiB, 120) == 260 * MiB);
+    CHECK(usable_llc_bytes(8 * MiB, 2) == 8 * MiB);
+    CHECK(usable_llc_bytes(260 * MiB, 2) == 32 * MiB);  // a guest's view of a socket
+    CHECK(usable_llc_bytes(260 * MiB, 60) == 240 * MiB);
+    CHECK(usable_llc_bytes(260 * MiB, 120) == 260 * MiB);
 }
 
 TEST_CASE("tensors below serial_bytes run on one thread") {

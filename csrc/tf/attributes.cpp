@@ -63,7 +63,7 @@ private:
 Attributes train_attributes(TF_OpKernelConstruction* context) {
     const Reader reader(context);
     Attributes a = reader.common();
-    a.beside = reader.optional("num_residual");
+    a.residual_or_y = reader.optional("num_residual");
     a.epsilon = reader.real("epsilon_bits");
     a.momentum = reader.real("momentum_bits");
     a.correction = int(reader.integer("correction"));
@@ -74,8 +74,8 @@ Attributes train_attributes(TF_OpKernelConstruction* context) {
 Attributes grad_attributes(TF_OpKernelConstruction* context) {
     const Reader reader(context);
     Attributes a = reader.common();
-    a.beside = reader.optional("num_y");
-    if (a.beside && a.activation == Activation::none)
+    a.residual_or_y = reader.optional("num_y");
+    if (a.residual_or_y && a.activation == Activation::none)
         throw Failure{TF_INVALID_ARGUMENT, "num_y must be 0 without an activation"};
     a.parameter_type = reader.type("parameter_type");
     const std::int64_t count = reader.integer("num_statistics");

@@ -15,8 +15,8 @@ struct Attributes {
     int type = 0, parameter_type = 0;  // TF_DataType of x; BnfastGrad: of dgamma and dbeta
     // How many of each there are, 0 or 1: the inputs that are missing have no place either.
     bool gamma = false, beta = false, mask = false;
-    bool beside = false;      // BnfastTrain: residual; BnfastGrad: y, and dresidual
-    bool statistics = false;  // BnfastGrad: gradients of mean and variance arrive
+    bool residual_or_y = false;  // BnfastTrain: residual; BnfastGrad: y, and dresidual
+    bool statistics = false;     // BnfastGrad: gradients of mean and variance arrive
 };
 
 Attributes train_attributes(TF_OpKernelConstruction* context);

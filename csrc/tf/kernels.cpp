@@ -11,15 +11,15 @@ ConstVector input_vector(const Tensor& tensor) {
 }
 Vector output_vector(const Tensor& tensor) { return {tensor.data(), dtype_of(tensor.type())}; }
 
-// The optional inputs that both ops have, in this order; `next` is the first one's place. beside: residual, or y.
+// The optional inputs that both ops have, in this order; `next` is the first one's place.
 struct Optional {
-    Tensor gamma, beta, mask, beside;
+    Tensor gamma, beta, mask, residual_or_y;
 
     Optional(const Call& call, const Attributes& a, int& next, const char* name, const Dims& dims, const Shape& shape) {
         if (a.gamma) require_vector(gamma = call.input(next++), "gamma", shape.C, a.axis);
         if (a.beta) require_vector(beta = call.input(next++), "beta", shape.C, a.axis);
         if (a.mask) require_mask(mask = call.input(next++), a.type, shape);
-        if (a.beside) require_like(beside = call.input(next++), name, dims);
+        if (a.residual_or_y) require_like(residual_or_y = call.input(next++), name, dims);
     }
     template <class Args> void give(Args& args, const Attributes& a) const {
         args.gamma = input_vector(gamma);
@@ -64,7 +64,7 @@ void train(const Attributes& a, TF_OpKernelContext* context) {
 
     TrainArgs args;
     optional.give(args, a);
-    args.residual = optional.beside.data();
+    args.residual = optional.residual_or_y.data();
     args.x = x.data();
     args.y = y.data();
     args.shape = shape;
@@ -87,7 +87,7 @@ void grad(const Attributes& a, TF_OpKernelContext* context) {
     require_like(call.input(0), "dy", dims);
     // Before dy and x are held, as above. x, which nothing reads after this op, holds one of the two.
     const Tensor dx = call.output_in(0, {0, 1}, dims);
-    const Tensor dresidual = a.beside ? call.output_in(3, {1}, dims) : Tensor();
+    const Tensor dresidual = a.residual_or_y ? call.output_in(3, {1}, dims) : Tensor();
     const Tensor dy = call.input(0), x = call.input(1), saved = call.input(2);
     const Dims saved_dims = saved.dims();
     if (saved_dims.rank != 2 || saved_dims.extents[0] != 2 || saved_dims.extents[1] != shape.C)
@@ -105,7 +105,7 @@ void grad(const Attributes& a, TF_OpKernelContext* context) {
 
     GradArgs args;
     optional.give(args, a);
-    args.y = optional.beside.data();
+    args.y = optional.residual_or_y.data();
     args.dy = dy.data();
     args.x = x.data();
     args.dx = dx.data();

@@ -25,8 +25,8 @@ struct Grid {
 
 // Per-channel constants in the compute type T (float, or double for float64 x), each of pack*C values.
 struct Params {
-    void *mean_hi, *scale, *shift;    // pre-activation: (x - mean_hi)*scale + shift
-    void *mean_dy, *slope_x, *level;  // dx = scale*(g - mean_dy) + (slope_x*(x - mean_hi) + level)
+    void *mean_hi, *scale, *shift;         // pre-activation: (x - mean_hi)*scale + shift
+    void *mean_dy, *dx_slope, *dx_offset;  // dx = scale*(g - mean_dy) + (dx_slope*(x - mean_hi) + dx_offset)
 };
 
 struct ActivationArgs {
@@ -37,8 +37,8 @@ struct ReduceArgs {  // moments of one chunk, channels [c0, c1)
     Grid grid;
     const void *x, *mask;
     int64_t chunk, c0, c1;
-    int ahead;                             // whether the next block is asked for while one is read
-    double *count, *centre, *offset, *m2;  // count: [chunks], the same for every channel; the rest [chunks][C]
+    int prefetch_next;                     // whether the next block is prefetched while one is read
+    double *count, *center, *offset, *m2;  // count: [chunks], the same for every channel; the rest [chunks][C]
     double* scratch;                       // 4*pack*C doubles of this thread's own, where pack > 1 or mask
 };
 
@@ -48,32 +48,32 @@ struct ApplyArgs {
     void* y;
     Params params;
     ActivationArgs act;
-    int stream;          // non-temporal stores where y is aligned
-    int64_t begin, end;  // rows: flat range of values; columns: packed rows
-    int64_t c0, c1;      // columns: range of packed columns (0, K unless a channel group is applied)
-    int64_t ahead;       // rows: how many values ahead of those read now the next group lies; 0: nothing is asked for
+    int stream;                 // non-temporal stores where y is aligned
+    int64_t begin, end;         // rows: flat range of values; columns: packed rows
+    int64_t c0, c1;             // columns: range of packed columns (0, K unless a channel group is applied)
+    int64_t prefetch_distance;  // rows: in values; 0 disables prefetching
 };
 
 struct GradReduceArgs {
     Grid grid;
-    const void *dy, *x, *beside;  // beside: residual or, where beside_is_y, the forward's y; null: neither
-    int beside_is_y;
+    const void *dy, *x, *gate_input;  // gate_input: residual or, where gate_input_is_y, the forward's y; null: neither
+    int gate_input_is_y;
     Params params;  // mean_hi, scale, shift
     ActivationArgs act;
     int64_t chunk, c0, c1;
-    double *sum_dy, *sum_dy_xmu;  // [chunks][C]; sum of g and of g*(x - mean_hi)
-    double* scratch;              // 2*pack*C doubles, where pack > 1
+    double *sum_dy, *sum_dy_centered_x;  // [chunks][C]; sum of g and of g*(x - mean_hi)
+    double* scratch;                     // 2*pack*C doubles, where pack > 1
 };
 
 struct GradApplyArgs {
     Grid grid;
-    const void *dy, *x, *beside, *mask;
-    int beside_is_y;
+    const void *dy, *x, *gate_input, *mask;
+    int gate_input_is_y;
     void *dx, *dresidual;
     Params params;
     ActivationArgs act;
     int stream;
-    int64_t begin, end, c0, c1, ahead;
+    int64_t begin, end, c0, c1, prefetch_distance;
 };
 
 struct ParamVector {  // (C,) float or double; null data: absent
@@ -81,18 +81,18 @@ struct ParamVector {  // (C,) float or double; null data: absent
     int is_double;
 };
 
-struct FoldArgs {  // channels [c0, c1) of C
+struct FinalizeArgs {  // channels [c0, c1) of C
     int64_t C, pack, c0, c1;
-    ParamVector mean, spread, gamma, beta;  // spread: variance, or invstd where spread_is_invstd
-    int spread_is_invstd;
+    ParamVector mean, variance_or_invstd, gamma, beta;
+    int is_invstd;  // whether variance_or_invstd is invstd
     double epsilon;
     double* invstd;  // written where not null
     Params params;
 };
 
-struct GradFoldArgs {
+struct GradFinalizeArgs {
     int64_t C, pack, c0, c1, chunks;
-    const double *sum_dy, *sum_dy_xmu;
+    const double *sum_dy, *sum_dy_centered_x;
     ParamVector mean, invstd, gamma, dmean, dvariance;
     double count;
     int training;
@@ -103,7 +103,7 @@ struct GradFoldArgs {
 
 struct MergeArgs {  // chunk results of channels [c0, c1), merged in chunk order
     int64_t C, chunks, c0, c1;
-    const double *count, *centre, *offset, *m2;  // a chunk's mean is centre + offset
+    const double *count, *center, *offset, *m2;  // a chunk's mean is center + offset
     double *mean_out, *variance_out;
 };
 
@@ -123,11 +123,11 @@ struct RowArgs {
     const void *x, *dy;
     void* y;  // or dx
     int64_t rows, stride, k0, k1, constant_step;
-    int64_t ahead;  // how many values ahead of those read now the next rows lie; 0: nothing is asked for
+    int64_t prefetch_distance;  // in values; 0 disables prefetching
     Params params;
-    const void *gamma, *beta;       // by column, in the compute type
-    double *row_sum, *row_sum_xmu;  // of dy*gamma and dy*gamma*(x - mean_hi), at i*constant_step
-    double *sum_dy, *sum_dy_xhat;   // by column; added to
+    const void *gamma, *beta;              // by column, in the compute type
+    double *row_sum, *row_sum_centered_x;  // of dy*gamma and dy*gamma*(x - mean_hi), at i*constant_step
+    double *sum_dy, *sum_dy_xhat;          // by column; added to
     int stream;
 };
 
@@ -140,8 +140,8 @@ struct TypeKernels {
     void (*grad_reduce_columns[act_count])(const GradReduceArgs&) noexcept;
     void (*grad_apply_rows[grad_mode_count][act_count])(const GradApplyArgs&) noexcept;
     void (*grad_apply_columns[grad_mode_count][act_count])(const GradApplyArgs&) noexcept;
-    void (*fold)(const FoldArgs&) noexcept;
-    void (*grad_fold)(const GradFoldArgs&) noexcept;
+    void (*finalize)(const FinalizeArgs&) noexcept;
+    void (*grad_finalize)(const GradFinalizeArgs&) noexcept;
     void (*row_apply)(const RowArgs&) noexcept;
     void (*row_grad_reduce)(const RowArgs&) noexcept;
     void (*row_grad_apply)(const RowArgs&) noexcept;

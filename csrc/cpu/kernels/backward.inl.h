@@ -1,11 +1,11 @@
-// Backward: reduce (sum_dy, sum_dy_xmu), fold (dgamma, dbeta and dx's constants), apply (dx).
+// Backward: reduce (sum_dy, sum_dy_centered_x), finalize (dgamma, dbeta and dx's constants), apply (dx).
 //
 //   g  = dy, gated by the activation at the recomputed pre-activation (nothing is stored by the forward pass), or at y
 //   dbeta = sum g;  dgamma = sum g*xhat = (sum g*(x - mean_hi) - mean_lo*sum g)*invstd
-//   dx = scale*(g - mean_dy) + (slope_x*(x - mean_hi) + level)      batch statistics, W = M or the summed weights:
-//        mean_dy = sum g/W,  slope_x = -scale*invstd*dgamma/W + 2*dvariance/W,
-//        level   = dmean/W - slope_x*mean_lo - (what rounding mean_dy left)*scale
-//   weighted: dx_i = scale*(g - w_i*mean_dy) + w_i*(slope_x*(x - mean_hi) + level);  frozen: dx = scale*g
+//   dx = scale*(g - mean_dy) + (dx_slope*(x - mean_hi) + dx_offset)      batch statistics, W = M or the summed weights:
+//        mean_dy = sum g/W,  dx_slope = -scale*invstd*dgamma/W + 2*dvariance/W,
+//        dx_offset   = dmean/W - dx_slope*mean_lo - (what rounding mean_dy left)*scale
+//   weighted: dx_i = scale*(g - w_i*mean_dy) + w_i*(dx_slope*(x - mean_hi) + dx_offset);  frozen: dx = scale*g
 #pragma once
 #include "backward_stats.inl.h"
 #include "normalize.inl.h"
@@ -20,7 +20,8 @@ template <class X, int mode, int act> void grad_apply_rows(const GradApplyArgs& 
     using T = typename X::T;
     using V = typename X::V;
     using P = typename ComputeStorage<T>::type;
-    auto dy = static_cast<const S*>(a.dy), x = static_cast<const S*>(a.x), beside = static_cast<const S*>(a.beside);
+    auto dy = static_cast<const S*>(a.dy), x = static_cast<const S*>(a.x),
+         gate_input = static_cast<const S*>(a.gate_input);
     auto dx = static_cast<S*>(a.dx), dres = static_cast<S*>(a.dresidual);
     auto w = static_cast<const T*>(a.mask);
     const T bound = T(a.act.bound), slope = T(a.act.negative_slope);
@@ -29,24 +30,24 @@ template <class X, int mode, int act> void grad_apply_rows(const GradApplyArgs& 
     auto constants_of = [&](int64_t c) {
         auto constant = [c](void* values) { return X::splat(static_cast<const T*>(values)[c]); };
         if (frozen) return Constants<V>{constant(p.mean_hi), constant(p.scale), constant(p.shift), {}, {}, {}};
-        return Constants<V>{constant(p.mean_hi), constant(p.scale),   constant(p.shift),
-                            constant(p.mean_dy), constant(p.slope_x), constant(p.level)};
+        return Constants<V>{constant(p.mean_hi), constant(p.scale),    constant(p.shift),
+                            constant(p.mean_dy), constant(p.dx_slope), constant(p.dx_offset)};
     };
-    const int64_t ahead = a.ahead;
-    with_flags(a.stream && mode != grad_weighted, gated && beside, [&](auto stream, auto has_beside) {
+    const int64_t prefetch_distance = a.prefetch_distance;
+    with_flags(a.stream && mode != grad_weighted, gated && gate_input, [&](auto stream, auto has_gate_input) {
         auto step = [&](int64_t i, int n, auto whole, const auto& k, V weight) {
             const auto& [m, sc, sh, mdy, sx, lv] = k;
-            if (ahead) {
-                ask_for(x + i + ahead);
-                ask_for(dy + i + ahead);
+            if (prefetch_distance) {
+                prefetch(x + i + prefetch_distance);
+                prefetch(dy + i + prefetch_distance);
             }
             const V xi = reads_x ? load_some<X>(x + i, n, whole) : V{};
             V grad = load_some<X>(dy + i, n, whole);
             if (gated) {
                 V z = pre_activation(xi, m, sc, sh);
-                if (has_beside.value) z = gated_by(z, load_some<X>(beside + i, n, whole), a.beside_is_y);
+                if (has_gate_input.value) z = gated_by(z, load_some<X>(gate_input + i, n, whole), a.gate_input_is_y);
                 grad = gate<act>(z, grad, bound, slope);
-                if (has_beside.value && dres) store_some<X>(dres + i, grad, n, whole, No{});
+                if (has_gate_input.value && dres) store_some<X>(dres + i, grad, n, whole, No{});
             }
             V out = sc * grad;
             if (mode == grad_batch) out = sc * (grad - mdy) + (sx * (xi - m) + lv);
@@ -81,12 +82,13 @@ template <class X, int mode, int act> void grad_apply_columns(const GradApplyArg
     using V = typename X::V;
     using P = typename ComputeStorage<T>::type;
     const int64_t K = a.grid.pack * a.grid.C;
-    auto dy = static_cast<const S*>(a.dy), x = static_cast<const S*>(a.x), beside = static_cast<const S*>(a.beside);
+    auto dy = static_cast<const S*>(a.dy), x = static_cast<const S*>(a.x),
+         gate_input = static_cast<const S*>(a.gate_input);
     auto dx = static_cast<S*>(a.dx), dres = static_cast<S*>(a.dresidual);
     auto w = static_cast<const T*>(a.mask);
     const T bound = T(a.act.bound), slope = T(a.act.negative_slope);
     constexpr bool frozen = mode == grad_frozen, gated = act != act_none, reads_x = !frozen || gated;
-    with_flags(a.stream && may_stream<X>(dx, K, a.c0), gated && beside, [&](auto stream, auto has_beside) {
+    with_flags(a.stream && may_stream<X>(dx, K, a.c0), gated && gate_input, [&](auto stream, auto has_gate_input) {
         const bool tiled = a.c1 - a.c0 >= wide_row;
         over_columns<X>(
             a.begin, a.end, a.c0, a.c1, tiled,
@@ -98,31 +100,31 @@ template <class X, int mode, int act> void grad_apply_columns(const GradApplyArg
                 V grad = load_some<X>(dy + at, n, whole);
                 if (gated) {
                     V z = pre_activation(xi, m, sc, constant(a.params.shift));
-                    if (has_beside.value) z = gated_by(z, load_some<X>(beside + at, n, whole), a.beside_is_y);
+                    if (has_gate_input.value)
+                        z = gated_by(z, load_some<X>(gate_input + at, n, whole), a.gate_input_is_y);
                     grad = gate<act>(z, grad, bound, slope);
-                    if (has_beside.value && dres) store_some<X>(dres + at, grad, n, whole, No{});
+                    if (has_gate_input.value && dres) store_some<X>(dres + at, grad, n, whole, No{});
                 }
                 V out;
                 if (frozen) {
                     out = sc * grad;
                 } else {
-                    const V level = constant(a.params.slope_x) * (xi - m) + constant(a.params.level);
+                    const V of_x = constant(a.params.dx_slope) * (xi - m) + constant(a.params.dx_offset);
                     const V mdy = constant(a.params.mean_dy), weight = mode == grad_weighted ? X::splat(w[r]) : V{};
-                    out =
-                        mode == grad_weighted ? sc * (grad - weight * mdy) + weight * level : sc * (grad - mdy) + level;
+                    out = mode == grad_weighted ? sc * (grad - weight * mdy) + weight * of_x : sc * (grad - mdy) + of_x;
                 }
                 store_some<X>(dx + at, out, n, whole, stream);
             },
             [&](int64_t r, int64_t k, int64_t n) {
-                ask_for_row(dy + r * K + k, n);
-                if (reads_x) ask_for_row(x + r * K + k, n);
-                if (!stream.value) ask_to_write_row(dx + r * K + k, n);
+                prefetch_row(dy + r * K + k, n);
+                if (reads_x) prefetch_row(x + r * K + k, n);
+                if (!stream.value) prefetch_row_for_write(dx + r * K + k, n);
             });
         if (stream.value) fence_streams();
     });
 }
 
-// ---- fold -----------------------------------------------------------------------------------------------------------
+// ---- finalize -------------------------------------------------------------------------------------------------------
 
 BNFAST_INLINE void put_params(void* p, int is_double, int64_t c, int64_t n, const double* from) {
     if (is_double)
@@ -131,10 +133,10 @@ BNFAST_INLINE void put_params(void* p, int is_double, int64_t c, int64_t n, cons
         for (int64_t i = 0; i < n; ++i) static_cast<float*>(p)[c + i] = float(from[i]);
 }
 
-template <class X> void grad_fold(const GradFoldArgs& a) noexcept {
+template <class X> void grad_finalize(const GradFinalizeArgs& a) noexcept {
     using T = typename X::T;
-    T *mean_dy = static_cast<T*>(a.params.mean_dy), *slope_x = static_cast<T*>(a.params.slope_x),
-      *level = static_cast<T*>(a.params.level);
+    T *mean_dy = static_cast<T*>(a.params.mean_dy), *dx_slope = static_cast<T*>(a.params.dx_slope),
+      *dx_offset = static_cast<T*>(a.params.dx_offset);
     const double inv = a.training && a.count > 0 ? 1 / a.count : 0;
     constexpr int64_t step = 64;
     for (int64_t c0 = a.c0; c0 < a.c1; c0 += step) {
@@ -143,7 +145,7 @@ template <class X> void grad_fold(const GradFoldArgs& a) noexcept {
         for (int64_t k = 0; k < a.chunks; ++k)
             for (int64_t i = 0; i < n; ++i) {
                 s0[i] += a.sum_dy[k * a.C + c0 + i];
-                s1[i] += a.sum_dy_xmu[k * a.C + c0 + i];
+                s1[i] += a.sum_dy_centered_x[k * a.C + c0 + i];
             }
         double mean[step], invstd[step], gamma[step], dmean[step], dvariance[step], dgamma[step];
         params(a.mean, c0, n, 0, mean);
@@ -158,15 +160,15 @@ template <class X> void grad_fold(const GradFoldArgs& a) noexcept {
             const double slope = -scale * invstd[i] * (dgamma[i] * inv) + 2 * dvariance[i] * inv;
             const T mdy_t = T(mdy);
             mean_dy[c0 + i] = mdy_t;
-            slope_x[c0 + i] = T(slope);
-            level[c0 + i] = T(dmean[i] * inv - slope * lo - (mdy - double(mdy_t)) * scale);
+            dx_slope[c0 + i] = T(slope);
+            dx_offset[c0 + i] = T(dmean[i] * inv - slope * lo - (mdy - double(mdy_t)) * scale);
         }
         put_params(a.dgamma, a.dgamma_is_double, c0, n, dgamma);
         put_params(a.dbeta, a.dbeta_is_double, c0, n, s0);
     }
     repeat<T>(mean_dy, a.C, a.pack, a.c0, a.c1);
-    repeat<T>(slope_x, a.C, a.pack, a.c0, a.c1);
-    repeat<T>(level, a.C, a.pack, a.c0, a.c1);
+    repeat<T>(dx_slope, a.C, a.pack, a.c0, a.c1);
+    repeat<T>(dx_offset, a.C, a.pack, a.c0, a.c1);
 }
 
 }  // namespace

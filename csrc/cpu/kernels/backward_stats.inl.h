@@ -9,11 +9,11 @@ namespace {
 
 // What the sums over columns read, at their first column. The constants: one value a column.
 template <class X> struct GradColumns {
-    const typename X::S *dy, *x, *beside;
-    bool beside_is_y;
+    const typename X::S *dy, *x, *gate_input;
+    bool gate_input_is_y;
     const typename X::T *mean_hi, *scale, *shift;
     int64_t rows, stride, width;
-    int64_t ahead, next;  // how many rows ahead are asked for, 0: none; how far ahead the tile lies that comes next
+    int64_t prefetch_rows, next;  // prefetch distance in rows, 0 disables; values from this tile to the next
 };
 
 template <class T, int64_t columns> struct alignas(64) GradTile {
@@ -21,8 +21,8 @@ template <class T, int64_t columns> struct alignas(64) GradTile {
 };
 
 // Leaves the two sums of every column.
-template <class X, int act, class Tile, class HasBeside>
-BNFAST_INLINE void grad_column_sums(const GradColumns<X>& a, const ActivationArgs& args, Tile& t, HasBeside) {
+template <class X, int act, class Tile, class HasGateInput>
+BNFAST_INLINE void grad_column_sums(const GradColumns<X>& a, const ActivationArgs& args, Tile& t, HasGateInput) {
     using T = typename X::T;
     using V = typename X::V;
     using P = typename ComputeStorage<T>::type;
@@ -41,14 +41,14 @@ BNFAST_INLINE void grad_column_sums(const GradColumns<X>& a, const ActivationArg
         BNFAST_UNROLL for (int i = 0; i < R; ++i) {
             const int64_t j = (r + i) * a.stride + k;
             if (far) {
-                ask_for(a.x + j + far);
-                ask_for(a.dy + j + far);
+                prefetch(a.x + j + far);
+                prefetch(a.dy + j + far);
             }
             const V value = load_some<X>(a.x + j, n, whole);
             g[i] = load_some<X>(a.dy + j, n, whole);
             if (act != act_none) {
                 V z = pre_activation(value, m, sc, sh);
-                if (HasBeside::value) z = gated_by(z, load_some<X>(a.beside + j, n, whole), a.beside_is_y);
+                if (HasGateInput::value) z = gated_by(z, load_some<X>(a.gate_input + j, n, whole), a.gate_input_is_y);
                 g[i] = gate<act>(z, g[i], bound, slope);
             }
             gx[i] = g[i] * minus(value, m);
@@ -59,8 +59,8 @@ BNFAST_INLINE void grad_column_sums(const GradColumns<X>& a, const ActivationArg
     by_eights(
         a.rows,
         [&](int64_t r) {
-            const int64_t beyond = r + a.ahead < a.rows ? 0 : a.next - a.rows * a.stride;
-            const int64_t far = a.ahead ? a.ahead * a.stride + beyond : 0;
+            const int64_t beyond = r + a.prefetch_rows < a.rows ? 0 : a.next - a.rows * a.stride;
+            const int64_t far = a.prefetch_rows ? a.prefetch_rows * a.stride + beyond : 0;
             across<X>(a.width, [&](int64_t k, int n, auto whole) { add(Yes{}, r, k, n, whole, far); });
         },
         [&](int64_t r) { across<X>(a.width, [&](int64_t k, int n, auto whole) { add(No{}, r, k, n, whole, 0); }); });
@@ -68,7 +68,7 @@ BNFAST_INLINE void grad_column_sums(const GradColumns<X>& a, const ActivationArg
 
 template <class X, int act, class Tile>
 BNFAST_INLINE void grad_column_sums(const GradColumns<X>& a, const ActivationArgs& args, Tile& t) {
-    if (act != act_none && a.beside) grad_column_sums<X, act>(a, args, t, Yes{});
+    if (act != act_none && a.gate_input) grad_column_sums<X, act>(a, args, t, Yes{});
     else grad_column_sums<X, act>(a, args, t, No{});
 }
 
@@ -79,8 +79,8 @@ template <class X> BNFAST_INLINE GradColumns<X> grad_columns(const GradReduceArg
     auto constants = [&](const void* p) { return static_cast<const T*>(p) + c; };
     return {data(a.dy),
             data(a.x),
-            data(a.beside),
-            a.beside_is_y != 0,
+            data(a.gate_input),
+            a.gate_input_is_y != 0,
             constants(a.params.mean_hi),
             constants(a.params.scale),
             constants(a.params.shift),
@@ -95,7 +95,8 @@ template <class X> BNFAST_INLINE GradColumns<X> grad_columns(const GradReduceArg
 
 // One block of rows shorter than the lanes, as columns (stats_short_rows.inl.h).
 template <class X, int act>
-BNFAST_INLINE void grad_short_rows(const GradReduceArgs& a, const RowBlock& k, double* sum_dy, double* sum_dy_xmu) {
+BNFAST_INLINE void grad_short_rows(const GradReduceArgs& a, const RowBlock& k, double* sum_dy,
+                                   double* sum_dy_centered_x) {
     using T = typename X::T;
     const int64_t S = a.grid.S, CS = a.grid.C * S;
     alignas(64) T mean_hi[short_columns + X::W], scale[short_columns + X::W], shift[short_columns + X::W];
@@ -117,7 +118,7 @@ BNFAST_INLINE void grad_short_rows(const GradReduceArgs& a, const RowBlock& k, d
         grad_column_sums<X, act>(columns, a.act, t);
         for (int64_t c = 0; c < channels; ++c) {
             sum_dy[c0 + c] += double(sum_row<X>(t.s0 + c * S, S));
-            sum_dy_xmu[c0 + c] += double(sum_row<X>(t.s1 + c * S, S));
+            sum_dy_centered_x[c0 + c] += double(sum_row<X>(t.s1 + c * S, S));
         }
     });
 }
@@ -127,26 +128,28 @@ template <class X, int act> void grad_reduce_rows(const GradReduceArgs& a) noexc
     using T = typename X::T;
     using V = typename X::V;
     const Grid g = a.grid;
-    auto dy = static_cast<const S*>(a.dy), x = static_cast<const S*>(a.x), beside = static_cast<const S*>(a.beside);
+    auto dy = static_cast<const S*>(a.dy), x = static_cast<const S*>(a.x),
+         gate_input = static_cast<const S*>(a.gate_input);
     auto mean_hi = static_cast<const T*>(a.params.mean_hi), scale = static_cast<const T*>(a.params.scale),
          shift = static_cast<const T*>(a.params.shift);
     const T bound = T(a.act.bound), slope = T(a.act.negative_slope);
-    double *sum_dy = a.sum_dy + a.chunk * g.C, *sum_dy_xmu = a.sum_dy_xmu + a.chunk * g.C;
-    for (int64_t c = a.c0; c < a.c1; ++c) sum_dy[c] = sum_dy_xmu[c] = 0;
+    double *sum_dy = a.sum_dy + a.chunk * g.C, *sum_dy_centered_x = a.sum_dy_centered_x + a.chunk * g.C;
+    for (int64_t c = a.c0; c < a.c1; ++c) sum_dy[c] = sum_dy_centered_x[c] = 0;
     for (int64_t b = a.chunk * g.chunk_blocks; b < chunk_end(g, a.chunk); ++b) {
         const RowBlock k(g, b);
         if (by_short_rows(g)) {
-            grad_short_rows<X, act>(a, k, sum_dy, sum_dy_xmu);
+            grad_short_rows<X, act>(a, k, sum_dy, sum_dy_centered_x);
             continue;
         }
         const RowShape<X> row(k.len);
         for (int64_t c = a.c0; c < a.c1; ++c) {
             const V m = X::splat(mean_hi[c]), sc = X::splat(scale[c]), sh = X::splat(shift[c]);
             V s0[X::NV] = {}, s1[X::NV] = {};
-            const bool beside_is_y = a.beside_is_y;
+            const bool gate_input_is_y = a.gate_input_is_y;
             auto add = [&](int v, V grad, V value, V r) {
                 if (act != act_none)
-                    grad = gate<act>(gated_by(pre_activation(value, m, sc, sh), r, beside_is_y), grad, bound, slope);
+                    grad =
+                        gate<act>(gated_by(pre_activation(value, m, sc, sh), r, gate_input_is_y), grad, bound, slope);
                 s0[v] += grad;
                 s1[v] += grad * minus(value, m);
             };
@@ -156,15 +159,15 @@ template <class X, int act> void grad_reduce_rows(const GradReduceArgs& a) noexc
                     row,
                     [&](int v, int64_t i) {
                         add(v, X::load(dy + at + i), X::load(x + at + i),
-                            act != act_none && beside ? X::load(beside + at + i) : V{});
+                            act != act_none && gate_input ? X::load(gate_input + at + i) : V{});
                     },
                     [&](int v, int64_t i, int left) {
                         add(v, X::load_partial(dy + at + i, left, V{}), X::load_partial(x + at + i, left, m),
-                            act != act_none && beside ? X::load_partial(beside + at + i, left, V{}) : V{});
+                            act != act_none && gate_input ? X::load_partial(gate_input + at + i, left, V{}) : V{});
                     });
             }
             sum_dy[c] += double(sum_lanes<X>(s0));
-            sum_dy_xmu[c] += double(sum_lanes<X>(s1));
+            sum_dy_centered_x[c] += double(sum_lanes<X>(s1));
         }
     }
 }
@@ -174,8 +177,8 @@ template <class X, int act> void grad_reduce_rows(const GradReduceArgs& a) noexc
 template <class X, int act> void grad_reduce_columns(const GradReduceArgs& a) noexcept {
     const Grid g = a.grid;
     const int64_t K = g.pack * g.C, k0 = a.c0, k1 = g.pack == 1 ? a.c1 : K;
-    double *sum_dy = a.sum_dy + a.chunk * g.C, *sum_dy_xmu = a.sum_dy_xmu + a.chunk * g.C;
-    double *s0 = g.pack == 1 ? sum_dy : a.scratch, *s1 = g.pack == 1 ? sum_dy_xmu : a.scratch + K;
+    double *sum_dy = a.sum_dy + a.chunk * g.C, *sum_dy_centered_x = a.sum_dy_centered_x + a.chunk * g.C;
+    double *s0 = g.pack == 1 ? sum_dy : a.scratch, *s1 = g.pack == 1 ? sum_dy_centered_x : a.scratch + K;
     for (int64_t k = k0; k < k1; ++k) s0[k] = s1[k] = 0;
     auto block = [&](int64_t r, int64_t rows, int64_t end) {
         for (int64_t k = k0; k < end; k += tile_columns) {
@@ -185,7 +188,7 @@ template <class X, int act> void grad_reduce_columns(const GradReduceArgs& a) no
             columns.width = end - k < tile_columns ? end - k : tile_columns;
             // 8 KiB of x and of dy ahead, at least the next eight rows: x has been out of the caches since the forward.
             const int64_t row = columns.width * int64_t(sizeof(typename X::S));
-            columns.ahead = row >= 1024 ? 8 : row >= 512 ? 16 : 32;
+            columns.prefetch_rows = row >= 1024 ? 8 : row >= 512 ? 16 : 32;
             columns.next = k + columns.width < end ? columns.width : rows * K + k0 - k;
             GradTile<typename X::T, tile_columns> t;
             grad_column_sums<X, act>(columns, a.act, t);
@@ -207,7 +210,7 @@ template <class X, int act> void grad_reduce_columns(const GradReduceArgs& a) no
             t1 += s1[p * g.C + c];
         }
         sum_dy[c] = t0;
-        sum_dy_xmu[c] = t1;
+        sum_dy_centered_x[c] = t1;
     }
 }
 

@@ -1,11 +1,11 @@
 // Reduce: moments of one chunk, in one read of memory.
 //
-// A block is at most 32 KiB. sum(x - x0) over a sample of it, x0 its first valid value, gives a centre c near its mean;
+// A block is at most 32 KiB. sum(x - x0) over a sample of it, x0 its first valid value, gives a center c near its mean;
 // then d = x - c gives sum(d) and sum(d*d) of all of it, in L1 or on its way there. In float64:
 //   mean_b = c + sum(d)/n,   M2_b = sum(d*d) - sum(d)^2/n  (clamped at 0)
 // Where c is more than a standard deviation off (2*sum(d)^2 > n*sum(d*d)), so that M2_b would lose more than a bit, its
 // sums are made again with c = mean_b: of 64 values in random order a few columns in a million, of 128 none; the values
-// decide, and nothing else. Blocks are merged in order by Chan's formula, on means kept as centre + offset: the centre
+// decide, and nothing else. Blocks are merged in order by Chan's formula, on means kept as center + offset: the center
 // is the first block's, and the difference of two means loses no digits of float64 to a large one. x - x0 and x - c are
 // exact or nearly so at any offset, so the offset costs no digits; a constant channel has d = 0 and M2 exactly 0. With
 // weights w every sum takes w.
@@ -21,7 +21,7 @@ BNFAST_INLINE int64_t sample_step_of(int64_t values) { return values < 64 ? 1 : 
 BNFAST_INLINE int64_t sampled(int64_t count, int64_t step) { return (count + step - 1) / step; }
 
 struct BlockMoments {
-    double n, centre, offset, m2;  // the mean is centre + offset
+    double n, center, offset, m2;  // the mean is center + offset
 };
 
 template <class T> BNFAST_INLINE BlockMoments block_moments(double n, T c, T sum_d, T sum_dd) {
@@ -34,7 +34,7 @@ template <class T> BNFAST_INLINE T finite_or_zero(T t) { return t - t == T(0) ? 
 template <class V> BNFAST_INLINE V finite_or(V v, V other) { return v - v == V{} ? v : other; }
 
 // Of a scalar or of a vector; false of NaN.
-template <class V> BNFAST_INLINE auto centre_is_off(V n, V sum_d, V sum_dd) {
+template <class V> BNFAST_INLINE auto center_is_off(V n, V sum_d, V sum_dd) {
     const V part = sum_d * (sum_d / n);  // in this order nothing overflows or vanishes that sum_dd survives
     return part + part > sum_dd;
 }
@@ -45,7 +45,7 @@ template <class T, class Deviations, class Squares>
 BNFAST_INLINE BlockMoments weighted_moments(T n, T sample, T x0, Deviations deviations, Squares squares) {
     T c = finite_or<T>(x0 + deviations(x0, true) * (sample > T(0) ? T(1) / sample : T(0)), x0);
     T sum_d = deviations(c, false), sum_dd = squares(c);
-    if (centre_is_off(n, sum_d, sum_dd)) {
+    if (center_is_off(n, sum_d, sum_dd)) {
         c = finite_or<T>(c + sum_d * (T(1) / n), c);
         sum_d = deviations(c, false);
         sum_dd = squares(c);
@@ -62,9 +62,9 @@ struct Merge {
         r = n > 0 ? nb / n : 0;
         q = na * r;
     }
-    BNFAST_INLINE void into(double& centre, double& offset, double& m2, const BlockMoments& b) const {
-        const double delta = (b.centre - centre) + (b.offset - offset);
-        centre = first != 0 ? b.centre : centre;
+    BNFAST_INLINE void into(double& center, double& offset, double& m2, const BlockMoments& b) const {
+        const double delta = (b.center - center) + (b.offset - offset);
+        center = first != 0 ? b.center : center;
         offset = first != 0 ? b.offset : offset + delta * r;
         m2 = first != 0 ? b.m2 : m2 + (b.m2 + (delta * q) * delta);
     }
@@ -84,16 +84,16 @@ double merge_chunks(const MergeArgs& a) noexcept {
     constexpr int64_t step = 64;
     for (int64_t c0 = a.c0; c0 < a.c1; c0 += step) {
         const int64_t width = a.c1 - c0 < step ? a.c1 - c0 : step;
-        double centre[step] = {}, offset[step] = {}, m2[step] = {}, n = 0;
+        double center[step] = {}, offset[step] = {}, m2[step] = {}, n = 0;
         for (int64_t k = 0; k < a.chunks; ++k) {
             const int64_t at = k * a.C + c0;
             const Merge merge(n, a.count[k]);
             for (int64_t i = 0; i < width; ++i)
-                merge.into(centre[i], offset[i], m2[i], {a.count[k], a.centre[at + i], a.offset[at + i], a.m2[at + i]});
+                merge.into(center[i], offset[i], m2[i], {a.count[k], a.center[at + i], a.offset[at + i], a.m2[at + i]});
             n += a.count[k];
         }
         for (int64_t i = 0; i < width; ++i) {
-            a.mean_out[c0 + i] = centre[i] + offset[i];
+            a.mean_out[c0 + i] = center[i] + offset[i];
             a.variance_out[c0 + i] = m2[i] * inv;
         }
     }

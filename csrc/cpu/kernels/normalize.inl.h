@@ -1,4 +1,4 @@
-// Fold and apply: y = activation((x - mean_hi)*scale + shift + residual).
+// Finalize and apply: y = activation((x - mean_hi)*scale + shift + residual).
 //
 // mean = mean_hi + mean_lo, mean_hi its nearest value of the compute type: x - mean_hi loses no digits at large
 // offsets, and mean_lo goes into shift = beta - mean_lo*gamma*invstd, computed in float64. M = 1: x - mean_hi = 0 and
@@ -9,7 +9,7 @@
 namespace bnfast {
 namespace {
 
-// Of the channels [c, c + n). Loops of their own: a choice for each value of five vectors kept the gradient's fold
+// Of the channels [c, c + n). Loops of their own: a choice for each value of five vectors kept the gradient's finalize
 // scalar.
 BNFAST_INLINE void params(const ParamVector& p, int64_t c, int64_t n, double absent, double* to) {
     if (!p.data)
@@ -26,29 +26,29 @@ template <class T> BNFAST_INLINE void repeat(void* values, int64_t C, int64_t pa
     for (int64_t p = 1; p < pack; ++p) memcpy(v + p * C + c0, v + c0, size_t(c1 - c0) * sizeof(T));
 }
 
-template <class X> void fold(const FoldArgs& a) noexcept {
+template <class X> void finalize(const FinalizeArgs& a) noexcept {
     using T = typename X::T;
     T *mean_hi = static_cast<T*>(a.params.mean_hi), *scale = static_cast<T*>(a.params.scale),
       *shift = static_cast<T*>(a.params.shift);
     constexpr int64_t step = 64;  // in pieces of 64 channels, so that each loop is plain enough to vectorize
     for (int64_t c0 = a.c0; c0 < a.c1; c0 += step) {
         const int64_t n = a.c1 - c0 < step ? a.c1 - c0 : step;
-        double mean[step], spread[step], gamma[step], beta[step];
+        double mean[step], invstd[step], gamma[step], beta[step];
         params(a.mean, c0, n, 0, mean);
-        params(a.spread, c0, n, 0, spread);
+        params(a.variance_or_invstd, c0, n, 0, invstd);
         params(a.gamma, c0, n, 1, gamma);
         params(a.beta, c0, n, 0, beta);
-        if (!a.spread_is_invstd) {
+        if (!a.is_invstd) {
             for (int64_t i = 0; i < n; ++i) {
-                const double v = spread[i] + a.epsilon;
+                const double v = invstd[i] + a.epsilon;
                 const double root = 1 / __builtin_sqrt(v);
-                spread[i] = v == 0 ? 0 : root;
+                invstd[i] = v == 0 ? 0 : root;
             }
         }
         if (a.invstd)
-            for (int64_t i = 0; i < n; ++i) a.invstd[c0 + i] = spread[i];
+            for (int64_t i = 0; i < n; ++i) a.invstd[c0 + i] = invstd[i];
         for (int64_t i = 0; i < n; ++i) {
-            const double s = gamma[i] * spread[i];
+            const double s = gamma[i] * invstd[i];
             const T hi = T(mean[i]);
             const double lo = mean[i] - double(hi);
             mean_hi[c0 + i] = hi;
@@ -66,15 +66,15 @@ template <class V> BNFAST_INLINE V pre_activation(V x, V mean_hi, V scale, V shi
     return (x - mean_hi) * scale + shift;
 }
 // What the gate looks at where the forward added a residual: z, or y in its place, whose sign and bound are those of z.
-template <class V> BNFAST_INLINE V gated_by(V z, V beside, bool beside_is_y) {
-    return beside_is_y ? beside : z + beside;
+template <class V> BNFAST_INLINE V gated_by(V z, V gate_input, bool gate_input_is_y) {
+    return gate_input_is_y ? gate_input : z + gate_input;
 }
 
 // ---- rows: a flat range of values; every row has one channel's constants -------------------------------------------
 
 // Params of one channel, in every lane; of several channels where their rows meet in a vector.
 template <class V> struct Constants {
-    V mean_hi, scale, shift, mean_dy, slope_x, level;
+    V mean_hi, scale, shift, mean_dy, dx_slope, dx_offset;
 };
 
 // a before lane l, b from it on.
@@ -82,8 +82,8 @@ template <class V> BNFAST_INLINE Constants<V> joined(const Constants<V>& a, cons
     decltype(V{} < V{}) lane;
     BNFAST_UNROLL for (int i = 0; i < int(sizeof(V) / sizeof(V{}[0])); ++i) lane[i] = i;
     const auto before = lane < l;
-    return {before ? a.mean_hi : b.mean_hi, before ? a.scale : b.scale,     before ? a.shift : b.shift,
-            before ? a.mean_dy : b.mean_dy, before ? a.slope_x : b.slope_x, before ? a.level : b.level};
+    return {before ? a.mean_hi : b.mean_hi, before ? a.scale : b.scale,       before ? a.shift : b.shift,
+            before ? a.mean_dy : b.mean_dy, before ? a.dx_slope : b.dx_slope, before ? a.dx_offset : b.dx_offset};
 }
 
 // step(offset, values, Yes: a whole vector, constants) over the values [begin, end). Vectors lie as those of y do,
@@ -131,13 +131,13 @@ template <class X, int act> void apply_rows(const ApplyArgs& a) noexcept {
     auto mean_hi = static_cast<const T*>(a.params.mean_hi), scale = static_cast<const T*>(a.params.scale),
          shift = static_cast<const T*>(a.params.shift);
     const T bound = T(a.act.bound), slope = T(a.act.negative_slope);
-    const int64_t ahead = a.ahead;
+    const int64_t prefetch_distance = a.prefetch_distance;
     auto constants_of = [&](int64_t c) {
         return Constants<V>{X::splat(mean_hi[c]), X::splat(scale[c]), X::splat(shift[c]), {}, {}, {}};
     };
     with_flags(a.stream, res != nullptr, [&](auto stream, auto has_residual) {
         over_rows<X>(a.grid, y, a.begin, a.end, constants_of, [&](int64_t i, int n, auto whole, const auto& k) {
-            if (ahead) ask_for(x + i + ahead);
+            if (prefetch_distance) prefetch(x + i + prefetch_distance);
             V z = pre_activation(load_some<X>(x + i, n, whole), k.mean_hi, k.scale, k.shift);
             if (has_residual.value) z += load_some<X>(res + i, n, whole);
             store_some<X>(y + i, activate<act>(z, bound, slope), n, whole, stream);
@@ -203,8 +203,8 @@ template <class X, int act> void apply_columns(const ApplyArgs& a) noexcept {
                 store_some<X>(y + at, activate<act>(z, bound, slope), n, whole, stream);
             },
             [&](int64_t r, int64_t k, int64_t n) {
-                ask_for_row(x + r * K + k, n);
-                ask_to_write_row(y + r * K + k, n);
+                prefetch_row(x + r * K + k, n);
+                prefetch_row_for_write(y + r * K + k, n);
             });
         if (stream.value) fence_streams();
     });

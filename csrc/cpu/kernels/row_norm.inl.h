@@ -3,7 +3,8 @@
 // own: apply_rows and apply_columns do those.)
 //
 //   y  = ((x - mean_hi)*scale + shift)*gamma + beta,  scale = invstd, shift = -mean_lo*invstd
-//   t  = dy*gamma;  dx = scale*(t - mean_dy) + (slope_x*(x - mean_hi) + level), constants from grad_fold on the sums
+//   t  = dy*gamma;  dx = scale*(t - mean_dy) + (dx_slope*(x - mean_hi) + dx_offset), constants from grad_finalize on
+//   the sums
 //        of t and t*(x - mean_hi) over the row
 // The sums of a row have the 64 lanes and the blocks of 2048 values; those of a column add the rows of a block in order
 // in the compute type, and block to block in float64.
@@ -45,7 +46,7 @@ template <class X> void row_apply(const RowArgs& a) noexcept {
             auto y = static_cast<S*>(a.y) + i * a.stride;
             const V m = mean_hi[i], s = scale[i], b = shift[i];
             along<X>(a.k0, a.k1, [&](int64_t k, int n, auto whole) {
-                if (a.ahead) ask_for(x + k + a.ahead);
+                if (a.prefetch_distance) prefetch(x + k + a.prefetch_distance);
                 const V z = pre_activation(load_some<X>(x + k, n, whole), m, s, b);
                 const V out = z * load_some<P>(gamma + k, n, whole) + load_some<P>(beta + k, n, whole);
                 store_some<X>(y + k, out, n, whole, stream);
@@ -89,7 +90,7 @@ template <class X> void row_grad_reduce(const RowArgs& a) noexcept {
                     P::load_partial(gamma + k, left, V{}));
             });
         a.row_sum[i * a.constant_step] = double(sum_lanes<X>(s0));
-        a.row_sum_xmu[i * a.constant_step] = double(sum_lanes<X>(s1));
+        a.row_sum_centered_x[i * a.constant_step] = double(sum_lanes<X>(s1));
     }
     for (int64_t k = 0; k < width; ++k) {
         a.sum_dy[a.k0 + k] += double(dy_of[k]);
@@ -104,16 +105,16 @@ template <class X> void row_grad_apply(const RowArgs& a) noexcept {
     using P = typename ComputeStorage<T>::type;
     auto gamma = static_cast<const T*>(a.gamma);
     const RowConstant<X> mean_hi(a.params.mean_hi, a), scale(a.params.scale, a), mean_dy(a.params.mean_dy, a),
-        slope_x(a.params.slope_x, a), level(a.params.level, a);
+        dx_slope(a.params.dx_slope, a), dx_offset(a.params.dx_offset, a);
     with_flags(a.stream && may_stream<X>(a.y, a.stride, a.k0), false, [&](auto stream, auto) {
         for (int64_t i = 0; i < a.rows; ++i) {
             auto x = static_cast<const S*>(a.x) + i * a.stride, dy = static_cast<const S*>(a.dy) + i * a.stride;
             auto dx = static_cast<S*>(a.y) + i * a.stride;
-            const V m = mean_hi[i], s = scale[i], mdy = mean_dy[i], sx = slope_x[i], lv = level[i];
+            const V m = mean_hi[i], s = scale[i], mdy = mean_dy[i], sx = dx_slope[i], lv = dx_offset[i];
             along<X>(a.k0, a.k1, [&](int64_t k, int n, auto whole) {
-                if (a.ahead) {
-                    ask_for(x + k + a.ahead);
-                    ask_for(dy + k + a.ahead);
+                if (a.prefetch_distance) {
+                    prefetch(x + k + a.prefetch_distance);
+                    prefetch(dy + k + a.prefetch_distance);
                 }
                 const V t = load_some<X>(dy + k, n, whole) * load_some<P>(gamma + k, n, whole);
                 const V out = s * (t - mdy) + (sx * (load_some<X>(x + k, n, whole) - m) + lv);

@@ -29,10 +29,10 @@ template <class Eight, class One> BNFAST_INLINE void by_eights(int64_t rows, Eig
 }
 
 template <class T, int64_t columns = tile_columns> struct alignas(64) ColumnTile {
-    T centre[columns], s1[columns], s2[columns];
+    T center[columns], s1[columns], s2[columns];
 };
 
-// The first pass over one tile or its sample: s1 = sum(x - centre).
+// The first pass over one tile or its sample: s1 = sum(x - center).
 template <class X, class Tile>
 BNFAST_INLINE void sum_deviations(const typename X::S* x, int64_t rows, int64_t stride, int64_t width, Tile& t) {
     using V = typename X::V;
@@ -42,7 +42,7 @@ BNFAST_INLINE void sum_deviations(const typename X::S* x, int64_t rows, int64_t 
         rows,
         [&](int64_t r) {
             across<X>(width, [&](int64_t k, int n, auto whole) {
-                const V c = load_vector<V>(t.centre + k);
+                const V c = load_vector<V>(t.center + k);
                 V d[8];
                 BNFAST_UNROLL for (int i = 0; i < 8; ++i) d[i] = minus(at(r + i, k, n, whole), c);
                 store_vector(t.s1 + k, load_vector<V>(t.s1 + k) + sum_of_eight(d));
@@ -50,17 +50,17 @@ BNFAST_INLINE void sum_deviations(const typename X::S* x, int64_t rows, int64_t 
         },
         [&](int64_t r) {
             across<X>(width, [&](int64_t k, int n, auto whole) {
-                const V d = minus(at(r, k, n, whole), load_vector<V>(t.centre + k));
+                const V d = minus(at(r, k, n, whole), load_vector<V>(t.center + k));
                 store_vector(t.s1 + k, load_vector<V>(t.s1 + k) + d);
             });
         });
 }
 
-// The second: s1 = sum(d), s2 = sum(d*d), d = x - centre. next: how far ahead the tile lies that comes after this one,
+// The second: s1 = sum(d), s2 = sum(d*d), d = x - center. next: how far ahead the tile lies that comes after this one,
 // to be asked for; 0: nothing is asked for.
-template <class X, class Tile, class Ask>
+template <class X, class Tile, class WithPrefetch>
 BNFAST_INLINE void sum_squares(const typename X::S* x, int64_t rows, int64_t stride, int64_t width, int64_t next,
-                               Tile& t, Ask ask) {
+                               Tile& t, WithPrefetch with_prefetch) {
     using V = typename X::V;
     auto at = [&](int64_t r, int64_t k, int n, auto whole) { return load_some<X>(x + r * stride + k, n, whole); };
     across<X>(width, [&](int64_t k, int, auto) {
@@ -71,10 +71,10 @@ BNFAST_INLINE void sum_squares(const typename X::S* x, int64_t rows, int64_t str
         rows,
         [&](int64_t r) {
             across<X>(width, [&](int64_t k, int n, auto whole) {
-                const V c = load_vector<V>(t.centre + k);
+                const V c = load_vector<V>(t.center + k);
                 V d[8];
                 BNFAST_UNROLL for (int i = 0; i < 8; ++i) {
-                    if (ask.value) ask_for(x + (r + i) * stride + k + next);
+                    if (with_prefetch.value) prefetch(x + (r + i) * stride + k + next);
                     d[i] = minus(at(r + i, k, n, whole), c);
                 }
                 store_vector(t.s1 + k, load_vector<V>(t.s1 + k) + sum_of_eight(d));
@@ -84,7 +84,7 @@ BNFAST_INLINE void sum_squares(const typename X::S* x, int64_t rows, int64_t str
         },
         [&](int64_t r) {
             across<X>(width, [&](int64_t k, int n, auto whole) {
-                const V d = minus(at(r, k, n, whole), load_vector<V>(t.centre + k));
+                const V d = minus(at(r, k, n, whole), load_vector<V>(t.center + k));
                 store_vector(t.s1 + k, load_vector<V>(t.s1 + k) + d);
                 store_vector(t.s2 + k, load_vector<V>(t.s2 + k) + d * d);
             });
@@ -98,39 +98,39 @@ BNFAST_INLINE void sum_squares(const typename X::S* x, int64_t rows, int64_t str
     else sum_squares<X>(x, rows, stride, width, next, t, No{});
 }
 
-// Whether a column had a centre that was off; all that had have their mean now.
-template <class X> BNFAST_INLINE bool move_centres(int64_t rows, int64_t width, ColumnTile<typename X::T>& t) {
+// Whether a column had a center that was off; all that had have their mean now.
+template <class X> BNFAST_INLINE bool move_centers(int64_t rows, int64_t width, ColumnTile<typename X::T>& t) {
     using T = typename X::T;
     using V = typename X::V;
     const V n = X::splat(T(rows)), inv = X::splat(T(1) / T(rows));
     V moved{};
     across<X>(width, [&](int64_t k, int, auto) {
-        const V c = load_vector<V>(t.centre + k), s = load_vector<V>(t.s1 + k), q = load_vector<V>(t.s2 + k);
+        const V c = load_vector<V>(t.center + k), s = load_vector<V>(t.s1 + k), q = load_vector<V>(t.s2 + k);
         const V mean = finite_or(c + s * inv, c);
-        store_vector(t.centre + k, centre_is_off(n, s, q) ? mean : c);
-        moved += centre_is_off(n, s, q) ? X::splat(1) : V{};
+        store_vector(t.center + k, center_is_off(n, s, q) ? mean : c);
+        moved += center_is_off(n, s, q) ? X::splat(1) : V{};
     });
     return sum_vector(moved) > T(0);
 }
 
-// Leaves centre, sum(d) and sum(d*d) of every column of one tile.
+// Leaves center, sum(d) and sum(d*d) of every column of one tile.
 template <class X>
 BNFAST_INLINE void column_moments(const typename X::S* x, int64_t rows, int64_t stride, int64_t width, int64_t next,
                                   ColumnTile<typename X::T>& t) {
     using T = typename X::T;
     using V = typename X::V;
     across<X>(width, [&](int64_t k, int n, auto whole) {
-        store_vector(t.centre + k, finite_or(load_some<X>(x + k, n, whole), V{}));
+        store_vector(t.center + k, finite_or(load_some<X>(x + k, n, whole), V{}));
     });
     const int64_t step = sample_step_of(rows);
     sum_deviations<X>(x, sampled(rows, step), step * stride, width, t);
     const T inv = T(1) / T(sampled(rows, step));
     across<X>(width, [&](int64_t k, int, auto) {
-        const V x0 = load_vector<V>(t.centre + k);
-        store_vector(t.centre + k, finite_or(x0 + load_vector<V>(t.s1 + k) * inv, x0));
+        const V x0 = load_vector<V>(t.center + k);
+        store_vector(t.center + k, finite_or(x0 + load_vector<V>(t.s1 + k) * inv, x0));
     });
     sum_squares<X>(x, rows, stride, width, next, t);
-    if (move_centres<X>(rows, width, t)) sum_squares<X>(x, rows, stride, width, 0, t);
+    if (move_centers<X>(rows, width, t)) sum_squares<X>(x, rows, stride, width, 0, t);
 }
 
 // Weighted, one column at a time: row r has weight w[r*w_stride]. Every sum has the order of column_moments, so
@@ -165,21 +165,21 @@ BNFAST_INLINE BlockMoments weighted_column(const typename X::S* x, const typenam
 }
 
 struct ColumnState {  // running moments of packed columns; counts only where weights make them differ
-    double *centre, *offset, *m2, *count;
+    double *center, *offset, *m2, *count;
 };
 
 template <class X>
 BNFAST_INLINE void merge_block(const typename X::S* x, int64_t rows, int64_t stride, int64_t k0, int64_t k1,
-                               double count, bool ahead, const ColumnState& state) {
+                               double count, bool prefetch_next, const ColumnState& state) {
     const Merge merge(count, double(rows));
     ColumnTile<typename X::T> tile;
     for (int64_t k = k0; k < k1; k += tile_columns) {
         const int64_t width = k1 - k < tile_columns ? k1 - k : tile_columns;
-        const int64_t next = !ahead ? 0 : k + width < k1 ? width : rows * stride + k0 - k;
+        const int64_t next = !prefetch_next ? 0 : k + width < k1 ? width : rows * stride + k0 - k;
         column_moments<X>(x + k, rows, stride, width, next, tile);
         for (int64_t j = 0; j < width; ++j) {
-            const BlockMoments m = block_moments(double(rows), tile.centre[j], tile.s1[j], tile.s2[j]);
-            merge.into(state.centre[k + j], state.offset[k + j], state.m2[k + j], m);
+            const BlockMoments m = block_moments(double(rows), tile.center[j], tile.s1[j], tile.s2[j]);
+            merge.into(state.center[k + j], state.offset[k + j], state.m2[k + j], m);
         }
     }
 }
@@ -189,7 +189,7 @@ BNFAST_INLINE void merge_weighted_block(const typename X::S* x, const typename X
                                         int64_t stride, int64_t k0, int64_t k1, const ColumnState& state) {
     for (int64_t k = k0; k < k1; ++k) {
         const BlockMoments m = weighted_column<X>(x + k, w + k / g.C, rows, stride, g.pack);
-        Merge(state.count[k], m.n).into(state.centre[k], state.offset[k], state.m2[k], m);
+        Merge(state.count[k], m.n).into(state.center[k], state.offset[k], state.m2[k], m);
         state.count[k] += m.n;
     }
 }
@@ -211,10 +211,10 @@ template <class X, int masked> void reduce_columns(const ReduceArgs& a) noexcept
     const int64_t K = g.pack * g.C, k0 = a.c0, k1 = g.pack == 1 ? a.c1 : K;
     auto x = static_cast<const typename X::S*>(a.x);
     auto w = static_cast<const typename X::T*>(a.mask);
-    double *centre = a.centre + a.chunk * g.C, *offset = a.offset + a.chunk * g.C, *m2 = a.m2 + a.chunk * g.C;
-    const ColumnState state = g.pack == 1 ? ColumnState{centre, offset, m2, a.scratch}
+    double *center = a.center + a.chunk * g.C, *offset = a.offset + a.chunk * g.C, *m2 = a.m2 + a.chunk * g.C;
+    const ColumnState state = g.pack == 1 ? ColumnState{center, offset, m2, a.scratch}
                                           : ColumnState{a.scratch + K, a.scratch + 2 * K, a.scratch + 3 * K, a.scratch};
-    for (int64_t k = k0; k < k1; ++k) state.centre[k] = state.offset[k] = state.m2[k] = 0;
+    for (int64_t k = k0; k < k1; ++k) state.center[k] = state.offset[k] = state.m2[k] = 0;
     if (masked)
         for (int64_t k = k0; k < k1; ++k) state.count[k] = 0;
     const ColumnChunk chunk(g, a.chunk);
@@ -222,26 +222,26 @@ template <class X, int masked> void reduce_columns(const ReduceArgs& a) noexcept
     for (int64_t r = chunk.first; r < chunk.end; r += g.block_rows) {
         const int64_t rows = chunk.end - r < g.block_rows ? chunk.end - r : g.block_rows;
         if (masked) merge_weighted_block<X>(x + r * K, w + r * g.pack, rows, g, K, k0, k1, state);
-        else merge_block<X>(x + r * K, rows, K, k0, k1, count, a.ahead, state);
+        else merge_block<X>(x + r * K, rows, K, k0, k1, count, a.prefetch_next, state);
         count += double(rows);
     }
     if (chunk.tail) {
         const int64_t r = g.N / g.pack;
         if (masked) merge_weighted_block<X>(x + r * K, w + r * g.pack, 1, g, K, 0, chunk.tail * g.C, state);
-        else merge_block<X>(x + r * K, 1, K, 0, chunk.tail * g.C, count, a.ahead, state);
+        else merge_block<X>(x + r * K, 1, K, 0, chunk.tail * g.C, count, a.prefetch_next, state);
     }
     if (g.pack == 1) {
         a.count[a.chunk] = masked ? state.count[a.c0] : count;
         return;
     }
     double total = 0;
-    for (int64_t c = 0; c < g.C; ++c) centre[c] = offset[c] = m2[c] = 0;
+    for (int64_t c = 0; c < g.C; ++c) center[c] = offset[c] = m2[c] = 0;
     for (int64_t p = 0; p < g.pack; ++p) {
         const double n = masked ? state.count[p * g.C] : count + (p < chunk.tail ? 1 : 0);
         const Merge merge(total, n);
         for (int64_t c = 0; c < g.C; ++c) {
             const int64_t k = p * g.C + c;
-            merge.into(centre[c], offset[c], m2[c], {n, state.centre[k], state.offset[k], state.m2[k]});
+            merge.into(center[c], offset[c], m2[c], {n, state.center[k], state.offset[k], state.m2[k]});
         }
         total += n;
     }

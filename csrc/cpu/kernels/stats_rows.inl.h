@@ -79,7 +79,7 @@ BNFAST_INLINE Squares<typename X::T> squares_of_rows(const typename X::S* x, int
         add_row(
             row, s,
             [&](int64_t i) {
-                if (next) ask_for(p + next + i);
+                if (next) prefetch(p + next + i);
                 return Squares<V>::of(minus(X::load(p + i), cv));
             },
             [&](int64_t i, int left) { return Squares<V>::of(minus(X::load_partial(p + i, left, cv), cv)); });
@@ -114,7 +114,7 @@ BNFAST_INLINE BlockMoments block_of_rows(const typename X::S* x, int64_t rows, i
     const T n = T(rows * len);
     T c = finite_or<T>(x0 + sum_lanes<X>(s) * (T(1) / T(rows * row.in_sample())), x0);
     Squares<T> sums = squares_of_rows<X>(x, rows, row, stride, c, next);
-    if (centre_is_off(n, sums.d, sums.dd)) {
+    if (center_is_off(n, sums.d, sums.dd)) {
         c = finite_or<T>(c + sums.d * (T(1) / n), c);
         sums = squares_of_rows<X>(x, rows, row, stride, c, 0);
     }
@@ -185,8 +185,8 @@ template <class X, int masked> void reduce_rows(const ReduceArgs& a) noexcept {
     const int64_t CS = g.C * g.S;
     auto x = static_cast<const typename X::S*>(a.x);
     auto w = static_cast<const typename X::T*>(a.mask);
-    double *centre = a.centre + a.chunk * g.C, *offset = a.offset + a.chunk * g.C, *m2 = a.m2 + a.chunk * g.C;
-    for (int64_t c = a.c0; c < a.c1; ++c) centre[c] = offset[c] = m2[c] = 0;
+    double *center = a.center + a.chunk * g.C, *offset = a.offset + a.chunk * g.C, *m2 = a.m2 + a.chunk * g.C;
+    for (int64_t c = a.c0; c < a.c1; ++c) center[c] = offset[c] = m2[c] = 0;
     // A sample's channels lie side by side: [c0, c1) are `group` values, after which the next rows are read.
     const int64_t group = (a.c1 - a.c0) * g.S, next_rows = g.block_rows * CS - group;
     const int64_t per_row = (g.S + g.block_width - 1) / g.block_width, last = chunk_end(g, a.chunk);
@@ -196,13 +196,13 @@ template <class X, int masked> void reduce_rows(const ReduceArgs& a) noexcept {
         const RowBlock k(g, b);  // the first of those that lie in the same rows
         double n = count;
         auto merge = [&](int64_t c, const BlockMoments& m) {
-            Merge(n, m.n).into(centre[c], offset[c], m2[c], m);
+            Merge(n, m.n).into(center[c], offset[c], m2[c], m);
             return m.n;
         };
         if (!masked && by_short_rows(g)) {
             over_short_tiles(g.S, a.c0, a.c1, [&](int64_t c0, int64_t channels) {
                 const int64_t far = channels * g.S;
-                const int64_t next = !a.ahead ? 0 : c0 + channels < a.c1 ? far : far + next_rows;
+                const int64_t next = !a.prefetch_next ? 0 : c0 + channels < a.c1 ? far : far + next_rows;
                 short_row_moments<X>(x + k.n * CS + c0 * g.S, k.rows, CS, g.S, channels, next,
                                      [&](int64_t c, const BlockMoments& m) { merge(c0 + c, m); });
             });
@@ -221,7 +221,7 @@ template <class X, int masked> void reduce_rows(const ReduceArgs& a) noexcept {
                 }
                 // Two blocks ahead: with one, its last values weren't there when its sample was read.
                 const int64_t far = 2 * g.block_width, beyond = (c - a.c0) * g.S + s + far >= group;
-                const int64_t next = !a.ahead ? 0 : beyond ? far + next_rows : far;
+                const int64_t next = !a.prefetch_next ? 0 : beyond ? far + next_rows : far;
                 n += merge(c, block_of_rows<X>(x + at, k.rows, len, CS, next));
             }
         }

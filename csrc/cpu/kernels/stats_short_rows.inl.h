@@ -46,24 +46,24 @@ BNFAST_INLINE void short_row_moments(const typename X::S* x, int64_t rows, int64
     const int64_t width = channels * S;
     for (int64_t c = 0; c < channels; ++c) {
         x0[c] = finite_or_zero(X::load_partial(x + c * S, 1, typename X::V{})[0]);
-        splat_row<X>(t.centre + c * S, S, x0[c]);
+        splat_row<X>(t.center + c * S, S, x0[c]);
     }
     const int64_t step = sample_step_of(rows * S);
     sum_deviations<X>(x, sampled(rows, step), step * stride, width, t);
     const T inv = T(1) / T(sampled(rows, step) * S);
     for (int64_t c = 0; c < channels; ++c) x0[c] = finite_or<T>(x0[c] + sum_row<X>(t.s1 + c * S, S) * inv, x0[c]);
-    for (int64_t c = 0; c < channels; ++c) splat_row<X>(t.centre + c * S, S, x0[c]);
+    for (int64_t c = 0; c < channels; ++c) splat_row<X>(t.center + c * S, S, x0[c]);
     sum_squares<X>(x, rows, stride, width, next, t);
     const T n = T(rows * S);
     bool again = false;
     for (int64_t c = 0; c < channels; ++c) {
         const T sum_d = sum_row<X>(t.s1 + c * S, S);
-        if (!centre_is_off(n, sum_d, sum_row<X>(t.s2 + c * S, S))) continue;
+        if (!center_is_off(n, sum_d, sum_row<X>(t.s2 + c * S, S))) continue;
         x0[c] = finite_or<T>(x0[c] + sum_d * (T(1) / n), x0[c]);
         again = true;
     }
     if (again) {
-        for (int64_t c = 0; c < channels; ++c) splat_row<X>(t.centre + c * S, S, x0[c]);
+        for (int64_t c = 0; c < channels; ++c) splat_row<X>(t.center + c * S, S, x0[c]);
         sum_squares<X>(x, rows, stride, width, 0, t);
     }
     for (int64_t c = 0; c < channels; ++c)
