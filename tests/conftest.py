@@ -9,7 +9,16 @@ import pytest
 from bnfast import _core
 from needs import KNOWN, REQUIRED, absent, need_module
 
-for helper in ("agreement", "conversion", "exact", "fold_cases", "keras_models", "norms_cases", "taped"):
+for helper in (
+    "sample_data",
+    "tolerances",
+    "conversion",
+    "exact",
+    "fold_cases",
+    "keras_models",
+    "norms_cases",
+    "taped",
+):
     pytest.register_assert_rewrite(helper)
 
 # Fixed examples, so that a run says the same twice; HYPOTHESIS_PROFILE=explore looks further.

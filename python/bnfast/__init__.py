@@ -1,6 +1,6 @@
 """bnfast: batch normalization on the CPU, training and inference, for NumPy and for Keras 3 (`import bnfast.keras`).
 
-This file is the table of contents. It imports NumPy and nothing heavier.
+This file is the table of contents. It imports nothing heavier than NumPy.
 """
 
 from .functional.batch_norm import GradResult, TrainResult, batch_norm_grad, batch_norm_infer, batch_norm_train, moments
@@ -57,6 +57,6 @@ __version__: str
 
 
 def __getattr__(name: str) -> str:
-    if name == "__version__":  # looked up when asked for: build_info reads cache sizes, which an import need not
+    if name == "__version__":  # lazy, because build_info reads the cache sizes, which would slow the import
         return build_info()["version"]
     raise AttributeError(f"module 'bnfast' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""`python -m bnfast` is the command `bnfast`."""
+"""`python -m bnfast` runs the command `bnfast`."""
 
 import sys
 

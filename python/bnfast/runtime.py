@@ -1,4 +1,4 @@
-"""How many threads the kernels use, the memory that outputs come from, and what this build is."""
+"""Settings of the process: the thread count, the memory pool of the outputs, and information about this build."""
 
 from __future__ import annotations
 
@@ -20,43 +20,80 @@ __all__ = [
 
 
 def get_num_threads() -> int:
-    """The most threads one call may use. Small tensors use one, whatever this says."""
+    """The largest number of threads that one call may use. Small tensors always use one.
+
+    Returns:
+        An int: the number given to `set_num_threads`, else the default, min(CPU affinity, cgroup quota).
+
+    Example:
+        >>> import bnfast
+        >>> bnfast.get_num_threads() >= 1
+        True
+    """
     return _core.get_num_threads()
 
 
 def set_num_threads(n: int | None) -> None:
-    """Let one call use up to `n` threads; None goes back to the default, min(CPU affinity, cgroup quota).
+    """Let one call use up to `n` threads.
 
-    An explicit number is honoured as it is, also above the number of cores. Results do not depend on it.
+    A number above the number of cores is accepted too. Results do not depend on the thread count.
+
+    Args:
+        n: an integer in [1, 4096], or None for the default, min(CPU affinity, cgroup quota).
 
     Raises:
         TypeError: `n` is not an integer or None.
         ValueError: `n` is not in [1, 4096].
+
+    Example:
+        >>> import bnfast
+        >>> bnfast.set_num_threads(2)
+        >>> bnfast.get_num_threads()
+        2
+        >>> bnfast.set_num_threads(None)  # back to the default
     """
     if n is not None:
         if isinstance(n, bool) or not hasattr(n, "__index__"):
             raise TypeError(f"n must be an integer or None. Received: {n!r} ({type(n).__name__})")
         n = n.__index__()
-        if not 1 <= n <= 4096:  # more is a slip, and a team of it would be tried
+        if not 1 <= n <= 4096:  # a larger number is a mistake, and OpenMP would try to start that many threads
             raise ValueError(f"n must be in [1, 4096]. Received: {n}")
     _core.set_num_threads(n)
 
 
 def clear_memory() -> None:
-    """Give the memory kept for new outputs back to the system. Arrays that still exist are not touched."""
+    """Return the memory that is kept for new outputs to the system. Arrays that still exist are not affected.
+
+    Example:
+        >>> import bnfast
+        >>> bnfast.clear_memory()
+        >>> bnfast.memory_statistics()["held_bytes"]
+        0
+    """
     _core.clear_memory()
 
 
 def set_memory_limit(limit_bytes: int) -> None:
-    """Keep at most `limit_bytes` of memory for new outputs once the arrays that had it are gone; 0 keeps none.
+    """Limit the memory that is kept for new outputs after the arrays that used it are deleted.
 
-    What is kept above a lower limit goes back to the system at once, what was kept longest first. Arrays in use do not
-    count, and no call fails for this limit. The default is a quarter of the memory that this process may use
-    (physical, or its cgroup's limit), at least 512 MiB.
+    If more than the new limit is kept, the excess is returned to the system at once, the oldest memory first. Arrays in
+    use do not count, and no call fails because of this limit. The default is a quarter of the memory that this process
+    may use (physical, or its cgroup's limit), at least 512 MiB.
+
+    Args:
+        limit_bytes: an integer in [0, 2**63); 0 keeps nothing.
 
     Raises:
         TypeError: `limit_bytes` is not an integer.
         ValueError: `limit_bytes` is not in [0, 2**63).
+
+    Example:
+        >>> import bnfast
+        >>> before = bnfast.memory_statistics()["limit_bytes"]
+        >>> bnfast.set_memory_limit(64 << 20)
+        >>> bnfast.memory_statistics()["limit_bytes"]
+        67108864
+        >>> bnfast.set_memory_limit(before)
     """
     if isinstance(limit_bytes, bool) or not hasattr(limit_bytes, "__index__"):
         raise TypeError(f"limit_bytes must be an integer. Received: {limit_bytes!r} ({type(limit_bytes).__name__})")
@@ -67,19 +104,34 @@ def set_memory_limit(limit_bytes: int) -> None:
 
 
 def memory_statistics() -> MemoryStatistics:
-    """The memory that outputs come from, since the process began.
+    """State of the memory pool that outputs are allocated from.
 
-    Keys: held_bytes (kept for new outputs), limit_bytes (the most that is kept), in_use_bytes (of arrays that exist),
-    reused and fresh (how many outputs took memory that was kept, and how many new memory).
+    Returns:
+        A dict of ints: held_bytes (kept for new outputs), limit_bytes (the limit on held_bytes), in_use_bytes (used by
+        existing arrays), reused (number of outputs that took kept memory) and fresh (number of outputs that took new
+        memory), the last two since the process started.
+
+    Example:
+        >>> import bnfast
+        >>> sorted(bnfast.memory_statistics())
+        ['fresh', 'held_bytes', 'in_use_bytes', 'limit_bytes', 'reused']
     """
     return _core.build_info()["memory"]
 
 
 def build_info() -> BuildInfo:
-    """What is running: version, instruction set and why, threads, cache sizes, compiler, flags.
+    """What is running: version, instruction set and the reason for it, threads, cache sizes, compiler, flags.
 
-    Keys: version, isa, isa_reason, isas (those this CPU runs), threads, default_threads, threads_reason, l1d_bytes,
-    l2_bytes, l3_bytes (of the last-level cache what is counted on: at most 4 MiB a processor or 32 MiB, the larger),
-    compiler, flags, openmp, memory (the pool that outputs come from).
+    Returns:
+        A dict with the keys version, isa, isa_reason, isas (the instruction sets that this CPU supports), threads,
+        default_threads, threads_reason, l1d_bytes, l2_bytes, l3_bytes (the part of the last-level cache that the
+        kernels plan with: at most the larger of 32 MiB and 4 MiB per processor), compiler, flags, openmp, and memory
+        (see `memory_statistics`).
+
+    Example:
+        >>> import bnfast
+        >>> info = bnfast.build_info()
+        >>> info["isa"] in info["isas"]
+        True
     """
     return _core.build_info()

@@ -7,10 +7,10 @@ import sys
 import textwrap
 import threading
 
-import agreement
 import bnfast
 import numpy as np
 import pytest
+import sample_data
 from bnfast import _core
 
 SIZES = [1, 2, 15, 16, 17, 63, 64, 65, 1000, 4095, 4096, 100003, (1 << 19) - 1, 1 << 19, (1 << 19) + 1]  # 2 MiB around
@@ -38,9 +38,9 @@ def fresh_pool():
     _core.clear_memory()
 
 
-@pytest.mark.parametrize("dtype", agreement.DTYPES)
+@pytest.mark.parametrize("dtype", sample_data.DTYPES)
 def test_every_output_is_aligned(dtype):
-    dtype = agreement.dtype_of(dtype)
+    dtype = sample_data.dtype_of(dtype)
     kept = []
     for size in SIZES:
         for shape in ((size,), (1, size), (size, 1)):

@@ -16,8 +16,18 @@ from needs import absent
 
 PROGRAM = Path(ranks.__file__)
 SAME_EVERYWHERE = [
-    *("moments.count", "moments.mean", "moments.variance", "train.mean", "train.variance", "train.invstd"),
-    *("grad.dgamma", "grad.dbeta", "frozen.dgamma", "frozen.dbeta", "moving_mean", "moving_variance"),
+    "moments.count",
+    "moments.mean",
+    "moments.variance",
+    "train.mean",
+    "train.variance",
+    "train.invstd",
+    "grad.dgamma",
+    "grad.dbeta",
+    "frozen.dgamma",
+    "frozen.dbeta",
+    "moving_mean",
+    "moving_variance",
 ]
 SHARDED = ["train.y", "grad.dx", "grad.dresidual", "frozen.dx", "frozen.dresidual"]
 

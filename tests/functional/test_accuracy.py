@@ -6,14 +6,15 @@ Bounds are in epsilons of the type the kernels compute in (float32 for half type
 
 import math
 
-import agreement
 import bnfast
 import hypothesis
 import hypothesis.extra.numpy
 import hypothesis.strategies as st
 import numpy as np
+import numpy_reference
 import pytest
-import reference
+import sample_data
+import tolerances
 from bnfast import _core
 
 # (shape, axis): columns (few, some, many channels), rows (short, pairs, long), a dense layer, one channel.
@@ -45,7 +46,7 @@ def normal(shape, axis, dtype, ratio, seed=0):
 
 def variance_error(x, axis):
     """The worst relative error of a channel's variance."""
-    _, _, expected = reference.moments(x, axis=axis)
+    _, _, expected = numpy_reference.moments(x, axis=axis)
     variance = bnfast.moments(x, axis=axis).variance
     assert (expected > 0).all()
     return float(np.abs(variance / expected - 1).max())
@@ -55,14 +56,23 @@ def variance_error(x, axis):
 @pytest.mark.parametrize(
     ("dtype", "ratio", "bound"),
     [
-        *[("float32", 0, 1e-6), ("float32", 1e2, 1e-6), ("float32", 1e4, 1e-6), ("float32", 1e6, 1e-5)],
-        *[("float64", 0, 1e-12), ("float64", 1e2, 1e-12), ("float64", 1e4, 1e-12), ("float64", 1e6, 1e-12)],
-        *[("float16", 0, 1e-6), ("float16", 1e2, 1e-6), ("bfloat16", 0, 1e-6), ("bfloat16", 1e2, 1e-6)],
+        ("float32", 0, 1e-6),
+        ("float32", 1e2, 1e-6),
+        ("float32", 1e4, 1e-6),
+        ("float32", 1e6, 1e-5),
+        ("float64", 0, 1e-12),
+        ("float64", 1e2, 1e-12),
+        ("float64", 1e4, 1e-12),
+        ("float64", 1e6, 1e-12),
+        ("float16", 0, 1e-6),
+        ("float16", 1e2, 1e-6),
+        ("bfloat16", 0, 1e-6),
+        ("bfloat16", 1e2, 1e-6),
     ],
 )
 @pytest.mark.parametrize(("shape", "axis"), LAYOUTS, ids=ids)
 def test_variance_of_an_offset(shape, axis, dtype, ratio, bound):
-    assert variance_error(normal(shape, axis, agreement.dtype_of(dtype), ratio), axis) <= bound
+    assert variance_error(normal(shape, axis, sample_data.dtype_of(dtype), ratio), axis) <= bound
 
 
 def places(step, shape, axis):
@@ -123,15 +133,15 @@ def test_variance_where_light_values_lie_far_away(shape, axis, dtype):
             continue
         shifted = np.moveaxis(last + 1e4 * far[..., None].astype(dtype), -1, axis)
         mask = np.where(far, 1e-9, 1.0)
-        _, _, expected = reference.moments(shifted, axis=axis, mask=mask.astype(dtype))
+        _, _, expected = numpy_reference.moments(shifted, axis=axis, mask=mask.astype(dtype))
         variance = bnfast.moments(np.ascontiguousarray(shifted), axis=axis, mask=mask).variance
         assert np.abs(variance / expected - 1).max() <= (1e-6 if dtype == "float32" else 1e-12)
 
 
-@pytest.mark.parametrize("dtype", agreement.DTYPES)
+@pytest.mark.parametrize("dtype", sample_data.DTYPES)
 @pytest.mark.parametrize(("shape", "axis"), LAYOUTS, ids=ids)
 def test_a_constant_channel_has_variance_zero(shape, axis, dtype):
-    dtype = agreement.dtype_of(dtype)
+    dtype = sample_data.dtype_of(dtype)
     channels = [1] * len(shape)
     channels[axis] = shape[axis]
     values = np.resize([0.1, -3.3e4, 1e-5, 0.0, 1 / 3, 1e-40, 6e4], channels).astype(dtype)
@@ -147,7 +157,7 @@ def test_a_constant_channel_has_variance_zero(shape, axis, dtype):
 
 # Half types have 3 digits: at 1e4 nothing but one or two values would be stored.
 @pytest.mark.parametrize(
-    ("dtype", "ratio"), [(d, r) for d in agreement.DTYPES for r in (0, 1e2, 1e4) if r < 1e4 or "16" not in d]
+    ("dtype", "ratio"), [(d, r) for d in sample_data.DTYPES for r in (0, 1e2, 1e4) if r < 1e4 or "16" not in d]
 )
 @pytest.mark.parametrize(("shape", "axis"), LAYOUTS, ids=ids)
 def test_forward_and_backward_at_an_offset(shape, axis, dtype, ratio):
@@ -156,28 +166,28 @@ def test_forward_and_backward_at_an_offset(shape, axis, dtype, ratio):
        the sum, half an eps each; and half of the variance's relative error.
     dbeta, dgamma: 2 eps of sum|dy|, sum|dy|*(|xhat| + 1): lanes of at most 64 additions, then float64.
     dx: 4 eps of |gamma|*invstd*(|dy| + mean|dy| + (|xhat| + 1)*mean|dy*(|xhat| + 1)|)."""
-    dtype = agreement.dtype_of(dtype)
+    dtype = sample_data.dtype_of(dtype)
     rng = np.random.default_rng(3)
     x = normal(shape, axis, dtype, ratio, 3)
     dy = rng.standard_normal(shape).astype(dtype)
-    gamma, beta, _, _ = agreement.vectors(shape[axis], rng, np.float64 if dtype == np.float64 else np.float32)
+    gamma, beta, _, _ = sample_data.vectors(shape[axis], rng, np.float64 if dtype == np.float64 else np.float32)
     epsilon = 1e-3
-    wide = reference.wide_dtype(x)
-    expected = reference.train(x, gamma, beta, axis=axis, epsilon=epsilon)
+    wide = numpy_reference.wide_dtype(x)
+    expected = numpy_reference.train(x, gamma, beta, axis=axis, epsilon=epsilon)
     result = bnfast.batch_norm_train(x, gamma, beta, axis=axis, epsilon=epsilon)
-    eps = agreement.compute_eps(dtype)
+    eps = tolerances.compute_eps(dtype)
     # float64 input: means of 1e4 deviations are themselves known to 1e4*2**-53 deviations
     slack = eps + float(np.finfo(np.float64).eps) * ratio * 4
     assert np.max(np.abs(result.mean - expected.mean) / np.sqrt(expected.variance)) <= 2 * slack
 
-    xhat = np.abs(reference.preactivation(x, expected.mean, expected.invstd, axis=axis))
-    g, b = (np.abs(agreement.per_channel(v, x, axis)).astype(wide) for v in (gamma, beta))
+    xhat = np.abs(numpy_reference.preactivation(x, expected.mean, expected.invstd, axis=axis))
+    g, b = (np.abs(tolerances.per_channel(v, x, axis)).astype(wide) for v in (gamma, beta))
     size = g * (xhat + 1) + b
-    stored = agreement.storage_eps(dtype) / 2 if dtype.itemsize == 2 else 0.0
-    error = np.abs(result.y.astype(wide) - expected.y) - stored * np.abs(expected.y) - agreement.tiny(dtype)
+    stored = tolerances.storage_eps(dtype) / 2 if dtype.itemsize == 2 else 0.0
+    error = np.abs(result.y.astype(wide) - expected.y) - stored * np.abs(expected.y) - tolerances.tiny(dtype)
     assert np.max(error / size) <= 4 * slack
 
-    closed = reference.grad(dy, x, expected.mean, expected.invstd, gamma, beta, axis=axis)
+    closed = numpy_reference.grad(dy, x, expected.mean, expected.invstd, gamma, beta, axis=axis)
     grad = bnfast.batch_norm_grad(dy, x, result.mean, result.invstd, gamma, beta, axis=axis)
     other = tuple(i for i in range(x.ndim) if i != axis % x.ndim)
     d = np.abs(dy.astype(wide))
@@ -185,10 +195,10 @@ def test_forward_and_backward_at_an_offset(shape, axis, dtype, ratio):
     assert np.max(np.abs(grad.dbeta.astype(wide) - closed.dbeta) / sum_d) <= 2 * eps
     assert np.max(np.abs(grad.dgamma.astype(wide) - closed.dgamma) / sum_dx) <= 2 * slack
     count = x.size / shape[axis]
-    scale = g * agreement.per_channel(expected.invstd, x, axis)
-    mean_d, mean_dx = (agreement.per_channel(v, x, axis) / count for v in (sum_d, sum_dx))
+    scale = g * tolerances.per_channel(expected.invstd, x, axis)
+    mean_d, mean_dx = (tolerances.per_channel(v, x, axis) / count for v in (sum_d, sum_dx))
     size = scale * (d + mean_d + (xhat + 1) * mean_dx)
-    error = np.abs(grad.dx.astype(wide) - closed.dx) - stored * np.abs(closed.dx) - agreement.tiny(dtype)
+    error = np.abs(grad.dx.astype(wide) - closed.dx) - stored * np.abs(closed.dx) - tolerances.tiny(dtype)
     assert np.max(error / size) <= 4 * slack
 
 
@@ -211,7 +221,7 @@ def test_variance_is_never_negative_and_always_near(x, data):
         elements = st.sampled_from([0.0, 0.25, 1.0, 3.0])
         weights = data.draw(hypothesis.extra.numpy.arrays(np.float32, tuple(shape), elements=elements))
     moments = bnfast.moments(x, axis=axis, mask=weights)
-    count, _, expected = reference.moments(x, axis=axis, mask=weights)
+    count, _, expected = numpy_reference.moments(x, axis=axis, mask=weights)
     assert moments.count == count
     assert (moments.variance >= 0).all()
     # 2e-6: up to 64 additions of half an eps, all rounded one way; 1e-37: squares below float32's least normal number

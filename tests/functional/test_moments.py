@@ -2,35 +2,40 @@
 
 import functools
 
-import agreement as ag
 import bnfast
 import numpy as np
+import numpy_reference
 import pytest
-import reference
+import sample_data
+import tolerances
 from bnfast import Moments
 from hypothesis import given
 from hypothesis import strategies as st
 
 
-@pytest.mark.parametrize("dtype", ag.DTYPES)
-@pytest.mark.parametrize(("shape", "axis"), ag.SHAPES)
+@pytest.mark.parametrize("dtype", sample_data.DTYPES)
+@pytest.mark.parametrize(("shape", "axis"), sample_data.SHAPES)
 def test_agrees_with_reference(shape, axis, dtype):
     rng = np.random.default_rng(1)
-    x = ag.batch(shape, axis, ag.dtype_of(dtype), rng)
+    x = sample_data.batch(shape, axis, sample_data.dtype_of(dtype), rng)
     result = bnfast.moments(x, axis=axis)
     assert isinstance(result, Moments)
     assert isinstance(result.count, float)
-    count, mean, variance = reference.moments(x, axis=axis)
+    count, mean, variance = numpy_reference.moments(x, axis=axis)
     assert result.count == count
-    ag.check_statistics(x, result.mean, result.variance, reference.Train(None, mean, variance, *[None] * 4))
+    tolerances.check_statistics(
+        x, result.mean, result.variance, numpy_reference.Train(None, mean, variance, *[None] * 4)
+    )
     mask = rng.integers(0, 3, [1 if i == axis % x.ndim else e for i, e in enumerate(shape)])
-    count, mean, variance = reference.moments(x, axis=axis, mask=mask)
+    count, mean, variance = numpy_reference.moments(x, axis=axis, mask=mask)
     result = bnfast.moments(x, axis=axis, mask=mask)
     assert result.count == count
-    ag.check_statistics(x, result.mean, result.variance, reference.Train(None, mean, variance, *[None] * 4))
+    tolerances.check_statistics(
+        x, result.mean, result.variance, numpy_reference.Train(None, mean, variance, *[None] * 4)
+    )
 
 
-@pytest.mark.parametrize(("shape", "axis"), ag.EMPTY)
+@pytest.mark.parametrize(("shape", "axis"), sample_data.EMPTY)
 def test_empty(shape, axis):
     result = bnfast.moments(np.zeros(shape, np.float32), axis=axis)
     other = [e for i, e in enumerate(shape) if i != axis % len(shape)]
@@ -40,7 +45,7 @@ def test_empty(shape, axis):
 
 
 def test_same_as_training():
-    x = ag.batch((50, 7), 1, np.float32, np.random.default_rng(2))
+    x = sample_data.batch((50, 7), 1, np.float32, np.random.default_rng(2))
     result = bnfast.moments(x)
     train = bnfast.batch_norm_train(x)
     assert np.array_equal(result.mean, train.mean)
@@ -56,7 +61,7 @@ IDENTITY = Moments(0, 0, 0)
 
 
 def test_identity():
-    some = bnfast.moments(ag.batch((9, 4), 1, np.float64, np.random.default_rng(3)))
+    some = bnfast.moments(sample_data.batch((9, 4), 1, np.float64, np.random.default_rng(3)))
     empty = bnfast.moments(np.zeros((0, 4)))
     for merged in (IDENTITY.merge(some), some.merge(IDENTITY), some.merge(empty), empty.merge(some)):
         assert merged.count == some.count
@@ -79,7 +84,7 @@ def test_merging_parts_gives_the_moments_of_the_whole(sizes, offset, masked, see
     cuts = np.cumsum(sizes)[:-1]
     parts = [bnfast.moments(a, mask=w) for a, w in zip(np.split(x, cuts), np.split(mask, cuts), strict=True)]
     merged = functools.reduce(Moments.merge, parts, IDENTITY)
-    count, mean, variance = reference.moments(x, mask=mask)
+    count, mean, variance = numpy_reference.moments(x, mask=mask)
     assert merged.count == pytest.approx(count, rel=1e-12)
     np.testing.assert_allclose(merged.mean, mean.astype(float), rtol=1e-12, atol=1e-12 * (1 + abs(offset)))
     # the parts' means are float64 themselves: one rounding of a mean of 1e3 is 1e-13, squared it is gone
@@ -94,7 +99,7 @@ def test_huge_counts_do_not_overflow():
 
 
 def test_operands_are_not_changed():
-    a, b = (bnfast.moments(ag.batch((9, 4), 1, np.float64, np.random.default_rng(s))) for s in (4, 5))
+    a, b = (bnfast.moments(sample_data.batch((9, 4), 1, np.float64, np.random.default_rng(s))) for s in (4, 5))
     before = [v.copy() for v in (a.mean, a.variance, b.mean, b.variance)]
     a.merge(b)
     for v, kept in zip((a.mean, a.variance, b.mean, b.variance), before, strict=True):

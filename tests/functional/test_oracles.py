@@ -2,10 +2,10 @@
 
 import warnings
 
-import agreement as ag
 import bnfast
 import numpy as np
 import pytest
+import sample_data
 
 TORCH_SHAPES = [(64, 23), (3000, 100), (5, 3, 49), (2, 257, 7), (3, 23, 7, 7), (2, 64, 14, 14), (2, 3, 4, 7, 7)]
 ACTIVATIONS = {None: lambda f, z: z, "relu": lambda f, z: f.relu(z), "relu6": lambda f, z: f.relu6(z)}
@@ -19,8 +19,8 @@ ACTIVATIONS["leaky_relu"] = lambda f, z: f.leaky_relu(z, 0.2)
 def test_torch_batch_norm(need, shape, activation, training, dtype):
     torch = need("torch")
     rng = np.random.default_rng(1)
-    x, dy, residual = (ag.batch(shape, 1, dtype, rng) for _ in range(3))
-    gamma, beta, mean, variance = ag.vectors(shape[1], rng, dtype)
+    x, dy, residual = (sample_data.batch(shape, 1, dtype, rng) for _ in range(3))
+    gamma, beta, mean, variance = sample_data.vectors(shape[1], rng, dtype)
     tx, tg, tb, tr = (torch.from_numpy(a.copy()).requires_grad_() for a in (x, gamma, beta, residual))
     tm, tv = torch.from_numpy(mean.copy()), torch.from_numpy(variance.copy())
     z = torch.nn.functional.batch_norm(tx, tm, tv, tg, tb, training, momentum=0.3, eps=1e-5) + tr

@@ -1,9 +1,9 @@
 """renorm_correction: Keras's renorm layer through its recipe, plain batch norm as equal bits, bounds, bad input."""
 
-import agreement as ag
 import bnfast
 import numpy as np
 import pytest
+import sample_data
 from bnfast import renorm_correction
 
 CLIPPING = [{}, {"rmin": 0.5, "rmax": 1.5, "dmax": 0.3}, {"rmax": 1.1}, {"dmax": 0.05}, {"rmin": 1.2}]
@@ -21,8 +21,8 @@ def step(x, dy, gamma, beta, moving_mean, moving_stddev, epsilon=1e-3, **bounds)
 
 def inputs():
     rng = np.random.default_rng(1)
-    x, dy = (ag.batch((20, 5), 1, np.float64, rng) for _ in range(2))
-    return x, dy, *ag.vectors(5, rng, "float64")
+    x, dy = (sample_data.batch((20, 5), 1, np.float64, rng) for _ in range(2))
+    return x, dy, *sample_data.vectors(5, rng, "float64")
 
 
 @pytest.mark.parametrize("bounds", CLIPPING, ids=str)
@@ -63,7 +63,7 @@ def test_values():
 
 
 @pytest.mark.parametrize(
-    ("words", "error", "text"),
+    ("kwargs", "error", "text"),
     [
         ({"variance": np.ones(4)}, ValueError, r"variance must have the shape of mean, \(5,\). Received: \(4,\)"),
         ({"variance": -np.ones(5)}, ValueError, r"variance must be at least 0. Received: -1.0"),
@@ -81,7 +81,7 @@ def test_values():
     ],
     ids=str,
 )
-def test_what_is_refused(words, error, text):
+def test_what_is_refused(kwargs, error, text):
     good = {name: np.ones(5) for name in ("mean", "variance", "moving_mean", "moving_stddev")}
     with pytest.raises(error, match=text):
-        renorm_correction(**{**good, **words})
+        renorm_correction(**(good | kwargs))

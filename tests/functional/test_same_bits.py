@@ -11,14 +11,15 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any, NamedTuple
 
-import agreement
 import bnfast
 import numpy as np
 import pytest
+import sample_data
 from bnfast import _core
-from exact import LAYOUTS, bits, settle, usual_settings  # noqa: F401  # the fixture puts settings back
+from exact import LAYOUTS, bits, force_isa_and_threads, usual_settings  # noqa: F401  # the fixture puts settings back
 
 BASELINE = bnfast.build_info()["isas"][-1]
 FLUSH = 0x8040  # MXCSR's FTZ and DAZ
@@ -62,15 +63,15 @@ def cases(shape, axis, dtype):
 @functools.lru_cache(maxsize=2)  # the key holds no denormal: under flush to zero it would be another
 def arguments(case: Case) -> dict[str, Any]:
     rng = np.random.default_rng(len(case.shape) + sum(case.shape))
-    dtype, channels = agreement.dtype_of(case.dtype), case.shape[case.axis]
+    dtype, channels = sample_data.dtype_of(case.dtype), case.shape[case.axis]
     x, dy, residual = (rng.standard_normal(case.shape) + offset for offset in (0.7, 0, 0))
     if case.bad:
         for a, value in ((x, np.nan), (x, np.inf), (dy, -np.inf), (residual, np.nan)):
             a.flat[rng.integers(0, a.size, 3)] = value
     parameter = np.float64 if dtype == np.float64 else np.float32
     if case.apart:
-        np.moveaxis(x, case.axis, -1)[..., ::2] += 50.0 * agreement.in_sample(case.shape, case.axis)[..., None]
-    gamma, beta, mean, variance = agreement.vectors(channels, rng, parameter)
+        np.moveaxis(x, case.axis, -1)[..., ::2] += 50.0 * sample_data.in_sample(case.shape, case.axis)[..., None]
+    gamma, beta, mean, variance = sample_data.vectors(channels, rng, parameter)
     weights = np.moveaxis(x, case.axis, -1)[..., 0]
     scale = {"float64": 1e-310, "float16": 1e-6}.get(case.dtype, 1e-40) if case.denormal else 1.0
     masks = {None: None, "weights": rng.integers(0, 4, weights.shape) / 2, "ones": np.ones(weights.shape)}
@@ -91,27 +92,27 @@ def everything(case: Case, check=lambda: None, change=lambda a: a, give_out=Fals
     a = arguments(case)
     x, dy, residual = (None if a[name] is None else change(a[name]) for name in ("x", "dy", "residual"))
     mm, mv = a["moving_mean"].copy(), a["moving_variance"].copy()
-    words = {"axis": case.axis, "activation": case.activation, "residual": residual}
+    kwargs = {"axis": case.axis, "activation": case.activation, "residual": residual}
     affine = a["gamma"], a["beta"]
 
     def out():
         return {"out": np.empty(case.shape, a["x"].dtype) if give_out else None}
 
-    train = bnfast.batch_norm_train(x, *affine, mm, mv, correction=1, mask=a["mask"], **words, **out())
+    train = bnfast.batch_norm_train(x, *affine, mm, mv, correction=1, mask=a["mask"], **kwargs, **out())
     check()
     statistics = train.mean, train.invstd
     grad = bnfast.batch_norm_grad(
-        dy, x, *statistics, *affine, mask=a["mask"], dmean=train.mean, dvariance=train.variance, **words, **out()
+        dy, x, *statistics, *affine, mask=a["mask"], dmean=train.mean, dvariance=train.variance, **kwargs, **out()
     )
     check()
     by_y = None
     if residual is not None:
-        gated = {**words, "residual": None, "y": change(train.y)}
+        gated = {**kwargs, "residual": None, "y": change(train.y)}
         by_y = bnfast.batch_norm_grad(dy, x, *statistics, *affine, mask=a["mask"], **gated, **out())
         check()
-    frozen = bnfast.batch_norm_grad(dy, x, *statistics, *affine, training=False, **words, **out())
+    frozen = bnfast.batch_norm_grad(dy, x, *statistics, *affine, training=False, **kwargs, **out())
     check()
-    infer = bnfast.batch_norm_infer(x, a["moving_mean"], a["moving_variance"], *affine, **words, **out())
+    infer = bnfast.batch_norm_infer(x, a["moving_mean"], a["moving_variance"], *affine, **kwargs, **out())
     check()
     moments = bnfast.moments(x, axis=case.axis, mask=a["mask"])
     check()
@@ -136,10 +137,10 @@ def assert_same_bits(actual, expected, case):
 
 @functools.cache
 def expected_of(case: Case) -> dict[str, Any]:
-    return everything(case, settle(BASELINE, 1))
+    return everything(case, force_isa_and_threads(BASELINE, 1))
 
 
-@pytest.mark.parametrize("dtype", agreement.DTYPES)
+@pytest.mark.parametrize("dtype", sample_data.DTYPES)
 @pytest.mark.parametrize(("shape", "axis"), SHAPES, ids=str)
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
 def test_instruction_sets_and_threads(shape, axis, dtype, isa, force_isa):
@@ -147,10 +148,10 @@ def test_instruction_sets_and_threads(shape, axis, dtype, isa, force_isa):
     isa = bnfast.build_info()["isa"]
     for case in cases(shape, axis, dtype):
         for threads in (1, 2, 3, 8):
-            assert_same_bits(everything(case, settle(isa, threads)), expected_of(case), (case, threads))
+            assert_same_bits(everything(case, force_isa_and_threads(isa, threads)), expected_of(case), (case, threads))
 
 
-@pytest.mark.parametrize("dtype", agreement.DTYPES)
+@pytest.mark.parametrize("dtype", sample_data.DTYPES)
 @pytest.mark.parametrize(("shape", "axis"), SHAPES[1:8], ids=str)
 def test_flush_to_zero_set_by_the_caller(shape, axis, dtype):
     for denormal in (False, True):
@@ -160,7 +161,7 @@ def test_flush_to_zero_set_by_the_caller(shape, axis, dtype):
             assert 0 < np.abs(expected["train.mean"]).max() < 1e-5  # the case is what it says
         for isa in bnfast.build_info()["isas"]:
             for threads in (1, 3):
-                check = settle(isa, threads)
+                check = force_isa_and_threads(isa, threads)
                 before = _core._fp_mode()
                 _core._set_fp_mode(before | FLUSH)
                 try:
@@ -172,26 +173,26 @@ def test_flush_to_zero_set_by_the_caller(shape, axis, dtype):
                 assert_same_bits(actual, expected, (case, isa, threads))
 
 
-@pytest.mark.parametrize("dtype", agreement.DTYPES)
+@pytest.mark.parametrize("dtype", sample_data.DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_strides_and_alignment(layout, dtype):
     for shape, axis in SHAPES[:8]:
         for case in list(cases(shape, axis, dtype))[::3]:
             for threads in (1, 3):
-                actual = everything(case, settle(bnfast.build_info()["isa"], threads), LAYOUTS[layout])
+                actual = everything(case, force_isa_and_threads(bnfast.build_info()["isa"], threads), LAYOUTS[layout])
                 assert_same_bits(actual, expected_of(case), (case, layout))
 
 
-@pytest.mark.parametrize("dtype", agreement.DTYPES)
+@pytest.mark.parametrize("dtype", sample_data.DTYPES)
 @pytest.mark.parametrize(("shape", "axis"), SHAPES, ids=str)
 def test_an_all_ones_mask_is_none(shape, axis, dtype):
     for isa in bnfast.build_info()["isas"]:
-        check = settle(isa, 2)
+        check = force_isa_and_threads(isa, 2)
         case = Case(shape, axis, dtype, "leaky_relu", True, False, apart=True)
         assert_same_bits(everything(case._replace(mask="ones"), check), everything(case, check), (case, isa))
 
 
-@pytest.mark.parametrize("dtype", agreement.DTYPES)
+@pytest.mark.parametrize("dtype", sample_data.DTYPES)
 @pytest.mark.parametrize(("shape", "axis"), SHAPES, ids=str)
 def test_repeated_runs_and_out(shape, axis, dtype):
     case = Case(shape, axis, dtype, "relu", True, True)
@@ -201,19 +202,19 @@ def test_repeated_runs_and_out(shape, axis, dtype):
         assert_same_bits(everything(case, give_out=repeat % 2 == 1), expected_of(case), case)
 
 
-@pytest.mark.parametrize("dtype", agreement.DTYPES)
+@pytest.mark.parametrize("dtype", sample_data.DTYPES)
 @pytest.mark.parametrize(("shape", "axis"), SHAPES[:-1], ids=str)
 def test_nan_stands_at_the_same_places(shape, axis, dtype):
-    for activation in agreement.ACTIVATIONS:
+    for activation in sample_data.ACTIVATIONS:
         case = Case(shape, axis, dtype, activation, True, True, bad=True)
         expected = expected_of(case)
         assert np.isnan(expected["train.y"]).any()
         for isa in bnfast.build_info()["isas"]:
-            assert_same_bits(everything(case, settle(isa, 3)), expected, (case, isa))
+            assert_same_bits(everything(case, force_isa_and_threads(isa, 3)), expected, (case, isa))
 
 
 def test_in_place_is_the_same():
-    for dtype in agreement.DTYPES:
+    for dtype in sample_data.DTYPES:
         for shape, axis in SHAPES:
             case = Case(shape, axis, dtype, None, False, False)
             expected, a = expected_of(case), arguments(case)
@@ -237,9 +238,9 @@ def digest() -> str:
     """Of the bits of some cases, run as this process's environment says, serially and by a team."""
     total = hashlib.sha256()
     for threads in (1, 3):
-        check = settle(bnfast.build_info()["isa"], threads)
+        check = force_isa_and_threads(bnfast.build_info()["isa"], threads)
         for shape, axis in SHAPES:
-            for dtype in agreement.DTYPES:
+            for dtype in sample_data.DTYPES:
                 *_, case = cases(shape, axis, dtype)
                 for value in everything(case, check).values():
                     if value is not None:
@@ -249,7 +250,7 @@ def digest() -> str:
 
 def in_a_process(**environment):
     code = "import json, test_same_bits as t; print(json.dumps([t.digest(), t._core._last_run()[0]]))"
-    path = os.pathsep.join(sys.path)
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     environment = os.environ | {"PYTHONPATH": path} | environment
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

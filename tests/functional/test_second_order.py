@@ -1,9 +1,10 @@
 """batch_norm_grad_grad against PyTorch's double backward and finite differences; shapes, dtypes, bad input."""
 
-import agreement as ag
 import bnfast
 import numpy as np
 import pytest
+import sample_data
+import tolerances
 
 EPSILON = 1e-3
 SHAPES = [((64, 23), 1), ((3, 23, 7, 7), 1), ((5, 9, 7, 3), 3)]
@@ -14,8 +15,8 @@ TORCH["leaky_relu"] = lambda f, z: f.leaky_relu(z, 0.3)
 def inputs(shape, axis, dtype, seed=1):
     """Five like x (x, dy, ddx, residual, ddresidual) and six vectors (gamma, beta, ddgamma, ddbeta, two moving)."""
     rng = np.random.default_rng(seed)
-    tensors = [ag.batch(shape, axis, dtype, rng) for _ in range(5)]
-    gamma, beta, mean, variance = ag.vectors(shape[axis], rng, "float64" if dtype == np.float64 else "float32")
+    tensors = [sample_data.batch(shape, axis, dtype, rng) for _ in range(5)]
+    gamma, beta, mean, variance = sample_data.vectors(shape[axis], rng, "float64" if dtype == np.float64 else "float32")
     return tensors, (gamma, beta, gamma[::-1].copy(), beta * 2, mean, variance)
 
 
@@ -40,13 +41,13 @@ def test_agrees_with_torch(need, shape, axis, activation, training, dtype):
     torch = need("torch")
     (x, dy, ddx, residual, ddresidual), (gamma, beta, ddgamma, ddbeta, *moving) = inputs(shape, axis, np.dtype(dtype))
     mean, invstd = statistics(x, axis, None if training else moving)
-    dy = ag.gated(dy, x, mean, invstd, gamma, beta, axis, residual, activation)
+    dy = tolerances.gated(dy, x, mean, invstd, gamma, beta, axis, residual, activation)
 
     wide = [torch.from_numpy(a.astype(np.float64)).requires_grad_() for a in (x, dy, gamma, beta, residual)]
     tx, tdy, tgamma, tbeta, tresidual = wide
     stored = [torch.from_numpy(a.astype(np.float64)) for a in moving]
-    words = {"training": training, "eps": EPSILON}
-    z = torch.nn.functional.batch_norm(tx.movedim(axis, 1), *stored, tgamma, tbeta, **words).movedim(1, axis)
+    kwargs = {"training": training, "eps": EPSILON}
+    z = torch.nn.functional.batch_norm(tx.movedim(axis, 1), *stored, tgamma, tbeta, **kwargs).movedim(1, axis)
     y = TORCH[activation](torch.nn.functional, z + tresidual)
     first = torch.autograd.grad(y, [tx, tgamma, tbeta, tresidual], tdy, create_graph=True)
     given = [torch.from_numpy(a.astype(np.float64)) for a in (ddx, ddgamma, ddbeta, ddresidual)]
@@ -54,8 +55,18 @@ def test_agrees_with_torch(need, shape, axis, activation, training, dtype):
 
     fused = {"activation": activation, "negative_slope": 0.3, "residual": residual, "ddresidual": ddresidual}
     ours = bnfast.batch_norm_grad_grad(
-        *(ddx, dy, x, mean, invstd, gamma, beta),
-        **{"ddgamma": ddgamma, "ddbeta": ddbeta, "axis": axis, "training": training, **fused},
+        ddx,
+        dy,
+        x,
+        mean,
+        invstd,
+        gamma,
+        beta,
+        ddgamma=ddgamma,
+        ddbeta=ddbeta,
+        axis=axis,
+        training=training,
+        **fused,
     )
     eps = 50 * np.finfo(dtype).eps
     for name, mine, other in zip(ours._fields, ours, wanted, strict=True):
@@ -83,7 +94,7 @@ def numeric(f, a, h=1e-6):
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("activation", ag.ACTIVATIONS)
+@pytest.mark.parametrize("activation", sample_data.ACTIVATIONS)
 @pytest.mark.parametrize(("shape", "axis"), [((6, 3), 1), ((2, 3, 5), 1)])
 def test_agrees_with_finite_differences(shape, axis, activation, masked, training):
     (x, dy, ddx, residual, ddresidual), (gamma, beta, ddgamma, ddbeta, *moving) = inputs(shape, axis, np.float64)
@@ -92,17 +103,17 @@ def test_agrees_with_finite_differences(shape, axis, activation, masked, trainin
     if masked:
         mask = np.random.default_rng(2).integers(0, 3, [1 if i == axis else e for i, e in enumerate(shape)])
         assert 0 < np.count_nonzero(mask) < mask.size
-    words = {"axis": axis, "activation": activation, "residual": residual, "mask": mask, "training": training}
+    kwargs = {"axis": axis, "activation": activation, "residual": residual, "mask": mask, "training": training}
 
     def loss():
         mean, invstd = statistics(x, axis, None if training else moving, mask)
-        dx, dgamma, dbeta, dresidual = bnfast.batch_norm_grad(dy, x, mean, invstd, gamma, beta, **words)
+        dx, dgamma, dbeta, dresidual = bnfast.batch_norm_grad(dy, x, mean, invstd, gamma, beta, **kwargs)
         vectors = (ddgamma * dgamma).sum() + (ddbeta * dbeta).sum()
         return float((ddx * dx).sum() + vectors + (ddresidual * dresidual).sum())
 
     mean, invstd = statistics(x, axis, None if training else moving, mask)
     cotangents = {"ddgamma": ddgamma, "ddbeta": ddbeta, "ddresidual": ddresidual}
-    ours = bnfast.batch_norm_grad_grad(ddx, dy, x, mean, invstd, gamma, beta, **cotangents, **words)
+    ours = bnfast.batch_norm_grad_grad(ddx, dy, x, mean, invstd, gamma, beta, **cotangents, **kwargs)
     for name, mine, variable in zip(ours._fields, ours, (dy, x, gamma), strict=True):
         np.testing.assert_allclose(mine, numeric(loss, variable), rtol=2e-6, atol=2e-7, err_msg=name)
 
@@ -110,12 +121,12 @@ def test_agrees_with_finite_differences(shape, axis, activation, masked, trainin
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("activation", [None, "relu"])
 def test_half_types_are_computed_in_float32(activation, dtype):
-    (x, dy, ddx, *_), (gamma, beta, ddgamma, ddbeta, *_) = inputs((3, 23, 7, 7), 1, ag.dtype_of(dtype))
+    (x, dy, ddx, *_), (gamma, beta, ddgamma, ddbeta, *_) = inputs((3, 23, 7, 7), 1, sample_data.dtype_of(dtype))
     mean, invstd = statistics(x, 1)
-    words = {"ddgamma": ddgamma, "ddbeta": ddbeta, "axis": 1, "activation": activation}
-    ours = bnfast.batch_norm_grad_grad(ddx, dy, x, mean, invstd, gamma, beta, **words)
+    kwargs = {"ddgamma": ddgamma, "ddbeta": ddbeta, "axis": 1, "activation": activation}
+    ours = bnfast.batch_norm_grad_grad(ddx, dy, x, mean, invstd, gamma, beta, **kwargs)
     wide = (a.astype(np.float32) for a in (ddx, dy, x))
-    wanted = bnfast.batch_norm_grad_grad(*wide, mean, invstd, gamma, beta, **words)
+    wanted = bnfast.batch_norm_grad_grad(*wide, mean, invstd, gamma, beta, **kwargs)
     for mine, other in zip(ours[:2], wanted[:2], strict=True):
         assert mine.dtype == x.dtype
         np.testing.assert_array_equal(mine, other.astype(x.dtype))
@@ -129,7 +140,7 @@ def test_several_axes(axis, activation):
     (x, dy, ddx, residual, _), _ = inputs((4, 3, 5), 1, np.float32)
     extents = tuple(x.shape[i] for i in axes)
     channels = int(np.prod(extents))
-    gamma, beta, ddgamma, ddbeta = (v.reshape(extents) for v in ag.vectors(channels, np.random.default_rng(3)))
+    gamma, beta, ddgamma, ddbeta = (v.reshape(extents) for v in sample_data.vectors(channels, np.random.default_rng(3)))
     order = [*(i for i in range(3) if i not in axes), *axes]
     off = x.size // gamma.size
     flat = [np.ascontiguousarray(a.transpose(order)).reshape(off, gamma.size) for a in (ddx, dy, x, residual)]
@@ -137,13 +148,28 @@ def test_several_axes(axis, activation):
     fused = {"activation": activation, "negative_slope": 0.2}
     mean, invstd = statistics(x, axis, mask=mask.reshape([x.shape[i] for i in range(3) if i not in axes]))
     ours = bnfast.batch_norm_grad_grad(
-        *(ddx, dy, x, mean, invstd, gamma, beta),
-        **{"ddgamma": ddgamma, "ddbeta": ddbeta, "residual": residual, "axis": axis, **fused},
+        ddx,
+        dy,
+        x,
+        mean,
+        invstd,
+        gamma,
+        beta,
+        ddgamma=ddgamma,
+        ddbeta=ddbeta,
+        residual=residual,
+        axis=axis,
+        **fused,
         mask=mask.reshape([x.shape[i] for i in range(3) if i not in axes]),
     )
     wanted = bnfast.batch_norm_grad_grad(
-        *(*flat[:3], *(v.ravel() for v in (mean, invstd, gamma, beta))),
-        **{"ddgamma": ddgamma.ravel(), "ddbeta": ddbeta.ravel(), "residual": flat[3], "mask": mask, **fused},
+        *flat[:3],
+        *(v.ravel() for v in (mean, invstd, gamma, beta)),
+        ddgamma=ddgamma.ravel(),
+        ddbeta=ddbeta.ravel(),
+        residual=flat[3],
+        mask=mask,
+        **fused,
     )
     assert ours.dgamma.shape == extents
     for mine, other in zip(ours[:2], wanted[:2], strict=True):
@@ -152,10 +178,10 @@ def test_several_axes(axis, activation):
     np.testing.assert_allclose(ours.dgamma.ravel(), wanted.dgamma, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", ag.DTYPES)
-@pytest.mark.parametrize(("shape", "axis"), ag.EMPTY)
+@pytest.mark.parametrize("dtype", sample_data.DTYPES)
+@pytest.mark.parametrize(("shape", "axis"), sample_data.EMPTY)
 def test_empty_batch(shape, axis, dtype):
-    (x, *_), (gamma, *_) = inputs(shape, axis, ag.dtype_of(dtype))
+    (x, *_), (gamma, *_) = inputs(shape, axis, sample_data.dtype_of(dtype))
     result = bnfast.batch_norm_grad_grad(x, x, x, *statistics(x, axis), gamma, axis=axis)
     assert result.ddy.shape == result.dx.shape == shape
     assert not result.dgamma.any()
@@ -163,13 +189,13 @@ def test_empty_batch(shape, axis, dtype):
 
 def test_one_value_a_channel_and_a_fully_masked_batch():
     (x, dy, ddx, *_), (gamma, _, ddgamma, ddbeta, *_) = inputs((1, 23), 1, np.float32)
-    words = {"ddgamma": ddgamma, "ddbeta": ddbeta}
-    single = bnfast.batch_norm_grad_grad(ddx, dy, x, *statistics(x, 1), gamma, **words)
+    kwargs = {"ddgamma": ddgamma, "ddbeta": ddbeta}
+    single = bnfast.batch_norm_grad_grad(ddx, dy, x, *statistics(x, 1), gamma, **kwargs)
     np.testing.assert_allclose(single.ddy[0], ddbeta, atol=2e-5)  # xhat is 0 and dx constantly 0
     assert not single.dx.any()
     assert not single.dgamma.any()
     nothing = np.zeros(1)
-    masked = bnfast.batch_norm_grad_grad(ddx, dy, x, *statistics(x, 1, mask=nothing), gamma, mask=nothing, **words)
+    masked = bnfast.batch_norm_grad_grad(ddx, dy, x, *statistics(x, 1, mask=nothing), gamma, mask=nothing, **kwargs)
     s = 1 / np.sqrt(EPSILON)  # as frozen, at mean and variance 0
     np.testing.assert_allclose(masked.dx, s * ddgamma * dy, rtol=1e-6)
     np.testing.assert_allclose(masked.dgamma, s * (ddx * dy)[0], rtol=1e-6)
@@ -215,7 +241,7 @@ V = np.ones(3)
 
 
 @pytest.mark.parametrize(
-    ("words", "error", "text"),
+    ("kwargs", "error", "text"),
     [
         ({"ddx": X[:5]}, ValueError, r"ddx must have the shape of x, \(6, 3\). Received: \(5, 3\)"),
         ({"ddx": None}, TypeError, "ddx must be a NumPy array"),
@@ -233,6 +259,6 @@ V = np.ones(3)
     ],
     ids=str,
 )
-def test_what_is_refused(words, error, text):
+def test_what_is_refused(kwargs, error, text):
     with pytest.raises(error, match=text):
-        bnfast.batch_norm_grad_grad(**{"ddx": X, "dy": X, "x": X, "mean": V, "invstd": V, **words})
+        bnfast.batch_norm_grad_grad(**({"ddx": X, "dy": X, "x": X, "mean": V, "invstd": V} | kwargs))

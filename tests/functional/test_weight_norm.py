@@ -1,9 +1,10 @@
 """bnfast.weight_norm and its gradient, against the formulas and PyTorch."""
 
-import agreement as ag
 import numpy as np
+import numpy_reference
 import pytest
-import reference
+import sample_data
+import tolerances
 from bnfast.functional.weight_norm import weight_norm, weight_norm_grad
 
 SHAPES = [((7,), 0), ((5, 3), -1), ((3, 4, 6), -1), ((3, 3, 4, 6), 3), ((3, 3, 4, 6), -2), ((6, 4, 3, 3), 0)]
@@ -20,18 +21,18 @@ def arrays(shape, axis, dtype, seed=0):
     return dw, v, g, np.expand_dims(g, over), over
 
 
-@pytest.mark.parametrize("dtype", ag.DTYPES)
+@pytest.mark.parametrize("dtype", sample_data.DTYPES)
 @pytest.mark.parametrize(("shape", "axis"), SHAPES)
 def test_agrees_with_reference(shape, axis, dtype):
-    dw, v, g, wide_g, over = arrays(shape, axis, ag.dtype_of(dtype))
+    dw, v, g, wide_g, over = arrays(shape, axis, sample_data.dtype_of(dtype))
     w, (dv, dg) = weight_norm(v, g, axis), weight_norm_grad(dw, v, g, axis)
-    expected = reference.weight_norm(v, wide_g, over)
-    expected_dv, expected_dg = reference.weight_norm_grad(dw, v, wide_g, over)
+    expected = numpy_reference.weight_norm(v, wide_g, over)
+    expected_dv, expected_dg = numpy_reference.weight_norm_grad(dw, v, wide_g, over)
     assert (w.dtype, dv.dtype, dg.dtype) == (v.dtype, v.dtype, g.dtype)
     eps = 16 * np.finfo(np.float64).eps
-    ag.close(w, expected, 1 + np.abs(expected), eps, v.dtype, "w")
-    ag.close(dv, expected_dv, 30, eps, v.dtype, "dv")
-    ag.close(dg, np.squeeze(expected_dg, over), 30, eps, g.dtype, "dg")
+    tolerances.close(w, expected, 1 + np.abs(expected), eps, v.dtype, "w")
+    tolerances.close(dv, expected_dv, 30, eps, v.dtype, "dv")
+    tolerances.close(dg, np.squeeze(expected_dg, over), 30, eps, g.dtype, "dg")
 
 
 @pytest.mark.parametrize("shape", [(5, 3), (6, 4, 3, 3)])
@@ -90,9 +91,9 @@ def test_long_and_short_vectors():
     ],
 )
 def test_bad_arguments(changes, error, text):
-    words = {"dw": np.ones((5, 3)), "v": np.ones((5, 3)), "g": np.ones(3), "axis": -1, **changes}
+    kwargs = {"dw": np.ones((5, 3)), "v": np.ones((5, 3)), "g": np.ones(3), "axis": -1, **changes}
     with pytest.raises(error, match=text):
-        weight_norm_grad(**words)
+        weight_norm_grad(**kwargs)
     if "dw" not in changes:
         with pytest.raises(error, match=text):
-            weight_norm(words["v"], words["g"], words["axis"])
+            weight_norm(kwargs["v"], kwargs["g"], kwargs["axis"])

@@ -1,13 +1,13 @@
 """What the tests of conversion share: batches, and layers of the NumPy API that have seen them."""
 
-import agreement as ag
 import numpy as np
+import sample_data
 from bnfast import BatchNormalization
 
 
 def batches(n=5, rows=7, channels=4, dtype=np.float32, seed=1):
     rng = np.random.default_rng(seed)
-    return [ag.batch((rows, channels), 1, dtype, rng, offset=2) for _ in range(n)]
+    return [sample_data.batch((rows, channels), 1, dtype, rng, offset=2) for _ in range(n)]
 
 
 def trained(**options):
@@ -15,7 +15,7 @@ def trained(**options):
     for x in batches():
         layer(x, training=True)
     rng = np.random.default_rng(2)
-    gamma, beta, *_ = ag.vectors(4, rng)
+    gamma, beta, *_ = sample_data.vectors(4, rng)
     if layer.scale:
         layer.gamma[:] = gamma
     if layer.center:

@@ -12,7 +12,7 @@ def bits(value) -> np.ndarray:
     return np.where(np.isnan(a), -1, a.view(f"i{a.itemsize}"))
 
 
-def settle(isa, threads):
+def force_isa_and_threads(isa, threads):
     """Sets both and returns a check that they are what ran."""
     _core._set_isa(isa)
     _core._set_serial_bytes(0)

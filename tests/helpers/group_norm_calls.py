@@ -1,8 +1,8 @@
 """Calls of the group and layer norms, with their cases."""
 
-import agreement
 import bnfast
 import numpy as np
+import sample_data
 
 GROUP_CASES = [  # (shape, channel axis, groups)
     ((5, 6), 1, 3),
@@ -41,7 +41,7 @@ LAYER_CASES = [  # (shape, axes)
 def inputs(shape, vector, dtype, affine=True, offset=0.0, seed=0):
     """x, dy, gamma, beta."""
     rng = np.random.default_rng(seed + sum(shape))
-    dtype = agreement.dtype_of(dtype) if isinstance(dtype, str) else dtype
+    dtype = sample_data.dtype_of(dtype) if isinstance(dtype, str) else dtype
     parameter = np.float64 if dtype == np.float64 else np.float32
     x = (rng.standard_normal(shape) * 2 + 0.5 + offset).astype(dtype)
     dy = rng.standard_normal(shape).astype(dtype)
@@ -49,11 +49,11 @@ def inputs(shape, vector, dtype, affine=True, offset=0.0, seed=0):
     return x, dy, gamma if affine else None, beta.astype(parameter) if affine else None
 
 
-def group_call(x, dy, gamma, beta, axis, groups, **words):
-    forward = bnfast.group_norm(x, groups, gamma, beta, axis=axis, **words)
+def group_call(x, dy, gamma, beta, axis, groups, **kwargs):
+    forward = bnfast.group_norm(x, groups, gamma, beta, axis=axis, **kwargs)
     return forward, bnfast.group_norm_grad(dy, x, forward.mean, forward.invstd, groups, gamma, axis=axis)
 
 
-def layer_call(x, dy, gamma, beta, axes, **words):
-    forward = bnfast.layer_norm(x, gamma, beta, axis=axes, **words)
+def layer_call(x, dy, gamma, beta, axes, **kwargs):
+    forward = bnfast.layer_norm(x, gamma, beta, axis=axes, **kwargs)
     return forward, bnfast.layer_norm_grad(dy, x, forward.mean, forward.invstd, gamma, axis=axes)

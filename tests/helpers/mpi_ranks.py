@@ -64,14 +64,23 @@ def run(package, case, **comm):
     parameters = case["gamma"], case["beta"]
     moments = package.moments(case["x"], axis=case["axis"], mask=case["mask"], **comm)
     train = package.batch_norm_train(
-        *(case["x"], *parameters, *case["moving"]),
-        **{"momentum": 0.9, "epsilon": EPSILON, "correction": 1, "mask": case["mask"], **common},
+        case["x"],
+        *parameters,
+        *case["moving"],
+        momentum=0.9,
+        epsilon=EPSILON,
+        correction=1,
+        mask=case["mask"],
+        **common,
     )
     statistics = train.mean, train.invstd
     grad = package.batch_norm_grad(case["dy"], case["x"], *statistics, *parameters, mask=case["mask"], **common)
     frozen = package.batch_norm_grad(case["dy"], case["x"], *statistics, training=False, **common)
     by_y = package.batch_norm_grad(
-        *(case["dy"], case["x"], *statistics, *parameters),
+        case["dy"],
+        case["x"],
+        *statistics,
+        *parameters,
         mask=case["mask"],
         **common | {"residual": None, "y": train.y},
     )
@@ -80,9 +89,9 @@ def run(package, case, **comm):
     return results | dict(zip(("moving_mean", "moving_variance"), case["moving"], strict=True))
 
 
-def outcome(call, *args, **words):
+def outcome(call, *args, **kwargs):
     try:
-        call(*args, **words)
+        call(*args, **kwargs)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "nothing raised"

@@ -1,9 +1,10 @@
 """The NumPy layer's adjustment: a float64 reference, our Keras layer, inference without it, and what is refused."""
 
-import agreement as ag
 import numpy as np
+import numpy_reference
 import pytest
-import reference
+import sample_data
+import tolerances
 from bnfast import BatchNormalization
 
 CASES = [((12, 5), -1), ((6, 3, 4), 1), ((6, 3, 2, 4), -1), ((6, 4), 0)]
@@ -16,16 +17,16 @@ def drawn(shape, axis):
     return rng.uniform(0.5, 1.5, per_sample), rng.uniform(-0.5, 0.5, (shape[0], *[1] * (len(shape) - 1)))
 
 
-def made(shape, axis, dtype="float32", **words):
+def made(shape, axis, dtype="float32", **kwargs):
     seen = []
 
     def adjustment(extents):
         seen.append(extents)
         return drawn(shape, axis)
 
-    layer = BatchNormalization(axis=axis, adjustment=adjustment, **words)
+    layer = BatchNormalization(axis=axis, adjustment=adjustment, **kwargs)
     layer.build(shape[axis], "float64" if dtype == "float64" else "float32")
-    gamma, beta, *_ = ag.vectors(shape[axis], np.random.default_rng(1))
+    gamma, beta, *_ = sample_data.vectors(shape[axis], np.random.default_rng(1))
     if layer.scale:
         layer.gamma[:] = gamma
     if layer.center:
@@ -35,33 +36,33 @@ def made(shape, axis, dtype="float32", **words):
 
 def expected(layer, shape, axis, x, dy, mask, residual):
     """y, dx, dgamma, dbeta, dresidual, wide."""
-    wide = reference.wide_dtype(x)
+    wide = numpy_reference.wide_dtype(x)
     along = [n if i == axis % len(shape) else 1 for i, n in enumerate(shape)]
     gamma = 1 if layer.gamma is None else layer.gamma.reshape(along).astype(wide)
     beta = 0 if layer.beta is None else layer.beta.reshape(along).astype(wide)
     scale, bias = drawn(shape, axis)
-    plain = reference.train(x, axis=axis, mask=mask, epsilon=layer.epsilon)
+    plain = numpy_reference.train(x, axis=axis, mask=mask, epsilon=layer.epsilon)
     u = plain.y * scale + bias
     z = u * gamma + beta + (0 if residual is None else residual.astype(wide))
-    dz = dy.astype(wide) * reference.activation_slope(z, layer.activation, layer.negative_slope)
+    dz = dy.astype(wide) * numpy_reference.activation_slope(z, layer.activation, layer.negative_slope)
     over = tuple(i for i in range(x.ndim) if i != axis % x.ndim)
-    inner = reference.grad((dz * gamma * scale).astype(wide), x, plain.mean, plain.invstd, axis=axis, mask=mask)
-    y = reference.activate(z, layer.activation, layer.negative_slope)
+    inner = numpy_reference.grad((dz * gamma * scale).astype(wide), x, plain.mean, plain.invstd, axis=axis, mask=mask)
+    y = numpy_reference.activate(z, layer.activation, layer.negative_slope)
     return [y, inner.dx, (dz * u).sum(over), dz.sum(over), dz]
 
 
 @pytest.mark.parametrize(("shape", "axis"), CASES, ids=str)
-@pytest.mark.parametrize("activation", ag.ACTIVATIONS)
+@pytest.mark.parametrize("activation", sample_data.ACTIVATIONS)
 @pytest.mark.parametrize("extras", [False, True], ids=["plain", "mask and residual"])
 def test_against_formulas(shape, axis, activation, extras):
     rng = np.random.default_rng(2)
-    x, dy, residual = (ag.batch(shape, axis, np.float64, rng) for _ in range(3))
+    x, dy, residual = (sample_data.batch(shape, axis, np.float64, rng) for _ in range(3))
     mask = rng.random(np.delete(shape, axis)) if extras else None
     layer, seen = made(shape, axis, "float64", activation=activation)
-    words = {"mask": mask, "residual": residual} if extras else {"mask": None, "residual": None}
-    y, dx = layer(x, training=True, **words), layer.backward(dy)
+    kwargs = {"mask": mask, "residual": residual} if extras else {"mask": None, "residual": None}
+    y, dx = layer(x, training=True, **kwargs), layer.backward(dy)
     assert seen == [shape]
-    *wanted, dresidual = expected(layer, shape, axis, x, dy, **words)
+    *wanted, dresidual = expected(layer, shape, axis, x, dy, **kwargs)
     for a, b in zip((y, dx, layer.dgamma, layer.dbeta), wanted, strict=True):
         np.testing.assert_allclose(a, b.astype(float), rtol=1e-10, atol=1e-11)
     if extras:
@@ -73,11 +74,11 @@ def test_against_formulas(shape, axis, activation, extras):
 def test_dtypes(dtype, center, scale):
     shape, axis = (6, 3, 2, 4), -1
     rng = np.random.default_rng(2)
-    x, dy = (rng.standard_normal(shape).astype(ag.dtype_of(dtype)) for _ in range(2))
+    x, dy = (rng.standard_normal(shape).astype(sample_data.dtype_of(dtype)) for _ in range(2))
     layer, _ = made(shape, axis, center=center, scale=scale)
     y, dx = layer(x, training=True), layer.backward(dy)
     wanted = expected(layer, shape, axis, x, dy, None, None)
-    tolerance = 8 * ag.storage_eps(x.dtype)
+    tolerance = 8 * tolerances.storage_eps(x.dtype)
     for a, b in zip((y, dx), wanted[:2], strict=True):
         assert a.dtype == x.dtype
         np.testing.assert_allclose(a.astype(float), b.astype(float), rtol=tolerance, atol=tolerance)
@@ -92,7 +93,7 @@ def test_dtypes(dtype, center, scale):
 def test_loss_scales_of_half_types(dtype):
     """As without an adjustment: dy*gamma*scale may be beyond float16, and bfloat16 would round it."""
     rng = np.random.default_rng(5)
-    x = (16 * rng.standard_normal((60, 4))).astype(ag.dtype_of(dtype))
+    x = (16 * rng.standard_normal((60, 4))).astype(sample_data.dtype_of(dtype))
     dy = (30000 * rng.uniform(0.95, 1.05, x.shape)).astype(x.dtype)
     gamma = rng.uniform(2.5, 3.5, 4).astype(np.float32)
     ours, plain = BatchNormalization(adjustment=lambda shape: (gamma, 0), scale=False), BatchNormalization()
@@ -103,26 +104,26 @@ def test_loss_scales_of_half_types(dtype):
     expected = plain.backward(dy).astype(float)
     assert np.isfinite(expected).all()
     dx = ours.backward(dy).astype(float)
-    np.testing.assert_allclose(dx, expected, ag.storage_eps(x.dtype), 1e-5 * np.abs(expected).max())
+    np.testing.assert_allclose(dx, expected, tolerances.storage_eps(x.dtype), 1e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize(
-    "words", [{}, {"renorm": True, "renorm_clipping": {"rmax": 1.2}}, {"use_batch_statistics": False}], ids=str
+    "kwargs", [{}, {"renorm": True, "renorm_clipping": {"rmax": 1.2}}, {"use_batch_statistics": False}], ids=str
 )
-def test_equals_our_keras_layer(need, words):
+def test_equals_our_keras_layer(need, kwargs):
     tf = need("tensorflow")
     import bnfast.keras
 
     shape, axis = (6, 3, 2, 4), -1
-    ours, _ = made(shape, axis, "float64", **words)
-    config = {**words, "dtype": "float64", "adjustment": lambda _: drawn(shape, axis)}
+    ours, _ = made(shape, axis, "float64", **kwargs)
+    config = {**kwargs, "dtype": "float64", "adjustment": lambda _: drawn(shape, axis)}
     theirs = bnfast.keras.BatchNormalization(**config)
     theirs.build(shape)
     theirs.gamma.assign(ours.gamma)
     theirs.beta.assign(ours.beta)
     rng = np.random.default_rng(2)
     for _ in range(2):
-        x, dy = (ag.batch(shape, axis, np.float64, rng) for _ in range(2))
+        x, dy = (sample_data.batch(shape, axis, np.float64, rng) for _ in range(2))
         with tf.GradientTape() as tape:
             sources = [tf.constant(x), theirs.gamma.value, theirs.beta.value]
             tape.watch(sources)
@@ -139,7 +140,7 @@ def test_it_leaves_statistics_and_inference_alone():
     ours, seen = made(shape, -1)
     plain = BatchNormalization()
     plain.load_state_dict(ours.state_dict())
-    x = ag.batch(shape, -1, np.float32, np.random.default_rng(2))
+    x = sample_data.batch(shape, -1, np.float32, np.random.default_rng(2))
     for layer in (ours, plain):
         layer(x, training=True)
     for name, array in plain.state_dict().items():
@@ -176,7 +177,7 @@ def test_several_axes_are_one_by_hand():
 )
 def test_a_wrong_result_changes_nothing(result, error, text):
     layer = BatchNormalization(adjustment=lambda shape: result)
-    x = ag.batch((12, 5), -1, np.float32, np.random.default_rng(2))
+    x = sample_data.batch((12, 5), -1, np.float32, np.random.default_rng(2))
     with pytest.raises(error, match=text):
         layer(x, training=True)
     assert not layer.built

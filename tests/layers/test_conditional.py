@@ -2,10 +2,11 @@
 
 import copy
 
-import agreement as ag
 import numpy as np
+import numpy_reference
 import pytest
-import reference
+import sample_data
+import tolerances
 from bnfast import BatchNormalization, ConditionalBatchNormalization
 
 CASES = [((6, 4), -1), ((6, 3, 2, 4), -1), ((6, 4, 3, 2), 1), ((6, 3, 4), 2), ((6, 3, 4), (1, 2))]
@@ -18,8 +19,8 @@ def extents(shape, axis):
     return tuple(shape[i] for i in axis) if isinstance(axis, tuple) else shape[axis]
 
 
-def made(shape, axis, classes=CLASSES, dtype="float64", **words):
-    layer = ConditionalBatchNormalization(classes, axis=axis, momentum=0.75, **words)
+def made(shape, axis, classes=CLASSES, dtype="float64", **kwargs):
+    layer = ConditionalBatchNormalization(classes, axis=axis, momentum=0.75, **kwargs)
     layer.build(extents(shape, axis), dtype)
     rng = np.random.default_rng(3)
     for array in layer.state_dict():
@@ -30,7 +31,7 @@ def made(shape, axis, classes=CLASSES, dtype="float64", **words):
 def inputs(shape, axis, dtype=np.float64):
     rng = np.random.default_rng(4)
     along = axis[-1] if isinstance(axis, tuple) else axis
-    return [ag.batch(shape, along, dtype, rng) for _ in range(3)]
+    return [sample_data.batch(shape, along, dtype, rng) for _ in range(3)]
 
 
 def rows(array, axis):
@@ -52,18 +53,18 @@ def test_against_formulas(shape, axis, activation, extras):
     layer = made(shape, axis, activation=activation)
     x, dy, residual = inputs(shape, axis)
     mask = np.random.default_rng(5).random([n for i, n in enumerate(shape) if i not in np.ravel(axis) % len(shape)])
-    words = {"mask": mask, "residual": residual} if extras else {}
+    kwargs = {"mask": mask, "residual": residual} if extras else {}
     before = layer.state_dict()
-    y, dx = layer(x, LABELS, training=True, **words), layer.backward(dy)
+    y, dx = layer(x, LABELS, training=True, **kwargs), layer.backward(dy)
 
     flat, dy3 = rows(x, axis), rows(dy, axis)
     weights = mask.reshape(flat.shape[:2]) if extras else None
-    plain = reference.train(flat, mask=weights)
+    plain = numpy_reference.train(flat, mask=weights)
     gamma, beta = (before[name].reshape(CLASSES, -1)[LABELS][:, None] for name in ("gamma", "beta"))
     z = plain.y * gamma + beta + (rows(residual, axis) if extras else 0)
-    dz = dy3 * reference.activation_slope(z, activation)
-    inner = reference.grad((dz * gamma).astype(np.longdouble), flat, plain.mean, plain.invstd, mask=weights)
-    wanted = [(rows(y, axis), reference.activate(z, activation)), (rows(dx, axis), inner.dx)]
+    dz = dy3 * numpy_reference.activation_slope(z, activation)
+    inner = numpy_reference.grad((dz * gamma).astype(np.longdouble), flat, plain.mean, plain.invstd, mask=weights)
+    wanted = [(rows(y, axis), numpy_reference.activate(z, activation)), (rows(dx, axis), inner.dx)]
     wanted += [(layer.dgamma, by_class(dz * plain.y)), (layer.dbeta, by_class(dz))]
     wanted += [(layer.moving_mean, 0.75 * before["moving_mean"].ravel() + 0.25 * plain.mean)]
     wanted += [(rows(layer.dresidual, axis), dz)] if extras else []
@@ -88,13 +89,13 @@ def test_inference(shape, axis):
 
 
 @cases
-@pytest.mark.parametrize("dtype", ag.DTYPES)
-@pytest.mark.parametrize("words", [{}, {"virtual_batch_size": 3}, {"activation": "relu", "renorm": True}], ids=str)
-def test_one_class_has_the_bits_of_the_plain_layer(shape, axis, dtype, words):
-    x, dy, residual = inputs(shape, axis, ag.dtype_of(dtype))
+@pytest.mark.parametrize("dtype", sample_data.DTYPES)
+@pytest.mark.parametrize("kwargs", [{}, {"virtual_batch_size": 3}, {"activation": "relu", "renorm": True}], ids=str)
+def test_one_class_has_the_bits_of_the_plain_layer(shape, axis, dtype, kwargs):
+    x, dy, residual = inputs(shape, axis, sample_data.dtype_of(dtype))
     parameters = "float64" if dtype == "float64" else "float32"
-    ours = made(shape, axis, 1, parameters, **words)
-    plain = BatchNormalization(axis=axis, momentum=0.75, **words)
+    ours = made(shape, axis, 1, parameters, **kwargs)
+    plain = BatchNormalization(axis=axis, momentum=0.75, **kwargs)
     state = ours.state_dict()
     plain.load_state_dict({**state, "gamma": state["gamma"][0], "beta": state["beta"][0]})
     labels = np.zeros(6, np.uint8)
@@ -108,7 +109,7 @@ def test_one_class_has_the_bits_of_the_plain_layer(shape, axis, dtype, words):
 
 
 @pytest.mark.parametrize(
-    "words",
+    "kwargs",
     [
         {},
         {"scale": False},
@@ -120,12 +121,12 @@ def test_one_class_has_the_bits_of_the_plain_layer(shape, axis, dtype, words):
     ids=str,
 )
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_equals_our_keras_layer(need, words, dtype):
+def test_equals_our_keras_layer(need, kwargs, dtype):
     tf = need("tensorflow")
     import bnfast.keras
 
     shape = (6, 3, 2, 4)
-    ours = made(shape, -1, dtype=dtype, **words)
+    ours = made(shape, -1, dtype=dtype, **kwargs)
     given = ours.to_keras()
     theirs = bnfast.keras.ConditionalBatchNormalization(**given["config"], dtype=dtype)
     theirs.build([shape, (6,)])
@@ -161,16 +162,16 @@ def test_adjustment_comes_before_gamma_and_beta():
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize(
-    "words", [{}, {"use_batch_statistics": False}, {"virtual_batch_size": 3}, {"renorm": True}], ids=str
+    "kwargs", [{}, {"use_batch_statistics": False}, {"virtual_batch_size": 3}, {"renorm": True}], ids=str
 )
-def test_loss_scales_of_half_types(words, dtype):
+def test_loss_scales_of_half_types(kwargs, dtype):
     """gamma*dy may be beyond float16, and rounded to bfloat16 would lose dx, which is a difference of such."""
     shape = (6, 5, 7, 4)
     rng = np.random.default_rng(5)
-    x = (16 * rng.standard_normal(shape)).astype(ag.dtype_of(dtype))
+    x = (16 * rng.standard_normal(shape)).astype(sample_data.dtype_of(dtype))
     dy = (30000 * rng.uniform(0.95, 1.05, shape)).astype(x.dtype)
     gamma = rng.uniform(2.5, 3.5, 4)
-    ours, plain = ConditionalBatchNormalization(CLASSES, **words), BatchNormalization(**words)
+    ours, plain = ConditionalBatchNormalization(CLASSES, **kwargs), BatchNormalization(**kwargs)
     for layer in (ours, plain):
         layer.build(4)
         layer.gamma[...] = gamma
@@ -180,7 +181,9 @@ def test_loss_scales_of_half_types(words, dtype):
     dx = ours.backward(dy)
     assert dx.dtype == x.dtype
     assert np.isfinite(expected).all()
-    np.testing.assert_allclose(dx.astype(float), expected, ag.storage_eps(x.dtype), 1e-5 * np.abs(expected).max())
+    np.testing.assert_allclose(
+        dx.astype(float), expected, tolerances.storage_eps(x.dtype), 1e-5 * np.abs(expected).max()
+    )
 
 
 def test_state_and_config():
@@ -229,7 +232,7 @@ def test_what_is_refused():
     with pytest.raises(TypeError, match=r"num_classes must be an integer. Received: 2.0"):
         ConditionalBatchNormalization(2.0)
     with pytest.raises(
-        ValueError, match=r"axis must not be 0, the samples'. Received: axis=-2 for x of shape \(6, 4\)"
+        ValueError, match=r"axis must not be 0, which is the sample axis. Received: axis=-2 for x of shape \(6, 4\)"
     ):
         ConditionalBatchNormalization(2, axis=-2)(np.ones((6, 4), np.float32), LABELS)
 
@@ -241,8 +244,8 @@ def test_what_is_not_finite_stays_where_the_kernels_leave_it(activation, slope):
     x = np.array([[-1, 2], [3, -4], [5, 1], [-2, -3]], np.float32)
     residual = np.zeros_like(x)
     residual[0, 0] = -np.inf
-    words = {"activation": activation, "negative_slope": slope}
-    plain, labelled = BatchNormalization(**words), ConditionalBatchNormalization(2, **words)
+    kwargs = {"activation": activation, "negative_slope": slope}
+    plain, labelled = BatchNormalization(**kwargs), ConditionalBatchNormalization(2, **kwargs)
     y = plain(x, training=True, residual=residual)
     np.testing.assert_allclose(labelled(x, np.zeros(4, int), training=True, residual=residual), y, rtol=1e-6, atol=1e-6)
     dy = np.ones_like(x)

@@ -141,14 +141,14 @@ def test_to_torch_errors_leave_the_target_alone(torch):
         layer.to_torch(torch.nn.BatchNorm1d(4, dtype=torch.float64))
     with pytest.raises(RuntimeError, match=r"no state before it is built"):
         BatchNormalization().to_torch()
-    with pytest.warns(UserWarning, match=r"PyTorch averages sample variances, this layer has correction=0"):
+    with pytest.warns(UserWarning, match=r"PyTorch averages sample variances, but this layer has correction=0"):
         trained().to_torch()
     assert all(torch.equal(before[name], t) for name, t in module.state_dict().items())
     assert module.momentum == 0.1
 
 
 def test_what_torch_has_not(torch):
-    for words, text in (
+    for kwargs, text in (
         ({"axis": (1, 2)}, r"axis must be one axis, as in PyTorch's BatchNorm. Received: \(1, 2\)"),
         (
             {"virtual_batch_size": 7},
@@ -157,7 +157,7 @@ def test_what_torch_has_not(torch):
         ({"nan_policy": "raise"}, "nan_policy must be 'propagate', as PyTorch's.*Received: 'raise'"),
         ({"activation": "relu"}, "activation must be None, as PyTorch's.*Received: 'relu'"),
     ):
-        layer = BatchNormalization(**words)
+        layer = BatchNormalization(**kwargs)
         layer(np.ones((7, 2, 2), np.float32), training=True)
         with pytest.raises(ValueError, match=text):
             layer.to_torch()

@@ -1,8 +1,8 @@
 """Freezing the NumPy layer in parts: the table of its docstring against our Keras layer, and the third switch."""
 
-import agreement as ag
 import numpy as np
 import pytest
+import sample_data
 from bnfast import BatchNormalization
 
 SHAPE = (12, 3, 4)
@@ -11,12 +11,12 @@ KINDS = [{}, {"renorm": True, "renorm_clipping": {"rmax": 1.2}}, {"virtual_batch
 KINDS += [{"correction": 1, "nan_policy": "skip_update", "activation": "relu"}]
 
 
-def made(**words):
-    layer = BatchNormalization(dtype="float64", **words)
+def made(**kwargs):
+    layer = BatchNormalization(dtype="float64", **kwargs)
     layer.build(4)
     for array, value in zip(
         (layer.gamma, layer.beta, layer.moving_mean, layer.moving_variance),
-        ag.vectors(4, np.random.default_rng(1)),
+        sample_data.vectors(4, np.random.default_rng(1)),
         strict=True,
     ):
         array[:] = value
@@ -25,16 +25,16 @@ def made(**words):
 
 def batches():
     rng = np.random.default_rng(2)
-    return [ag.batch(SHAPE, -1, np.float64, rng) for _ in range(2)]
+    return [sample_data.batch(SHAPE, -1, np.float64, rng) for _ in range(2)]
 
 
 @pytest.mark.parametrize(("of_batch", "moves"), TABLE)
-@pytest.mark.parametrize("words", KINDS, ids=str)
-def test_equals_our_keras_layer(need, of_batch, moves, words):
+@pytest.mark.parametrize("kwargs", KINDS, ids=str)
+def test_equals_our_keras_layer(need, of_batch, moves, kwargs):
     tf = need("tensorflow")
     import bnfast.keras
 
-    ours = made(use_batch_statistics=of_batch, update_statistics=moves, **words)
+    ours = made(use_batch_statistics=of_batch, update_statistics=moves, **kwargs)
     given = ours.to_keras()
     theirs = bnfast.keras.BatchNormalization(**given["config"], dtype="float64")
     theirs.build(SHAPE)
@@ -58,11 +58,11 @@ def test_equals_our_keras_layer(need, of_batch, moves, words):
         assert still == (not (moves and training and trainable))
 
 
-@pytest.mark.parametrize("words", KINDS, ids=str)
-def test_statistics_that_y_does_not_use_move_alike(words):
+@pytest.mark.parametrize("kwargs", KINDS, ids=str)
+def test_statistics_that_y_does_not_use_move_alike(kwargs):
     x, dy = batches()
-    plain, ours = made(**words), made(use_batch_statistics=False, **words)
-    inferred, expected = made(**words), made(**words)
+    plain, ours = made(**kwargs), made(use_batch_statistics=False, **kwargs)
+    inferred, expected = made(**kwargs), made(**kwargs)
     y = ours(x, training=True)
     plain(x, training=True)
     np.testing.assert_array_equal(y, inferred(x))
@@ -94,13 +94,13 @@ def test_switches_may_change_between_calls():
     np.testing.assert_array_equal(layer.moving_mean, plain.moving_mean)
 
 
-@pytest.mark.parametrize("words", [{}, {"update_statistics": False}], ids=str)
-def test_nan_policy_raise(words):
+@pytest.mark.parametrize("kwargs", [{}, {"update_statistics": False}], ids=str)
+def test_nan_policy_raise(kwargs):
     x, _ = batches()
     x[1, 1, 1] = np.nan
-    layer = made(nan_policy="raise", use_batch_statistics=False, **words)
+    layer = made(nan_policy="raise", use_batch_statistics=False, **kwargs)
     before = layer.state_dict()
-    if words:
+    if kwargs:
         layer(x, training=True)  # no statistics of this batch are asked for
     else:
         with pytest.raises(FloatingPointError, match="non-finite"):

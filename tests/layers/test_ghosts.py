@@ -2,10 +2,10 @@
 
 import copy
 
-import agreement as ag
 import numpy as np
+import numpy_reference
 import pytest
-import reference
+import sample_data
 from bnfast import BatchNormalization
 
 CASES = [((12, 5), -1), ((12, 3, 4), 1), ((12, 3, 2, 4), -1), ((12, 3, 2, 4), 2)]
@@ -13,12 +13,12 @@ cases = pytest.mark.parametrize(("shape", "axis"), CASES, ids=str)
 groupings = pytest.mark.parametrize("grouping", ["contiguous", "strided"])
 
 
-def made(shape, axis, **words):
-    layer = BatchNormalization(axis=axis, **words)
-    layer.build(shape[axis], words.get("dtype"))
+def made(shape, axis, **kwargs):
+    layer = BatchNormalization(axis=axis, **kwargs)
+    layer.build(shape[axis], kwargs.get("dtype"))
     for array, value in zip(
         (layer.gamma, layer.beta, layer.moving_mean, layer.moving_variance),
-        ag.vectors(shape[axis], np.random.default_rng(1)),
+        sample_data.vectors(shape[axis], np.random.default_rng(1)),
         strict=True,
     ):
         array[...] = value
@@ -27,7 +27,7 @@ def made(shape, axis, **words):
 
 def batches(shape, axis, dtype="float32"):
     rng = np.random.default_rng(2)
-    return [ag.batch(shape, axis, ag.dtype_of(dtype), rng) for _ in range(3)]
+    return [sample_data.batch(shape, axis, sample_data.dtype_of(dtype), rng) for _ in range(3)]
 
 
 def samples(size, grouping, batch=12):
@@ -50,8 +50,8 @@ def same(a, b):
 def test_a_ghost_has_the_bits_of_a_batch_of_its_own(shape, axis, grouping, masked, size):
     """One ghost is masked whole, and counts for nothing in the moving statistics."""
     x, dy, residual = batches(shape, axis)
-    words = {"activation": "relu", "correction": 1}
-    ours = made(shape, axis, virtual_batch_size=size, virtual_batch_grouping=grouping, momentum=0.75, **words)
+    kwargs = {"activation": "relu", "correction": 1}
+    ours = made(shape, axis, virtual_batch_size=size, virtual_batch_grouping=grouping, momentum=0.75, **kwargs)
     before = ours.state_dict()
     mask = np.random.default_rng(3).random(np.delete(shape, axis)) < 0.7
     mask[samples(size, grouping)[1]] = False
@@ -59,7 +59,7 @@ def test_a_ghost_has_the_bits_of_a_batch_of_its_own(shape, axis, grouping, maske
     y, dx = ours(x, training=True, mask=mask, residual=residual), ours.backward(dy)
     means, variances, dgamma, dbeta = [], [], 0, 0
     for ghost in samples(size, grouping):
-        alone, given = made(shape, axis, momentum=0.0, **words), None if mask is None else mask[ghost]
+        alone, given = made(shape, axis, momentum=0.0, **kwargs), None if mask is None else mask[ghost]
         same(y[ghost], alone(x[ghost], training=True, mask=given, residual=residual[ghost]))
         same(dx[ghost], alone.backward(dy[ghost]))
         same(ours.dresidual[ghost], alone.dresidual)
@@ -80,10 +80,10 @@ def test_a_ghost_has_the_bits_of_a_batch_of_its_own(shape, axis, grouping, maske
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
 def test_one_ghost_gives_the_bits_of_none(shape, axis, grouping, masked, dtype):
     x, dy, residual = batches(shape, axis, dtype)
-    words = {"activation": "relu6", "correction": 1}
+    kwargs = {"activation": "relu6", "correction": 1}
     mask = np.random.default_rng(3).random(np.delete(shape, axis)) if masked else None
-    plain = made(shape, axis, **words)
-    ours = made(shape, axis, virtual_batch_size=12, virtual_batch_grouping=grouping, **words)
+    plain = made(shape, axis, **kwargs)
+    ours = made(shape, axis, virtual_batch_size=12, virtual_batch_grouping=grouping, **kwargs)
     for _ in range(2):
         same(*(layer(x, training=True, mask=mask, residual=residual) for layer in (ours, plain)))
         same(ours.backward(dy), plain.backward(dy))
@@ -96,8 +96,8 @@ def test_one_ghost_gives_the_bits_of_none(shape, axis, grouping, masked, dtype):
 @pytest.mark.parametrize("size", [3, 4])
 def test_strided_equals_tf_keras(shape, axis, size, need):
     tf, layers = need("tensorflow"), need("tf_keras").layers
-    words = {"axis": axis, "virtual_batch_size": size, "momentum": 0.75, "dtype": "float64"}
-    ours, theirs = made(shape, virtual_batch_grouping="strided", **words), layers.BatchNormalization(**words)
+    kwargs = {"axis": axis, "virtual_batch_size": size, "momentum": 0.75, "dtype": "float64"}
+    ours, theirs = made(shape, virtual_batch_grouping="strided", **kwargs), layers.BatchNormalization(**kwargs)
     theirs.build(shape)
     state = [ours.gamma, ours.beta, ours.moving_mean, ours.moving_variance]
     theirs.set_weights([v.reshape(w.shape) for v, w in zip(state, theirs.weights, strict=True)])
@@ -119,9 +119,9 @@ def test_against_formulas(grouping):
     ours = made((12, 5), -1, virtual_batch_size=4, virtual_batch_grouping=grouping, momentum=0.5, dtype="float64")
     before = ours.state_dict()
     y, dx = ours(x, training=True), ours.backward(dy)
-    parts = [reference.train(x[g], ours.gamma, ours.beta) for g in samples(4, grouping)]
+    parts = [numpy_reference.train(x[g], ours.gamma, ours.beta) for g in samples(4, grouping)]
     for ghost, part in zip(samples(4, grouping), parts, strict=True):
-        back = reference.grad(dy[ghost], x[ghost], part.mean, part.invstd, ours.gamma, ours.beta)
+        back = numpy_reference.grad(dy[ghost], x[ghost], part.mean, part.invstd, ours.gamma, ours.beta)
         np.testing.assert_allclose(y[ghost], part.y.astype(float), rtol=1e-10, atol=1e-11)
         np.testing.assert_allclose(dx[ghost], back.dx.astype(float), rtol=1e-9, atol=1e-10)
     variance = sum(part.variance for part in parts) / 3
@@ -153,10 +153,10 @@ def test_nan_policies():
     unchanged(ours, FloatingPointError, "non-finite", x)
 
 
-def unchanged(layer, error, text, x, **words):
+def unchanged(layer, error, text, x, **kwargs):
     before = copy.deepcopy(layer)
     with pytest.raises(error, match=text):
-        layer(x, training=True, **words)
+        layer(x, training=True, **kwargs)
     assert layer.built == before.built
     if layer.built:
         for name, array in before.state_dict().items():
@@ -168,14 +168,14 @@ def unchanged(layer, error, text, x, **words):
 def test_what_a_call_refuses(grouping, built):
     x, *_ = batches((12, 5), -1)
 
-    def layer(**words):
-        words = {"virtual_batch_size": 4, "virtual_batch_grouping": grouping, **words}
-        return made((12, 5), words.pop("axis", -1), **words) if built else BatchNormalization(**words)
+    def layer(**kwargs):
+        kwargs = {"virtual_batch_size": 4, "virtual_batch_grouping": grouping, **kwargs}
+        return made((12, 5), kwargs.pop("axis", -1), **kwargs) if built else BatchNormalization(**kwargs)
 
     text = r"virtual_batch_size must divide the batch. Received: 5, and x of shape \(12, 5\)"
     unchanged(layer(virtual_batch_size=5), ValueError, text, x)
     unchanged(layer(virtual_batch_size=24), ValueError, "virtual_batch_size must divide the batch", x)
-    unchanged(layer(axis=0), ValueError, r"axis must not be 0, the batch's, where there are ghosts", x)
+    unchanged(layer(axis=0), ValueError, r"axis must not be 0, which is the batch axis, with virtual_batch_size", x)
     unchanged(
         layer(), ValueError, r"residual must have the shape of x, \(12, 5\). Received: \(4, 5\)", x, residual=x[:4]
     )
@@ -190,7 +190,7 @@ def test_what_a_call_refuses(grouping, built):
 
 
 @pytest.mark.parametrize(
-    ("words", "error", "text"),
+    ("kwargs", "error", "text"),
     [
         ({"virtual_batch_size": 0}, ValueError, "virtual_batch_size must be at least 1, or None. Received: 0"),
         ({"virtual_batch_size": 2.0}, TypeError, "virtual_batch_size must be an integer. Received: 2.0"),
@@ -199,9 +199,9 @@ def test_what_a_call_refuses(grouping, built):
     ],
     ids=str,
 )
-def test_what_the_constructor_refuses(words, error, text):
+def test_what_the_constructor_refuses(kwargs, error, text):
     with pytest.raises(error, match=text):
-        BatchNormalization(**words)
+        BatchNormalization(**kwargs)
 
 
 @cases

@@ -2,9 +2,9 @@
 
 import copy
 
-import agreement as ag
 import numpy as np
 import pytest
+import sample_data
 from bnfast import BatchNormalization
 
 CASES = [((20, 5), -1), ((6, 3, 4), 1), ((6, 3, 2, 4), -1)]
@@ -13,11 +13,11 @@ ONE = {"rmin": 1, "rmax": 1, "dmax": 0}
 STATE = ("moving_mean", "moving_variance", "moving_stddev", "renorm_mean", "renorm_stddev")
 
 
-def made(channels, dtype="float64", **words):
+def made(channels, dtype="float64", **kwargs):
     """A layer whose gamma and beta aren't the defaults."""
-    layer = BatchNormalization(dtype=dtype, **words)
+    layer = BatchNormalization(dtype=dtype, **kwargs)
     layer.build(channels)
-    gamma, beta, *_ = ag.vectors(channels, np.random.default_rng(1), dtype)
+    gamma, beta, *_ = sample_data.vectors(channels, np.random.default_rng(1), dtype)
     if layer.scale:
         layer.gamma[:] = gamma
     if layer.center:
@@ -25,19 +25,19 @@ def made(channels, dtype="float64", **words):
     return layer
 
 
-def unchanged(layer, error, text, *args, **words):
+def unchanged(layer, error, text, *args, **kwargs):
     before = layer.state_dict()
     with pytest.raises(error, match=text):
-        layer(*args, training=True, **words)
+        layer(*args, training=True, **kwargs)
     for name, array in layer.state_dict().items():
         np.testing.assert_array_equal(array, before[name])
 
 
-def step_of_keras(tf, layer, x, dy, **words):
+def step_of_keras(tf, layer, x, dy, **kwargs):
     with tf.GradientTape() as tape:
         given = tf.constant(x)
         tape.watch(given)
-        y = layer(given, training=True, **words)
+        y = layer(given, training=True, **kwargs)
     sources = [given, *(v.value for v in (layer.gamma, layer.beta) if v is not None)]
     return [y, *tape.gradient(y, sources, output_gradients=tf.constant(dy))]
 
@@ -47,10 +47,10 @@ def agree(ours, theirs, tf, masks, tolerance=1e-9):
     shape, axis = masks[0], masks[1]
     rng = np.random.default_rng(2)
     for step in range(3):
-        x, dy = (ag.batch(shape, axis, np.float64, rng) for _ in range(2))
-        words = {"mask": rng.random(np.delete(shape, axis)) < 0.6} if len(masks) > 2 else {}
-        wanted = step_of_keras(tf, theirs, x, dy, **{name: tf.constant(v) for name, v in words.items()})
-        actual = [ours(x, training=True, **words), ours.backward(dy)]
+        x, dy = (sample_data.batch(shape, axis, np.float64, rng) for _ in range(2))
+        kwargs = {"mask": rng.random(np.delete(shape, axis)) < 0.6} if len(masks) > 2 else {}
+        wanted = step_of_keras(tf, theirs, x, dy, **{name: tf.constant(v) for name, v in kwargs.items()})
+        actual = [ours(x, training=True, **kwargs), ours.backward(dy)]
         actual += [d for d in (ours.dgamma, ours.dbeta) if d is not None]
         for a, b in zip(actual, wanted, strict=True):
             np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance, err_msg=str(step))
@@ -63,32 +63,32 @@ def agree(ours, theirs, tf, masks, tolerance=1e-9):
 @pytest.mark.parametrize(("shape", "axis"), CASES, ids=str)
 def test_equals_keras(need, clipping, shape, axis):
     tf, keras = need("tensorflow"), need("keras")
-    words = {"axis": axis, "renorm": True, "renorm_clipping": clipping, "momentum": 0.75, "renorm_momentum": 0.5}
-    theirs = keras.layers.BatchNormalization(**words, dtype="float64")
+    kwargs = {"axis": axis, "renorm": True, "renorm_clipping": clipping, "momentum": 0.75, "renorm_momentum": 0.5}
+    theirs = keras.layers.BatchNormalization(**kwargs, dtype="float64")
     theirs.build(shape)
-    ours = made(shape[axis], **words)
+    ours = made(shape[axis], **kwargs)
     theirs.gamma.assign(ours.gamma)
     theirs.beta.assign(ours.beta)
     agree(ours, theirs, tf, (shape, axis), 1e-6)  # Keras keeps sqrt(epsilon) in float32
 
 
 @pytest.mark.parametrize(("center", "scale"), [(True, True), (True, False), (False, True)])
-@pytest.mark.parametrize("words", [{}, {"momentum": None}], ids=str)
-def test_equals_our_keras_layer_with_masks(need, center, scale, words):
+@pytest.mark.parametrize("kwargs", [{}, {"momentum": None}], ids=str)
+def test_equals_our_keras_layer_with_masks(need, center, scale, kwargs):
     tf = need("tensorflow")
     import bnfast.keras
 
-    words = {**words, "axis": 1, "renorm": True, "renorm_clipping": {"rmax": 1.2}, "center": center, "scale": scale}
-    theirs = bnfast.keras.BatchNormalization(**words, dtype="float64")
+    kwargs = {**kwargs, "axis": 1, "renorm": True, "renorm_clipping": {"rmax": 1.2}, "center": center, "scale": scale}
+    theirs = bnfast.keras.BatchNormalization(**kwargs, dtype="float64")
     theirs.build((6, 3, 4))
-    ours = made(3, **words)
+    ours = made(3, **kwargs)
     for name in ("gamma",) * scale + ("beta",) * center:
         getattr(theirs, name).assign(getattr(ours, name))
     agree(ours, theirs, tf, ((6, 3, 4), 1, "masked"))
 
 
 def test_clipping_may_change_between_steps():
-    x = ag.batch((20, 5), 1, np.float32, np.random.default_rng(3))
+    x = sample_data.batch((20, 5), 1, np.float32, np.random.default_rng(3))
     ours, fixed = (made(5, "float32", renorm=True, renorm_clipping=ONE) for _ in range(2))
     for layer in (ours, fixed):
         layer(x, training=True)
@@ -103,16 +103,16 @@ def test_clipping_may_change_between_steps():
 
 
 @pytest.mark.parametrize(("shape", "axis"), [*CASES, ((3, 5, 2, 4), (1, 3))], ids=str)
-@pytest.mark.parametrize("dtype", ag.DTYPES)
+@pytest.mark.parametrize("dtype", sample_data.DTYPES)
 @pytest.mark.parametrize("masked", [False, True])
 def test_r_1_and_d_0_have_the_bits_of_the_plain_layer(shape, axis, dtype, masked):
     rng = np.random.default_rng(4)
     along = axis[-1] if isinstance(axis, tuple) else axis
-    x, dy, residual = (ag.batch(shape, along, ag.dtype_of(dtype), rng) for _ in range(3))
+    x, dy, residual = (sample_data.batch(shape, along, sample_data.dtype_of(dtype), rng) for _ in range(3))
     mask = rng.random([n for i, n in enumerate(shape) if i not in np.ravel(axis) % len(shape)]) if masked else None
     channels = tuple(shape[i] for i in axis) if isinstance(axis, tuple) else shape[axis]
-    words = {"axis": axis, "activation": "relu6", "dtype": "float64" if dtype == "float64" else "float32"}
-    plain, ours = BatchNormalization(**words), BatchNormalization(**words, renorm=True, renorm_clipping=ONE)
+    kwargs = {"axis": axis, "activation": "relu6", "dtype": "float64" if dtype == "float64" else "float32"}
+    plain, ours = BatchNormalization(**kwargs), BatchNormalization(**kwargs, renorm=True, renorm_clipping=ONE)
     for layer in (plain, ours):
         layer.build(channels)
         layer.gamma[...] = np.linspace(-1, 2, layer.gamma.size).reshape(layer.gamma.shape)
@@ -131,7 +131,7 @@ def test_r_1_and_d_0_have_the_bits_of_the_plain_layer(shape, axis, dtype, masked
 
 def test_a_batch_that_holds_nothing_moves_nothing():
     layer = made(5, renorm=True, momentum=None)
-    x = ag.batch((20, 5), 1, np.float64, np.random.default_rng(5))
+    x = sample_data.batch((20, 5), 1, np.float64, np.random.default_rng(5))
     layer(x, training=True)
     before = layer.state_dict()
     layer(x[:0], training=True)
@@ -142,7 +142,7 @@ def test_a_batch_that_holds_nothing_moves_nothing():
 
 
 def test_nan_policies():
-    x = ag.batch((20, 5), 1, np.float32, np.random.default_rng(6))
+    x = sample_data.batch((20, 5), 1, np.float32, np.random.default_rng(6))
     x[7, 2] = np.inf
     for policy, still in (("propagate", []), ("skip_update", [2])):
         layer = made(5, "float32", renorm=True, nan_policy=policy)
@@ -156,7 +156,7 @@ def test_nan_policies():
 
 def test_state():
     layer = made(5, renorm=True)
-    layer(ag.batch((20, 5), 1, np.float64, np.random.default_rng(7)), training=True)
+    layer(sample_data.batch((20, 5), 1, np.float64, np.random.default_rng(7)), training=True)
     state = layer.state_dict()
     assert list(state) == ["gamma", "beta", *STATE]
     fresh = BatchNormalization(renorm=True)
@@ -170,22 +170,22 @@ def test_state():
 
 
 @pytest.mark.parametrize(
-    ("words", "error", "text"),
+    ("kwargs", "error", "text"),
     [
         ({"renorm": 1}, TypeError, "renorm must be True or False. Received: 1"),
         ({"renorm_clipping": 3}, TypeError, "renorm_clipping must be None or a dict of rmin, rmax, dmax. Received: 3"),
         ({"renorm_clipping": {"max": 3}}, ValueError, r"renorm_clipping must have no keys but.*Received: \['max'\]"),
         ({"renorm_clipping": {"dmax": "3"}}, TypeError, r"renorm_clipping\['dmax'\] must be a real number"),
-        ({"renorm_clipping": {"rmin": 2, "rmax": 1}}, ValueError, "rmin of at most rmax. Received: {'rmin': 2"),
+        ({"renorm_clipping": {"rmin": 2, "rmax": 1}}, ValueError, "rmin <= rmax. Received: {'rmin': 2"),
         ({"renorm_momentum": 1.5}, ValueError, r"renorm_momentum must be in \[0, 1\]. Received: 1.5"),
-        ({"virtual_batch_size": 4}, ValueError, "virtual_batch_size must be None where renorm=True. Received: 4"),
-        ({"correction": 1}, ValueError, "correction must be 0 where renorm=True. Received: 1"),
+        ({"virtual_batch_size": 4}, ValueError, "virtual_batch_size must be None with renorm=True. Received: 4"),
+        ({"correction": 1}, ValueError, "correction must be 0 with renorm=True. Received: 1"),
     ],
     ids=str,
 )
-def test_what_is_refused(words, error, text):
+def test_what_is_refused(kwargs, error, text):
     with pytest.raises(error, match=text):
-        BatchNormalization(**{"renorm": True, **words})
+        BatchNormalization(**({"renorm": True} | kwargs))
 
 
 def test_a_failed_first_call_does_not_build():

@@ -1,7 +1,7 @@
-"""From what users have to a NumPy array over the same memory.
+"""Convert array-like arguments to NumPy arrays over the same memory.
 
-NumPy arrays, the buffer protocol (array.array, memoryview, TensorFlow's eager tensors) and DLPack on the CPU (torch,
-JAX) are read where they lie. DLPack's NumPy consumer knows no bfloat16, so those go around it, also without a copy.
+NumPy arrays, the buffer protocol (array.array, memoryview, eager TensorFlow tensors) and DLPack on the CPU (torch, JAX)
+are read in place. NumPy's DLPack reader has no bfloat16, so bfloat16 tensors take another path, also without a copy.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ HOST_DEVICES = (1, 3)  # DLPack's kDLCPU and kDLCUDAHost (pinned memory)
 
 
 def as_array(name: str, value: Any) -> Array:
-    """`value` as an ndarray without a copy; TypeError naming the argument where that can't be."""
+    """`value` as an ndarray, without a copy. Raises a TypeError that names the argument if this is not possible."""
     if isinstance(value, np.ndarray):
         if isinstance(value, np.ma.MaskedArray):
             raise TypeError(f"{name} must be a plain array, with weights in mask=. Received: {type(value).__name__}")
-        return _native(np.asarray(value))
+        return _native_byte_order(np.asarray(value))
     if hasattr(value, "__dlpack__") and hasattr(value, "__dlpack_device__"):
         return _from_dlpack(name, value)
     try:
-        return _native(np.asarray(memoryview(value)))
+        return _native_byte_order(np.asarray(memoryview(value)))
     except (TypeError, ValueError, BufferError):
         raise TypeError(
             f"{name} must be a NumPy array or have the buffer protocol or __dlpack__. Received: {type(value).__name__}"
         ) from None
 
 
-def _native(array: Array) -> Array:
-    """ctypes arrays come as '<f4': the machine's byte order, but by a name that _core doesn't take for it."""
+def _native_byte_order(array: Array) -> Array:
+    """ctypes arrays have dtype '<f4': the machine's byte order, but _core accepts only the spelling '=f4'."""
     if array.dtype.isnative and array.dtype.byteorder in "<>":
         return array.view(array.dtype.newbyteorder("="))
     return array
@@ -65,21 +65,21 @@ def _from_bfloat16(name: str, value: Any) -> Array:
     if torch is not None and isinstance(value, torch.Tensor):
         bits: Array = np.from_dlpack(value.view(torch.int16))
         return bits.view(bfloat16)
-    array = np.asarray(value)  # JAX's __array__ is a view of its buffer, with this very dtype
+    array = np.asarray(value)  # JAX's __array__ returns a view of its buffer with dtype bfloat16
     if array.dtype != bfloat16:
         raise TypeError(f"{name} must be readable as bfloat16. Received: {type(value).__name__} read as {array.dtype}")
     return array
 
 
 def contiguous(array: Array | None, dtype: npt.DTypeLike | None = None) -> Array | None:
-    """The array itself where it is C-contiguous and aligned (and of `dtype`), else one copy that is."""
+    """The array itself if it is C-contiguous and aligned (and has `dtype`), else one copy that is."""
     if array is None or (array.flags.c_contiguous and array.flags.aligned and (dtype is None or array.dtype == dtype)):
         return array
     return np.require(array, dtype, ("C_CONTIGUOUS", "ALIGNED"))
 
 
 def overlap(a: Array, b: Array) -> bool:
-    """Whether two arrays share a byte; a question too hard to settle quickly counts as yes."""
+    """Whether two arrays share a byte. If NumPy cannot decide within the work limit, the answer is True."""
     try:
         return np.shares_memory(a, b, max_work=10_000)  # type: ignore[arg-type]  # NumPy's stubs: 0 or -1
     except np.exceptions.TooHardError:

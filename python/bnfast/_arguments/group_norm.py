@@ -1,12 +1,14 @@
-"""Group, instance and layer norm of whatever _core.group_norm declines: the error, or a call with plain arguments.
+"""Group, instance and layer norm for the calls that _core declines: raise the error, or convert and call _core again.
 
-The core sees (N, A, C, S): samples, what lies between their axis and the channels', channels, the rest; A or S is 1.
-- channels_first (A = 1): a group's values lie side by side, K = C/groups channels of S values.
-- channels_last (S = 1): a sample is a matrix of A rows, a group K of its columns.
-- channels in the middle, as axis 2 of rank 4: channels_first by one copy of x (and dy) on the way in, of y (dx) out.
-- layer norm over trailing axes: N rows of one group, C = the axes' extents multiplied; other axes go to the end first,
-  again by one copy each way.
-Whatever raises has changed nothing: ValueError for values and shapes, TypeError for types and dtypes.
+_core takes x as (N, A, C, S): samples, the values between the sample axis and the channel axis, channels, the rest.
+A or S is 1.
+- channels_first (A = 1): the values of a group are contiguous, C/groups channels of S values.
+- channels_last (S = 1): a sample is a matrix of A rows, a group C/groups of its columns.
+- channels in the middle, as axis 2 of rank 4: transposed to channels_first, one copy of x (and dy) on the way in and
+  one of y (dx) on the way out.
+- layer norm over trailing axes: N rows with one group, C = the product of the axes' extents. Other axes are transposed
+  to the end first, again with one copy each way.
+A call that raises has changed nothing: ValueError for values and shapes, TypeError for types and dtypes.
 """
 
 from __future__ import annotations
@@ -17,152 +19,173 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import _core
-from .arrays import Array, as_array, contiguous
+from .array_checks import like, output, parameter, tensor, vector
+from .arrays import Array, contiguous
 from .axes import Axes
-from .checks import integer, like, real, target, tensor, vector
+from .checks import integer, real
 
-__all__ = ["EACH", "group_norm", "group_norm_grad", "layer_norm", "layer_norm_grad"]
-
-
-class Each:
-    """In place of a number of groups: one a channel."""
+__all__ = ["PER_CHANNEL", "group_norm", "group_norm_grad", "layer_norm", "layer_norm_grad"]
 
 
-EACH = Each()
+class PerChannel:
+    """Passed instead of a number of groups: one group per channel (instance norm)."""
 
 
-class View(NamedTuple):
-    """How x goes into the core: its axes in this order, then in that shape, channels at `place`."""
+PER_CHANNEL = PerChannel()
+
+
+class CoreLayout(NamedTuple):
+    """How x is passed to _core: axes transposed to `order`, reshaped to `shape`, channels on `channel_axis`."""
 
     axes: Axes
     order: tuple[int, ...]
     shape: tuple[int, ...]
-    place: int
+    channel_axis: int
     groups: int
-    statistics: tuple[int, ...]  # the shape of mean
-    meaning: str  # of that shape
+    statistics_shape: tuple[int, ...]  # of mean and invstd
+    statistics_meaning: str  # what that shape is, for error messages
 
     @staticmethod
-    def of_groups(x: Array, groups: Any, axis: Any) -> View:
-        """For no channels EACH stands for the one group that the core takes; their statistics have shape (N, 0)."""
+    def of_groups(x: Array, groups: Any, axis: Any) -> CoreLayout:
+        """With C = 0, PER_CHANNEL means one group, which _core requires; the statistics then have shape (N, 0)."""
         axes = Axes.of(axis, x)
         if len(axes.axes) > 1:
             raise ValueError(f"axis must name one axis. Received: {axis!r}")
         if x.ndim < 2:
             raise ValueError(f"x must have a batch axis and a channel axis. Received: shape {x.shape}")
-        place = axes.place
-        if place == 0:
-            raise ValueError(f"axis must not be 0, the batch's. Received: {axis!r} for x of shape {x.shape}")
-        samples, channels = len(x), x.shape[place]
-        count = max(1, channels) if isinstance(groups, Each) else integer("groups", groups)
+        channel_axis = axes.merged_axis
+        if channel_axis == 0:
+            raise ValueError(
+                f"axis must not be 0, which is the batch axis. Received: {axis!r} for x of shape {x.shape}"
+            )
+        samples, channels = len(x), x.shape[channel_axis]
+        count = max(1, channels) if isinstance(groups, PerChannel) else integer("groups", groups)
         if count < 1 or channels % count:
             raise ValueError(f"groups must divide the {channels} channels on {axes} of x. Received: {count}")
-        before, after = math.prod(x.shape[1:place]), math.prod(x.shape[place + 1 :])
-        order, shape, at = tuple(range(x.ndim)), (samples, before, channels, after), 2
+        before, after = math.prod(x.shape[1:channel_axis]), math.prod(x.shape[channel_axis + 1 :])
+        order, shape = tuple(range(x.ndim)), (samples, before, channels, after)
         if before != 1 and after != 1:
-            order = (0, place, *(i for i in order[1:] if i != place))
-            shape, at = (samples, 1, channels, before * after), 2
-        statistics = (samples, channels if isinstance(groups, Each) else count)
-        return View(axes, order, shape, at, count, statistics, "(batch, groups)")
+            order = (0, channel_axis, *(i for i in order[1:] if i != channel_axis))
+            shape = (samples, 1, channels, before * after)
+        statistics_shape = (samples, channels if isinstance(groups, PerChannel) else count)
+        return CoreLayout(axes, order, shape, 2, count, statistics_shape, "(batch, groups)")
 
     @staticmethod
-    def of_layers(x: Array, axis: Any) -> View:
+    def of_layers(x: Array, axis: Any) -> CoreLayout:
         axes = Axes.of(axis, x)
         others = tuple(i for i in range(x.ndim) if i not in axes.axes)
-        shape = math.prod(axes.off), math.prod(axes.shape)
-        return View(axes, (*others, *axes.axes), shape, 1, 1, axes.off, f"that of x without {axes}")
+        shape = math.prod(axes.other_shape), math.prod(axes.shape)
+        meaning = f"that of x without {axes}"
+        return CoreLayout(axes, (*others, *axes.axes), shape, 1, 1, axes.other_shape, meaning)
 
     @property
-    def moved(self) -> bool:
+    def transposed(self) -> bool:
         return self.order != tuple(range(len(self.order)))
 
-    def enter(self, array: Array) -> Array:
+    def to_core(self, array: Array) -> Array:
+        """x or dy as _core takes it; a copy only if it is transposed or was not contiguous."""
         plain = contiguous(array.transpose(self.order))
         assert plain is not None
         return plain.reshape(self.shape)
 
-    def enter_out(self, out: Array | None) -> Array | None:
-        """Where the core writes: `out`, or None where that is a copy, which `leave` brings to `out`."""
-        return None if out is None or self.moved else out.reshape(self.shape)
+    def out_to_core(self, out: Array | None) -> Array | None:
+        """The array for _core to write: a view of `out`, or None if x is transposed; then `from_core` fills `out`."""
+        return None if out is None or self.transposed else out.reshape(self.shape)
 
-    def leave(self, array: Array, out: Array | None) -> Array:
-        if out is not None and not self.moved:
+    def from_core(self, array: Array, out: Array | None) -> Array:
+        """y or dx in the shape of x, in `out` if there is one."""
+        if out is not None and not self.transposed:
             return out
-        whole = self.axes.x_shape
-        array = array.reshape([whole[i] for i in self.order]).transpose(np.argsort(self.order))
+        x_shape = self.axes.x_shape
+        array = array.reshape([x_shape[i] for i in self.order]).transpose(np.argsort(self.order))
         if out is None:
-            return np.ascontiguousarray(array).reshape(whole)  # NumPy makes (1,) of ()
+            return np.ascontiguousarray(array).reshape(x_shape)  # ascontiguousarray makes (1,) of ()
         out[...] = array
         return out
 
 
 def group_norm(x: Any, groups: Any, gamma: Any, beta: Any, axis: Any, epsilon: Any, out: Any) -> tuple[Array, ...]:
     x = tensor("x", x)
-    return _forward(x, View.of_groups(x, groups, axis), gamma, beta, epsilon, out)
+    return _forward(x, CoreLayout.of_groups(x, groups, axis), gamma, beta, epsilon, out)
 
 
 def layer_norm(x: Any, gamma: Any, beta: Any, axis: Any, epsilon: Any, out: Any) -> tuple[Array, ...]:
     x = tensor("x", x)
-    return _forward(x, View.of_layers(x, axis), gamma, beta, epsilon, out)
+    return _forward(x, CoreLayout.of_layers(x, axis), gamma, beta, epsilon, out)
 
 
 def group_norm_grad(
     dy: Any, x: Any, mean: Any, invstd: Any, groups: Any, gamma: Any, axis: Any, out: Any
 ) -> tuple[Array, ...]:
     x = tensor("x", x)
-    return _backward(dy, x, View.of_groups(x, groups, axis), mean, invstd, gamma, out)
+    return _backward(dy, x, CoreLayout.of_groups(x, groups, axis), mean, invstd, gamma, out)
 
 
 def layer_norm_grad(dy: Any, x: Any, mean: Any, invstd: Any, gamma: Any, axis: Any, out: Any) -> tuple[Array, ...]:
     x = tensor("x", x)
-    return _backward(dy, x, View.of_layers(x, axis), mean, invstd, gamma, out)
+    return _backward(dy, x, CoreLayout.of_layers(x, axis), mean, invstd, gamma, out)
 
 
-def _forward(x: Array, view: View, gamma: Any, beta: Any, epsilon: Any, out: Any) -> tuple[Array, ...]:
-    gamma, beta = vector("gamma", gamma, view.axes), vector("beta", beta, view.axes)
+def _forward(x: Array, layout: CoreLayout, gamma: Any, beta: Any, epsilon: Any, out: Any) -> tuple[Array, ...]:
+    gamma, beta = vector("gamma", gamma, layout.axes), vector("beta", beta, layout.axes)
     epsilon = real("epsilon", epsilon)
-    out = target(out, {"x": x}, {"gamma": gamma, "beta": beta})
+    out = output(out, {"x": x}, {"gamma": gamma, "beta": beta})
     result = _core.group_norm(
-        *(view.enter(x), view.groups, _flat(gamma), _flat(beta), view.place, epsilon, view.enter_out(out))
+        layout.to_core(x),
+        layout.groups,
+        _flatten(gamma),
+        _flatten(beta),
+        layout.channel_axis,
+        epsilon,
+        layout.out_to_core(out),
     )
-    assert result is not None, "_core.group_norm declined what is valid: bnfast is broken"
+    assert result is not None, "internal error: _core.group_norm declined valid arguments"
     y, mean, invstd = result
-    return view.leave(y, out), _shaped(mean, view.statistics), _shaped(invstd, view.statistics)
+    return (
+        layout.from_core(y, out),
+        _reshaped(mean, layout.statistics_shape),
+        _reshaped(invstd, layout.statistics_shape),
+    )
 
 
-def _backward(dy: Any, x: Array, view: View, mean: Any, invstd: Any, gamma: Any, out: Any) -> tuple[Array, ...]:
+def _backward(dy: Any, x: Array, layout: CoreLayout, mean: Any, invstd: Any, gamma: Any, out: Any) -> tuple[Array, ...]:
     dy = like("dy", tensor("dy", dy), "x", x)
     assert dy is not None
-    mean, invstd = _statistics("mean", mean, view), _statistics("invstd", invstd, view)
-    gamma = vector("gamma", gamma, view.axes)
-    out = target(out, {"dy": dy, "x": x}, {"mean": mean, "invstd": invstd, "gamma": gamma})
-    rows = (_shaped(_flat(a, np.float64), (view.shape[0], view.groups)) for a in (mean, invstd))
+    mean, invstd = _statistics("mean", mean, layout), _statistics("invstd", invstd, layout)
+    gamma = vector("gamma", gamma, layout.axes)
+    out = output(out, {"dy": dy, "x": x}, {"mean": mean, "invstd": invstd, "gamma": gamma})
+    core_shape = (layout.shape[0], layout.groups)
     result = _core.group_norm_grad(
-        *(view.enter(dy), view.enter(x), *rows, view.groups, _flat(gamma), view.place, view.enter_out(out))
+        layout.to_core(dy),
+        layout.to_core(x),
+        _reshaped(_flatten(mean, np.float64), core_shape),
+        _reshaped(_flatten(invstd, np.float64), core_shape),
+        layout.groups,
+        _flatten(gamma),
+        layout.channel_axis,
+        layout.out_to_core(out),
     )
-    assert result is not None, "_core.group_norm_grad declined what is valid: bnfast is broken"
+    assert result is not None, "internal error: _core.group_norm_grad declined valid arguments"
     dx, dgamma, dbeta = result
-    return view.leave(dx, out), dgamma.reshape(view.axes.shape), dbeta.reshape(view.axes.shape)
+    return layout.from_core(dx, out), dgamma.reshape(layout.axes.shape), dbeta.reshape(layout.axes.shape)
 
 
-def _flat(array: Array | None, dtype: Any = None) -> Array | None:
+def _flatten(array: Array | None, dtype: Any = None) -> Array | None:
     plain = contiguous(array, dtype)
     return None if plain is None else plain.reshape(-1)
 
 
-def _shaped(statistics: Array | None, shape: tuple[int, ...]) -> Array:
-    """In that shape; of no channels zeros are made, as there the core's (N, 1) meets (N, 0)."""
+def _reshaped(statistics: Array | None, shape: tuple[int, ...]) -> Array:
+    """The statistics in that shape. Without channels _core's are (N, 1), which become zeros of shape (N, 0)."""
     assert statistics is not None
     return statistics.reshape(shape) if statistics.size == math.prod(shape) else np.zeros(shape)
 
 
-def _statistics(name: str, value: Any, view: View) -> Array:
+def _statistics(name: str, value: Any, layout: CoreLayout) -> Array:
     if value is None:
-        raise TypeError(f"{name} must be an array of shape {view.statistics}. Received: None")
-    array = as_array(name, value)
-    if array.dtype.char not in "fd" or not array.dtype.isnative:
-        wanted = "float32 or float64 in the machine's byte order"
-        raise TypeError(f"{name} must have dtype {wanted}. Received: {array.dtype}")
-    if array.shape != view.statistics:
-        raise ValueError(f"{name} must have shape {view.statistics}, {view.meaning}. Received: {array.shape}")
+        raise TypeError(f"{name} must be an array of shape {layout.statistics_shape}. Received: None")
+    array = parameter(name, value)
+    if array.shape != layout.statistics_shape:
+        wanted = f"{layout.statistics_shape}, {layout.statistics_meaning}"
+        raise ValueError(f"{name} must have shape {wanted}. Received: {array.shape}")
     return array

@@ -1,1 +1,1 @@
-"""Batch normalization over several processes: `bnfast.distributed.mpi` (NumPy arrays, MPI). Imports nothing."""
+"""Batch normalization over several processes: `bnfast.distributed.mpi`, for NumPy arrays over MPI. Imports nothing."""

@@ -1,11 +1,12 @@
-"""Batch normalization of one batch whose samples lie on several MPI ranks, over mpi4py: pip install "bnfast[mpi]".
+"""Batch normalization of a batch whose samples are spread over MPI ranks, with mpi4py: pip install "bnfast[mpi]".
 
-moments, batch_norm_train and batch_norm_grad take what the functions of those names in bnfast take, each rank its own
-shard, and give what one process would give for all of it: they are collective, so every rank of `comm` calls them.
-Shards may differ in size and be empty. One message a call: (count, mean, variance) forward, (weight, dgamma, dbeta)
-backward, of float64 values, merged by every rank in rank order. So statistics and sums are equal bits on every rank,
-and moving statistics that begin equal stay equal.
-An error on one rank is an error on all, before anything is written: its own there, RuntimeError on the others.
+moments, batch_norm_train and batch_norm_grad have the arguments of the bnfast functions of those names. Each rank
+passes its own shard, and the result is that of one process with all samples. The calls are collective: every rank of
+`comm` makes them. Shards may differ in size and may be empty.
+Each call exchanges one message of float64 values: (count, mean, variance) forward, (weight, dgamma, dbeta) backward.
+Every rank merges them in rank order, so statistics and sums have equal bits on all ranks, and moving statistics that
+start equal stay equal.
+If one rank raises, all do, before anything is written: RuntimeError on the other ranks.
 Formulas: Chan, Golub, LeVeque 1979 for the merge; Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167.
 """
 
@@ -26,9 +27,9 @@ except ImportError as error:
         f'bnfast.distributed.mpi needs mpi4py, pip install "bnfast[mpi]", and an MPI library: {error}'
     ) from error
 
-from .._arguments import batch_norm as _validate
+from .._arguments import batch_norm as arguments
 from .._arguments.arrays import Array, as_array
-from ..functional import batch_norm as functional
+from ..functional import batch_norm
 from ..functional.batch_norm import GradResult, TrainResult
 from ..functional.moments import Moments
 
@@ -36,22 +37,35 @@ __all__ = ["batch_norm_grad", "batch_norm_train", "moments"]
 
 Vector: TypeAlias = npt.NDArray[np.float64]
 Sent = TypeVar("Sent")
-Own = TypeVar("Own")
+Local = TypeVar("Local")
 
 
 def moments(x: Any, *, axis: int | Sequence[int] = -1, mask: Any = None, comm: Any = None) -> Moments:
-    """Count, mean and population variance of every channel, over the x of all ranks.
+    """Count, mean and population variance of each channel, over the x of all ranks.
 
     Args:
-        x, axis, mask: as in `bnfast.moments`; every rank its own shard, of any size, with the same channels.
-        comm: an mpi4py intracommunicator, all of whose ranks make this call; None stands for MPI.COMM_WORLD.
+        x, axis, mask: as in `bnfast.moments`. Each rank passes its own shard, of any size, with the same channels.
+        comm: an mpi4py intracommunicator whose ranks all make this call. None means MPI.COMM_WORLD.
+
+    Returns:
+        Moments(count, mean, variance), the same on all ranks.
 
     Raises:
-        ValueError, TypeError: as in `bnfast.moments`, on the rank concerned; ranks have different numbers of channels
-            (ValueError on all); comm is no intracommunicator (TypeError, without a message to the others).
-        RuntimeError: another rank failed; the text says which and why.
+        ValueError, TypeError: as in `bnfast.moments`, on the rank that passed the argument. ValueError on all ranks if
+            they have different numbers of channels. TypeError on this rank alone if comm is not an intracommunicator.
+        RuntimeError: another rank failed; the message says which and why.
+
+    Example:
+        mpirun -n 2 python example.py, where example.py is:
+
+            from bnfast.distributed import mpi
+            from mpi4py import MPI
+            import numpy as np
+
+            x = np.full((3, 1), float(MPI.COMM_WORLD.rank))
+            print(mpi.moments(x))  # count=6.0, mean=[0.5], variance=[0.25] on both ranks
     """
-    parts, _ = _from_all(_communicator(comm), lambda: (functional.moments(x, axis=axis, mask=mask), None))
+    parts, _ = _from_all(_communicator(comm), lambda: (batch_norm.moments(x, axis=axis, mask=mask), None))
     return _merged(parts)
 
 
@@ -76,28 +90,44 @@ def batch_norm_train(
 ) -> TrainResult:
     """Normalize this rank's x with the statistics of all ranks' x, and update the moving statistics in place.
 
-    x is read twice: once for its moments, once to be normalized. gamma, beta and the moving statistics are each
-    rank's own copies, and should be equal.
+        y = activation(gamma * (x - mean)*invstd + beta + residual)
+        moving = moving*momentum + batch*(1 - momentum)
+
+    x is read twice: for its moments, then to be normalized. Each rank has its own copies of gamma, beta and the moving
+    statistics, which should be equal.
 
     Args:
-        comm: an mpi4py intracommunicator, all of whose ranks make this call; None stands for MPI.COMM_WORLD.
-        Everything else is as in `bnfast.batch_norm_train`.
+        comm: an mpi4py intracommunicator whose ranks all make this call. None means MPI.COMM_WORLD.
+        All other arguments: as in `bnfast.batch_norm_train`.
 
     Returns:
-        TrainResult(y, mean, variance, invstd): y of this rank's x; the others of all ranks together.
+        TrainResult(y, mean, variance, invstd): y is of this rank's x, the statistics are of all ranks together.
 
     Raises:
-        ValueError, TypeError, RuntimeError: as `moments`.
-        FloatingPointError: nan_policy="raise" and the statistics of some channel are not finite, on all ranks.
-        Nothing is changed by a call that raises.
+        ValueError, TypeError, RuntimeError: as in `moments`.
+        FloatingPointError: nan_policy="raise" and the statistics of a channel are not finite, on all ranks.
+        A call that raises changes nothing.
     """
 
     def local() -> tuple[Moments, None]:
-        _validate.train(
-            *(x, gamma, beta, moving_mean, moving_variance, axis, momentum, epsilon, mask),
-            *(activation, negative_slope, residual, correction, nan_policy, out),
+        arguments.train(
+            x,
+            gamma,
+            beta,
+            moving_mean,
+            moving_variance,
+            axis,
+            momentum,
+            epsilon,
+            mask,
+            activation,
+            negative_slope,
+            residual,
+            correction,
+            nan_policy,
+            out,
         )
-        return functional.moments(x, axis=axis, mask=mask), None
+        return batch_norm.moments(x, axis=axis, mask=mask), None
 
     parts, _ = _from_all(_communicator(comm), local)
     count, mean, variance = _merged(parts)
@@ -108,8 +138,12 @@ def batch_norm_train(
         raise FloatingPointError(
             f"x has non-finite batch statistics in channels {', '.join(map(str, channels[:8]))}{more}"
         )
-    y = functional.batch_norm_infer(
-        *(x, mean, variance, gamma, beta),
+    y = batch_norm.batch_norm_infer(
+        x,
+        mean,
+        variance,
+        gamma,
+        beta,
         axis=axis,
         epsilon=epsilon,
         activation=activation,
@@ -118,7 +152,7 @@ def batch_norm_train(
         out=out,
     )
     if moving_mean is not None and moving_variance is not None and count > 0:
-        bessel = count / (count - 1) if correction and count > 1 else 1.0
+        bessel = count / (count - 1) if correction and count > 1 else 1.0  # to the sample variance
         for moving, batch in ((moving_mean, mean), (moving_variance, variance * bessel)):
             new = moving.astype(np.float64) * momentum + batch * (1 - momentum)
             np.copyto(moving, new, casting="same_kind", where=finite if nan_policy == "skip_update" else True)
@@ -148,55 +182,70 @@ def batch_norm_grad(
 ) -> GradResult:
     """Gradients of the sum of all ranks' losses, from dy, the gradient of this rank's loss with respect to its y.
 
-        dgamma, dbeta = the sums over all ranks, the same on every rank: not to be summed over ranks again
-        dx = gamma*invstd*(dz - (w/W)*(dbeta + xhat*dgamma)),  W = the weight of all ranks
+        dgamma, dbeta = the sums over all ranks, the same on every rank; do not sum them over the ranks again
+        dx = gamma*invstd*(dz - (w/W)*(dbeta + xhat*dgamma)), where W is the weight of all ranks
 
-    The kernels run twice, for the sums and then for dx: about twice the time of `bnfast.batch_norm_grad`.
+    The kernels run twice, for the sums and for dx, which takes about twice the time of `bnfast.batch_norm_grad`.
 
     Args:
-        mean, invstd: as `batch_norm_train` of this module returned them.
-        comm: the intracommunicator of the forward call; None stands for MPI.COMM_WORLD.
-        Everything else is as in `bnfast.batch_norm_grad`, which alone takes dmean, dvariance and out_dresidual.
+        mean, invstd: as returned by `batch_norm_train` of this module.
+        comm: the intracommunicator of the forward call. None means MPI.COMM_WORLD.
+        All other arguments: as in `bnfast.batch_norm_grad`. dmean, dvariance and out_dresidual are not supported.
 
     Returns:
-        GradResult(dx, dgamma, dbeta, dresidual): dx and dresidual of this rank's x.
+        GradResult(dx, dgamma, dbeta, dresidual): dx and dresidual are of this rank's x.
 
     Raises:
-        ValueError, TypeError, RuntimeError: as `moments`.
+        ValueError, TypeError, RuntimeError: as in `moments`.
     """
     options = {"axis": axis, "activation": activation, "negative_slope": negative_slope, "residual": residual, "y": y}
 
-    def local() -> tuple[_Sums, _Kept]:
-        _, plain, _, scale, own_gamma, own_beta, channels, weights, *_ = _validate.grad(
-            *(dy, x, mean, invstd, gamma, beta, axis, mask, activation, negative_slope),
-            *(residual, y, training, None, None, out, None),
+    def local() -> tuple[_Sums, _LocalGradient]:
+        _, valid_x, _, scale, given_gamma, given_beta, channels, weights, *_ = arguments.grad(
+            dy,
+            x,
+            mean,
+            invstd,
+            gamma,
+            beta,
+            axis,
+            mask,
+            activation,
+            negative_slope,
+            residual,
+            y,
+            training,
+            None,
+            None,
+            out,
+            None,
         )
         scale = scale.reshape(as_array("invstd", invstd).shape)  # (C,), or the extents of several axes
-        wide = np.ones(scale.shape) if own_gamma is None else own_gamma.astype(np.float64).reshape(scale.shape)
-        frozen = functional.batch_norm_grad(dy, x, mean, invstd, wide, beta, training=False, **options)
-        extents = plain.shape[:channels] + plain.shape[channels + 1 :]
+        gamma64 = np.ones(scale.shape) if given_gamma is None else given_gamma.astype(np.float64).reshape(scale.shape)
+        frozen = batch_norm.batch_norm_grad(dy, x, mean, invstd, gamma64, beta, training=False, **options)
+        extents = valid_x.shape[:channels] + valid_x.shape[channels + 1 :]
         weight = float(math.prod(extents) if weights is None else weights.sum(dtype=np.float64))
-        compute = np.float64 if plain.dtype == np.float64 else np.float32
-        dtype = next((a.dtype for a in (own_gamma, own_beta) if a is not None), np.dtype(compute))
-        return _Sums(weight, frozen.dgamma, frozen.dbeta), _Kept(frozen, wide * scale, scale, dtype)
+        compute = np.float64 if valid_x.dtype == np.float64 else np.float32
+        dtype = next((a.dtype for a in (given_gamma, given_beta) if a is not None), np.dtype(compute))
+        return _Sums(weight, frozen.dgamma, frozen.dbeta), _LocalGradient(frozen, gamma64 * scale, scale, dtype)
 
     comm = _communicator(comm)
-    parts, kept = _from_all(comm, local)
+    parts, gradient = _from_all(comm, local)
     _same_channels([part.dgamma for part in parts])
-    own, whole = parts[comm.rank], _Sums(*(functools.reduce(np.add, sums) for sums in zip(*parts, strict=True)))
-    result = kept.frozen
+    mine, total = parts[comm.rank], _Sums(*(functools.reduce(np.add, sums) for sums in zip(*parts, strict=True)))
+    result = gradient.frozen
     if training:
-        # The kernel's constants come from its own sums and W; dmean and dvariance make them those of all ranks.
-        share = own.weight / whole.weight if whole.weight > 0 else 0.0
+        # The kernel uses this rank's sums and weight; dmean and dvariance correct its dx to those of all ranks.
+        share = mine.weight / total.weight if total.weight > 0 else 0.0
         with np.errstate(invalid="ignore"):
-            dmean = kept.factor * (own.dbeta - share * whole.dbeta)
-            dvariance = 0.5 * kept.factor * kept.invstd * (own.dgamma - share * whole.dgamma)
+            dmean = gradient.factor * (mine.dbeta - share * total.dbeta)
+            dvariance = 0.5 * gradient.factor * gradient.invstd * (mine.dgamma - share * total.dgamma)
         options |= {"mask": mask, "dmean": dmean, "dvariance": dvariance}
     if training or out is not None:
         target = result.dx if out is None else out
-        result = functional.batch_norm_grad(dy, x, mean, invstd, gamma, beta, training=training, out=target, **options)
+        result = batch_norm.batch_norm_grad(dy, x, mean, invstd, gamma, beta, training=training, out=target, **options)
     with np.errstate(over="ignore"):
-        dgamma, dbeta = (a.astype(kept.dtype) for a in (whole.dgamma, whole.dbeta))
+        dgamma, dbeta = (a.astype(gradient.dtype) for a in (total.dgamma, total.dbeta))
     return GradResult(result.dx, dgamma, dbeta, result.dresidual)
 
 
@@ -206,7 +255,7 @@ class _Sums(NamedTuple):
     dbeta: Vector
 
 
-class _Kept(NamedTuple):
+class _LocalGradient(NamedTuple):
     frozen: GradResult
     factor: Vector  # gamma*invstd
     invstd: Vector
@@ -221,18 +270,19 @@ def _communicator(comm: Any) -> Any:
     return comm
 
 
-def _from_all(comm: Any, local: Callable[[], tuple[Sent, Own]]) -> tuple[list[Sent], Own]:
-    """What `local` returns first on every rank, in rank order, and second on this one; or an error on all ranks."""
+def _from_all(comm: Any, local: Callable[[], tuple[Sent, Local]]) -> tuple[list[Sent], Local]:
+    """`local` returns (sent, kept). Returns the values sent by all ranks, in rank order, and this rank's kept value. If
+    `local` raises on one rank, all ranks raise."""
     try:
-        sent, own = local()
+        sent, kept = local()
     except Exception as error:
-        comm.allgather((None, f"{type(error).__name__}: {error}"))  # the others wait for this rank's part
+        comm.allgather((None, f"{type(error).__name__}: {error}"))  # the other ranks wait for this message
         raise
     replies = comm.allgather((sent, None))
     for rank, (_, text) in enumerate(replies):
         if text is not None:
             raise RuntimeError(f"rank {rank} of {comm.size} failed: {text}")
-    return [part for part, _ in replies], own
+    return [part for part, _ in replies], kept
 
 
 def _merged(parts: list[Moments]) -> Moments:

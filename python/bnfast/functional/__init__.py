@@ -1,7 +1,7 @@
-"""Normalization as pure functions over arrays, by module: this file is the table of contents.
+"""Normalization as pure functions over arrays. This file is the table of contents.
 
-`moments`, `group_norm`, `layer_norm` and `weight_norm` name the functions here, as in `bnfast` itself, and hide the
-submodules of the same names: import those by their full path (`from bnfast.functional.moments import Moments`).
+`moments`, `group_norm`, `layer_norm` and `weight_norm` are functions here, as in `bnfast` itself, and hide the
+submodules of the same names. Import from those by their full path: `from bnfast.functional.moments import Moments`.
 """
 
 from .batch_norm import GradResult, TrainResult, batch_norm_grad, batch_norm_infer, batch_norm_train, moments

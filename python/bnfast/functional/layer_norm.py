@@ -1,4 +1,4 @@
-"""Layer normalization and its gradients: statistics over `axis` for each index of the other axes.
+"""Layer normalization and its gradients: one mean and variance over `axis` per index of the other axes.
 
 Source: Ba, Kiros and Hinton 2016, https://arxiv.org/abs/1607.06450.
 """
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .. import _core
-from .._arguments import group_norm as _groups
+from .._arguments import group_norm as arguments
 from .._arguments.arrays import Array
 from .group_norm import NormGradResult, NormResult
 
@@ -25,27 +25,40 @@ def layer_norm(
     epsilon: float = 1e-3,
     out: Array | None = None,
 ) -> NormResult:
-    """Normalize the values that differ in their index on `axis` alone.
+    """Normalize over `axis`, separately for each index of the other axes.
 
         y = gamma * (x - mean)*invstd + beta,  invstd = 1/sqrt(variance + epsilon)
 
     Args:
         x: array of rank >= 1, float32, float64, float16 or bfloat16; anything `batch_norm_train` reads. Read in place
-            if C-contiguous and `axis` its last axes, else copied once, and so is y.
-        gamma, beta: float32 or float64 in the extents of `axis`, in the order of x: (768,), or (56, 64) for
-            axis=(-2, -1); None stands for ones and zeros.
+            if C-contiguous with `axis` as its last axes; else x and y cost one copy each. Never written.
+        gamma, beta: scale and offset, float32 or float64 with the extents of `axis` in the order of x as their shape:
+            (768,), or (56, 64) for axis=(-2, -1). None means ones and zeros.
         axis: the axes that are normalized, one or several.
         epsilon: added to the variance, >= 0.
-        out: where y goes: exactly x (which is then gone: the gradient needs it) or disjoint from every input.
+        out: the array for y: exactly x (which is then overwritten, but the gradient needs it), or disjoint from every
+            input.
 
     Returns:
-        NormResult(y, mean, invstd), the latter in the extents of the other axes.
+        NormResult(y, mean, invstd): mean and invstd are float64, in the shape of x without `axis`.
 
     Raises:
         ValueError, TypeError: an argument is wrong; nothing is changed.
+
+    Example:
+        >>> import bnfast
+        >>> import numpy as np
+        >>> y, mean, invstd = bnfast.layer_norm(np.array([[1.0, 3.0], [10.0, 30.0]]), epsilon=0.0)
+        >>> y
+        array([[-1.,  1.],
+               [-1.,  1.]])
+        >>> mean
+        array([ 2., 20.])
+
+    Source: Ba, Kiros and Hinton 2016, https://arxiv.org/abs/1607.06450.
     """
     result = _core.layer_norm(x, gamma, beta, axis, epsilon, out)
-    return NormResult(*(result or _groups.layer_norm(x, gamma, beta, axis, epsilon, out)))
+    return NormResult(*(result or arguments.layer_norm(x, gamma, beta, axis, epsilon, out)))
 
 
 def layer_norm_grad(
@@ -60,19 +73,31 @@ def layer_norm_grad(
 ) -> NormGradResult:
     """Gradients of a loss with respect to x, gamma and beta, from dy, its gradient with respect to y.
 
-        dbeta = sum dy;  dgamma = sum dy*xhat, over the other axes;  xhat = (x - mean)*invstd
-        g = gamma*dy;  dx = invstd*(g - mean of g - xhat * mean of g*xhat), these means over `axis`
+        xhat = (x - mean)*invstd;  dbeta = sum dy;  dgamma = sum dy*xhat, over the other axes
+        g = gamma*dy;  dx = invstd*(g - sum(g)/M - xhat * sum(g*xhat)/M), over the M values on `axis`
 
     Args:
-        dy, x: arrays of one shape and dtype; x, gamma and axis as the forward had them.
-        mean, invstd: float64 or float32, as `layer_norm` returned them.
-        out: where dx goes: exactly dy, exactly x, or disjoint from every input.
+        dy, x: arrays of equal shape and dtype; x as in the forward call.
+        mean, invstd: float64 or float32 in the shape of x without `axis`, as returned by `layer_norm`.
+        gamma, axis: as in the forward call.
+        out: the array for dx: exactly dy, exactly x, or disjoint from every input.
 
     Returns:
-        NormGradResult(dx, dgamma, dbeta); dgamma and dbeta are zeros where x is empty.
+        NormGradResult(dx, dgamma, dbeta). dgamma and dbeta are zeros if x is empty.
 
     Raises:
-        ValueError, TypeError: as in `layer_norm`. A non-finite dy is no error.
+        ValueError, TypeError: an argument is wrong; nothing is changed. A non-finite dy is not an error.
+
+    Example:
+        >>> import bnfast
+        >>> import numpy as np
+        >>> x, dy = np.array([[1.0, 3.0], [10.0, 30.0]]), np.array([[1.0, 2.0], [3.0, 4.0]])
+        >>> _, mean, invstd = bnfast.layer_norm(x, epsilon=0.0)
+        >>> dx, dgamma, dbeta = bnfast.layer_norm_grad(dy, x, mean, invstd)
+        >>> dgamma, dbeta
+        (array([-4.,  6.]), array([4., 6.]))
+
+    Source: the chain rule on the formulas of Ba, Kiros and Hinton 2016, https://arxiv.org/abs/1607.06450.
     """
     result = _core.layer_norm_grad(dy, x, mean, invstd, gamma, axis, out)
-    return NormGradResult(*(result or _groups.layer_norm_grad(dy, x, mean, invstd, gamma, axis, out)))
+    return NormGradResult(*(result or arguments.layer_norm_grad(dy, x, mean, invstd, gamma, axis, out)))

@@ -1,4 +1,4 @@
-"""The NumPy layers: parameters, moving statistics, and the record that `backward` needs."""
+"""Batch normalization layers over NumPy arrays: parameters, moving statistics, and what `backward` needs."""
 
 from .batch_norm import BatchNormalization
 from .conditional import ConditionalBatchNormalization

@@ -1,4 +1,4 @@
-"""What the steps of the NumPy layer hand to each other: a batch, how the layer treats it, and what came of it."""
+"""What the steps of a NumPy layer pass to each other: the batch, how the layer treats it, and the result."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from .._arguments.arrays import Array
 from .._arguments.axes import Axes
 from ..functional.batch_norm import GradResult
 
-__all__ = ["Batch", "Passed", "Policy", "Renorm", "State"]
+__all__ = ["Batch", "ForwardPass", "Policy", "Renorm", "State"]
 
-State = Mapping[str, Array]  # moving_mean, moving_variance and renorm's vectors, which training moves in place
+State = Mapping[str, Array]  # moving_mean, moving_variance and renorm's vectors; training updates them in place
 
 
 class Batch(NamedTuple):
-    """x and what is applied to it. With labels, one a sample, gamma and beta have one row a class: (classes, C)."""
+    """x and what is applied to it. With labels, one per sample, gamma and beta have one row per class: (classes, C)."""
 
     x: Array
     axis: int | tuple[int, ...]
@@ -30,7 +30,7 @@ class Batch(NamedTuple):
 
     @property
     def fused(self) -> dict[str, Any]:
-        """The words that forward and backward must have in common, the mask aside."""
+        """The keyword arguments, other than mask, that forward and backward must share."""
         return {
             "axis": self.axis,
             "activation": self.activation,
@@ -38,14 +38,21 @@ class Batch(NamedTuple):
             "residual": self.residual,
         }
 
+    @property
+    def without_affine(self) -> Batch:
+        """The same batch without gamma, beta, residual and activation: its y is xhat."""
+        return self._replace(gamma=None, beta=None, residual=None, activation=None)
+
 
 class Renorm(NamedTuple):
+    """Options of batch renormalization."""
+
     clipping: Any
     momentum: float
 
 
 class Policy(NamedTuple):
-    """How the layer trains. momentum: a number, also where the layer has none and counts batches."""
+    """How the layer trains. momentum is a number even if the layer averages all batches (momentum=None)."""
 
     momentum: float
     epsilon: float
@@ -56,10 +63,14 @@ class Policy(NamedTuple):
     renorm: Renorm | None
 
 
-class Passed(NamedTuple):
-    """y; backward: dy -> its gradients, which refers to x, mask and residual (no copies) and takes x=, the batch's x in
-    the dtype of dy, where that is another one; whether there was anything that could move statistics."""
+class ForwardPass(NamedTuple):
+    """The result of one call.
+
+    backward: dy -> GradResult. It holds references to x, mask and residual, not copies. Its keyword x replaces the
+    batch's x, for a dy of another dtype.
+    has_values: whether the batch had any value that could change the moving statistics.
+    """
 
     y: Array
     backward: Callable[..., GradResult]
-    present: bool
+    has_values: bool

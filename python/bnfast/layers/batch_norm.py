@@ -1,100 +1,134 @@
 """A batch normalization layer over NumPy arrays: parameters, moving statistics, forward, backward, state.
 
-It holds arrays and passes them to `_forward`; no numerics live here. `backward` reads what the last call kept: a
-reference to x, mask and residual (no copies, so these must not be overwritten in between), and mean and invstd; where
-samples have something of their own (_per_sample.py), also xhat.
+The layer holds arrays and passes them to `forward`; no numerics live here. `backward` uses what the last call kept:
+references to x, mask and residual (not copies, so they must not be overwritten before `backward`), mean and invstd, and
+also xhat if there is a per-sample scale or offset (per_sample.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
-from .._arguments import checks as _checks
+from .._arguments import checks
+from .._arguments.array_checks import tensor
 from .._arguments.arrays import Array
 from .._arguments.axes import Axes
 from ..functional.batch_norm import GradResult
-from . import (
-    convert_keras as convert,
-)
-from . import (
-    convert_torch,
-)
-from . import (
-    forward as _forward,
-)
-from . import (
-    ghosts as _ghosts,
-)
-from . import (
-    per_sample as _per_sample,
-)
-from . import (
-    renorm as _renorm_step,
-)
+from . import convert_keras, convert_torch
 from .batch import Batch, Policy, Renorm
+from .forward import forward
+from .ghosts import GROUPINGS, check_virtual_batch_size
+from .per_sample import check_adjustment
+from .renorm import RENORM_STATE, check_renorm
+from .state import load_state
 
 __all__ = ["BatchNormalization"]
+
+OPTIONS = (  # the constructor's arguments, other than adjustment
+    "axis",
+    "momentum",
+    "epsilon",
+    "center",
+    "scale",
+    "activation",
+    "negative_slope",
+    "nan_policy",
+    "correction",
+    "dtype",
+    "trainable",
+    "virtual_batch_size",
+    "virtual_batch_grouping",
+    "renorm",
+    "renorm_clipping",
+    "renorm_momentum",
+    "update_statistics",
+    "use_batch_statistics",
+    "trainable_affine",
+)
 
 
 class BatchNormalization:
     """Batch normalization with learned gamma and beta and moving statistics.
 
-        layer = BatchNormalization()
-        y = layer(x, training=True)     # normalizes with the batch, updates moving_mean and moving_variance
-        dx = layer.backward(dy)         # and sets layer.dgamma, layer.dbeta, layer.dresidual
-        layer.gamma -= rate * layer.dgamma
-        y = layer(x)                    # inference: normalizes with the moving statistics
+        training:  y = activation(gamma * (x - mean)/sqrt(variance + epsilon) + beta + residual)
+                   moving = moving*momentum + batch*(1 - momentum)
+        inference: y = activation(gamma * (x - moving_mean)/sqrt(moving_variance + epsilon) + beta + residual)
 
     Args:
-        axis: the channel axis; or several, as (1, 2): each pair of their indices is a channel then, and (C,) stands
-            for their extents in the order of x, as (3, 4).
+        axis: the channel axis, whose extent is C. With several axes, as (1, 2), each pair of their indices is one
+            channel, and (C,) means their extents in the order of x, as (3, 4).
         momentum: weight of the old moving value (PyTorch's momentum is 1 minus this). None: the moving statistics are
-            the plain averages over all batches so far, empty and fully masked ones aside.
-        epsilon: added to the variance. Keras's default 1e-3; PyTorch's is 1e-5.
-        center, scale: whether there is a beta, a gamma. Where not, it is None.
-        activation: None, "relu", "relu6" or "leaky_relu" (with `negative_slope`), fused.
+            the plain averages over all batches so far, except empty and fully masked ones.
+        epsilon: added to the variance, >= 0. The default is Keras's; PyTorch's is 1e-5.
+        center, scale: whether the layer has beta and gamma; if not, they are None.
+        activation: None, "relu", "relu6" or "leaky_relu" (with slope `negative_slope` below 0), fused.
         nan_policy: "propagate", "skip_update" or "raise", see `batch_norm_train`.
-        correction: 0 keeps the population variance in moving_variance (Keras), 1 the sample variance (PyTorch).
-        dtype: of the parameters, "float32" or "float64"; None: float64 where the first x is, else float32.
-        trainable: False freezes the layer, as in Keras: a call with training=True then runs like training=False.
-        virtual_batch_size: training normalizes each so many samples (axis 0) by themselves, as ghost batches (Hoffer
-            2017, https://arxiv.org/abs/1705.08741), and must divide the batch; the moving statistics take the mean of
-            the ghosts' statistics, those that hold nothing aside. None: the batch is one.
-        virtual_batch_grouping: "contiguous": samples side by side make a ghost; "strided": every G-th of G ghosts (TF
-            1's, and tf.keras 2's), at one copy of x and y.
+        correction: 0 averages the population variance in moving_variance (Keras), 1 the sample variance (PyTorch).
+        dtype: of the parameters, "float32" or "float64". None: float64 if the first x is float64, else float32.
+        trainable: False freezes the layer, as in Keras: training=True then has no effect.
+        virtual_batch_size: in training, each group of this many samples (axis 0) is normalized separately, as ghost
+            batches (Hoffer 2017, https://arxiv.org/abs/1705.08741). It must divide the batch. The moving statistics
+            take the mean of the ghosts' statistics, except ghosts without any weight. None: the batch is one ghost.
+        virtual_batch_grouping: "contiguous": a ghost is neighbouring samples. "strided": a ghost is every G-th sample
+            of G ghosts, as in TF 1 and tf.keras 2, for one copy each of x and y.
         renorm: batch renormalization (Ioffe 2017, https://arxiv.org/abs/1702.03275) as in Keras: in training y =
-            gamma*(xhat*r + d) + beta with r and d of `renorm_correction`; x is read once more. Not with ghosts or
+            gamma*(xhat*r + d) + beta, with r and d from `renorm_correction`. x is read once more. Not with ghosts or
             correction=1.
-        renorm_clipping: a dict of rmin, rmax and dmax, or some of them; may be reassigned between steps.
-        renorm_momentum: that of renorm_mean and renorm_stddev.
-        update_statistics, use_batch_statistics, trainable_affine: which part of the layer is frozen, see below.
-        adjustment: a function of x.shape that gives (scale, bias), which broadcast to x: in training y =
-            activation((xhat*scale + bias)*gamma + beta + residual), as in TF 1. Constants to `backward`. Runs on NumPy
-            after the kernels, which make xhat in x's dtype; `backward` keeps xhat. Not with ghosts.
+        renorm_clipping: a dict with some or all of rmin, rmax and dmax. May be reassigned between steps.
+        renorm_momentum: momentum of renorm_mean and renorm_stddev.
+        update_statistics, use_batch_statistics, trainable_affine: freeze a part of the layer, see below.
+        adjustment: a function from x.shape to (scale, bias), which broadcast to x. In training y =
+            activation((xhat*scale + bias)*gamma + beta + residual), as in TF 1; `backward` treats both as constants.
+            Runs on NumPy after the kernels, which compute xhat in x's dtype; xhat is kept for `backward`. Not with
+            ghosts.
 
-    Three switches freeze a part of the layer, and may be reassigned between calls. "In training" means training=True
-    and layer.trainable. trainable_affine=False leaves dgamma and dbeta None.
+    Three switches freeze a part of the layer. They may be reassigned between calls. "In training" means training=True
+    and layer.trainable. With trainable_affine=False dgamma and dbeta are None.
 
-        use_batch_statistics  update_statistics   y uses                        moving statistics
-        None (default)        True (default)      batch's in training           move in training
-        None                  False               batch's in training           never move
-        False                 True                moving ones                   move in training
-        False                 False               moving ones                   never move
-        True                  True                batch's, also in inference    move in training
-        True                  False               batch's, also in inference    never move
+        use_batch_statistics  update_statistics   y uses the statistics of      moving statistics
+        None (default)        True (default)      the batch in training         are updated in training
+        None                  False               the batch in training         are never updated
+        False                 True                the moving averages           are updated in training
+        False                 False               the moving averages           are never updated
+        True                  True                the batch, always             are updated in training
+        True                  False               the batch, always             are never updated
 
-    In (False, True) the moving statistics move after y, in a training pass of their own.
+    With (False, True) the moving statistics are updated after y is computed, in a second pass over x.
 
     Attributes:
-        gamma, beta, moving_mean, moving_variance: arrays of shape (C,), None before `build`.
-        moving_stddev, renorm_mean, renorm_stddev: with renorm, likewise.
-        batches: how many batches the moving statistics have seen since `build`; part of the state with momentum=None.
-        dgamma, dbeta, dresidual: set by `backward`, else None. dgamma (dbeta) stays None without scale (center).
+        gamma, beta, moving_mean, moving_variance: arrays of shape (C,); None before `build`.
+        moving_stddev, renorm_mean, renorm_stddev: the same, with renorm.
+        batches: number of batches averaged in the moving statistics since `build`; part of the state with
+            momentum=None.
+        dgamma, dbeta, dresidual: set by `backward`, else None. dgamma and dbeta stay None without scale and center.
 
-    A layer can be pickled and deep-copied; what it kept for `backward` and the gradients stay behind.
+    A layer can be pickled and deep-copied. The copy has no gradients and nothing kept for `backward`.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong.
+
+    Example:
+        >>> import bnfast
+        >>> import numpy as np
+        >>> layer = bnfast.BatchNormalization(momentum=0.5, epsilon=0.0)
+        >>> x, dy = np.array([[1.0], [3.0]]), np.array([[4.0], [2.0]])
+        >>> layer(x, training=True)
+        array([[-1.],
+               [ 1.]])
+        >>> layer.moving_mean
+        array([1.])
+        >>> dx = layer.backward(dy)
+        >>> layer.dgamma, layer.dbeta
+        (array([-2.]), array([6.]))
+        >>> layer.gamma -= 0.1 * layer.dgamma
+        >>> layer(x)  # inference, with the moving statistics
+        array([[0. ],
+               [2.4]])
+
+    Source: Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167.
     """
 
     gamma: Array | None = None
@@ -133,42 +167,44 @@ class BatchNormalization:
         trainable_affine: bool = True,
         adjustment: Callable[[tuple[int, ...]], tuple[Any, Any]] | None = None,
     ) -> None:
-        self.axis = _checks.channel_axes(axis)
-        self.momentum = None if momentum is None else _checks.real("momentum", momentum, 1.0)
-        self.epsilon = _checks.real("epsilon", epsilon)
-        self.center = _checks.boolean("center", center)
-        self.scale = _checks.boolean("scale", scale)
-        self.activation = _checks.choice("activation", activation, _checks.ACTIVATIONS)
-        self.negative_slope = _checks.real("negative_slope", negative_slope)
-        self.nan_policy = str(_checks.choice("nan_policy", nan_policy, _checks.NAN_POLICIES))
-        self.correction = _checks.bessel(correction)
-        self.dtype = _checks.parameter_dtype(dtype)
-        self.trainable = _checks.boolean("trainable", trainable)
-        self.virtual_batch_size = _ghosts.check(virtual_batch_size)
-        self.virtual_batch_grouping = _checks.choice(
-            "virtual_batch_grouping", virtual_batch_grouping, _ghosts.GROUPINGS
-        )
-        self.renorm = _renorm_step.check(renorm, renorm_clipping, renorm_momentum, virtual_batch_size, correction)
+        self.axis = checks.channel_axes(axis)
+        self.momentum = None if momentum is None else checks.real("momentum", momentum, 1.0)
+        self.epsilon = checks.real("epsilon", epsilon)
+        self.center = checks.boolean("center", center)
+        self.scale = checks.boolean("scale", scale)
+        self.activation = checks.choice("activation", activation, checks.ACTIVATIONS)
+        self.negative_slope = checks.real("negative_slope", negative_slope)
+        self.nan_policy = str(checks.choice("nan_policy", nan_policy, checks.NAN_POLICIES))
+        self.correction = checks.check_correction(correction)
+        self.dtype = checks.parameter_dtype(dtype)
+        self.trainable = checks.boolean("trainable", trainable)
+        self.virtual_batch_size = check_virtual_batch_size(virtual_batch_size)
+        self.virtual_batch_grouping = checks.choice("virtual_batch_grouping", virtual_batch_grouping, GROUPINGS)
+        self.renorm = check_renorm(renorm, renorm_clipping, renorm_momentum, virtual_batch_size, correction)
         self.renorm_clipping, self.renorm_momentum = renorm_clipping, float(renorm_momentum)
-        self.update_statistics = _checks.boolean("update_statistics", update_statistics)
-        self.use_batch_statistics = _checks.optional_boolean("use_batch_statistics", use_batch_statistics)
-        self.trainable_affine = _checks.boolean("trainable_affine", trainable_affine)
-        self.adjustment = _per_sample.check_adjustment(adjustment, virtual_batch_size)
+        self.update_statistics = checks.boolean("update_statistics", update_statistics)
+        self.use_batch_statistics = checks.optional_boolean("use_batch_statistics", use_batch_statistics)
+        self.trainable_affine = checks.boolean("trainable_affine", trainable_affine)
+        self.adjustment = check_adjustment(adjustment, virtual_batch_size)
 
     def build(self, channels: int | Sequence[int], dtype: Any = None) -> None:
-        """Make the arrays: ones for gamma and moving_variance, zeros for beta and moving_mean. Called by the first
-        call; calling it again with the same channels starts over. channels: C, or the extents of several axes.
+        """Create the arrays: ones for gamma and moving_variance, zeros for beta and moving_mean. The first call of the
+        layer does this; a second `build` with the same channels resets them.
+
+        Args:
+            channels: C, or one extent per axis.
+            dtype: of the arrays, unless the constructor got one; None means float32.
 
         Raises:
-            ValueError: `channels` is negative, or not what the layer was built for.
+            ValueError: `channels` is negative, or differs from the number that the layer was built for.
         """
-        shape = _checks.extents("channels", channels, self.axis)
+        shape = checks.extents("channels", channels, self.axis)
         if self.moving_mean is not None and shape != self.moving_mean.shape:
-            raise ValueError(f"channels must be {self.channels}, for which this layer was built. Received: {channels}")
-        dtype = self.dtype or _checks.parameter_dtype(dtype) or np.dtype(np.float32)
+            raise ValueError(f"channels must be {self.channels}, as the layer was built for that. Received: {channels}")
+        dtype = self.dtype or checks.parameter_dtype(dtype) or np.dtype(np.float32)
         for name in self._names():
             fill = np.zeros if name in ("beta", "moving_mean", "renorm_mean") else np.ones
-            setattr(self, name, fill(self._shape_of(name, shape), dtype))
+            setattr(self, name, fill(self._array_shape(name, shape), dtype))
         self.batches = 0
         self._forget()
 
@@ -185,71 +221,87 @@ class BatchNormalization:
         return self.moving_mean.shape[0] if isinstance(self.axis, int) else self.moving_mean.shape
 
     def __call__(self, x: Any, training: bool = False, mask: Any = None, residual: Any = None) -> Array:
-        """y = activation(gamma*(x - mean)/sqrt(variance + epsilon) + beta + residual), with the statistics of the
-        batch (training) or the moving ones. See `batch_norm_train` for mask and residual; a mask weighs statistics
-        alone, so it does nothing in inference.
+        """Normalize x with the statistics of the batch (training) or with the moving statistics (inference).
+
+        Args:
+            x: an array that `batch_norm_train` reads, with the layer's channels on `axis`.
+            training: whether this is a training call.
+            mask, residual: as in `batch_norm_train`. A mask affects statistics only, so it has no effect in inference.
+
+        Returns:
+            y in the shape and dtype of x.
 
         Raises:
             ValueError, TypeError: an argument is wrong; the layer is unchanged (not even built).
-            FloatingPointError: nan_policy="raise" met non-finite statistics; the layer's state is unchanged.
+            FloatingPointError: nan_policy="raise" and the statistics are not finite; the layer's state is unchanged.
         """
         return self._call(x, training, mask, residual)
 
     def _call(self, x: Any, training: Any, mask: Any, residual: Any, labels: Any = None) -> Array:
-        x = _checks.tensor("x", x)
+        x = tensor("x", x)
         axes = Axes.of(self.axis, x)
-        training = _checks.boolean("training", training) and self.trainable
+        training = checks.boolean("training", training) and self.trainable
         if self.moving_mean is not None and axes.shape != self.moving_mean.shape:
-            wanted = f"{self.channels} channels on axis {self.axis}, for which this layer was built"
+            wanted = f"{self.channels} channels on axis {self.axis}, as the layer was built for that"
             raise ValueError(f"x must have {wanted}. Received: shape {x.shape}")
         unbuilt = not self.built
         if unbuilt:
             self.build(axes.shape, "float64" if x.dtype == np.float64 else "float32")
         try:
             batch = self._batch(x, axes, mask, residual, labels)
-            of_batch = training if self.use_batch_statistics is None else self.use_batch_statistics
-            moves = training and self.update_statistics
+            use_batch = training if self.use_batch_statistics is None else self.use_batch_statistics
+            update = training and self.update_statistics
             adjustment = self.adjustment if training else None
-            passed = _forward.forward(batch, self._state(), self._policy(), of_batch, moves, adjustment)
+            result = forward(batch, self._state(), self._policy(), use_batch, update, adjustment)
         except BaseException:
             if unbuilt:
                 for name in self._names():
                     setattr(self, name, None)
             raise
-        self.batches += moves and passed.present
-        self._backward = passed.backward
-        return passed.y
+        self.batches += update and result.has_values
+        self._backward = result.backward
+        return result.y
 
     def _batch(self, x: Array, axes: Axes, mask: Any, residual: Any, labels: Any) -> Batch:
         return Batch(
-            *(x, self.axis, axes, self.gamma, self.beta, mask, residual), self.activation, self.negative_slope, labels
+            x, self.axis, axes, self.gamma, self.beta, mask, residual, self.activation, self.negative_slope, labels
         )
 
     def _state(self) -> dict[str, Array]:
-        names = ("moving_mean", "moving_variance", *_renorm_step.NAMES * self.renorm)
-        return {name: getattr(self, name) for name in names}
+        names = ("moving_mean", "moving_variance")
+        return {name: getattr(self, name) for name in (names + RENORM_STATE if self.renorm else names)}
 
     def _policy(self) -> Policy:
         return Policy(
             self.batches / (self.batches + 1) if self.momentum is None else self.momentum,
-            *(self.epsilon, self.correction, self.nan_policy, self.virtual_batch_size, self.virtual_batch_grouping),
+            self.epsilon,
+            self.correction,
+            self.nan_policy,
+            self.virtual_batch_size,
+            self.virtual_batch_grouping,
             Renorm(self.renorm_clipping, self.renorm_momentum) if self.renorm else None,
         )
 
     def backward(self, dy: Any) -> Array:
-        """dx for the last call; dgamma, dbeta and dresidual become attributes, replacing those of an earlier call.
+        """Gradients for the last call. Sets dgamma, dbeta and dresidual, and replaces those of an earlier call.
+
         After a call that used the moving statistics this is the gradient with constant statistics.
 
+        Args:
+            dy: gradient of the loss with respect to y, in the shape and dtype of that call's x.
+
+        Returns:
+            dx, in the shape and dtype of x.
+
         Raises:
-            RuntimeError: there was no call since the layer was made, built, loaded, unpickled or copied.
-            ValueError, TypeError: dy hasn't the shape and dtype of that call's x.
+            RuntimeError: there was no call since the layer was created, built, loaded, unpickled or copied.
+            ValueError, TypeError: dy does not have the shape and dtype of x.
         """
         if self._backward is None:
             raise RuntimeError("backward needs a call of this layer before it: call layer(x, training=True) first")
         dx, dgamma, dbeta, dresidual = self._backward(dy)
-        learns = self.trainable_affine
-        self.dgamma = dgamma.reshape(self.gamma.shape) if learns and self.gamma is not None else None
-        self.dbeta = dbeta.reshape(self.beta.shape) if learns and self.beta is not None else None
+        self.dgamma = dgamma.reshape(self.gamma.shape) if self.trainable_affine and self.gamma is not None else None
+        self.dbeta = dbeta.reshape(self.beta.shape) if self.trainable_affine and self.beta is not None else None
         self.dresidual = dresidual
         return dx
 
@@ -257,22 +309,19 @@ class BatchNormalization:
         self._backward = self.dgamma = self.dbeta = self.dresidual = None
 
     def get_config(self) -> dict[str, Any]:
-        """The constructor's arguments, in plain types: `BatchNormalization(**layer.get_config())` is its like. An
-        adjustment, which is a function, is in it where there is one."""
-        names = "axis momentum epsilon center scale activation negative_slope nan_policy correction dtype trainable"
-        names += " virtual_batch_size virtual_batch_grouping renorm renorm_clipping renorm_momentum update_statistics"
-        names += " use_batch_statistics trainable_affine"
-        config = {name: getattr(self, name) for name in names.split()}
+        """The constructor's arguments, in plain types: `BatchNormalization(**layer.get_config())` has the same options.
+        `adjustment`, which is a function, is a key only if the layer has one."""
+        config = {name: getattr(self, name) for name in OPTIONS}
         config["dtype"] = None if self.dtype is None else self.dtype.name
         config["renorm_clipping"] = None if self.renorm_clipping is None else dict(self.renorm_clipping)
         return config if self.adjustment is None else config | {"adjustment": self.adjustment}
 
     def state_dict(self) -> dict[str, Array]:
-        """Copies of gamma, beta (where the layer has them), moving_mean and moving_variance, by name; with renorm
-        also moving_stddev, renorm_mean and renorm_stddev; with momentum=None also batches, an int64 of shape ().
+        """Copies of the state's arrays by name: gamma and beta (if the layer has them), moving_mean, moving_variance;
+        with renorm also moving_stddev, renorm_mean, renorm_stddev; with momentum=None also batches, int64 of shape ().
 
         Raises:
-            RuntimeError: the layer isn't built.
+            RuntimeError: the layer is not built.
         """
         if not self.built:
             raise RuntimeError("the layer has no state before it is built: call it once, or build(channels)")
@@ -280,53 +329,56 @@ class BatchNormalization:
         return {name: getattr(self, name).copy() for name in self._names()} | counted
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Copy `state` in, all or nothing. A layer that isn't built takes its channels and dtype from it (a `dtype`
-        given to the constructor must agree); a built one keeps its arrays and overwrites their values.
+        """Copy the arrays of `state` to the layer, all or none. A layer that is not built takes channels and dtype from
+        `state` (a `dtype` given to the constructor must agree). A built layer keeps its arrays and overwrites their
+        values.
 
         Raises:
             ValueError: a key is missing or unknown, or a shape is wrong.
-            TypeError: a dtype is wrong: none is changed silently.
+            TypeError: a dtype is wrong. Dtypes are never converted.
         """
         if self.momentum is None and isinstance(state, Mapping) and "batches" in state:
-            batches = _checks.integer("batches", state["batches"])
+            batches = checks.integer("batches", state["batches"])
             if batches < 0:
                 raise ValueError(f"batches must be at least 0. Received: {batches}")
-            convert.load(self, {name: array for name, array in state.items() if name != "batches"}, self._names())
+            load_state(self, {name: array for name, array in state.items() if name != "batches"}, self._names())
             self.batches = batches
         else:
-            convert.load(self, state, (*self._names(), *("batches",) * (self.momentum is None)))
+            load_state(self, state, (*self._names(), "batches") if self.momentum is None else self._names())
         self._forget()
 
     def _names(self) -> tuple[str, ...]:
-        """The state's arrays, in Keras's order."""
-        own = (*("gamma",) * self.scale, *("beta",) * self.center, "moving_mean", "moving_variance")
-        return own + _renorm_step.NAMES * self.renorm
+        """The names of the state's arrays, in Keras's order."""
+        names = ["gamma"] if self.scale else []
+        names += ["beta"] if self.center else []
+        names += ["moving_mean", "moving_variance"]
+        return (*names, *RENORM_STATE) if self.renorm else tuple(names)
 
-    def _shape_of(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of the array of that name, `shape` being that of a vector."""
+    def _array_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the array `name`, from the shape of a vector."""
         return shape
 
     def to_keras(self, target: Any = None) -> Any:
-        """This layer for Keras, see `bnfast.layers.convert_keras.to_keras`."""
-        return convert.to_keras(self, target)
+        """Convert this layer to a Keras layer, see `bnfast.layers.convert_keras.to_keras`."""
+        return convert_keras.to_keras(self, target)
 
     @classmethod
-    def from_keras(cls, source: Any) -> BatchNormalization:
-        """A layer with configuration and state of a Keras layer, see `bnfast.layers.convert_keras.from_keras`."""
-        return convert.from_keras(cls, source)
+    def from_keras(cls, source: Any) -> Self:
+        """A layer with the options and state of a Keras layer, see `bnfast.layers.convert_keras.from_keras`."""
+        return convert_keras.from_keras(cls, source)
 
     def to_torch(self, target: Any = None) -> Any:
-        """This layer for PyTorch, see `bnfast.layers.convert_torch.to_torch`."""
+        """Convert this layer to a PyTorch module, see `bnfast.layers.convert_torch.to_torch`."""
         return convert_torch.to_torch(self, target)
 
     @classmethod
-    def from_torch(cls, source: Any, *, axis: int = 1, **settings: Any) -> BatchNormalization:
-        """A layer with settings and state of a PyTorch module, see `bnfast.layers.convert_torch.from_torch`."""
+    def from_torch(cls, source: Any, *, axis: int = 1, **settings: Any) -> Self:
+        """A layer with the settings and state of a PyTorch module, see `bnfast.layers.convert_torch.from_torch`."""
         return convert_torch.from_torch(cls, source, axis=axis, **settings)
 
     def __getstate__(self) -> dict[str, Any]:
-        left = ("_backward", "dgamma", "dbeta", "dresidual")
-        return {name: value for name, value in self.__dict__.items() if name not in left}
+        dropped = ("_backward", "dgamma", "dbeta", "dresidual")
+        return {name: value for name, value in self.__dict__.items() if name not in dropped}
 
     def __repr__(self) -> str:
         config = ", ".join(f"{name}={value!r}" for name, value in self.get_config().items())

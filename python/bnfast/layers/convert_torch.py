@@ -1,57 +1,68 @@
-"""State of the NumPy layer into PyTorch's modules and out of them; convert.py says what carries over, and how.
+"""Convert the NumPy layer to a PyTorch BatchNorm module and back; convert_keras.py lists what differs in meaning.
 
-PyTorch's momentum=None is ours: both average all batches, which PyTorch counts in num_batches_tracked.
+momentum=None means the same on both sides: the average over all batches, whose number is PyTorch's num_batches_tracked.
+torch is imported only to write to a torch module.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from .._arguments import checks as _checks
-from .convert_keras import SWITCHES, check_like, warn_of_variance, widened
-
-if TYPE_CHECKING:
-    from .batch_norm import BatchNormalization
+from .._arguments import checks
+from .state import FREEZING_DEFAULTS, Layer, check_same_array, parameter_array, warn_of_variance
 
 __all__ = ["from_torch", "to_torch"]
 
+LayerT = TypeVar("LayerT", bound=Layer)
+
 NAMES = {"gamma": "weight", "beta": "bias", "moving_mean": "running_mean", "moving_variance": "running_var"}
 COUNT = "num_batches_tracked"
-# What our layers have and PyTorch's have not, and the value at which it isn't missed.
-REFUSED = {"activation": None, "virtual_batch_size": None, "nan_policy": "propagate", "renorm": False}
-REFUSED |= {"adjustment": None, "num_classes": None, **SWITCHES}
+REQUIRED_VALUES = {  # of options that PyTorch does not have
+    "activation": None,
+    "virtual_batch_size": None,
+    "nan_policy": "propagate",
+    "renorm": False,
+    "adjustment": None,
+    "num_classes": None,
+    **FREEZING_DEFAULTS,
+}
 
 
-def to_torch(layer: BatchNormalization, target: Any = None) -> Any:
-    """`layer` in PyTorch's terms.
+def to_torch(layer: Layer, target: Any = None) -> Any:
+    """Convert `layer` to a PyTorch module, or to the state dict of one.
 
-    Without a target: {"state_dict": {"weight", "bias", "running_mean", "running_var"}, "eps", "momentum"}, of NumPy
-    arrays, with "num_batches_tracked" where momentum is None. With `target`, a torch BatchNorm module of as many
-    channels: weights, running statistics, eps and momentum are set, and it is returned. PyTorch's channel axis is 1,
-    whatever ours is.
+    PyTorch's channel axis is always 1; the axis of `layer` is not converted.
+
+    Args:
+        target: a torch BatchNorm module with the same number of channels. Its weights, running statistics, eps and
+            momentum are set.
+
+    Returns:
+        `target`; or, without one, {"state_dict": {"weight", "bias", "running_mean", "running_var"}, "eps", "momentum"}
+        with NumPy arrays, and "num_batches_tracked" in the state dict if momentum is None.
 
     Raises:
-        RuntimeError: `layer` isn't built.
-        ValueError: the layer has what PyTorch's has not: an activation, several axes, ghosts, a nan_policy, renorm, an
-            adjustment, labels or a switch that isn't the default; or `target` has other weights or no running
+        RuntimeError: `layer` is not built.
+        ValueError: the layer uses what PyTorch does not have: an activation, several axes, ghost batches, a nan_policy,
+            renorm, an adjustment, labels or a non-default freezing switch; or `target` has other weights or no running
             statistics.
         TypeError: dtypes differ.
     Warns:
-        UserWarning: correction=0; PyTorch goes on with sample variances. Inference is the same.
+        UserWarning: correction is 0, but PyTorch averages sample variances. Inference is the same.
     """
     state = layer.state_dict()
     if not isinstance(layer.axis, int):
         raise ValueError(f"axis must be one axis, as in PyTorch's BatchNorm. Received: {layer.axis}")
-    for name, plain in REFUSED.items():
-        if (value := getattr(layer, name, plain)) != plain:
-            raise ValueError(f"{name} must be {plain!r}, as PyTorch's BatchNorm has no other. Received: {value!r}")
+    for name, required in REQUIRED_VALUES.items():
+        if (value := getattr(layer, name, required)) != required:
+            raise ValueError(f"{name} must be {required!r}, as PyTorch's BatchNorm has no other. Received: {value!r}")
     momentum = None if layer.momentum is None else _complement(layer.momentum)
     if not layer.correction:
-        warn_of_variance("PyTorch averages sample variances", layer.correction)
+        warn_of_variance("PyTorch averages sample variances", layer.correction, 4)
     batches = state.pop("batches", None)
     if target is None:
         renamed = {NAMES[name]: array for name, array in state.items()}
@@ -61,7 +72,7 @@ def to_torch(layer: BatchNormalization, target: Any = None) -> Any:
 
     tensors: dict[str, Any] = {name: getattr(target, theirs, None) for name, theirs in NAMES.items()}
     for name, tensor in tensors.items():
-        check_like(name, state.get(name), tensor)
+        check_same_array(name, state.get(name), tensor)
     with torch.no_grad():
         for name, array in state.items():
             tensors[name].copy_(torch.from_numpy(array))
@@ -72,21 +83,24 @@ def to_torch(layer: BatchNormalization, target: Any = None) -> Any:
 
 
 def from_torch(
-    cls: type[BatchNormalization],
+    cls: type[LayerT],
     source: Any,
     *,
     axis: int = 1,
     eps: float | None = None,
     momentum: float | None = None,
-) -> BatchNormalization:
-    """A layer that goes on where `source` stands: a torch BatchNorm module, what `to_torch` returns, or a bare state
-    dict. The layer has correction=1, as PyTorch's running_var averages sample variances, so that training on gives
-    the same statistics on both sides. float16 and bfloat16 tensors become float32.
+) -> LayerT:
+    """A layer with the settings and state of a PyTorch module, so that training can continue here.
+
+    The layer has correction=1, because PyTorch's running_var averages sample variances: further training then gives the
+    same statistics on both sides. float16 and bfloat16 tensors become float32.
 
     Args:
-        axis: of the new layer; 1 as in PyTorch, or -1 for channels_last data.
-        eps, momentum: in PyTorch's sense (momentum weighs the new value), in place of the source's. A bare state
-            dict has neither, so both are needed with it. A source's momentum=None stays None, and its count goes along.
+        source: a torch BatchNorm module, the result of `to_torch`, or a bare state dict.
+        axis: channel axis of the new layer: 1 as in PyTorch, or -1 for channels_last data.
+        eps, momentum: replace the source's, with PyTorch's meaning (momentum is the weight of the new value). A bare
+            state dict has neither, so both must be given with it. If the source has momentum=None, so has the layer,
+            with the source's batch count.
 
     Raises:
         ValueError: something is missing, or the module has track_running_stats=False.
@@ -112,17 +126,17 @@ def from_torch(
         raise ValueError(f"source must have {' and '.join(needed)} (track_running_stats=True). Received: {received}")
     layer = cls(
         axis=axis,
-        momentum=None if momentum is None else _complement(_checks.real("momentum", momentum, 1.0)),
-        epsilon=_checks.real("eps", eps),
+        momentum=None if momentum is None else _complement(checks.real("momentum", momentum, 1.0)),
+        epsilon=checks.real("eps", eps),
         center="beta" in arrays,
         scale="gamma" in arrays,
         correction=1,
     )
-    vectors: dict[str, Any] = {name: widened(name, array) for name, array in arrays.items()}
+    vectors: dict[str, Any] = {name: parameter_array(name, array) for name, array in arrays.items()}
     layer.load_state_dict(vectors if momentum is not None else vectors | {"batches": np.asarray(state[COUNT])})
     return layer
 
 
 def _complement(momentum: float) -> float:
-    """1 - momentum in decimal, so that 0.1 is 0.9 and back 0.1, not 0.09999999999999998."""
+    """1 - momentum in decimal arithmetic, so that 0.1 becomes 0.9 and then 0.1 again, not 0.09999999999999998."""
     return float(1 - Decimal(repr(float(momentum))))

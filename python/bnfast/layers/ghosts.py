@@ -1,10 +1,10 @@
-"""Ghost batches (Hoffer 2017, https://arxiv.org/abs/1705.08741): each `virtual_batch_size` samples are a batch apart.
+"""Ghost batches (Hoffer 2017, https://arxiv.org/abs/1705.08741): normalize `virtual_batch_size` samples at a time.
 
-One call of the kernels a ghost, so that a mask may differ between ghosts, and a ghost has the bits of its own call.
-"contiguous": ghost g holds samples g*size to (g + 1)*size - 1, which are read and written where they lie; "strided":
-samples g, g + G, g + 2G ..., G the number of ghosts, as TF 1 has it: these are copied, once on the way in and out.
-Statistics are (G, C), C standing for the extents of several axes. The moving ones take the mean over the ghosts that
-hold anything, whatever their weight.
+The kernels run once per ghost, so a mask may differ between ghosts, and each ghost has the bits of a separate call.
+"contiguous": ghost g is samples g*size to (g + 1)*size - 1, read and written in place. "strided": of G ghosts, ghost g
+is samples g, g + G, g + 2G, ..., as in TF 1; these are copied once on the way in and once on the way out.
+Statistics have shape (G, C); with several channel axes C means their extents. The moving statistics take the plain mean
+over the ghosts that have any weight, whatever that weight is.
 """
 
 from __future__ import annotations
@@ -15,19 +15,22 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from .._arguments import checks as _checks
+from .._arguments import checks
+from .._arguments.array_checks import like, mask_weights, tensor
 from .._arguments.arrays import Array
 from .._arguments.axes import Axes
 from ..functional.batch_norm import GradResult, batch_norm_grad, batch_norm_train
 
-__all__ = ["GROUPINGS", "GhostResult", "check", "grad", "slices", "train", "update"]
+__all__ = ["GROUPINGS", "GhostResult", "check_virtual_batch_size", "ghost_slices", "grad", "train", "update"]
 
 GROUPINGS = ("contiguous", "strided")
 
 
 class GhostResult(NamedTuple):
-    """y, and every ghost's mean, population variance, invstd: (G, C), and the weight it holds: (G,).
-    mask: the weights in x's shape without the channel axes, or None."""
+    """y; mean, population variance and invstd per ghost, (G, C); total weight per ghost, (G,).
+
+    mask: the weights in x's shape without the channel axes, or None.
+    """
 
     y: Array
     mean: npt.NDArray[np.float64]
@@ -37,22 +40,23 @@ class GhostResult(NamedTuple):
     mask: Array | None
 
 
-def check(size: Any) -> int | None:
-    """virtual_batch_size, if it can be one."""
-    if size is not None and _checks.integer("virtual_batch_size", size) < 1:
+def check_virtual_batch_size(size: Any) -> int | None:
+    """A positive int or None."""
+    if size is not None and checks.integer("virtual_batch_size", size) < 1:
         raise ValueError(f"virtual_batch_size must be at least 1, or None. Received: {size}")
     return None if size is None else int(size)
 
 
-def slices(x: Array, axes: Axes, size: int | None, grouping: str | None) -> list[slice]:
-    """Which samples make each ghost; none where all of x is one.
+def ghost_slices(x: Array, axes: Axes, size: int | None, grouping: str | None) -> list[slice]:
+    """The samples of each ghost; an empty list if all of x is one ghost.
 
-    Raises ValueError where `size` doesn't divide the batch, or the batch's axis is the channels'.
+    Raises ValueError if `size` does not divide the batch, or axis 0 is a channel axis.
     """
     if size is None:
         return []
     if axes.axes[0] == 0:
-        raise ValueError(f"axis must not be 0, the batch's, where there are ghosts. Received: x of shape {x.shape}")
+        wanted = "0, which is the batch axis, with virtual_batch_size"
+        raise ValueError(f"axis must not be {wanted}. Received: x of shape {x.shape}")
     if len(x) % size:
         raise ValueError(f"virtual_batch_size must divide the batch. Received: {size}, and x of shape {x.shape}")
     count = len(x) // size
@@ -64,38 +68,41 @@ def slices(x: Array, axes: Axes, size: int | None, grouping: str | None) -> list
 
 
 def train(
-    x: Array, ghosts: list[slice], gamma: Any, beta: Any, axes: Axes, mask: Any, residual: Any, **words: Any
+    x: Array, slices: list[slice], gamma: Any, beta: Any, axes: Axes, mask: Any, residual: Any, **kwargs: Any
 ) -> GhostResult:
-    """Normalize each ghost; no moving statistics."""
-    residual = _checks.like("residual", residual, "x", x)
-    flat = _checks.weights(mask, x, axes)
-    weights = None if flat is None else flat.reshape(axes.off)
+    """Normalize each ghost. The moving statistics are not updated."""
+    residual = like("residual", residual, "x", x)
+    flat = mask_weights(mask, x, axes)
+    weights = None if flat is None else flat.reshape(axes.other_shape)
     y = np.empty(x.shape, x.dtype)
-    parts = []
-    for ghost in ghosts:
+    statistics = []
+    for ghost in slices:
         out = y[ghost] if y[ghost].flags.c_contiguous else None
-        part = batch_norm_train(
-            *(x[ghost], gamma, beta), mask=_at(weights, ghost), residual=_at(residual, ghost), out=out, **words
+        result = batch_norm_train(
+            x[ghost], gamma, beta, mask=_part(weights, ghost), residual=_part(residual, ghost), out=out, **kwargs
         )
         if out is None:
-            y[ghost] = part.y
-        parts.append(part[1:])
-    held = [math.prod((len(x[g]), *axes.off[1:])) if weights is None else weights[g].sum(dtype=float) for g in ghosts]
-    mean, variance, invstd = (np.stack(each) for each in zip(*parts, strict=True))
-    return GhostResult(y, mean, variance, invstd, np.array(held, np.float64), weights)
+            y[ghost] = result.y
+        statistics.append(result[1:])
+    mean, variance, invstd = (np.stack(each) for each in zip(*statistics, strict=True))
+    if weights is None:
+        weight = [float(len(x[ghost]) * math.prod(axes.other_shape[1:])) for ghost in slices]
+    else:
+        weight = [weights[ghost].sum(dtype=np.float64) for ghost in slices]
+    return GhostResult(y, mean, variance, invstd, np.array(weight, np.float64), weights)
 
 
-def update(moving: tuple[Array, Array], result: GhostResult, momentum: float, correction: int, policy: str) -> bool:
-    """Move the statistics by the ghosts' means; False where no ghost holds anything."""
+def update(moving: tuple[Array, Array], result: GhostResult, momentum: float, correction: int, nan_policy: str) -> bool:
+    """Update the moving statistics with the mean over the ghosts. Returns False if no ghost has any weight."""
     present = result.weight > 0
     if not present.any() or not result.y.size:
         return False
     count = result.weight[present]
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
-        bessel = np.where((count > 1) & (correction == 1), count / (count - 1), 1.0)
+        bessel = np.where((count > 1) & (correction == 1), count / (count - 1), 1.0)  # to the sample variance
         mean = result.mean[present].mean(0)
         variance = (result.variance[present].T * bessel).T.mean(0)
-        where = np.isfinite(mean) & np.isfinite(variance) if policy == "skip_update" else True
+        where = np.isfinite(mean) & np.isfinite(variance) if nan_policy == "skip_update" else True
         for old, batch in zip(moving, (mean, variance), strict=True):
             new = old.astype(np.float64) * momentum + batch * (1 - momentum)
             np.copyto(old, new, casting="same_kind", where=where)
@@ -105,40 +112,45 @@ def update(moving: tuple[Array, Array], result: GhostResult, momentum: float, co
 def grad(
     dy: Any,
     x: Array,
-    ghosts: list[slice],
+    slices: list[slice],
     mean: Array,
     invstd: Array,
     gamma: Any,
     beta: Any,
     mask: Array | None,
     residual: Any,
-    **words: Any,
+    **kwargs: Any,
 ) -> GradResult:
-    """dx of each ghost; dgamma and dbeta summed over the ghosts in float64, in their order."""
-    dy = _checks.like("dy", _checks.tensor("dy", dy), "x", x)
-    residual = _checks.like("residual", residual, "x", x)
+    """dx per ghost; dgamma and dbeta are summed over the ghosts in float64, in their order."""
+    dy = like("dy", tensor("dy", dy), "x", x)
+    residual = like("residual", residual, "x", x)
     dx = np.empty(x.shape, x.dtype)
-    itself = residual is not None and words["activation"] is None  # dresidual is dy
-    dresidual = dy if itself else None if residual is None else np.empty(x.shape, x.dtype)
+    dresidual_is_dy = residual is not None and kwargs["activation"] is None
+    dresidual = dy if dresidual_is_dy else None if residual is None else np.empty(x.shape, x.dtype)
     sums = np.zeros((2, *mean.shape[1:]))
-    for g, ghost in enumerate(ghosts):
+    for g, ghost in enumerate(slices):
         out = dx[ghost] if dx[ghost].flags.c_contiguous else None
-        part = batch_norm_grad(
-            *(dy[ghost], x[ghost], mean[g], invstd[g], gamma, beta),
-            mask=_at(mask, ghost),
-            residual=_at(residual, ghost),
+        result = batch_norm_grad(
+            dy[ghost],
+            x[ghost],
+            mean[g],
+            invstd[g],
+            gamma,
+            beta,
+            mask=_part(mask, ghost),
+            residual=_part(residual, ghost),
             out=out,
-            **words,
+            **kwargs,
         )
         if out is None:
-            dx[ghost] = part.dx
-        if dresidual is not None and not itself:
-            dresidual[ghost] = part.dresidual
-        sums += part.dgamma, part.dbeta
+            dx[ghost] = result.dx
+        if dresidual is not None and not dresidual_is_dy:
+            dresidual[ghost] = result.dresidual
+        sums += result.dgamma, result.dbeta
     with np.errstate(over="ignore"):
-        dgamma, dbeta = sums.astype(part.dgamma.dtype)
+        dgamma, dbeta = sums.astype(result.dgamma.dtype)
     return GradResult(dx, dgamma, dbeta, dresidual)
 
 
-def _at(array: Array | None, ghost: slice) -> Array | None:
+def _part(array: Array | None, ghost: slice) -> Array | None:
     return None if array is None else array[ghost]

@@ -75,7 +75,7 @@ def own(
     grouping = _checks.choice("virtual_batch_grouping", virtual_batch_grouping, ghosts.GROUPINGS)
     optional = {"use_batch_statistics": use_batch_statistics, "fused": fused}
     return {
-        "correction": _checks.bessel(correction),
+        "correction": _checks.check_correction(correction),
         "nan_policy": str(_checks.choice("nan_policy", nan_policy, NAN_POLICIES)),
         "update_statistics": _checks.boolean("update_statistics", update_statistics),
         "trainable_affine": _checks.boolean("trainable_affine", trainable_affine),

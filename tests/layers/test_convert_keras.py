@@ -1,8 +1,8 @@
 """State between the NumPy layer and Keras's layers; what counts is that training goes on the same on both sides."""
 
-import agreement as ag
 import numpy as np
 import pytest
+import sample_data
 from bnfast import BatchNormalization
 from conversion import batches, close, trained
 
@@ -70,7 +70,7 @@ def test_from_tf_keras_knows_the_fused_kernel(need):
         layer = BatchNormalization.from_keras(source)
         assert layer.correction == correction
         assert layer.axis in (-1, len(shape) - 1)
-        x = ag.batch(shape, -1, np.float32, np.random.default_rng(7))
+        x = sample_data.batch(shape, -1, np.float32, np.random.default_rng(7))
         source(x, training=True)
         layer(x, training=True)
         close(layer.moving_variance, source.moving_variance)
@@ -95,17 +95,17 @@ def test_keras_errors(keras):
         trained(activation="relu").to_keras(keras_layer(keras))
     with pytest.raises(ValueError, match=r"target must have a gamma, like this layer"):
         trained().to_keras(keras_layer(keras, scale=False))
-    with pytest.warns(UserWarning, match=r"this target averages population variances, this layer has correction=1"):
+    with pytest.warns(UserWarning, match=r"this target averages population variances, but this layer has correction=1"):
         trained(correction=1).to_keras(keras_layer(keras))
     before = keras_layer(keras).get_weights()
-    for words, error, text in (
+    for kwargs, error, text in (
         ({"nan_policy": "skip_update"}, ValueError, r"nan_policy must be 'propagate' for a target.*: 'skip_update'"),
         ({"nan_policy": "raise"}, ValueError, r'nan_policy must be "propagate" or "skip_update" for Keras'),
         ({"momentum": None}, ValueError, r"target must have momentum=None, like this layer. Received: momentum=0.99"),
     ):
         target = keras_layer(keras)
         with pytest.raises(error, match=text):
-            trained(**words).to_keras(target)
+            trained(**kwargs).to_keras(target)
         assert all(np.array_equal(*pair) for pair in zip(target.get_weights(), before, strict=True))
     ghosts = BatchNormalization(virtual_batch_size=2)
     ghosts.build(4)
@@ -113,13 +113,16 @@ def test_keras_errors(keras):
         ghosts.to_keras(keras_layer(keras))
     with pytest.raises(ValueError, match=r"target must have renorm=False, like this layer. Received: renorm=True"):
         trained().to_keras(keras_layer(keras, renorm=True))
-    for words, text in (
+    for kwargs, text in (
         ({"renorm": True}, "target must have renorm=True, like this layer. Received: renorm=False"),
         ({"update_statistics": False}, "update_statistics must be True for a target.*Received: False"),
-        ({"adjustment": lambda shape: (1, 0)}, "adjustment must be None for Keras, where it takes and gives tensors"),
+        (
+            {"adjustment": lambda shape: (1, 0)},
+            "adjustment must be None for Keras, whose adjustment takes and returns tensors",
+        ),
     ):
         with pytest.raises(ValueError, match=text):
-            trained(**words).to_keras(keras_layer(keras))
+            trained(**kwargs).to_keras(keras_layer(keras))
 
 
 def test_mappings_without_keras():
@@ -165,8 +168,8 @@ def test_bnfast_keras_and_back(need, keras, options):
     fresh = ours.BatchNormalization(**plain["config"])
     fresh.build((None, 4))
     fresh.set_weights(plain["weights"])
-    words = {name: options[name] for name in ("momentum", "scale", "center", "activation") if name in options}
-    target = keras_layer(keras, ours.BatchNormalization, **words)
+    kwargs = {name: options[name] for name in ("momentum", "scale", "center", "activation") if name in options}
+    target = keras_layer(keras, ours.BatchNormalization, **kwargs)
     assert layer.to_keras(target) is target
     target.trainable = layer.trainable
     mapping = {"config": fresh.get_config(), "weights": fresh.get_weights()}
@@ -190,21 +193,21 @@ RENORM = {"renorm": True, "renorm_clipping": {"rmin": 0.75, "rmax": 1.5, "dmax":
 
 
 @pytest.mark.parametrize(
-    ("make", "words"),
+    ("make", "kwargs"),
     [
         *[(make, RENORM) for make in ("bnfast", "keras", "tf_keras")],
-        *[("bnfast", words) for words in (SWITCHES, {**RENORM, "momentum": None})],
+        *[("bnfast", kwargs) for kwargs in (SWITCHES, {**RENORM, "momentum": None})],
     ],
     ids=str,
 )
-def test_renorm_and_switches_go_there_and_back(need, keras, words, make):
+def test_renorm_and_switches_go_there_and_back(need, keras, kwargs, make):
     need("tensorflow")
     import bnfast.keras as ours
 
     cls = {"bnfast": ours, "keras": keras.layers, "tf_keras": need("tf_keras").layers}[make].BatchNormalization
-    source, fresh = (keras_layer(keras, cls, **words) for _ in range(2))
+    source, fresh = (keras_layer(keras, cls, **kwargs) for _ in range(2))
     layer = BatchNormalization.from_keras(source)
-    assert {name: getattr(layer, name) for name in words} == words
+    assert {name: getattr(layer, name) for name in kwargs} == kwargs
     layer(batches(1)[0], training=True)
     layer.renorm_clipping = {"rmax": 2.0} if layer.renorm else None
     layer.to_keras(fresh)
@@ -213,7 +216,7 @@ def test_renorm_and_switches_go_there_and_back(need, keras, words, make):
     if make == "bnfast":
         for given in (layer.to_keras(), {"config": fresh.get_config(), "weights": fresh.get_weights()}):
             back = BatchNormalization.from_keras(given)
-            assert {name: getattr(back, name) for name in words} == {name: getattr(layer, name) for name in words}
+            assert {name: getattr(back, name) for name in kwargs} == {name: getattr(layer, name) for name in kwargs}
 
 
 def test_labels_go_there_and_back(need, keras):

@@ -1,47 +1,13 @@
-"""What the tests of agreement share: a grid of shapes, inputs with odd values, and how close is close.
+"""How close a result must be to the float64 reference: bounds and checks for every output of the kernels.
 
 Kernels compute half types in float32. Bounds are in units of the compute type's epsilon times the size of the terms
 that were added up, plus half a unit in the last place of the output's own dtype.
 """
 
-import math
 from typing import Any
 
 import numpy as np
-import reference
-
-SHAPES = [  # (shape, axis)
-    ((257,), 0),
-    ((1, 23), -1),
-    ((64, 1), 1),
-    ((64, 23), -1),
-    ((23, 64), 0),
-    ((3000, 100), -1),
-    ((100, 3000), 0),
-    ((2, 3, 49), 1),
-    ((5, 49, 3), -1),
-    ((1, 257, 1), 1),
-    ((3, 5, 20011), 1),
-    ((3, 7, 7, 23), 3),
-    ((3, 23, 7, 7), 1),
-    ((5, 100, 7, 7), -3),
-    ((2, 5, 257, 3), 2),
-    ((1, 1, 1, 1), 0),
-    ((2, 3, 7, 5, 23), 4),
-    ((2, 23, 3, 7, 5), 1),
-    ((4, 3, 2, 7, 5), 0),
-]
-EMPTY = [((0,), 0), ((0, 3), 1), ((4, 0), 1), ((0, 0), 0), ((2, 3, 0), 1), ((0, 3, 5, 5), 1), ((2, 0, 3), -1)]
-DTYPES = ["float32", "float64", "float16", "bfloat16"]
-ACTIVATIONS = [None, "relu", "relu6", "leaky_relu"]
-
-
-def dtype_of(name: str) -> np.dtype:
-    if name != "bfloat16":
-        return np.dtype(name)
-    from needs import need_module
-
-    return np.dtype(need_module("ml_dtypes").bfloat16)
+import numpy_reference
 
 
 def compute_eps(dtype: Any) -> float:
@@ -55,21 +21,6 @@ def storage_eps(dtype: Any) -> float:
 def tiny(dtype: Any) -> float:
     """Half the smallest subnormal: what rounding near zero may cost, 3e-8 for float16."""
     return {"float16": 2.0**-25, "float64": 0.0}.get(np.dtype(dtype).name, 2.0**-134)
-
-
-def batch(shape, axis, dtype, rng, offset=0.0):
-    """Values whose channels differ in mean and spread."""
-    channels = [1] * len(shape)
-    channels[axis] = shape[axis]
-    spread = rng.uniform(0.3, 3, channels)
-    return (rng.standard_normal(shape) * spread + rng.uniform(-2, 2, channels) + offset).astype(dtype)
-
-
-def vectors(channels, rng, dtype="float32"):
-    """gamma (of both signs), beta, moving_mean, moving_variance."""
-    gamma = rng.uniform(0.5, 2, channels) * rng.choice([-1, 1], channels)
-    arrays = gamma, rng.uniform(-1, 1, channels), rng.uniform(-1, 1, channels), rng.uniform(0.5, 2, channels)
-    return tuple(a.astype(dtype) for a in arrays)
 
 
 def per_channel(v, x, axis):
@@ -114,7 +65,7 @@ def check_output(x, y, expected, mean, invstd, gamma=None, beta=None, axis=-1, r
     """y in x's shape and dtype, close to `expected`; half of what the variance may be off comes on top."""
     assert y.shape == x.shape
     assert y.dtype == x.dtype
-    size = np.abs(reference.preactivation(x, mean, invstd, axis=axis)) + 1
+    size = np.abs(numpy_reference.preactivation(x, mean, invstd, axis=axis)) + 1
     # the mean is kept as a float64: 1 eps of that is 1 eps of y for float64 at mean/std 1, 1e-9 of one for float32
     share = np.finfo(np.float64).eps / compute_eps(x.dtype)
     size = size + np.abs(per_channel(np.asarray(mean) * invstd, x, axis)) * share
@@ -131,20 +82,20 @@ def gated(dy, x, mean, invstd, gamma, beta, axis, residual, activation):
     """dy with zeros where the pre-activation is so near a kink that rounding decides the side."""
     if activation is None:
         return dy
-    z = reference.preactivation(x, mean, invstd, gamma, beta, axis=axis, residual=residual)
+    z = numpy_reference.preactivation(x, mean, invstd, gamma, beta, axis=axis, residual=residual)
     near = (np.abs(z) < 1e-4) | (np.abs(z - 6) < 1e-4)
     return np.where(near, np.zeros((), dy.dtype), dy)
 
 
 def check_gradient(dy, x, result, mean, invstd, gamma=None, beta=None, axis=-1, **options):
     """A GradResult against the closed form."""
-    expected = reference.grad(dy, x, mean, invstd, gamma, beta, axis=axis, **options)
+    expected = numpy_reference.grad(dy, x, mean, invstd, gamma, beta, axis=axis, **options)
     eps = compute_eps(x.dtype)
     parameter = next((p.dtype for p in (gamma, beta) if p is not None), None)
     parameter = parameter or np.dtype(np.float64 if x.dtype == np.float64 else np.float32)
     channels = x.shape[axis]
     other = tuple(i for i in range(x.ndim) if i != axis % x.ndim)
-    xhat = np.abs(reference.preactivation(x, mean, invstd, axis=axis))
+    xhat = np.abs(numpy_reference.preactivation(x, mean, invstd, axis=axis))
     g = np.abs(dy.astype(xhat.dtype))
     sum_g, sum_gx = g.sum(other), (g * (xhat + 1)).sum(other)
     for name, actual, size in (("dbeta", result.dbeta, sum_g), ("dgamma", result.dgamma, sum_gx)):
@@ -154,7 +105,7 @@ def check_gradient(dy, x, result, mean, invstd, gamma=None, beta=None, axis=-1, 
     assert result.dx.shape == x.shape
     assert result.dx.dtype == x.dtype
     scale = np.abs(per_channel(invstd if gamma is None else gamma.astype(xhat.dtype) * invstd, x, axis))
-    count = max(float(reference.weights(options.get("mask"), x, axis, np.float64).sum()), 1e-30)
+    count = max(float(numpy_reference.weights(options.get("mask"), x, axis, np.float64).sum()), 1e-30)
     top = 1.0 if options.get("mask") is None else float(np.max(np.asarray(options["mask"], np.float64), initial=0))
     size = scale * (g + (per_channel(sum_g, x, axis) + (xhat + 1) * per_channel(sum_gx, x, axis)) * (top / count))
     spread = 2 * (xhat + 1) / per_channel(np.where(invstd > 0, invstd, 1), x, axis)
@@ -167,12 +118,3 @@ def check_gradient(dy, x, result, mean, invstd, gamma=None, beta=None, axis=-1, 
     else:
         assert result.dresidual.dtype == x.dtype
         close(result.dresidual, expected.dresidual, g, 2 * eps, x.dtype, "dresidual")
-
-
-def in_sample(shape, axis):
-    """What the kernels take the centres of blocks from, of x without its channels: every fourth row of columns or of
-    short rows, every fourth 64 values of longer ones."""
-    axis = axis % len(shape)
-    rest = (*shape[:axis], *shape[axis + 1 :])
-    inner, place = math.prod(shape[axis + 1 :]), np.arange(math.prod(rest)).reshape(rest)
-    return (place // inner if inner <= 64 else place % inner // 64) % 4 == 0

@@ -194,9 +194,19 @@ def arguments(function):
     every = {
         **{name: tensor() for name in ("x", "dy", "residual", "out")},
         **{name: vector() for name in ("gamma", "beta", "moving_mean", "moving_variance", "dmean", "dvariance")},
-        **{"mean": np.zeros(C), "invstd": np.ones(C), "mask": None, "axis": -1, "momentum": 0.9, "epsilon": 1e-3},
-        **{"y": None, "out_dresidual": None},
-        **{"activation": None, "negative_slope": 0.2, "correction": 0, "nan_policy": "propagate", "training": True},
+        "mean": np.zeros(C),
+        "invstd": np.ones(C),
+        "mask": None,
+        "axis": -1,
+        "momentum": 0.9,
+        "epsilon": 1e-3,
+        "y": None,
+        "out_dresidual": None,
+        "activation": None,
+        "negative_slope": 0.2,
+        "correction": 0,
+        "nan_policy": "propagate",
+        "training": True,
     }
     return {name: every[name] for name in TABLES[function]}
 

@@ -2,11 +2,11 @@
 
 import math
 
-import agreement as ag
 import bnfast
 import numpy as np
+import numpy_reference
 import pytest
-import reference
+import sample_data
 
 CASES = [
     ((6, 3, 4), (1, 2)),
@@ -50,7 +50,7 @@ def inputs(shape, axis, dtype=np.float32):
     rng = np.random.default_rng(3)
     extents = tuple(shape[a] for a in sorted(a % len(shape) for a in axis))
     tensors = [rng.standard_normal(shape).astype(dtype) for _ in range(3)]
-    return tensors, [v.reshape(extents) for v in ag.vectors(int(np.prod(extents)), rng)]
+    return tensors, [v.reshape(extents) for v in sample_data.vectors(int(np.prod(extents)), rng)]
 
 
 def same(a, b):
@@ -63,12 +63,12 @@ def same(a, b):
 @cases
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 def test_equal_bits_to_one_axis(shape, axis, dtype):
-    (x, dy, residual), (gamma, beta, mean, variance) = inputs(shape, axis, ag.dtype_of(dtype))
+    (x, dy, residual), (gamma, beta, mean, variance) = inputs(shape, axis, sample_data.dtype_of(dtype))
     flat, place = one_axis(x, axis)
     plain = {"axis": place, "activation": "relu", "residual": one_axis(residual, axis)[0]}
-    words = {"axis": axis, "activation": "relu", "residual": residual}
+    kwargs = {"axis": axis, "activation": "relu", "residual": residual}
     ours, theirs = ([v.copy() for v in (mean, variance)], [v.reshape(-1).copy() for v in (mean, variance)])
-    train = bnfast.batch_norm_train(x, gamma, beta, *ours, **words)
+    train = bnfast.batch_norm_train(x, gamma, beta, *ours, **kwargs)
     wanted = bnfast.batch_norm_train(flat, gamma.ravel(), beta.ravel(), *theirs, **plain)
     assert train.y.shape == shape
     assert train.y.flags.c_contiguous
@@ -76,7 +76,7 @@ def test_equal_bits_to_one_axis(shape, axis, dtype):
     same(one_axis(train.y, axis)[0], wanted.y)
     for a, b in zip((*train[1:], *ours), (*wanted[1:], *theirs), strict=True):
         same(a, b)
-    grad = bnfast.batch_norm_grad(dy, x, train.mean, train.invstd, gamma, beta, dmean=mean, dvariance=mean, **words)
+    grad = bnfast.batch_norm_grad(dy, x, train.mean, train.invstd, gamma, beta, dmean=mean, dvariance=mean, **kwargs)
     vectors = (wanted.mean, wanted.invstd, gamma.ravel(), beta.ravel())
     more = {"dmean": mean.ravel(), "dvariance": mean.ravel()}
     back = bnfast.batch_norm_grad(one_axis(dy, axis)[0], flat, *vectors, **more, **plain)
@@ -86,7 +86,7 @@ def test_equal_bits_to_one_axis(shape, axis, dtype):
     same(one_axis(grad.dresidual, axis)[0], back.dresidual)
     same(grad.dgamma, back.dgamma)
     same(grad.dbeta, back.dbeta)
-    y = bnfast.batch_norm_infer(x, *ours, gamma, beta, **words)
+    y = bnfast.batch_norm_infer(x, *ours, gamma, beta, **kwargs)
     assert y.shape == shape
     same(one_axis(y, axis)[0], bnfast.batch_norm_infer(flat, *theirs, gamma.ravel(), beta.ravel(), **plain))
     ours, theirs = bnfast.moments(x, axis=axis), bnfast.moments(flat, axis=place)
@@ -104,11 +104,11 @@ def test_against_formulas(shape, axis, masked):
     off = flat.shape[:-1]
     mask = np.random.default_rng(4).integers(0, 3, off).astype(np.float64) if masked else None
     train = bnfast.batch_norm_train(x, gamma, beta, axis=axis, mask=mask)
-    wanted = reference.train(flat, gamma.ravel(), beta.ravel(), mask=mask)
+    wanted = numpy_reference.train(flat, gamma.ravel(), beta.ravel(), mask=mask)
     np.testing.assert_allclose(merged(train.y, axis), wanted.y.astype(float), rtol=1e-9, atol=1e-11)
     np.testing.assert_allclose(train.variance.ravel(), wanted.variance.astype(float), rtol=1e-12, atol=1e-13)
     grad = bnfast.batch_norm_grad(dy, x, train.mean, train.invstd, gamma, beta, axis=axis, mask=mask)
-    back = reference.grad(flat_dy, flat, wanted.mean, wanted.invstd, gamma.ravel(), beta.ravel(), mask=mask)
+    back = numpy_reference.grad(flat_dy, flat, wanted.mean, wanted.invstd, gamma.ravel(), beta.ravel(), mask=mask)
     np.testing.assert_allclose(merged(grad.dx, axis), back.dx.astype(float), rtol=1e-9, atol=1e-9)
     np.testing.assert_allclose(grad.dgamma.ravel(), back.dgamma.astype(float), rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(grad.dbeta.ravel(), back.dbeta.astype(float), rtol=1e-6, atol=1e-6)
@@ -215,7 +215,7 @@ X = np.ones((6, 3, 4), np.float32)
 
 
 @pytest.mark.parametrize(
-    ("words", "error", "text"),
+    ("kwargs", "error", "text"),
     [
         ({"axis": (1, 3)}, ValueError, r"axis must be in \[-3, 3\) for x of shape \(6, 3, 4\). Received: 3"),
         ({"axis": (1, -2)}, ValueError, r"axis must name each axis once. Received: \(1, -2\)"),
@@ -234,17 +234,17 @@ X = np.ones((6, 3, 4), np.float32)
     ],
     ids=str,
 )
-def test_what_is_refused(words, error, text):
+def test_what_is_refused(kwargs, error, text):
     x, moving = X.copy(), {"moving_mean": np.zeros((3, 4)), "moving_variance": np.ones((3, 4))}
     before = X.copy()
     with pytest.raises(error, match=text):
-        bnfast.batch_norm_train(x, **{"axis": (1, 2), **moving, **words})
+        bnfast.batch_norm_train(x, **({"axis": (1, 2)} | moving | kwargs))
     assert not moving["moving_mean"].any()
     np.testing.assert_array_equal(X, before)
 
 
-def made(axis, vectors, **words):
-    layer = bnfast.BatchNormalization(axis=axis, momentum=0.75, **words)
+def made(axis, vectors, **kwargs):
+    layer = bnfast.BatchNormalization(axis=axis, momentum=0.75, **kwargs)
     layer.load_state_dict(dict(zip(("gamma", "beta", "moving_mean", "moving_variance"), vectors, strict=True)))
     return layer
 
@@ -254,13 +254,13 @@ LAYERS = [(*case, {"activation": "relu"}) for case in CASES]
 LAYERS += [(shape, axis, ghosts) for shape, axis in CASES if shape[0] in (4, 6) and 0 not in axis for ghosts in GHOSTS]
 
 
-@pytest.mark.parametrize(("shape", "axis", "words"), LAYERS, ids=str)
-def test_the_layer_has_the_bits_of_one_axis(shape, axis, words):
+@pytest.mark.parametrize(("shape", "axis", "kwargs"), LAYERS, ids=str)
+def test_the_layer_has_the_bits_of_one_axis(shape, axis, kwargs):
     (x, dy, residual), vectors = inputs(shape, axis)
     flat, place = one_axis(x, axis)
     mask = np.random.default_rng(7).random([1 if i == place % flat.ndim else e for i, e in enumerate(flat.shape)]) < 0.7
     off = [extent for i, extent in enumerate(shape) if i not in {a % len(shape) for a in axis}]
-    ours, theirs = made(axis, vectors, **words), made(place, [v.ravel() for v in vectors], **words)
+    ours, theirs = made(axis, vectors, **kwargs), made(place, [v.ravel() for v in vectors], **kwargs)
     assert ours.channels == vectors[0].shape
     for training in (True, False):
         y = ours(x, training=training, mask=mask.reshape(off), residual=residual)
@@ -288,13 +288,18 @@ def test_what_the_layer_refuses():
         layer(X[:, :, 0])
     assert not layer.built
     layer(X, training=True)
-    with pytest.raises(ValueError, match=r"x must have \(3, 4\) channels on axis \(1, -1\), for which.*\(6, 4, 3\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"x must have \(3, 4\) channels on axis \(1, -1\), as the layer was built for that.*\(6, 4, 3\)",
+    ):
         layer(X.reshape(6, 4, 3))
-    with pytest.raises(ValueError, match=r"channels must be \(3, 4\), for which.*Received: \(4, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"channels must be \(3, 4\), as the layer was built for that.*Received: \(4, 3\)"
+    ):
         layer.build((4, 3))
-    with pytest.raises(ValueError, match=r"gamma must have shape \(3, 4\), one value a channel. Received: \(12,\)"):
+    with pytest.raises(ValueError, match=r"gamma must have shape \(3, 4\), one value per channel. Received: \(12,\)"):
         layer.load_state_dict({**layer.state_dict(), "gamma": np.ones(12, np.float32)})
-    with pytest.raises(ValueError, match="axis must not be 0, the batch's, where there are ghosts"):
+    with pytest.raises(ValueError, match="axis must not be 0, which is the batch axis, with virtual_batch_size"):
         bnfast.BatchNormalization(axis=(0, 2), virtual_batch_size=2)(X, training=True)
     with pytest.raises(TypeError, match=r"axis must be an integer. Received: 1.5"):
         bnfast.BatchNormalization(axis=(1, 1.5))

@@ -3,20 +3,20 @@
 import copy
 import pickle
 
-import agreement as ag
 import bnfast
 import numpy as np
 import pytest
+import sample_data
 from bnfast import BatchNormalization
 
 
 def made(**options):
     """A layer with five channels that has seen a batch, the batch, and a gradient."""
     rng = np.random.default_rng(1)
-    x, dy = (ag.batch((20, 5), 1, np.float32, rng) for _ in range(2))
+    x, dy = (sample_data.batch((20, 5), 1, np.float32, rng) for _ in range(2))
     layer = BatchNormalization(**options)
     layer.build(5)
-    gamma, beta, *_ = ag.vectors(5, rng)
+    gamma, beta, *_ = sample_data.vectors(5, rng)
     if layer.scale:
         layer.gamma[:] = gamma
     if layer.center:
@@ -59,7 +59,7 @@ def test_build_again_starts_over():
     layer.build(5)
     assert (layer.gamma == 1).all()
     assert (layer.moving_mean == 0).all()
-    with pytest.raises(ValueError, match=r"channels must be 5, for which this layer was built. Received: 6"):
+    with pytest.raises(ValueError, match=r"channels must be 5, as the layer was built for that. Received: 6"):
         layer.build(6)
     with pytest.raises(ValueError, match=r"channels must be at least 0. Received: -1"):
         BatchNormalization().build(-1)
@@ -67,36 +67,42 @@ def test_build_again_starts_over():
         BatchNormalization().build(2.0)
 
 
-@pytest.mark.parametrize("activation", ag.ACTIVATIONS)
+@pytest.mark.parametrize("activation", sample_data.ACTIVATIONS)
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 def test_is_the_functional_api_with_memory(activation, with_residual, masked):
     rng = np.random.default_rng(2)
     layer, *_ = made(activation=activation, momentum=0.8, epsilon=1e-5, negative_slope=0.1, correction=1)
-    x, dy, residual = (ag.batch((20, 5), 1, np.float32, rng) for _ in range(3))
+    x, dy, residual = (sample_data.batch((20, 5), 1, np.float32, rng) for _ in range(3))
     residual = residual if with_residual else None
     mask = rng.random(20) < 0.5 if masked else None
     old = layer.state_dict()
     fused = {"activation": activation, "negative_slope": 0.1, "residual": residual}
     y = layer(x, training=True, mask=mask, residual=residual)
     expected = bnfast.batch_norm_train(
-        *(x, old["gamma"], old["beta"], old["moving_mean"], old["moving_variance"]),
-        **{"momentum": 0.8, "epsilon": 1e-5, "mask": mask, "correction": 1, **fused},
+        x,
+        old["gamma"],
+        old["beta"],
+        old["moving_mean"],
+        old["moving_variance"],
+        momentum=0.8,
+        epsilon=1e-5,
+        mask=mask,
+        correction=1,
+        **fused,
     )
     assert np.array_equal(y, expected.y)
     assert np.array_equal(layer.moving_mean, old["moving_mean"])
     assert np.array_equal(layer.moving_variance, old["moving_variance"])
     dx = layer.backward(dy)
-    grad = bnfast.batch_norm_grad(
-        *(dy, x, expected.mean, expected.invstd, old["gamma"], old["beta"]), **{"mask": mask, **fused}
-    )
+    grad = bnfast.batch_norm_grad(dy, x, expected.mean, expected.invstd, old["gamma"], old["beta"], mask=mask, **fused)
     assert np.array_equal(dx, grad.dx)
     assert np.array_equal(layer.dgamma, grad.dgamma)
     assert np.array_equal(layer.dbeta, grad.dbeta)
     assert (layer.dresidual is None) == (residual is None)
     inferred = layer(x, residual=residual)
     wanted = bnfast.batch_norm_infer(
-        *(x, layer.moving_mean, layer.moving_variance, layer.gamma, layer.beta), **{"epsilon": 1e-5, **fused}
+        x, layer.moving_mean, layer.moving_variance, layer.gamma, layer.beta, epsilon=1e-5, **fused
     )
     assert np.array_equal(inferred, wanted)
 
@@ -290,10 +296,10 @@ def test_bad_options(options, error, text):
 def test_learns():
     """Ten steps of gradient descent through the layer bring y towards a target."""
     rng = np.random.default_rng(3)
-    x = ag.batch((64, 5), 1, np.float32, rng)
+    x = sample_data.batch((64, 5), 1, np.float32, rng)
     target = BatchNormalization()
     target.build(5)
-    target.gamma[:], target.beta[:], *_ = ag.vectors(5, rng)
+    target.gamma[:], target.beta[:], *_ = sample_data.vectors(5, rng)
     wanted = target(x, training=True)
     layer = BatchNormalization()
     losses = []

@@ -3,10 +3,10 @@
 import array
 import ctypes
 
-import agreement as ag
 import bnfast
 import numpy as np
 import pytest
+import sample_data
 from bnfast import _core
 from bnfast.functional import batch_norm as functional
 
@@ -69,10 +69,10 @@ def jax_like(data):
     return made
 
 
-@pytest.mark.parametrize("dtype", ag.DTYPES)
+@pytest.mark.parametrize("dtype", sample_data.DTYPES)
 def test_numpy_is_read_in_place(seen, dtype):
-    x = ag.batch((6, 5), 1, ag.dtype_of(dtype), np.random.default_rng(1))
-    gamma, beta, mean, variance = ag.vectors(5, np.random.default_rng(1))
+    x = sample_data.batch((6, 5), 1, sample_data.dtype_of(dtype), np.random.default_rng(1))
+    gamma, beta, mean, variance = sample_data.vectors(5, np.random.default_rng(1))
     result = bnfast.batch_norm_train(x, gamma, beta, mean, variance, residual=x)
     bnfast.batch_norm_grad(x, x, result.mean, result.invstd, gamma, beta)
     (_, train), (_, grad) = seen
@@ -82,7 +82,7 @@ def test_numpy_is_read_in_place(seen, dtype):
     assert grad[2] is result.mean
 
 
-@pytest.mark.parametrize("dtype", ag.DTYPES)
+@pytest.mark.parametrize("dtype", sample_data.DTYPES)
 def test_torch_is_read_in_place(need, seen, dtype):
     torch = need("torch")
     x = torch.randn(6, 5).to(getattr(torch, dtype))
@@ -90,7 +90,7 @@ def test_torch_is_read_in_place(need, seen, dtype):
     dy = torch.randn(6, 5).to(x.dtype)
     mean, variance = (p.numpy() for p in parameters[2:])
     result = bnfast.batch_norm_train(x, *parameters[:2], mean, variance, residual=dy, mask=torch.ones(6))
-    assert result.y.dtype == ag.dtype_of(dtype)
+    assert result.y.dtype == sample_data.dtype_of(dtype)
     grad = bnfast.batch_norm_grad(dy, x, torch.from_numpy(result.mean), result.invstd, *parameters[:2])
     y = bnfast.batch_norm_infer(x, parameters[2], parameters[3])
     moments = bnfast.moments(x)
@@ -118,9 +118,9 @@ def test_torch_that_needs_gradients_or_is_strided(need):
     same(bnfast.batch_norm_train(x.requires_grad_().detach()), bnfast.batch_norm_train(x.detach().numpy()))
 
 
-@pytest.mark.parametrize("dtype", ag.DTYPES)
+@pytest.mark.parametrize("dtype", sample_data.DTYPES)
 def test_dlpack_is_read_in_place(seen, dtype):
-    data = ag.batch((6, 5), 1, ag.dtype_of(dtype), np.random.default_rng(2))
+    data = sample_data.batch((6, 5), 1, sample_data.dtype_of(dtype), np.random.default_rng(2))
     result = bnfast.batch_norm_train(jax_like(data))
     assert address(seen[0][1][0]) == address(data)
     same(result, bnfast.batch_norm_train(data))
@@ -135,7 +135,7 @@ def test_real_jax(need, seen):
         seen.clear()
 
 
-@pytest.mark.parametrize("dtype", ag.DTYPES)
+@pytest.mark.parametrize("dtype", sample_data.DTYPES)
 def test_tensorflow_is_read_in_place(need, seen, dtype):
     tf = need("tensorflow")
     x = tf.cast(tf.random.normal((6, 5)), dtype)
@@ -190,14 +190,14 @@ def layouts(a):
     yield "transposed", np.ascontiguousarray(a.T).T
 
 
-@pytest.mark.parametrize("dtype", ag.DTYPES)
+@pytest.mark.parametrize("dtype", sample_data.DTYPES)
 @pytest.mark.parametrize(
     ("shape", "axis"), [((37, 23), 1), ((3, 23, 7, 7), 1), ((2, 5, 7, 3), -1), ((4, 3, 5), 0), ((9,), 0)]
 )
 def test_strided_views_give_the_same_bits(shape, axis, dtype):
     rng = np.random.default_rng(3)
-    x, dy, residual = (ag.batch(shape, axis, ag.dtype_of(dtype), rng) for _ in range(3))
-    gamma, beta, mean, variance = ag.vectors(shape[axis], rng)
+    x, dy, residual = (sample_data.batch(shape, axis, sample_data.dtype_of(dtype), rng) for _ in range(3))
+    gamma, beta, mean, variance = sample_data.vectors(shape[axis], rng)
     mask = rng.integers(0, 3, [1 if i == axis % x.ndim else e for i, e in enumerate(shape)]).astype(np.float32)
     vectors = dict(zip(["gamma", "beta"], [gamma, beta], strict=True))
     wanted = bnfast.batch_norm_train(x, gamma, beta, axis=axis, mask=mask, residual=residual, activation="relu")
@@ -220,10 +220,10 @@ def test_broadcast_views():
     same(bnfast.batch_norm_train(x), bnfast.batch_norm_train(x.copy()))
 
 
-@pytest.mark.parametrize("dtype", ag.DTYPES)
-@pytest.mark.parametrize(("shape", "axis"), [*ag.SHAPES, *ag.EMPTY])
+@pytest.mark.parametrize("dtype", sample_data.DTYPES)
+@pytest.mark.parametrize(("shape", "axis"), [*sample_data.SHAPES, *sample_data.EMPTY])
 def test_outputs_are_aligned_to_64_bytes(shape, axis, dtype):
-    x = np.zeros(shape, ag.dtype_of(dtype))
+    x = np.zeros(shape, sample_data.dtype_of(dtype))
     result = bnfast.batch_norm_train(x, axis=axis)
     grad = bnfast.batch_norm_grad(x, x, result.mean, result.invstd, axis=axis, residual=x, activation="relu")
     infer = bnfast.batch_norm_infer(x, result.mean, result.variance, axis=axis)
@@ -234,12 +234,12 @@ def test_outputs_are_aligned_to_64_bytes(shape, axis, dtype):
         assert not np.shares_memory(a, x)
 
 
-@pytest.mark.parametrize("dtype", ag.DTYPES)
+@pytest.mark.parametrize("dtype", sample_data.DTYPES)
 @pytest.mark.parametrize(("shape", "axis"), [((37, 23), 1), ((3, 23, 7, 7), 1), ((300, 100), 1), ((0, 4), 1)])
 def test_out(shape, axis, dtype):
     rng = np.random.default_rng(4)
-    x, dy = (ag.batch(shape, axis, ag.dtype_of(dtype), rng) for _ in range(2))
-    gamma, beta, mean, variance = ag.vectors(shape[axis], rng)
+    x, dy = (sample_data.batch(shape, axis, sample_data.dtype_of(dtype), rng) for _ in range(2))
+    gamma, beta, mean, variance = sample_data.vectors(shape[axis], rng)
     wanted = bnfast.batch_norm_train(x, gamma, beta, axis=axis)
     given = {"gamma": gamma, "beta": beta, "axis": axis}
     calls = {
@@ -266,7 +266,7 @@ def test_out(shape, axis, dtype):
 
 
 def test_gradient_of_x_with_itself_in_place():
-    x = ag.batch((30, 7), 1, np.float32, np.random.default_rng(5))
+    x = sample_data.batch((30, 7), 1, np.float32, np.random.default_rng(5))
     _, mean, _, invstd = bnfast.batch_norm_train(x)
     wanted = bnfast.batch_norm_grad(x, x, mean, invstd).dx
     both = x.copy()

@@ -2,11 +2,12 @@
 
 import math
 
-import agreement
 import bnfast
 import numpy as np
+import numpy_reference
 import pytest
-import reference
+import sample_data
+import tolerances
 from group_norm_calls import GROUP_CASES, LAYER_CASES, group_call, inputs, layer_call
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,41 +17,41 @@ from needs import need_module
 def check(x, dy, gamma, forward, backward, expected):
     """Every result against `expected`; sizes: of the terms that are added up in a row or a column."""
     y, mean, invstd, dx, dgamma, dbeta = expected
-    eps = agreement.compute_eps(x.dtype)
+    eps = tolerances.compute_eps(x.dtype)
     assert forward.mean.dtype == forward.invstd.dtype == np.float64
-    agreement.close(forward.mean, mean, np.abs(mean) + 1 / np.where(invstd > 0, invstd, 1), 4 * eps, what="mean")
-    agreement.close(forward.invstd, invstd, invstd, 1e-12 if x.dtype == np.float64 else 1e-6, what="invstd")
+    tolerances.close(forward.mean, mean, np.abs(mean) + 1 / np.where(invstd > 0, invstd, 1), 4 * eps, what="mean")
+    tolerances.close(forward.invstd, invstd, invstd, 1e-12 if x.dtype == np.float64 else 1e-6, what="invstd")
     top = 1 if gamma is None or not gamma.size else np.abs(gamma).max()
-    agreement.close(forward.y, y, np.abs(y) + 1 + 2 * top, 16 * eps, x.dtype, "y")
+    tolerances.close(forward.y, y, np.abs(y) + 1 + 2 * top, 16 * eps, x.dtype, "y")
     size = np.abs(dx) + top * np.max(invstd, initial=0) * (np.abs(dy).max(initial=0) + 1) * 4
-    agreement.close(backward.dx, dx, size, 16 * eps, x.dtype, "dx")
+    tolerances.close(backward.dx, dx, size, 16 * eps, x.dtype, "dx")
     parameter = gamma.dtype if gamma is not None else np.dtype(np.float64 if x.dtype == np.float64 else np.float32)
     for name, actual, wanted in (("dgamma", backward.dgamma, dgamma), ("dbeta", backward.dbeta, dbeta)):
         assert actual.dtype == parameter
         size = 8 * np.sqrt(x.size / max(wanted.size, 1)) + np.abs(wanted)
-        agreement.close(actual, wanted, size, 16 * eps, parameter, name)
+        tolerances.close(actual, wanted, size, 16 * eps, parameter, name)
     for result in (forward.y, backward.dx):
         assert result.dtype == x.dtype
 
 
-@pytest.mark.parametrize("dtype", agreement.DTYPES)
+@pytest.mark.parametrize("dtype", sample_data.DTYPES)
 @pytest.mark.parametrize(("shape", "axis", "groups"), GROUP_CASES, ids=str)
 def test_group_norm_is_its_formula(shape, axis, groups, dtype):
     for affine in (True, False):
         x, dy, gamma, beta = inputs(shape, shape[axis], dtype, affine)
         before = x.tobytes(), dy.tobytes()
-        expected = reference.group_norm(x, groups, gamma, beta, axis=axis, dy=dy)
+        expected = numpy_reference.group_norm(x, groups, gamma, beta, axis=axis, dy=dy)
         check(x, dy, gamma, *group_call(x, dy, gamma, beta, axis, groups), expected)
         assert (x.tobytes(), dy.tobytes()) == before
 
 
-@pytest.mark.parametrize("dtype", agreement.DTYPES)
+@pytest.mark.parametrize("dtype", sample_data.DTYPES)
 @pytest.mark.parametrize(("shape", "axes"), LAYER_CASES, ids=str)
 def test_layer_norm_is_its_formula(shape, axes, dtype):
     for affine in (True, False):
         vector = [shape[a] for a in sorted(a % len(shape) for a in axes)]
         x, dy, gamma, beta = inputs(shape, vector, dtype, affine)
-        expected = reference.layer_norm(x, gamma, beta, axes=axes, dy=dy)
+        expected = numpy_reference.layer_norm(x, gamma, beta, axes=axes, dy=dy)
         check(x, dy, gamma, *layer_call(x, dy, gamma, beta, axes), expected)
 
 
@@ -63,11 +64,11 @@ def test_any_shape(data):
     groups = data.draw(st.sampled_from([g for g in range(1, 10) if channels % g == 0]))
     dtype = data.draw(st.sampled_from(["float32", "float64", "float16"]))
     x, dy, gamma, beta = inputs(shape, channels, dtype, data.draw(st.booleans()), seed=data.draw(st.integers(0, 99)))
-    expected = reference.group_norm(x, groups, gamma, beta, axis=axis, dy=dy)
+    expected = numpy_reference.group_norm(x, groups, gamma, beta, axis=axis, dy=dy)
     check(x, dy, gamma, *group_call(x, dy, gamma, beta, axis, groups), expected)
     axes = tuple(data.draw(st.sets(st.integers(0, len(shape) - 1), min_size=1)))
     x, dy, gamma, beta = inputs(shape, [shape[a] for a in sorted(axes)], dtype)
-    expected = reference.layer_norm(x, gamma, beta, axes=axes, dy=dy)
+    expected = numpy_reference.layer_norm(x, gamma, beta, axes=axes, dy=dy)
     check(x, dy, gamma, *layer_call(x, dy, gamma, beta, axes), expected)
 
 
@@ -76,16 +77,16 @@ def test_large_offsets_cost_no_digits(offset, bound):
     """Invariant 2: of the variance; y keeps its digits because the mean is subtracted in two parts."""
     for shape, axis, groups in GROUP_CASES:
         x, _, gamma, beta = inputs(shape, shape[axis], "float32", offset=offset * 2)
-        y, mean, invstd = reference.group_norm(x, groups, gamma, beta, axis=axis)
+        y, mean, invstd = numpy_reference.group_norm(x, groups, gamma, beta, axis=axis)
         result = bnfast.group_norm(x, groups, gamma, beta, axis=axis)
-        agreement.close(result.mean, mean, np.abs(mean), 1e-9, what="mean")
-        agreement.close(result.invstd, invstd, invstd, bound, what="invstd")
-        agreement.close(result.y, y, np.abs(y) + 4, 16 * bound, what="y")
+        tolerances.close(result.mean, mean, np.abs(mean), 1e-9, what="mean")
+        tolerances.close(result.invstd, invstd, invstd, bound, what="invstd")
+        tolerances.close(result.y, y, np.abs(y) + 4, 16 * bound, what="y")
     for shape, axes in LAYER_CASES:
         x, *_ = inputs(shape, (), "float32", False, offset=offset * 2)
-        _, mean, invstd = reference.layer_norm(x, axes=axes)
+        _, mean, invstd = numpy_reference.layer_norm(x, axes=axes)
         result = bnfast.layer_norm(x, axis=axes)
-        agreement.close(result.invstd, invstd, invstd, bound, what="invstd")
+        tolerances.close(result.invstd, invstd, invstd, bound, what="invstd")
 
 
 def test_a_constant_row_is_beta():
