@@ -10,18 +10,13 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-KERAS_EXAMPLES = {  # batch norms in the model
-    "mlp_bn_before_activation": 2,
-    "mlp_bn_after_activation": 2,
-    "cnn_functional": 4,
-    "cnn_sequential": 2,
-}
-STEPS = 40  # chance is 0.1; this many reach 0.85 and more
+KERAS_EXAMPLES = ("mlp_bn_before_activation", "mlp_bn_after_activation", "cnn_functional", "cnn_sequential")
+STEPS = 40  # enough for an accuracy of 0.85 or more; chance is 0.1
 
 
 @pytest.fixture
 def example(monkeypatch):
-    """Import an example by name, as if it were run from its folder."""
+    """A function that imports an example by name, as if it were run from its folder."""
     monkeypatch.syspath_prepend(EXAMPLES)
     return importlib.import_module
 
@@ -29,9 +24,12 @@ def example(monkeypatch):
 @pytest.mark.parametrize("name", KERAS_EXAMPLES)
 def test_keras_example(need, example, name):
     need("tensorflow")
-    keras_layer = example("bnfast.keras").BatchNormalization
+    keras, bnfast_keras = example("keras"), example("bnfast.keras")
     module = example(name)
-    assert sum(isinstance(layer, keras_layer) for layer in module.build_model().layers) == KERAS_EXAMPLES[name]
+    layers = module.build_model().layers
+    batch_norms = [layer for layer in layers if isinstance(layer, keras.layers.BatchNormalization)]
+    assert batch_norms
+    assert all(isinstance(layer, bnfast_keras.BatchNormalization) for layer in batch_norms)
     assert module.main(["--steps", str(STEPS)]) > 0.6
 
 
@@ -45,7 +43,7 @@ def test_bn_variants(need, example):
 
 def test_cgan_digits(need, example):
     need("tensorflow")
-    assert example("cgan_digits").main(["--steps", "150"]) > 0.4  # 0.9 here; noise that heeds no label has 0.1
+    assert example("cgan_digits").main(["--steps", "150"]) > 0.4  # usually 0.9; images that ignore the label have 0.1
 
 
 def test_compat_v1_mlp(need, example):

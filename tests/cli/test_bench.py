@@ -1,5 +1,7 @@
-"""`bnfast bench`: what it writes, whom it leaves out, what it refuses, and that it would notice a wrong result.
-Nothing here asserts a time."""
+"""`bnfast bench`: what it writes, which peers it leaves out, what it rejects, and that it notices a wrong result.
+
+No test here asserts a time.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +16,13 @@ import time
 import bnfast
 import numpy as np
 import pytest
-from bnfast.benchmark import agreement, allocator, cases, figure, report, timing
-from bnfast.benchmark.peers import PEERS, Unsupported
+from bnfast.benchmark import allocator, cases, correctness, figure, report, timing
+from bnfast.benchmark.peers import BASELINES, PEERS, Unsupported
 from bnfast.cli import bench, main
 
-OFFLINE = [name for name in bench.TITLES if name not in bench.NEEDED]
-ROW = {
-    *("shape", "set", "N", "C", "spatial", "layout", "op", "dtype", "bytes"),
-    *("peer", "mode", "rounds", "calls", "seconds", "quartiles", "ratio", "to_copy"),
-}
+OTHERS = [name for name in bench.TITLES if name not in BASELINES]
+CASE_KEYS = ("shape", "set", "N", "C", "spatial", "layout", "op", "dtype", "bytes")
+MEASUREMENT_KEYS = ("peer", "mode", "rounds", "calls", "seconds", "quartiles", "ratio", "to_copy")
 
 
 def make_case(op="train", layout="channels_last", dtype="float32", shape="4,6,5x3") -> cases.Case:
@@ -31,20 +31,20 @@ def make_case(op="train", layout="channels_last", dtype="float32", shape="4,6,5x
 
 @pytest.fixture(autouse=True)
 def default_threads():
-    """Peers set the number of threads, ours too."""
+    """Peers change the number of threads, that of bnfast too."""
     yield
     bnfast.set_num_threads(None)
 
 
 @pytest.fixture
 def short(monkeypatch):
-    """Pieces of one call, no waiting: what is tested here isn't time."""
-    monkeypatch.setattr(timing, "PIECE", 0.0)
-    monkeypatch.setattr(timing, "settle", lambda: None)
+    """One call per piece and no waiting, since the times don't matter here."""
+    monkeypatch.setattr(timing, "PIECE_SECONDS", 0.0)
+    monkeypatch.setattr(timing, "wait_for_idle_threads", lambda: None)
 
 
-def test_the_command_with_whoever_is_there(tmp_path):
-    """In a process of its own, as TensorFlow's threads can be chosen once; peers that are absent are named."""
+def test_the_command_with_all_installed_peers(tmp_path):
+    """Runs in a new process, since TensorFlow's threads can be set only once."""
     folder = tmp_path / "new" / "folder"
     command = ["bench", "--quick", "--shape", "4,6,3x3", "--threads", "2", "--layout", "channels_last", "--out", folder]
     done = subprocess.run([sys.executable, "-m", "bnfast", *command], capture_output=True, text=True)
@@ -56,7 +56,7 @@ def test_the_command_with_whoever_is_there(tmp_path):
     assert {"cpu", "cores", "isa", "l2_bytes", "l3_bytes", "versions"} <= set(found["machine"])
     assert {row["op"] for row in found["rows"]} == set(cases.OPS)
     for row in found["rows"]:
-        assert set(row) == ROW
+        assert set(row) == {*CASE_KEYS, *MEASUREMENT_KEYS}
         assert row["seconds"] > 0
         assert row["rounds"] == bench.QUICK_ROUNDS
         assert (row["ratio"] is None) == (row["peer"] == "copy")
@@ -74,14 +74,14 @@ def test_the_command_with_whoever_is_there(tmp_path):
     assert "Time over bnfast's" in done.stdout
 
 
-def test_absent_peers_are_named_in_one_line(capsys, monkeypatch, short):
+def test_missing_peers_are_named_in_one_line(capsys, monkeypatch, short):
     for module in ("torch", "tensorflow", "keras", "jax"):
         monkeypatch.setitem(sys.modules, module, None)
     assert main(["bench", "--quick", "--shape", "8,32"]) == 0
-    assert capsys.readouterr().out.splitlines()[0] == f"not installed here, left out: {', '.join(OFFLINE)}"
+    assert capsys.readouterr().out.splitlines()[0] == f"not installed, left out: {', '.join(OTHERS)}"
 
 
-def test_no_peer_is_imported_before_it_is_made():
+def test_no_peer_is_imported_before_it_is_created():
     code = (
         "import sys, bnfast.cli.bench, bnfast.benchmark.peers; "
         "print(*{'tensorflow', 'keras', 'torch', 'jax', 'rich', 'matplotlib'} & set(sys.modules))"
@@ -92,29 +92,30 @@ def test_no_peer_is_imported_before_it_is_made():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--set", "resnet51"], "argument --set: must be of resnet50, "),
-        (["--set", ""], "or all. Received: ''"),
+        (["--set", "resnet51"], "argument --set: must be all, or some of resnet50, "),
+        (["--set", ""], "argument --set: must be all, or some of resnet50, "),
+        (["--set", ""], "Received: ''"),
         (["--shape", "8"], "argument --shape: must be N,C or N,C,HxW, each >= 1. Received: '8'"),
         (["--shape", "8,0"], "Received: '8,0'"),
         (["--shape", "8,3,4x"], "Received: '8,3,4x'"),
         (["--shape", "8,3,4,4"], "Received: '8,3,4,4'"),
-        (["--op", "train,backward"], "argument --op: must be of train, grad, infer or all. Received: 'backward'"),
-        (["--layout", "nchw"], "argument --layout: must be of channels_first, channels_last"),
-        (["--dtype", "int8"], "argument --dtype: must be of float32, "),
-        (["--peers", "onednn"], "argument --peers: must be of tensorflow, "),
-        (["--outputs", "cold"], "argument --outputs: must be of fresh, held, reused, warm"),
+        (["--op", "train,backward"], "argument --op: must be all, or some of train, grad, infer. Received: 'backward'"),
+        (["--layout", "nchw"], "argument --layout: must be all, or some of channels_first, channels_last"),
+        (["--dtype", "int8"], "argument --dtype: must be all, or some of float32, "),
+        (["--peers", "onednn"], "argument --peers: must be all, or some of tensorflow, "),
+        (["--outputs", "cold"], "argument --outputs: must be all, or some of fresh, held, reused, warm"),
         (["--threads", "0"], "argument --threads: must be an integer >= 1. Received: 0"),
         (["--rounds", "many"], "argument --rounds: must be an integer >= 1. Received: many"),
     ],
 )
-def test_bad_arguments_say_what_was_wanted(capsys, arguments, message):
+def test_errors_name_the_accepted_values(capsys, arguments, message):
     assert main(["bench", *arguments]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert message in err
 
 
-def test_a_folder_that_can_not_be_written_is_refused_before_measuring(capsys, tmp_path):
+def test_a_folder_that_cannot_be_written_is_rejected_before_measuring(capsys, tmp_path):
     (tmp_path / "file").write_text("in the way")
     assert main(["bench", "--quick", "--shape", "8,32", "--out", str(tmp_path / "file" / "folder")]) == 2
     assert capsys.readouterr().err.startswith("bnfast: argument --out: ")
@@ -128,25 +129,23 @@ def test_a_missing_extra_is_named(capsys, monkeypatch, module, arguments):
 
 
 def test_names_of_families_and_all():
-    parse = bench._names(OFFLINE, families=True)
+    parse = bench._name_list(OTHERS, families=True)
     assert parse("torch") == ["torch-contiguous", "torch-channels_last"]
     assert parse("jax,tensorflow") == ["tensorflow", "jax"]
-    assert parse("all") == OFFLINE
+    assert parse("all") == OTHERS
 
 
 def test_the_table_of_shapes():
     shapes = cases.read_shapes()
-    assert len(shapes) == len({(shape.set, shape.name) for shape in shapes}) >= 50
-    assert set(bench.SETS) <= {shape.set for shape in shapes}
+    assert len(shapes) == len({(shape.set, shape.name) for shape in shapes}), "a name occurs twice in a set"
+    assert set(bench.DEFAULT_SETS) <= {shape.set for shape in shapes}
     assert shapes[0] == cases.NamedShape("resnet50", "stem", 32, 64, (112, 112))
     assert shapes[0].size == 32 * 64 * 112 * 112
-    dense = [
-        case for case in cases.make_cases(shapes, ["channels_first"], ["train"], ["float32"]) if not case.shape.spatial
-    ]
-    assert {case.layout for case in dense} == {"channels_last"}
+    made = cases.make_cases(shapes, ["channels_first"], ["train"], ["float32"])
+    assert {case.layout for case in made if not case.shape.spatial} == {"channels_last"}
 
 
-@pytest.mark.parametrize("peer", PEERS[1:], ids=lambda peer: peer.name)
+@pytest.mark.parametrize("peer", [peer for peer in PEERS if peer.name != "copy"], ids=lambda peer: peer.name)
 @pytest.mark.parametrize("dtype", cases.DTYPES)
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
 def test_every_peer_agrees(need, peer, dtype, layout):
@@ -154,7 +153,8 @@ def test_every_peer_agrees(need, peer, dtype, layout):
         need("torch" if "torch" in peer.name else peer.distribution)
     if dtype == "bfloat16":
         need("ml_dtypes")
-    made = peer(1) if peer.name == "bnfast" or "torch" in peer.name else peer(*_threads_of_tensorflow())
+    threads = 1 if peer.name == "bnfast" or "torch" in peer.name else _tensorflow_threads()
+    made = peer(threads)
     for shape in ("4,6,5x3", "16,5"):
         for op in cases.OPS:
             case = make_case(op, layout, dtype, shape)
@@ -165,47 +165,44 @@ def test_every_peer_agrees(need, peer, dtype, layout):
             except Unsupported:
                 assert "16" in shape or (peer.name, dtype) == ("tensorflow", "float64")
                 continue
-            assert agreement.worst_error(case, arrays, calls.read(calls.fresh())) <= 1
+            assert correctness.error_over_tolerance(case, arrays, calls.read(calls.fresh())) <= 1
             if calls.reused is not None:
                 calls.reused()
             assert (arrays.x == before).all()
 
 
-def _threads_of_tensorflow() -> tuple[int]:
-    """What TensorFlow of this process may have been started with by another test; 0 is its own choice."""
+def _tensorflow_threads() -> int:
+    """The threads TensorFlow already has, since an earlier test may have started it; 0 is TensorFlow's own choice."""
     import tensorflow as tf
 
-    return (tf.config.threading.get_intra_op_parallelism_threads(),)
+    return tf.config.threading.get_intra_op_parallelism_threads()
 
 
 @pytest.mark.parametrize("op", cases.OPS)
 def test_a_wrong_result_is_noticed(op):
     case = make_case(op)
     arrays = cases.make_arrays(case)
-    right = agreement._channel(case, arrays, 0)
-    names = ("dx", "dgamma", "dbeta") if op == "grad" else ("y",)
-    result = {}
-    for name in names:
-        per_channel = [agreement._channel(case, arrays, c)[name] for c in range(6)]
-        result[name] = np.stack(per_channel, axis=-1)
-    assert set(right) == set(names)
-    assert agreement.worst_error(case, arrays, result) < 1e-3
+    names = {"dx", "dgamma", "dbeta"} if op == "grad" else {"y"}
+    channels = [correctness.expected_channel(case, arrays, c) for c in range(case.shape.c)]
+    assert set(channels[0]) == names
+    result = {name: np.stack([channel[name] for channel in channels], axis=-1) for name in names}
+    assert correctness.error_over_tolerance(case, arrays, result) < 1e-3
     for name in names:
         wrong = {**result, name: result[name] * 1.01 + 0.01}
-        assert agreement.worst_error(case, arrays, wrong) > 1
+        assert correctness.error_over_tolerance(case, arrays, wrong) > 1
         wrong = {**result, name: np.full_like(result[name], np.nan)}
-        assert agreement.worst_error(case, arrays, wrong) == math.inf
+        assert correctness.error_over_tolerance(case, arrays, wrong) == math.inf
 
 
 class Broken(PEERS[1]):
-    """bnfast's results, spoiled."""
+    """bnfast with wrong results, or one that raises."""
 
     name = "tensorflow"
-    how = "wrong"
+    fault = "wrong"
 
     def prepare(self, case, arrays):
         calls = super().prepare(case, arrays)
-        if self.how == "raises":
+        if self.fault == "raises":
             raise RuntimeError("two\nlines")
         calls.read = lambda result: {"y": result.y + 1}
         return calls
@@ -215,44 +212,46 @@ def test_a_peer_that_is_wrong_or_fails_is_left_out_with_the_reason(short):
     case = make_case()
     arrays = cases.make_arrays(case)
     ours, broken = PEERS[1](1), Broken(1)
-    measured = timing.measure(case, arrays, [PEERS[0](2), ours, broken], timing.MODES, rounds=2)
-    assert {(way.peer, way.mode) for way in measured.ways} == {
-        *(("bnfast", mode) for mode in ("fresh", "held", "reused")),
+    result = timing.measure(case, arrays, [PEERS[0](2), ours, broken], timing.MODES, rounds=2)
+    assert {(found.peer, found.mode) for found in result.measurements} == {
         ("copy", "reused"),
+        ("bnfast", "fresh"),
+        ("bnfast", "held"),
+        ("bnfast", "reused"),
     }
-    assert measured.left_out["tensorflow"].startswith("wrong result: ")
-    assert all(len(way.seconds) == 2 and not way.last for way in measured.ways)
-    broken.how = "raises"
+    assert result.left_out["tensorflow"].startswith("wrong result: ")
+    assert all(len(found.seconds) == 2 and not found.kept for found in result.measurements)
+    broken.fault = "raises"
     assert timing.prepare(case, arrays, [broken], {"fresh"}) == ([], {"tensorflow": "RuntimeError: two lines"})
-    broken.how, broken.name = "wrong", "bnfast"  # type: ignore[misc]
+    broken.fault, broken.name = "wrong", "bnfast"  # type: ignore[misc]
     with pytest.raises(RuntimeError, match="bnfast is wrong"):
         timing.prepare(case, arrays, [broken], {"fresh"})
 
 
-def test_rounds_change_the_order_and_lose_nobody():
-    ways = [timing.Way(str(k), "fresh", int) for k in range(7)]
-    orders = [[way.peer for way in timing.order(ways, turn)] for turn in range(6)]
+def test_every_round_has_all_measurements_in_another_order():
+    measurements = [timing.Measurement(str(k), "fresh", int) for k in range(7)]
+    orders = [[found.peer for found in timing.order(measurements, turn)] for turn in range(6)]
     assert all(sorted(order) == sorted(orders[0]) for order in orders)
     assert len({tuple(order) for order in orders}) == 6
     assert len({order[0] for order in orders}) > 3
     assert timing.order([], 3) == []
 
 
-def test_warm_malloc_can_be_left_again():
+def test_warm_malloc_can_be_undone():
     with allocator.warm():
         kept = np.ones(1 << 20)
     assert kept.sum() == 1 << 20
-    allocator.settle()
+    allocator.restore_defaults()
 
 
-@pytest.mark.skipif(not timing.TASKS.exists(), reason="tells threads' states on Linux alone")
+@pytest.mark.skipif(not timing.TASKS.exists(), reason="only Linux reports the states of threads")
 def test_a_piece_waits_for_other_threads():
-    """Such as the workers of the peer before it, which spin: one that computes for a second or two is waited for."""
+    """Such as the spinning workers of the previous peer; here a thread that computes for a second or two."""
     done = []
     thread = threading.Thread(target=lambda: done.append(hashlib.pbkdf2_hmac("sha256", b"", b"", 3_000_000)))
     thread.start()
-    timing.settle(longest=100)
-    time.sleep(0.2)  # what it still needs is the GIL
+    timing.wait_for_idle_threads(longest=100)
+    time.sleep(0.2)  # the thread still needs the GIL for `append`
     assert done
     thread.join()
 
@@ -262,7 +261,7 @@ def make_row(peer: str, seconds: float, ratio: float | None, **changes) -> dict:
     return {**about, "peer": peer, "mode": "fresh", "seconds": seconds, "ratio": ratio, "to_copy": 2.0, **changes}
 
 
-def test_summaries_take_the_better_memory_format_of_each_case():
+def test_summaries_take_the_faster_memory_format_of_each_case():
     rows = [
         make_row("bnfast", 1.0, 1.0),
         make_row("torch-contiguous", 4.0, 4.0),
@@ -273,18 +272,37 @@ def test_summaries_take_the_better_memory_format_of_each_case():
     found = {summary.peer: summary for summary in report.summarize(rows)}
     assert set(found) == {"torch", "torch-contiguous", "torch-channels_last"}
     assert found["torch"].geomean == pytest.approx(4)
-    assert (found["torch"].worst, found["torch"].best, found["torch"].worst_at) == (2.0, 8.0, "a channels_last")
+    assert (found["torch"].smallest, found["torch"].largest) == (2.0, 8.0)
+    assert found["torch"].smallest_at == "a channels_last"
 
 
 def test_ratios_are_medians_within_rounds():
-    ways = [timing.Way("bnfast", "fresh", int), timing.Way("jax", "fresh", int), timing.Way("copy", "reused", int)]
-    for way, seconds in zip(ways, ([1.0, 2.0, 10.0], [3.0, 6.0, 10.0], [0.5, 1.0, 10.0]), strict=True):
-        way.seconds = seconds
-    rows = {row["peer"]: row for row in report.rows_of(timing.Measured(make_case("grad"), ways, {}))}
+    measurements = [
+        timing.Measurement("bnfast", "fresh", int, seconds=[1.0, 2.0, 10.0]),
+        timing.Measurement("jax", "fresh", int, seconds=[3.0, 6.0, 10.0]),
+        timing.Measurement("copy", "reused", int, seconds=[0.5, 1.0, 10.0]),
+    ]
+    rows = {row["peer"]: row for row in report.rows_of(timing.CaseResult(make_case("grad"), measurements, {}))}
     assert rows["jax"]["ratio"] == 3
     assert rows["jax"]["seconds"] == 6
     assert rows["copy"]["ratio"] is None
     assert rows["bnfast"]["to_copy"] == pytest.approx(2 / 1.5, rel=1e-3), "a gradient moves three tensors, a copy two"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.00354, "0.00354"),
+        (9.87, "9.87"),
+        (98.8, "98.8"),
+        (999.4, "999"),
+        (999.7, "1000"),
+        (98765, "98765"),
+        (3e-6, "0.000003"),
+    ],
+)
+def test_figures_have_no_exponent(value, text):
+    assert report.digits(value) == text
 
 
 def test_a_picture_of_one_peer_and_one_operation(tmp_path):

@@ -1,5 +1,7 @@
-"""`bnfast bench --model`: what it compares and writes, and that it stops at a wrong variant and names a missing one.
-Nothing here asserts a time. MobileNet(alpha=0.25) at 32x32 is the smallest of keras.applications: 27 batch norms."""
+"""`bnfast bench --model`: what it compares and writes, that it stops at a wrong variant and names a missing one.
+
+No test here asserts a time. MobileNet(alpha=0.25) at 32x32 is the smallest model of keras.applications.
+"""
 
 from __future__ import annotations
 
@@ -41,13 +43,12 @@ def test_a_model_is_a_name_or_a_call(text, name, arguments, file_name):
 
 
 @pytest.mark.parametrize("text", ["", "1", "a.B", "A(1)", "A(b=c)", "A(**{})", "A(weights=None)", "A(", "A B", "A()()"])
-def test_anything_else_is_refused(capsys, text):
+def test_anything_else_is_rejected(capsys, text):
     with pytest.raises(ValueError):
         models.parse(text)
     assert main(["bench", f"--model={text}"]) == 2
-    assert "argument --model: must be a name of keras.applications, or NAME(argument=value, ...)" in (
-        message := capsys.readouterr().err
-    )
+    message = capsys.readouterr().err
+    assert "argument --model: must be a name of keras.applications, or NAME(argument=value, ...)" in message
     assert message.count("\n") == 1
     assert repr(text) in message
 
@@ -57,14 +58,14 @@ def test_anything_else_is_refused(capsys, text):
     [
         (["--batch", "2"], "bnfast: argument --batch: needs --model"),
         (["--memory-runs", "0"], "bnfast: argument --memory-runs: needs --model"),
-        (["--model", "A", "--op", "train"], "bnfast: argument --op: not together with --model A"),
-        (["--model", "A", "--shape", "8,32"], "bnfast: argument --shape: not together with --model A"),
+        (["--model", "A", "--op", "train"], "bnfast: argument --op: can't be combined with --model A"),
+        (["--model", "A", "--shape", "8,32"], "bnfast: argument --shape: can't be combined with --model A"),
         (["--model", "A", "--memory-runs", "-1"], "argument --memory-runs: must be an integer >= 0. Received: -1"),
-        (["--model", "A", "--variants", "torch"], "argument --variants: must be of keras, tf-fused, "),
+        (["--model", "A", "--variants", "torch"], "argument --variants: must be all, or some of keras, tf-fused, "),
         (["--model", "A", "--size", "0"], "argument --size: must be an integer >= 1. Received: 0"),
     ],
 )
-def test_options_that_do_not_fit_are_refused(capsys, arguments, message):
+def test_options_of_the_other_mode_are_rejected(capsys, arguments, message):
     assert main(["bench", *arguments]) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -80,20 +81,20 @@ def test_options_that_do_not_fit_are_refused(capsys, arguments, message):
         ("InceptionV3", 32, "argument --model: InceptionV3 16x32x32: Input size must be at least 75x75"),
     ],
 )
-def test_models_that_can_not_be_built_are_refused_in_one_line(tensorflow, capfd, model, size, message):
+def test_models_that_cannot_be_built_are_rejected_in_one_line(tensorflow, capfd, model, size, message):
     assert main(["bench", "--model", model, "--size", str(size)]) == 2
     out, err = capfd.readouterr()
     assert out == ""
     assert message in err.splitlines()[-1]
 
 
-def test_a_model_without_batch_norm_is_refused(tensorflow, capfd, monkeypatch):
+def test_a_model_without_batch_norm_is_rejected(tensorflow, capfd, monkeypatch):
     monkeypatch.setattr(models, "batch_norms", lambda model: [])
     assert main(COMMAND) == 2
     assert capfd.readouterr().err.splitlines()[-1] == "bnfast: argument --model: MobileNet has no batch norm"
 
 
-def test_the_command_with_every_variant_that_is_there(tensorflow, tmp_path):
+def test_the_command_with_every_available_variant(tensorflow, tmp_path):
     folder = tmp_path / "new" / "folder"
     command = [sys.executable, "-m", "bnfast", *COMMAND, "--threads", "2", "--out", folder]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -109,10 +110,11 @@ def test_the_command_with_every_variant_that_is_there(tensorflow, tmp_path):
     assert all(row["seconds"] > 0 and row["rounds"] == 1 for (_, what), row in rows.items() if what != "check")
     for name in here:
         distance = rows[name, "check"]["predictions"]
-        assert distance > 1e-2 if name == "left-out" else distance <= model_timing.PREDICTIONS
+        assert distance > 1e-2 if name == "left-out" else distance <= model_timing.PREDICTION_TOLERANCE
     layers = {name: rows[name, "check"]["batch_norms"] for name in here}
-    assert layers["keras"] == {"keras.BatchNormalization": 27}
-    assert layers["tf-fused"] == {"FusedBatchNormalization": 27}
+    (count,) = layers["keras"].values()
+    assert layers["keras"] == {"keras.BatchNormalization": count}
+    assert layers["tf-fused"] == {"FusedBatchNormalization": count}
     assert layers["left-out"] == {}
     assert any(kind.startswith("bnfast.") for kind in layers["bnfast-numpy_function"])
     text = (folder / f"{SPEC.file_name}.md").read_text()
@@ -129,41 +131,41 @@ def test_a_wrong_variant_stops_it_and_a_missing_one_does_not(tensorflow, capfd, 
         raise Unsupported("not today")
 
     def wrong(model):
-        made = models._exchanged(model, "fused")
+        made = models._with_fused_op(model)
         models.batch_norms(made)[0].epsilon = 1e-2
         return made
 
-    monkeypatch.setattr(timing, "settle", lambda: None)
-    monkeypatch.setitem(models._MAKERS, "tf-fused", missing)
+    monkeypatch.setattr(timing, "wait_for_idle_threads", lambda: None)
+    monkeypatch.setitem(models._VARIANTS, "tf-fused", missing)
     command = [*COMMAND, "--variants", "tf-fused"]
     assert main(command) == 0
     assert "left out: TF fused op: not today" in capfd.readouterr().out
-    monkeypatch.setitem(models._MAKERS, "tf-fused", wrong)
+    monkeypatch.setitem(models._VARIANTS, "tf-fused", wrong)
     assert main(command) == 2
     out, err = capfd.readouterr()
     assert out == ""
     assert err.splitlines()[-1].startswith("bnfast: TF fused op: predictions differ from Keras's by ")
 
 
-@pytest.mark.skipif(not model_memory.available(), reason="this system doesn't tell a process its peak memory")
-def test_peak_memory_is_that_of_a_process_of_its_own(tensorflow, monkeypatch):
+@pytest.mark.skipif(not model_memory.available(), reason="this system does not report peak memory")
+def test_peak_memory_comes_from_a_new_process(tensorflow, monkeypatch):
     said = []
     found, failed = model_memory.peaks(SPEC, ["keras", "bnfast-fold"], 1, None, said.append)
     assert failed == {}
-    assert list(found) == ["keras"], "the folded model doesn't train"
+    assert list(found) == ["keras"], "the folded model is not trained"
     assert said == ["memory, 1 of 1: Keras's layer"]
     (run,) = found["keras"]
     assert 100e6 < run["before_bytes"] < run["peak_bytes"] < 4e9
-    monkeypatch.setattr(model_memory, "_child", lambda spec, name, threads: f"{name} fell over")
-    assert model_memory.peaks(SPEC, ["keras"], 2, None, said.append) == ({}, {"keras": "keras fell over"})
+    monkeypatch.setattr(model_memory, "_run_child", lambda spec, name, threads: f"{name} failed")
+    assert model_memory.peaks(SPEC, ["keras"], 2, None, said.append) == ({}, {"keras": "keras failed"})
 
 
-def test_a_child_that_fails_says_why():
-    assert model_memory._child(models.Spec("not a name"), "keras", None) == "ValueError: not a name"
+def test_a_child_that_fails_gives_the_reason():
+    assert model_memory._run_child(models.Spec("not a name"), "keras", None) == "ValueError: not a name"
 
 
 @pytest.mark.parametrize("scale", [True, False])
-def test_the_fused_layer_is_that_of_tf_keras_2(tensorflow, scale):
+def test_the_fused_layer_computes_what_tf_keras_2_did(tensorflow, scale):
     import keras
     from bnfast.benchmark.model_layers import FusedBatchNormalization
 
@@ -183,14 +185,14 @@ def test_the_fused_layer_is_that_of_tf_keras_2(tensorflow, scale):
     np.testing.assert_allclose(flat(x[:, 0, 0], training=True).numpy().mean(0), 0, atol=1e-5)
 
 
-def make_measured(times: dict[tuple[str, str], list[float]]) -> model_timing.Measured:
-    ways = [timing.Way(name, mode, int, seconds=seconds) for (name, mode), seconds in times.items()]
+def make_result(times: dict[tuple[str, str], list[float]]) -> model_timing.ModelResult:
+    measurements = [timing.Measurement(name, mode, int, seconds=seconds) for (name, mode), seconds in times.items()]
     names = dict.fromkeys(name for name, _ in times)
-    return model_timing.Measured([model_timing.Variant(name, None, {}) for name in names], ways)
+    return model_timing.ModelResult([model_timing.Variant(name, None, {}) for name in names], measurements)
 
 
 def test_rows_and_tables(tmp_path):
-    measured = make_measured(
+    result = make_result(
         {
             ("keras", "train"): [0.4, 0.8, 4.0],
             ("bnfast-op", "train"): [0.2, 0.2, 2.0],
@@ -200,7 +202,7 @@ def test_rows_and_tables(tmp_path):
     )
     peaks = {"keras": [3, 1, 2], "bnfast-op": [1, 1, 1]}
     runs = {name: [{"before_bytes": 5, "peak_bytes": n * 10**9} for n in billions] for name, billions in peaks.items()}
-    rows = model_report.rows_of(measured, runs)
+    rows = model_report.rows_of(result, runs)
     assert model_report.table(rows) == [
         ("Keras's layer", "800", "1.00", "80", "1.00", "2000", "1.00"),
         ("bnfast, TensorFlow op", "200", "0.50", "-", "-", "1000", "0.50"),
@@ -217,18 +219,19 @@ def test_rows_and_tables(tmp_path):
     assert (tmp_path / "all.png").stat().st_size > (tmp_path / "one.png").stat().st_size > 10_000
 
 
-def test_progress_knows_how_much_there_is_to_do(tensorflow, monkeypatch):
-    monkeypatch.setattr(timing, "settle", lambda: None)
+def test_the_number_of_stages_is_known_before(tensorflow, monkeypatch):
+    monkeypatch.setattr(timing, "wait_for_idle_threads", lambda: None)
     names, said = ["keras", "tf-fused"], []
-    measured = model_timing.measure(SPEC, names, 2, said.append)
-    assert len(said) == model_timing.tells(names, 2)
-    assert [variant.name for variant in measured.variants] == names
-    assert measured.variants[1].loss is None, "Dropout draws its own numbers in every variant"
-    assert all(len(way.seconds) == 2 for way in measured.ways)
-    assert (measured.find("keras", "train"), measured.find("left-out", "train")) == (measured.ways[0], None)
+    result = model_timing.measure(SPEC, names, 2, said.append)
+    assert len(said) == model_timing.num_stages(names, 2)
+    assert [variant.name for variant in result.variants] == names
+    assert result.variants[1].loss is None, "Dropout draws other random numbers in each variant"
+    assert all(len(found.seconds) == 2 for found in result.measurements)
+    assert result.find("keras", "train") is result.measurements[0]
+    assert result.find("left-out", "train") is None
 
 
-def test_defaults_are_those_of_the_help(capsys):
+def test_the_help_shows_the_defaults(capsys):
     assert main(["bench", "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
     for value in (bench_model.BATCH, bench_model.SIZE, bench_model.MEMORY_RUNS):

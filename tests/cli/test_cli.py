@@ -1,4 +1,4 @@
-"""The command `bnfast`: exit statuses, messages, info, and a short demo with its table and picture."""
+"""The command `bnfast`: exit statuses, messages, `info`, and a short `demo` with its table and picture."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import sys
 import bnfast
 import numpy as np
 import pytest
-from bnfast.cli import datasets, demo, info, main, quiet, training
+from bnfast.benchmark import quiet
+from bnfast.cli import datasets, demo, demo_training, info, main
 from bnfast.cli.errors import UserError
-from bnfast.tensorflow import op_library as _tf_library
+from bnfast.tensorflow import op_library
 
 
 def fails_with_one_line(capfd, arguments: list[str], *parts: str) -> None:
-    """`main(arguments)` exits with 2 and one line on stderr that holds all of `parts`."""
+    """Assert that `main(arguments)` returns 2 and writes one line, with all of `parts`, to stderr."""
     assert main(arguments) == 2
     out, err = capfd.readouterr()
     lines = err.strip().splitlines()
@@ -53,14 +54,14 @@ def test_help_and_version(capsys):
         (["demo", "--data", "imagenet"], "argument --data: invalid choice: 'imagenet'"),
     ],
 )
-def test_bad_arguments_say_what_was_wanted(capsys, arguments, message):
+def test_errors_name_the_accepted_values(capsys, arguments, message):
     assert main(arguments) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert message in err
 
 
-def test_info_says_what_runs_and_why(capsys):
+def test_info_shows_what_runs_and_why(capsys):
     assert main(["info"]) == 0
     out = capsys.readouterr().out
     facts = bnfast.build_info()
@@ -86,12 +87,12 @@ def test_info_names_what_is_missing(capsys, monkeypatch):
     assert "Keras bridge     none (TensorFlow is not installed)" in out
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the TensorFlow op is built on Linux alone")
-def test_info_says_which_bridge_and_why(need, monkeypatch, tmp_path):
+@pytest.mark.skipif(sys.platform != "linux", reason="the TensorFlow op is built only on Linux")
+def test_info_shows_which_bridge_and_why(need, monkeypatch, tmp_path):
     need("tensorflow")
     monkeypatch.delenv("BNFAST_BRIDGE", raising=False)
     assert info.bridge() == {"name": "op", "reason": "_tf.so fits the installed TensorFlow"}
-    monkeypatch.setattr(_tf_library, "PATH", tmp_path / "_tf.so")
+    monkeypatch.setattr(op_library, "PATH", tmp_path / "_tf.so")
     reason = f"{tmp_path / '_tf.so'} is not there"
     assert info.bridge() == {"name": "numpy_function", "reason": reason}
     monkeypatch.setenv("BNFAST_BRIDGE", "op")
@@ -135,7 +136,7 @@ def test_demo_trains_prints_and_draws(need, tmp_path):
     need("tensorflow")
     folder = tmp_path / "new" / "folder"
     command = [sys.executable, "-m", "bnfast", "demo", "--epochs", "1", "--out", folder]
-    run = subprocess.run(command, capture_output=True, text=True)  # a process of its own: TensorFlow starts up in it
+    run = subprocess.run(command, capture_output=True, text=True)  # a new process, in which TensorFlow starts
     assert run.returncode == 0, run.stderr
     assert run.stderr == ""
     picture = folder / demo.FILE_NAME
@@ -144,7 +145,7 @@ def test_demo_trains_prints_and_draws(need, tmp_path):
     assert picture.stat().st_size > 50_000
 
 
-def test_demo_with_too_few_steps_to_time_says_so_with_a_dash(need, capfd, tmp_path):
+def test_demo_with_too_few_steps_to_time_prints_a_dash(need, capfd, tmp_path):
     need("tensorflow")
     assert main(["demo", "--epochs", "1", "--batch", "1437", "--out", str(tmp_path / "one.png")]) == 0
     assert " - " in capfd.readouterr().out
@@ -152,13 +153,13 @@ def test_demo_with_too_few_steps_to_time_says_so_with_a_dash(need, capfd, tmp_pa
 
 
 @pytest.mark.parametrize("name", ["plot.jpg", "a-file/plot.png"])
-def test_demo_refuses_a_picture_it_cannot_write_before_it_trains(need, capfd, tmp_path, name):
+def test_demo_rejects_a_picture_it_cannot_write_before_it_trains(need, capfd, tmp_path, name):
     need("tensorflow")
     (tmp_path / "a-file").write_text("in the way")
     fails_with_one_line(capfd, ["demo", "--out", str(tmp_path / name)], "argument --out", name)
 
 
-def test_demo_refuses_a_batch_larger_than_the_data(need, capfd, tmp_path):
+def test_demo_rejects_a_batch_larger_than_the_data(need, capfd, tmp_path):
     need("tensorflow")
     fails_with_one_line(capfd, ["demo", "--batch", "1438", "--out", str(tmp_path)], "1437 training images", "1438")
     assert list(tmp_path.iterdir()) == []
@@ -188,7 +189,7 @@ def test_digits_are_images_and_labels():
 @pytest.mark.parametrize(
     ("name", "shape", "image_shape"), [("mnist", (28, 28), (28, 28, 1)), ("cifar10", (32, 32, 3), (32, 32, 3))]
 )
-def test_downloaded_data_has_the_same_form(need, monkeypatch, name, shape, image_shape):
+def test_downloaded_data_has_the_same_format(need, monkeypatch, name, shape, image_shape):
     keras = need("keras")
 
     def load_data():
@@ -205,23 +206,24 @@ def test_downloaded_data_has_the_same_form(need, monkeypatch, name, shape, image
     assert data.x_test.shape[0] == 3
 
 
-def test_both_trainings_start_alike_and_see_the_same_batches(need):
+def test_both_trainings_start_equal_and_see_the_same_batches(need):
     need("tensorflow")
-    layers = demo.batch_norms()
+    layers = demo.layer_classes()
     data = datasets.load("digits")
     steps: list[int] = []
-    histories = training.train(layers, data, epochs=1, batch=256, advance=steps.append)
+    histories = demo_training.train(layers, data, epochs=1, batch=256, advance=steps.append)
     keras_history, our_history = histories.values()
-    assert steps == [1] * 5
-    assert len(our_history.loss) == 5
+    num_steps = len(data.x_train) // 256
+    assert steps == [1] * num_steps
+    assert len(our_history.loss) == num_steps
     assert len(our_history.test_accuracy) == 1
     np.testing.assert_allclose(keras_history.loss, our_history.loss, rtol=1e-3)
     np.testing.assert_allclose(keras_history.moving_variance[0], our_history.moving_variance[0], rtol=1e-4)
-    assert len(our_history.moving_mean) == 5
+    assert len(our_history.moving_mean) == num_steps
     assert our_history.moving_mean[0].shape == (32,)
 
 
-def test_quiet_stderr_hides_what_went_well_and_shows_what_failed(capfd):
+def test_quiet_stderr_shows_its_output_only_if_the_block_raises(capfd):
     with quiet.quiet_stderr():
         os.write(2, b"noise")
     assert capfd.readouterr().err == ""

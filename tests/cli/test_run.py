@@ -1,4 +1,4 @@
-"""`bnfast run`: scripts as people write them, run unmodified, and Python's own manners around them."""
+"""`bnfast run`: typical scripts run unmodified, and arguments, tracebacks and exit statuses are those of Python."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ import pytest
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
 
-def bnfast_run(*words: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "bnfast", "run", *map(str, words)]
+def bnfast_run(*args: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "bnfast", "run", *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300)
 
 
 def said(done: subprocess.CompletedProcess[str]) -> list[str]:
-    """What bnfast itself wrote to stderr."""
+    """The lines that bnfast itself wrote to stderr."""
     return [line.removeprefix("bnfast: ") for line in done.stderr.splitlines() if line.startswith("bnfast: ")]
 
 
-def python(*words: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, cwd=cwd, timeout=300)
+def python(*args: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True, cwd=cwd, timeout=300)
 
 
 @pytest.mark.parametrize(
-    ("script", "words", "summary"),
+    ("script", "args", "summary"),
     [
         ("mlp.py", [], ["2 batch norms: 2 trained on "]),
         ("gan.py", [], ["2 batch norms: 2 trained on "]),
@@ -34,10 +34,10 @@ def python(*words: object, cwd: Path | None = None) -> subprocess.CompletedProce
         ("cnn.py", ["--epochs", "4", "."], ["6 batch norms: 4 never trained, 2 trained on "]),
     ],
 )
-def test_scripts_run_unmodified(need, tmp_path, script, words, summary):
+def test_scripts_run_unmodified(need, tmp_path, script, args, summary):
     need("tensorflow")
     need("sklearn")
-    done = bnfast_run(SCRIPTS / script, *words, cwd=tmp_path)
+    done = bnfast_run(SCRIPTS / script, *args, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     first, *rest = said(done)
     assert first == f"running {SCRIPTS / script} with bnfast's batch norm in place of Keras's"
@@ -54,7 +54,7 @@ print(sys.modules["__main__"].__dict__ is globals())
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Path:
+def folder(tmp_path: Path) -> Path:
     """A folder of scripts that import nothing heavy."""
     files = {
         "facts.py": FACTS,
@@ -74,7 +74,7 @@ def place(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "words",
+    "args",
     [
         ["facts.py", "--epochs", "3", "-m", "--quiet", "--", "-h"],
         ["package/part.py"],
@@ -87,44 +87,44 @@ def place(tmp_path: Path) -> Path:
         ["breaks.py"],
         ["typo.py"],
     ],
-    ids=lambda words: " ".join(words),
+    ids=lambda args: " ".join(args),
 )
-def test_it_is_as_with_python(need, place, words):
+def test_a_script_behaves_as_under_python(need, folder, args):
     need("tensorflow")
-    wanted, done = python(*words, cwd=place), bnfast_run("--quiet", *words, cwd=place)
-    assert (done.returncode, done.stdout, done.stderr) == (wanted.returncode, wanted.stdout, wanted.stderr)
+    expected, done = python(*args, cwd=folder), bnfast_run("--quiet", *args, cwd=folder)
+    assert (done.returncode, done.stdout, done.stderr) == (expected.returncode, expected.stdout, expected.stderr)
 
 
-def test_a_script_without_keras_is_told_so_and_pays_nothing(need, place):
+def test_a_script_without_keras_imports_neither_keras_nor_tensorflow(need, folder):
     need("tensorflow")
-    (place / "light.py").write_text("import sys; assert not {'keras', 'tensorflow'} & set(sys.modules)")
-    done = bnfast_run("light.py", cwd=place)
+    (folder / "light.py").write_text("import sys; assert not {'keras', 'tensorflow'} & set(sys.modules)")
+    done = bnfast_run("light.py", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert said(done)[1:] == ["nothing was replaced: the script didn't import Keras"]
-    assert len(said(bnfast_run("--no-summary", "light.py", cwd=place))) == 1
+    assert len(said(bnfast_run("--no-summary", "light.py", cwd=folder))) == 1
 
 
-def test_what_a_script_sets_before_it_imports_keras_counts(need, place):
+def test_a_backend_set_before_keras_is_imported_counts(need, folder):
     need("tensorflow")
     need("torch")
     script = "import os, sys; os.environ['KERAS_BACKEND'] = 'torch'\nimport keras\n"
     script += "assert keras.backend.backend() == 'torch' and 'bnfast.keras' not in sys.modules"
-    (place / "other.py").write_text(script)
-    done = bnfast_run("other.py", cwd=place)
+    (folder / "other.py").write_text(script)
+    done = bnfast_run("other.py", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert said(done)[1:] == ["nothing was replaced: Keras runs on torch"]
 
 
-def test_an_interrupt_leaves_python_s_traceback_and_status(need, place):
+def test_an_interrupt_has_the_traceback_and_status_of_python(need, folder):
     need("tensorflow")
-    (place / "waits.py").write_text("raise KeyboardInterrupt")
-    done = bnfast_run("--quiet", "waits.py", cwd=place)
+    (folder / "waits.py").write_text("raise KeyboardInterrupt")
+    done = bnfast_run("--quiet", "waits.py", cwd=folder)
     assert done.returncode == 130
     assert done.stderr.splitlines()[-1] == "KeyboardInterrupt"
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("args", "message"),
     [
         ([], "run: a script or -m MODULE is needed. usage: bnfast run"),
         (["-m"], "run: a script or -m MODULE is needed. usage: bnfast run"),
@@ -134,9 +134,9 @@ def test_an_interrupt_leaves_python_s_traceback_and_status(need, place):
         (["-m", "absent.part"], "run: no module named absent.part"),
     ],
 )
-def test_bad_requests_say_so_in_one_line(need, place, words, message):
+def test_errors_are_one_line(need, folder, args, message):
     need("tensorflow")
-    done = bnfast_run(*words, cwd=place)
+    done = bnfast_run(*args, cwd=folder)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"bnfast: {message}")
     assert done.stderr.count("\n") == 1
@@ -149,10 +149,10 @@ def test_help(need):
 
 
 @pytest.mark.parametrize("module", ["tensorflow", "keras"])
-def test_without_tensorflow_or_keras_it_says_what_is_missing(place, module):
+def test_a_missing_package_is_named(folder, module):
     code = (
         f"import sys; sys.modules[{module!r}] = None; from bnfast.cli import main; sys.exit(main(['run', 'facts.py']))"
     )
-    done = python("-c", code, cwd=place)
+    done = python("-c", code, cwd=folder)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f'bnfast: this needs {module}, not installed here: pip install "bnfast[keras]"\n'

@@ -1,11 +1,13 @@
-"""The public API timed against its peers: what `bnfast bench` runs.
+"""The benchmark behind `bnfast bench`: the public API timed against other libraries.
 
-shapes.csv     the shapes, which the C++ benchmark and the tests read too
-cases          a shape in a layout, dtype and operation, and the arrays it works on
-peers/         one class each: bnfast, torch, TensorFlow's fused op, Keras's layer, JAX; and a copy, the yardstick
-agreement      every result against float64 sums, before anything is timed
-allocator      glibc's malloc with freed memory kept ("warm"), and put back
-timing         rounds over all peers in changing order; medians of times and of ratios within a round
-report         JSON and Markdown; figure: the picture; machine: what it ran on
-Importing this package imports none of the peers.
+shapes.csv       the tensor shapes, shared with the C++ benchmark and the tests
+cases            a case (shape, layout, operation, dtype) and its input arrays
+peers/           one class per library (torch, TensorFlow, Keras, JAX), one for bnfast, one for a plain copy
+correctness      checks each result against float64 before anything is timed
+allocator        makes glibc's malloc keep freed memory ("warm"), and undoes that
+timing           interleaved rounds; medians of times and of ratios within a round
+report           JSON and Markdown; figure: the picture, in the colours of style; machine: what it ran on
+models, model_*  the same for whole Keras models (`bnfast bench --model`)
+quiet            starts TensorFlow without its log lines
+Importing this package imports no peer. Nothing here imports bnfast.cli.
 """

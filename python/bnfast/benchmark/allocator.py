@@ -1,10 +1,10 @@
-"""glibc's malloc, told to keep what is freed ("warm"), and back.
+"""Makes glibc's malloc keep freed memory ("warm"), and undoes that.
 
-By default malloc maps blocks above 32 MiB afresh each time, and smaller ones until one of their size was freed once
-(mallopt(3): the thresholds are dynamic). A process may switch both off, as a peer's careful user would. Switching at
-all ends the dynamic adjustment, so the default state is stood for by where that arrives in a process that frees blocks
-of many sizes: mmap from 32 MiB, trim above 64 MiB.
-Where the C library isn't glibc, `available` is False and the rest does nothing.
+By default malloc takes blocks above 32 MiB from mmap on each call, and smaller ones too until a block of that size has
+been freed once: its thresholds adapt (mallopt(3)). A careful user of another library may switch mmap off, so `warm`
+does the same. Setting any threshold ends the adaptation for the whole process. `restore_defaults` therefore sets the
+values that the adaptation reaches in a process that frees blocks of many sizes: mmap from 32 MiB, trim above 64 MiB.
+If the C library is not glibc, `available` returns False and the other functions do nothing.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # malloc.h
 MIB = 1 << 20
 
 
-def _libc() -> Any:
+def _load_glibc() -> Any:
     try:
         libc = ctypes.CDLL(None)
-        return libc if hasattr(libc, "mallopt") and hasattr(libc, "gnu_get_libc_version") else None
     except (OSError, TypeError):  # TypeError: Windows
         return None
+    return libc if hasattr(libc, "mallopt") and hasattr(libc, "gnu_get_libc_version") else None
 
 
-_LIBC = _libc()
+_LIBC = _load_glibc()
 
 
 def available() -> bool:
-    """Whether warm() can do anything here."""
+    """Whether warm() has an effect here."""
     return _LIBC is not None
 
 
-def settle() -> None:
-    """The state a long-lived process has by default. Called once before anything is timed."""
+def restore_defaults() -> None:
+    """Give malloc the settings that a long-lived process has by default. Call it once before anything is timed."""
     if _LIBC is not None:
         _LIBC.mallopt(M_MMAP_MAX, 65536)
         _LIBC.mallopt(M_MMAP_THRESHOLD, 32 * MIB)
@@ -44,14 +44,14 @@ def settle() -> None:
 
 @contextlib.contextmanager
 def warm() -> Iterator[None]:
-    """Inside, no block is mapped by itself and none goes back to the system; after it, all that is free goes back."""
+    """Inside the block malloc never calls mmap and returns nothing to the system; afterwards free memory goes back."""
     if _LIBC is None:
         yield
         return
     _LIBC.mallopt(M_MMAP_MAX, 0)
-    _LIBC.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # an int, read as size_t: 2 GiB, above any tensor here
+    _LIBC.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # the largest int: 2 GiB, above any tensor here
     try:
         yield
     finally:
-        settle()
-        _LIBC.malloc_trim(ctypes.c_size_t(0))  # or the other peers would find this memory, warm as it is
+        restore_defaults()
+        _LIBC.malloc_trim(ctypes.c_size_t(0))  # else the next peer would get this warm memory

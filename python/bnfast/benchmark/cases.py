@@ -1,7 +1,8 @@
-"""What is timed: the shapes of shapes.csv; a shape with a layout, an operation and a dtype as a case with its arrays.
+"""The cases that are timed. A case is a shape of shapes.csv with a layout, an operation and a dtype.
 
-x is (N, *spatial, C) in channels_last and (N, C, *spatial) in channels_first, drawn from a normal distribution of mean
-3 and standard deviation 2; dy from one of mean 0. Parameters and statistics are float32, or float64 where x is.
+x has shape (N, *spatial, C) in channels_last and (N, C, *spatial) in channels_first. x is normal with mean 3 and
+standard deviation 2, dy is normal with mean 0 and standard deviation 1. Parameters and statistics are float64 if x is
+float64, else float32.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ MOMENTUM = 0.99  # the weight of the old value
 LAYOUTS = ("channels_first", "channels_last")
 OPS = ("train", "grad", "infer")
 DTYPES = ("float32", "float64", "float16", "bfloat16")
-TABLE = Path(__file__).with_name("shapes.csv")
+SHAPES_CSV = Path(__file__).with_name("shapes.csv")
 
 
 @dataclass(frozen=True)
 class NamedShape:
-    """A row of the table. `spatial` is empty for a dense layer."""
+    """A row of shapes.csv. `spatial` is empty for a dense layer."""
 
     set: str
     name: str
@@ -39,12 +40,12 @@ class NamedShape:
 
     @property
     def size(self) -> int:
-        """Elements of the tensor."""
+        """The number of values in the tensor."""
         return self.n * self.c * math.prod(self.spatial)
 
     @property
     def label(self) -> str:
-        """How tables name it: resnet50 stem 32x64x112x112."""
+        """The name in tables, such as: resnet50 stem 32x64x112x112."""
         extents = "x".join(str(extent) for extent in (self.n, self.c, *self.spatial))
         return f"{self.set} {extents}" if self.name == extents else f"{self.set} {self.name} {extents}"
 
@@ -71,13 +72,13 @@ class Case:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of x."""
+        """The size of x in bytes."""
         return self.shape.size * numpy_dtype(self.dtype).itemsize
 
 
 @dataclass
 class Arrays:
-    """The inputs of a case. Peers read them, or convert them once and keep that in `kept` for those of their family."""
+    """The inputs of a case. A peer may convert them once; peers of one library share the conversions through `keep`."""
 
     x: Array
     dy: Array
@@ -88,7 +89,7 @@ class Arrays:
     kept: dict[str, Any] = field(default_factory=dict)
 
     def keep(self, key: str, make: Callable[[], T]) -> T:
-        """What `make` returned the first time that `key` was asked for."""
+        """Return the value stored under `key`; the first time, call `make` to get it."""
         if key not in self.kept:
             self.kept[key] = make()
         found: T = self.kept[key]
@@ -96,7 +97,7 @@ class Arrays:
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
-    """float32, float64 and float16 are NumPy's own; bfloat16 is ml_dtypes's."""
+    """The dtype of that name. bfloat16 comes from ml_dtypes."""
     if name == "bfloat16":
         import ml_dtypes
 
@@ -105,31 +106,30 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
 
 
 def make_arrays(case: Case) -> Arrays:
-    """The same values for the same case, in every run. Calls of every op may share them."""
+    """Make the inputs of a case: the same values in every run. All operations may share them."""
     random = np.random.default_rng(7)
     dtype = numpy_dtype(case.dtype)
-    parameters = np.dtype("float64" if case.dtype == "float64" else "float32")
-    drawn = parameters.type
-    shape, channels = case.array_shape, case.shape.c
+    parameter_dtype = np.dtype("float64" if case.dtype == "float64" else "float32")
+    channels = case.shape.c
 
-    def tensor(offset: float, scale: float) -> Array:
-        values = random.standard_normal(shape, dtype=drawn)
-        values *= drawn(scale)
-        values += drawn(offset)
+    def normal(mean: float, std: float) -> Array:
+        values = random.standard_normal(case.array_shape, dtype=parameter_dtype.type)
+        values *= parameter_dtype.type(std)
+        values += parameter_dtype.type(mean)
         return values.astype(dtype, copy=False)
 
     return Arrays(
-        x=tensor(3, 2),
-        dy=tensor(0, 1),
-        gamma=random.uniform(0.5, 1.5, channels).astype(parameters),
-        beta=random.standard_normal(channels).astype(parameters),
-        moving_mean=random.uniform(2.5, 3.5, channels).astype(parameters),
-        moving_variance=random.uniform(3, 5, channels).astype(parameters),
+        x=normal(3, 2),
+        dy=normal(0, 1),
+        gamma=random.uniform(0.5, 1.5, channels).astype(parameter_dtype),
+        beta=random.standard_normal(channels).astype(parameter_dtype),
+        moving_mean=random.uniform(2.5, 3.5, channels).astype(parameter_dtype),
+        moving_variance=random.uniform(3, 5, channels).astype(parameter_dtype),
     )
 
 
-def read_shapes(path: Path = TABLE) -> list[NamedShape]:
-    """Every shape of the table, in its order."""
+def read_shapes(path: Path = SHAPES_CSV) -> list[NamedShape]:
+    """Every row of shapes.csv, in order."""
     with path.open(newline="") as file:
         return [
             NamedShape(row["set"], row["name"], int(row["N"]), int(row["C"]), _extents(row["spatial"]))
@@ -138,19 +138,19 @@ def read_shapes(path: Path = TABLE) -> list[NamedShape]:
 
 
 def parse_shape(text: str) -> NamedShape:
-    """The shape that "N,C" or "N,C,HxW" says. ValueError for anything else."""
+    """Parse "N,C" or "N,C,HxW". Raises ValueError for anything else."""
     n, c, *spatial = text.split(",")
     if len(spatial) > 1:
         raise ValueError(text)
-    shape = NamedShape("given", text, int(n), int(c), _extents(spatial[0] if spatial else ""))
-    if min(shape.n, shape.c, *shape.spatial) < 1:
+    extents = (int(n), int(c), *_extents(spatial[0] if spatial else ""))
+    if min(extents) < 1:
         raise ValueError(text)
-    extents = "x".join(str(extent) for extent in (shape.n, shape.c, *shape.spatial))
-    return NamedShape("given", extents, shape.n, shape.c, shape.spatial)
+    name = "x".join(str(extent) for extent in extents)
+    return NamedShape("given", name, extents[0], extents[1], extents[2:])
 
 
 def make_cases(shapes: list[NamedShape], layouts: list[str], ops: list[str], dtypes: list[str]) -> list[Case]:
-    """All combinations; a dense layer has one layout, which is listed as channels_last whatever `layouts` says."""
+    """All combinations. A dense layer has only one layout; it is always listed as channels_last."""
     return [
         Case(shape, layout, op, dtype)
         for shape in shapes

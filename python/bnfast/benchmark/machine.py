@@ -1,4 +1,4 @@
-"""What the figures were measured on: processor, cores, caches, memory, versions. No name of a host, user or folder."""
+"""Describes the machine of a run: processor, cores, caches, memory, versions; no name of a host, user or folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import bnfast
 
 
 def describe(threads: int, versions: dict[str, str]) -> dict[str, Any]:
-    """The machine and the software as one JSON object."""
+    """The machine and the software as a JSON object. `versions` gives those of the libraries that are compared."""
     info = bnfast.build_info()
     return {
         "cpu": _field(Path("/proc/cpuinfo"), "model name") or platform.processor() or platform.machine(),
@@ -33,16 +33,17 @@ def describe(threads: int, versions: dict[str, str]) -> dict[str, Any]:
 
 
 def sentence(machine: dict[str, Any]) -> str:
-    """One line for people: AMD EPYC, 2 cores, L2 1 MiB a core, L3 32 MiB, AVX-512, 2 threads."""
-    caches = ", ".join(f"{name} {machine[key] / 2**20:g} MiB" for name, key in _CACHES if machine[key])
-    parts = [machine["cpu"], f"{machine['cores']} cores", caches, machine["isa"], f"{machine['threads']} threads"]
-    return ", ".join(part for part in parts if part)
-
-
-_CACHES = (("L2", "l2_bytes"), ("L3", "l3_bytes"))
+    """The machine in one line, such as: AMD EPYC, 2 cores, L2 1 MiB, L3 32 MiB, avx512, 2 threads."""
+    parts = [machine["cpu"], f"{machine['cores']} cores"]
+    for name, key in (("L2", "l2_bytes"), ("L3", "l3_bytes")):
+        if machine[key]:
+            parts.append(f"{name} {machine[key] / 2**20:g} MiB")
+    parts += [machine["isa"], f"{machine['threads']} threads"]
+    return ", ".join(parts)
 
 
 def _field(path: Path, name: str) -> str:
+    """The value of the first line that starts with `name`, in a file of lines "name: value"; "" if there is none."""
     try:
         lines = path.read_text().splitlines()
     except OSError:

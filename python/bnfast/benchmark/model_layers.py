@@ -1,6 +1,6 @@
-"""Batch norm in a built model exchanged for TensorFlow's fused op, or for nothing. Imports Keras and TensorFlow.
+"""Replaces the batch norms of a built model by TensorFlow's fused op, or by nothing. Imports Keras and TensorFlow.
 
-exchange() never changes the model it is given: it returns a clone with the same layer names and weights.
+replace_batch_norms() returns a clone with the same layer names and weights; it never changes the model it is given.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import tensorflow as tf
 
 
 class FusedBatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
-    """Keras's layer on FusedBatchNormV3, which computes the new moving statistics too, as tf.keras 2 had it.
+    """Keras's layer on FusedBatchNormV3, which also computes the new moving statistics, as in tf.keras 2.
 
-    Channels-last inputs of rank 4 without a mask; any other takes Keras's own ops. The moving variance is that of the
-    sample, M/(M - 1) times the batch's, as it was there.
+    This holds for channels_last inputs of rank 4 without a mask; other inputs use Keras's own ops. As in tf.keras 2,
+    the moving variance follows the sample variance, M/(M - 1) times the batch's.
     """
 
     def call(self, inputs: Any, training: Any = None, mask: Any = None) -> Any:
@@ -40,30 +40,30 @@ class FusedBatchNormalization(keras.layers.BatchNormalization):  # type: ignore[
         return result.y
 
 
-class LeftOut(keras.layers.Layer):  # type: ignore[misc]
-    """The identity, called as a batch norm is (keras.layers.Identity takes no mask)."""
+class NoBatchNormalization(keras.layers.Layer):  # type: ignore[misc]
+    """The identity, with the call arguments of a batch norm (keras.layers.Identity accepts no mask)."""
 
     def call(self, inputs: Any, training: Any = None, mask: Any = None) -> Any:
         return inputs
 
 
-def fused(layer: Any) -> Any:
-    """The layer's counterpart on the fused op."""
+def make_fused(layer: Any) -> Any:
+    """A layer on the fused op with the configuration of `layer`."""
     return FusedBatchNormalization.from_config(layer.get_config())
 
 
-def identity(layer: Any) -> Any:
-    """What stands where batch norm is left out."""
-    return LeftOut(name=layer.name)
+def make_identity(layer: Any) -> Any:
+    """An identity layer with the name of `layer`."""
+    return NoBatchNormalization(name=layer.name)
 
 
 def is_batch_norm(layer: Any) -> bool:
-    """Keras's layer and all that inherit from it: ours and the one above."""
+    """Whether the layer is Keras's batch norm or inherits from it, as bnfast's and the one above do."""
     return isinstance(layer, keras.layers.BatchNormalization)
 
 
-def exchange(model: Any, make: Callable[[Any], Any]) -> Any:
-    """A clone of `model` with make(layer) for each of Keras's batch norms; weights are copied by the layers' names."""
+def replace_batch_norms(model: Any, make: Callable[[Any], Any]) -> Any:
+    """A clone of `model` with make(layer) in place of each batch norm. Weights are copied by layer name."""
 
     def clone(layer: Any) -> Any:
         return make(layer) if is_batch_norm(layer) else layer.__class__.from_config(layer.get_config())

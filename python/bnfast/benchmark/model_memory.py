@@ -1,8 +1,8 @@
-"""Peak memory of training one variant: VmHWM of a fresh process that builds it and takes a few steps (Linux).
+"""Peak memory of training one variant: VmHWM of a fresh process that builds it and runs a few steps (Linux).
 
     python -m bnfast.benchmark.model_memory '{"model": ..., "batch": ..., "size": ..., "variant": ..., ...}'
-prints {"before_bytes", "peak_bytes"} as its last line: the peak up to the first step (Python, TensorFlow, the weights)
-and after the last one, which is what a machine has to have. `peaks` starts such processes, one at a time.
+prints {"before_bytes", "peak_bytes"} as its last line: the peak before the first step (Python, TensorFlow, the weights)
+and the peak after the last one, which is the memory a machine needs. `peaks` starts these processes one at a time.
 """
 
 from __future__ import annotations
@@ -16,33 +16,33 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bnfast.benchmark.models import TITLES, TRAINS, Spec
+from bnfast.benchmark.models import TITLES, TRAINABLE, Spec
 
 STEPS = 3
 STATUS = Path("/proc/self/status")
-UNSUPPORTED = 3  # exit status: the variant isn't available here
+EXIT_UNSUPPORTED = 3  # the variant isn't available here
 Runs = dict[str, list[dict[str, int]]]
 
 
 def available() -> bool:
-    """Whether this system tells a process its peak."""
+    """Whether this system reports the peak memory of a process."""
     return STATUS.exists() and "VmHWM" in STATUS.read_text()
 
 
 def peaks(
-    spec: Spec, names: list[str], runs: int, threads: int | None, tell: Callable[[str], object]
+    spec: Spec, names: list[str], runs: int, threads: int | None, announce: Callable[[str], object]
 ) -> tuple[Runs, dict[str, str]]:
-    """`runs` processes for each variant that trains, in changing order; and by name why a variant has none."""
+    """Start `runs` processes per trained variant, in changing order. Returns the peaks and the reasons of failures."""
     found: Runs = {}
     failed: dict[str, str] = {}
-    trained = [name for name in names if name in TRAINS]
+    trained = [name for name in names if name in TRAINABLE]
     for turn in range(runs):
         first = turn % len(trained)
         for name in trained[first:] + trained[:first]:
-            tell(f"memory, {turn + 1} of {runs}: {TITLES[name]}")
+            announce(f"memory, {turn + 1} of {runs}: {TITLES[name]}")
             if name in failed:
                 continue
-            result = _child(spec, name, threads)
+            result = _run_child(spec, name, threads)
             if isinstance(result, str):
                 failed[name] = result
             else:
@@ -50,13 +50,14 @@ def peaks(
     return {name: found[name] for name in trained if name in found}, failed
 
 
-def _child(spec: Spec, name: str, threads: int | None) -> dict[str, int] | str:
-    """What one process measured, or the last line of what it said when it failed."""
+def _run_child(spec: Spec, name: str, threads: int | None) -> dict[str, int] | str:
+    """What one process measured; if it failed, the last line of its output."""
     task = {"model": spec.text, "batch": spec.batch, "size": spec.size, "variant": name, "threads": threads}
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     command = [sys.executable, "-m", __name__, json.dumps(task)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    lines = (done.stdout if done.returncode in (0, UNSUPPORTED) else done.stderr).strip().splitlines()
+    output = done.stdout if done.returncode in (0, EXIT_UNSUPPORTED) else done.stderr
+    lines = output.strip().splitlines()
     last = lines[-1] if lines else f"exit status {done.returncode}"
     if done.returncode:
         return last[:160]
@@ -65,21 +66,21 @@ def _child(spec: Spec, name: str, threads: int | None) -> dict[str, int] | str:
 
 
 def main(text: str) -> int:
-    """The child."""
+    """The child process: measure one variant and print the result. `text` is the task as JSON."""
     from bnfast.benchmark import models
     from bnfast.benchmark.peers.base import Unsupported
 
     task = json.loads(text)
     spec = models.parse(task["model"], task["batch"], task["size"])
-    models.load(task["threads"])
-    base = models.build(spec)
-    x, y = models.data(spec, base)
+    models.load_keras(task["threads"])
+    base = models.build_model(spec)
+    x, y = models.make_data(spec, base)
     try:
-        model = models.make(task["variant"], base)
+        model = models.make_variant(task["variant"], base)
     except Unsupported as reason:
         print(reason)
-        return UNSUPPORTED
-    del base  # the weights are then held once; a user who keeps the model that was given holds them twice
+        return EXIT_UNSUPPORTED
+    del base  # frees Keras's copy of the weights; a user who keeps the original model has both
     gc.collect()
     before = _peak()
     for _ in range(STEPS):
@@ -89,6 +90,7 @@ def main(text: str) -> int:
 
 
 def _peak() -> int:
+    """The peak memory of this process so far, in bytes."""
     line: Any = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
 

@@ -1,8 +1,11 @@
-"""What `bnfast bench --model` measured, as rows (JSON) and as Markdown.
+"""The results of `bnfast bench --model` as rows (JSON) and as Markdown.
 
-A row is a variant and what was measured of it: "train" and "predict" (seconds, median over rounds, quartiles), "memory"
-(bytes, median over processes), "check" (its distance from Keras's model and its batch norms by class). `ratio` is over
-Keras's, below 1 is better: the median of the ratios within rounds, for memory that of the medians.
+A row is one variant and one quantity, named by "what":
+train, predict   seconds: the median over rounds, and the quartiles
+memory           bytes: the median over processes
+check            the variant's distance from Keras's model, and its batch norms by class
+`ratio` is relative to Keras's model, below 1 is better. For times it is the median of the ratios within rounds, for
+memory the ratio of the medians.
 """
 
 from __future__ import annotations
@@ -10,74 +13,100 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from bnfast.benchmark import machine as machine_of
+from bnfast.benchmark.machine import sentence
 from bnfast.benchmark.model_memory import Runs
-from bnfast.benchmark.model_timing import PREDICTIONS, Measured
+from bnfast.benchmark.model_timing import PREDICTION_TOLERANCE, ModelResult, Variant
 from bnfast.benchmark.models import BASE, TITLES
 from bnfast.benchmark.report import Row, digits, markdown_table, quartiles, short
-from bnfast.benchmark.timing import median, ratio
+from bnfast.benchmark.timing import Measurement, median, ratio
 
-WHAT = ("train", "predict", "memory")
-HEADS = ("train step, ms", "predict, ms", "peak memory, MB")
+# What is measured: the name in JSON, and the title in tables.
+QUANTITIES = {"train": "train step, ms", "predict": "predict, ms", "memory": "peak memory, MB"}
 
 
-def rows_of(measured: Measured, memory: Runs) -> list[Row]:
-    """One row a variant and a thing measured."""
-    rows = []
-    for way in measured.ways:
-        base = measured.find(BASE, way.mode)
-        figures = {
-            "rounds": len(way.seconds),
-            "seconds": short(median(way.seconds)),
-            "quartiles": quartiles(way.seconds),
-            "ratio": short(ratio(way, base)) if base else None,
-        }
-        rows.append({"variant": way.peer, "what": way.mode, **figures})
-    peaks = {name: statistics.median(run["peak_bytes"] for run in runs) for name, runs in memory.items()}
-    for name, runs in memory.items():
-        figures = {
-            "bytes": int(peaks[name]),
-            "before_bytes": int(statistics.median(run["before_bytes"] for run in runs)),
-            "processes": [run["peak_bytes"] for run in runs],
-            "ratio": short(peaks[name] / peaks[BASE]) if BASE in peaks else None,
-        }
-        rows.append({"variant": name, "what": "memory", **figures})
-    for variant in measured.variants:
-        loss = None if variant.loss is None else short(variant.loss)
-        found = {"predictions": short(variant.predictions), "loss": loss, "batch_norms": variant.layers}
-        rows.append({"variant": variant.name, "what": "check", **found})
+def rows_of(result: ModelResult, memory: Runs) -> list[Row]:
+    """One row per variant and quantity."""
+    rows = [_time_row(measurement, result.find(BASE, measurement.mode)) for measurement in result.measurements]
+    base_peak = _median_bytes(memory[BASE], "peak_bytes") if BASE in memory else None
+    rows += [_memory_row(name, runs, base_peak) for name, runs in memory.items()]
+    rows += [_check_row(variant) for variant in result.variants]
     return rows
 
 
+def _time_row(measurement: Measurement, base: Measurement | None) -> Row:
+    return {
+        "variant": measurement.peer,
+        "what": measurement.mode,
+        "rounds": len(measurement.seconds),
+        "seconds": short(median(measurement.seconds)),
+        "quartiles": quartiles(measurement.seconds),
+        "ratio": short(ratio(measurement, base)) if base else None,
+    }
+
+
+def _memory_row(name: str, runs: list[dict[str, int]], base_peak: float | None) -> Row:
+    peak = _median_bytes(runs, "peak_bytes")
+    return {
+        "variant": name,
+        "what": "memory",
+        "bytes": int(peak),
+        "before_bytes": int(_median_bytes(runs, "before_bytes")),
+        "processes": [run["peak_bytes"] for run in runs],
+        "ratio": short(peak / base_peak) if base_peak else None,
+    }
+
+
+def _median_bytes(runs: list[dict[str, int]], key: str) -> float:
+    return statistics.median(run[key] for run in runs)
+
+
+def _check_row(variant: Variant) -> Row:
+    return {
+        "variant": variant.name,
+        "what": "check",
+        "predictions": short(variant.predictions),
+        "loss": None if variant.loss is None else short(variant.loss),
+        "batch_norms": variant.batch_norms,
+    }
+
+
 def table(rows: list[Row]) -> list[tuple[str, ...]]:
-    """(title, then figure and ratio of each of WHAT) for each variant, in their order; "-" where there is nothing."""
+    """One line per variant: its title, then value and ratio of each quantity, "-" if it was not measured."""
     found = {(row["variant"], row["what"]): row for row in rows}
+    variants = {row["variant"] for row in rows}
     lines = []
-    for name in (name for name in TITLES if any(row["variant"] == name for row in rows)):
+    for name in (name for name in TITLES if name in variants):
         line = [TITLES[name]]
-        for what in WHAT:
-            row = found.get((name, what))
-            value = None if row is None else row["bytes"] / 1e6 if what == "memory" else 1e3 * row["seconds"]
-            line.append("-" if value is None else digits(value))
-            line.append("-" if row is None or row["ratio"] is None else f"{row['ratio']:.2f}")
+        for what in QUANTITIES:
+            line += _value_and_ratio(found.get((name, what)))
         lines.append(tuple(line))
     return lines
+
+
+def _value_and_ratio(row: Row | None) -> tuple[str, str]:
+    if row is None:
+        return "-", "-"
+    value = row["bytes"] / 1e6 if row["what"] == "memory" else 1e3 * row["seconds"]
+    return digits(value), "-" if row["ratio"] is None else f"{row['ratio']:.2f}"
 
 
 def markdown(machine: dict[str, Any], label: str, rows: list[Row], left_out: list[Row]) -> str:
     """The whole report."""
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    heads = ["batch norm", *(cell for head in HEADS for cell in (head, "to Keras"))]
+    heads = ["batch norm"]
+    for title in QUANTITIES.values():
+        heads += [title, "to Keras"]
     parts = [
         f"# {label}: one model, several batch norms",
-        f"{machine_of.sentence(machine)}. {versions}. Load before the run: {machine['load_before']}.",
-        'Times are medians over interleaved rounds; "to Keras" is the median ratio within a round, below 1 is faster.'
-        " Peak memory is VmHWM of a fresh process that takes three training steps, median of several processes."
-        " How to repeat this: `docs/benchmarks/README.md`.",
+        f"{sentence(machine)}. {versions}. Load before the run: {machine['load_before']}.",
+        'Times are medians over interleaved rounds. "to Keras" is the median ratio to Keras\'s layer within a round;'
+        " below 1 is faster. Peak memory is VmHWM of a fresh process that runs three training steps, the median over"
+        " several processes. `docs/benchmarks/README.md` explains how to repeat this.",
         markdown_table(heads, table(rows)),
         "## Checked before anything was timed",
-        f"Differences from Keras's model, relative: of the predictions, over the largest (allowed: {PREDICTIONS:g}; the"
-        " model without batch norm shows that the check sees one), and of the loss of the first training step.",
+        "Differences from Keras's model. Predictions: the largest difference, relative to the largest prediction;"
+        f" {PREDICTION_TOLERANCE:g} is allowed, and the model without batch norm shows that the check notices errors."
+        " Loss: the relative difference in the first training step.",
         markdown_table(["batch norm", "predictions", "loss", "layers"], _check_lines(rows)),
     ]
     if left_out:
@@ -87,7 +116,9 @@ def markdown(machine: dict[str, Any], label: str, rows: list[Row], left_out: lis
 
 def _check_lines(rows: list[Row]) -> list[list[str]]:
     lines = []
-    for row in (row for row in rows if row["what"] == "check"):
+    for row in rows:
+        if row["what"] != "check":
+            continue
         loss = "-" if row["loss"] is None else f"{row['loss']:.1e}"
         layers = ", ".join(f"{count} {name}" for name, count in row["batch_norms"].items()) or "none"
         lines.append([TITLES[row["variant"]], f"{row['predictions']:.1e}", loss, layers])

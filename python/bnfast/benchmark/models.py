@@ -1,15 +1,15 @@
-"""The variants of a keras.applications model that `bnfast bench --model` compares: same weights, another batch norm.
+"""The variants of a keras.applications model that `bnfast bench --model` compares. Weights are the same in all.
 
-    keras                  as keras.applications makes it
-    tf-fused               TensorFlow's fused op in a custom layer, moving statistics by the op, as tf.keras 2 had it
-    bnfast-op          bnfast.keras.accelerate through the TensorFlow op
-    bnfast-numpy_function  the same through tf.numpy_function
-    bnfast-fold            bnfast.keras.fold: it predicts and doesn't train
-    left-out               the identity: what a batch norm that costs nothing would leave
-
-Weights are drawn from one seed, gamma from U(0.5, 1.5) and beta from N(0, 0.1), so that no batch norm can pass for the
-identity; moving statistics come from the data. x is normal of shape (batch, size, size, 3) (0 to 255 where the model
-rescales pixels itself), y holds random classes. TensorFlow is imported by `load`, not by this file.
+    keras                  the model of keras.applications
+    tf-fused               a layer on TensorFlow's fused op, which also updates the moving statistics, as in tf.keras 2
+    bnfast-op              bnfast.keras.accelerate through bnfast's TensorFlow op
+    bnfast-numpy_function  bnfast.keras.accelerate through tf.numpy_function
+    bnfast-fold            bnfast.keras.fold; this model only predicts
+    left-out               the identity instead of batch norm: a lower bound for any implementation
+Weights come from one seed. gamma is drawn from U(0.5, 1.5) and beta from N(0, 0.1), so that no batch norm is close to
+the identity; moving statistics come from the data. x has shape (batch, size, size, 3) and is normal, or in 0 to 255 if
+the model rescales pixels itself; y holds random classes. This file imports TensorFlow only when `load_keras` is
+called.
 """
 
 from __future__ import annotations
@@ -24,13 +24,12 @@ from typing import Any
 import numpy as np
 
 import bnfast
+from bnfast.benchmark import quiet
 from bnfast.benchmark.peers.base import Unsupported
 from bnfast.benchmark.peers.tensorflow import start
 
 SEED = 7
 LEARNING_RATE = 1e-3
-# 1: ResNet50's rounding reaches 1e-5. 1.5: such an epsilon moves EfficientNetB0's predictions by 1e-5. Here 2e-6, 1e-4.
-DAMPING = 1.25
 TITLES = {
     "keras": "Keras's layer",
     "tf-fused": "TF fused op",
@@ -40,17 +39,21 @@ TITLES = {
     "left-out": "batch norm left out",
 }
 BASE = "keras"
-TRAINS = tuple(name for name in TITLES if name != "bnfast-fold")
-EXACT = tuple(name for name in TITLES if name not in (BASE, "left-out"))  # those whose predictions must be Keras's
+TRAINABLE = tuple(name for name in TITLES if name != "bnfast-fold")
+MUST_AGREE = tuple(name for name in TITLES if name not in (BASE, "left-out"))  # on predictions
+RESERVED_ARGUMENTS = ("weights", "input_shape", "include_top", "input_tensor")  # set here, so a user can't set them
+# calibrate() multiplies the moving variances by this. With 1, rounding in ResNet50 changes predictions by 1e-5. With
+# 1.5, a tenfold epsilon changes those of EfficientNetB0 by only 1e-5. With 1.25 the two are 2e-6 and 1e-4.
+DAMPING = 1.25
 
 
-class Refused(Exception):
-    """No such model can be built; the message says why."""
+class InvalidModel(Exception):
+    """The model cannot be built, or has no batch norm; the message gives the reason."""
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What is built: a name of keras.applications with its own arguments, e.g. MobileNetV2 and {"alpha": 0.35}."""
+    """A model to build: a name in keras.applications and its arguments, e.g. MobileNetV2 and {"alpha": 0.35}."""
 
     name: str
     arguments: tuple[tuple[str, Any], ...] = ()
@@ -59,46 +62,49 @@ class Spec:
 
     @property
     def text(self) -> str:
-        """As it is written on the command line: MobileNetV2(alpha=0.35). parse() reads it."""
-        inside = ", ".join(f"{name}={value!r}" for name, value in self.arguments)
-        return f"{self.name}({inside})" if inside else self.name
+        """The form of the command line, such as MobileNetV2(alpha=0.35). parse() reads it."""
+        arguments = ", ".join(f"{name}={value!r}" for name, value in self.arguments)
+        return f"{self.name}({arguments})" if arguments else self.name
 
     @property
     def label(self) -> str:
-        """How reports name it: MobileNetV2 16x224x224."""
+        """The name in reports, such as MobileNetV2 16x224x224."""
         return f"{self.text} {self.batch}x{self.size}x{self.size}"
 
     @property
     def file_name(self) -> str:
-        """How files are named: MobileNetV2-16x224, MobileNetV2-alpha-0.35-2x32."""
-        own = "".join(f"-{name}-{value}" for name, value in self.arguments)
-        kept = "".join(letter if letter.isalnum() or letter in "-._" else "-" for letter in self.name + own)
-        return f"{kept}-{self.batch}x{self.size}"
+        """The name of files, such as MobileNetV2-16x224 or MobileNetV2-alpha-0.35-2x32."""
+        name = self.name + "".join(f"-{key}-{value}" for key, value in self.arguments)
+        name = "".join(letter if letter.isalnum() or letter in "-._" else "-" for letter in name)
+        return f"{name}-{self.batch}x{self.size}"
 
 
 def parse(text: str, batch: int = 16, size: int = 224) -> Spec:
-    """The model that NAME or NAME(argument=literal, ...) says. ValueError for anything else; names aren't looked up."""
+    """Parse NAME or NAME(argument=literal, ...). Raises ValueError for anything else; any NAME is accepted."""
     try:
         node = ast.parse(text.strip(), mode="eval").body
-        name, given = (node.func, node.keywords) if isinstance(node, ast.Call) else (node, [])
-        if not isinstance(name, ast.Name) or (isinstance(node, ast.Call) and node.args):
+        name, keywords = node, []
+        if isinstance(node, ast.Call):
+            name, keywords = node.func, node.keywords
+            if node.args:
+                raise ValueError(text)
+        if not isinstance(name, ast.Name):
             raise ValueError(text)
-        arguments = tuple((str(keyword.arg), ast.literal_eval(keyword.value)) for keyword in given)
+        arguments = tuple((str(keyword.arg), ast.literal_eval(keyword.value)) for keyword in keywords)
     except (SyntaxError, TypeError) as error:
         raise ValueError(text) from error
-    if any(key in ("None", "weights", "input_shape", "include_top", "input_tensor") for key, _ in arguments):
+    if any(key == "None" or key in RESERVED_ARGUMENTS for key, _ in arguments):  # "None": from **{}
         raise ValueError(text)
     return Spec(name.id, arguments, batch, size)
 
 
-def load(threads: int | None = None) -> Any:
-    """keras, imported quietly on its TensorFlow backend. ImportError where that can't be had.
+def load_keras(threads: int | None = None) -> Any:
+    """Import Keras on its TensorFlow backend, without log lines, and return it. ImportError if that is impossible.
 
-    threads: of TensorFlow's pools and of bnfast; None: as they are. RuntimeError where TensorFlow runs with others.
+    `threads` is set for TensorFlow's pools and for bnfast; None leaves both as they are. Raises RuntimeError if
+    TensorFlow already runs with another number.
     """
-    from bnfast.cli import quiet
-
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")  # bnfast is a CPU library: a GPU would train Keras's model
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")  # bnfast runs on the CPU, so Keras's model must too
     quiet.prepare_tensorflow()
     with quiet.quiet_stderr():
         import keras
@@ -113,26 +119,27 @@ def load(threads: int | None = None) -> Any:
     return keras
 
 
-def known(keras: Any) -> list[str]:
-    """The names that keras.applications has."""
+def application_names(keras: Any) -> list[str]:
+    """The names of the models in keras.applications."""
     return [name for name, value in vars(keras.applications).items() if name[0].isupper() and callable(value)]
 
 
-def build(spec: Spec) -> Any:
-    """The model as Keras has it, on random weights. Refused where that can't be built, or has no batch norm."""
-    keras = load()
+def build_model(spec: Spec) -> Any:
+    """Keras's model with random weights. Raises InvalidModel if it can't be built or has no batch norm."""
+    keras = load_keras()
     keras.utils.set_random_seed(SEED)
     constructor = getattr(keras.applications, spec.name)
-    unknown = [name for name, _ in spec.arguments if name not in inspect.signature(constructor).parameters]
-    if unknown:
-        raise Refused(f"{spec.name} has no argument {unknown[0]}")
+    parameters = inspect.signature(constructor).parameters
+    for name, _ in spec.arguments:
+        if name not in parameters:
+            raise InvalidModel(f"{spec.name} has no argument {name}")
     try:
         model = constructor(weights=None, input_shape=(spec.size, spec.size, 3), **dict(spec.arguments))
     except (ValueError, TypeError) as error:
-        raise Refused(f"{spec.label}: {error}") from error
+        raise InvalidModel(f"{spec.label}: {error}") from error
     layers = batch_norms(model)
     if not layers:
-        raise Refused(f"{spec.name} has no batch norm")
+        raise InvalidModel(f"{spec.name} has no batch norm")
     random = np.random.default_rng(SEED)
     for layer in layers:
         if layer.gamma is not None:
@@ -143,16 +150,19 @@ def build(spec: Spec) -> Any:
 
 
 def batch_norms(model: Any) -> list[Any]:
-    """Its batch norms and those of models inside it, bnfast's too, in the order of the layers."""
+    """The batch norms of a model and of the models inside it, bnfast's included, in the order of the layers."""
     from bnfast.benchmark.model_layers import is_batch_norm
 
     found = []
     for layer in model.layers:
-        found += batch_norms(layer) if hasattr(layer, "layers") else [layer] if is_batch_norm(layer) else []
+        if hasattr(layer, "layers"):
+            found += batch_norms(layer)
+        elif is_batch_norm(layer):
+            found.append(layer)
     return found
 
 
-def data(spec: Spec, model: Any) -> tuple[Any, Any]:
+def make_data(spec: Spec, model: Any) -> tuple[Any, Any]:
     """x and y as TensorFlow tensors."""
     import tensorflow as tf
 
@@ -165,35 +175,35 @@ def data(spec: Spec, model: Any) -> tuple[Any, Any]:
 
 
 def calibrate(model: Any, x: Any) -> None:
-    """Set moving statistics near those of x, so that what the first layer does still reaches the predictions.
+    """Set moving statistics close to those of x, so that an error in the first layer is visible in the predictions.
 
-    mean = the batch's, variance = DAMPING*max(v, the channels' mean v) of the batch's v. With v itself the channels
-    whose v is near 0, many in a small batch, blow rounding up: 1e-3 of the predictions. With statistics that ignore x
-    signals fade, and an epsilon 10 times too large in the first of 52 layers changes nothing above 2e-7.
+    The mean is the batch's. The variance is DAMPING*max(v, mean of v over the channels), where v is the batch's
+    variance: with v itself, the channels with v near 0 (many in a small batch) amplify rounding to 1e-3 of the
+    predictions. With statistics unrelated to x, signals fade: a tenfold epsilon in the first of 52 layers changes
+    nothing above 2e-7.
     """
     layers = batch_norms(model)
-    before = [layer.momentum for layer in layers]
+    momentums = [layer.momentum for layer in layers]
     for layer in layers:
         layer.momentum = 0.0
     model(x, training=True)
-    for layer, momentum in zip(layers, before, strict=True):
+    for layer, momentum in zip(layers, momentums, strict=True):
         layer.momentum = momentum
         variance = layer.moving_variance.numpy()
         layer.moving_variance.assign(DAMPING * np.maximum(variance, variance.mean()))
 
 
-def make(name: str, model: Any) -> Any:
-    """The variant of Keras's `model`, compiled where it trains. Unsupported, with the reason, where it isn't here."""
-    made = _MAKERS[name](model)
-    if name in TRAINS:
-        keras = load()
-        # XLA compiles none of the ops that are compared here
-        optimizer = keras.optimizers.SGD(LEARNING_RATE)
-        made.compile(optimizer, loss="sparse_categorical_crossentropy", jit_compile=False)
-    return made
+def make_variant(name: str, model: Any) -> Any:
+    """Make that variant of Keras's `model`, and compile it if it is trained. Raises Unsupported with the reason."""
+    variant = _VARIANTS[name](model)
+    if name in TRAINABLE:
+        optimizer = load_keras().optimizers.SGD(LEARNING_RATE)
+        # Without XLA, which compiles none of the ops compared here.
+        variant.compile(optimizer, loss="sparse_categorical_crossentropy", jit_compile=False)
+    return variant
 
 
-def _native(model: Any) -> Any:
+def _accelerated_by_op(model: Any) -> Any:
     try:
         from bnfast.tensorflow import op
     except ImportError as error:
@@ -216,17 +226,23 @@ def _folded(model: Any) -> Any:
     return fold(model)
 
 
-def _exchanged(model: Any, kind: str) -> Any:
+def _with_fused_op(model: Any) -> Any:
     from bnfast.benchmark import model_layers
 
-    return model_layers.exchange(model, getattr(model_layers, kind))
+    return model_layers.replace_batch_norms(model, model_layers.make_fused)
 
 
-_MAKERS: dict[str, Callable[[Any], Any]] = {
+def _without_batch_norm(model: Any) -> Any:
+    from bnfast.benchmark import model_layers
+
+    return model_layers.replace_batch_norms(model, model_layers.make_identity)
+
+
+_VARIANTS: dict[str, Callable[[Any], Any]] = {
     "keras": lambda model: model,
-    "tf-fused": lambda model: _exchanged(model, "fused"),
-    "bnfast-op": _native,
+    "tf-fused": _with_fused_op,
+    "bnfast-op": _accelerated_by_op,
     "bnfast-numpy_function": lambda model: _accelerated(model, "numpy_function"),
     "bnfast-fold": _folded,
-    "left-out": lambda model: _exchanged(model, "identity"),
+    "left-out": _without_batch_norm,
 }

@@ -1,55 +1,50 @@
-"""What was measured, as rows (JSON) and as Markdown.
+"""The results of `bnfast bench` as rows (JSON) and as Markdown.
 
-A row is one way of one case. Its `ratio` is its time over that of bnfast in the same mode (warm: over fresh), so above
-1 bnfast is faster; `to_copy` is its time over that of moving the bytes the operation can't avoid at the speed of the
-copy timed in the same round: one copy for train and infer (two tensors), one and a half for grad (three).
-"torch" beside "torch-contiguous" and "torch-channels_last" is the better memory format of each case.
+A row is one measurement: one peer in one output mode on one case.
+ratio     its time over bnfast's in the same mode (for "warm": over bnfast's "fresh"); above 1, bnfast is faster
+to_copy   its time over the time that the unavoidable bytes take at the copy's speed in the same round: one copy for
+          train and infer (two tensors), one and a half for grad (three tensors)
+The peer "torch" is added to the summaries: the faster of torch's two memory formats in each case.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bnfast.benchmark import machine as machine_of
 from bnfast.benchmark.cases import OPS
-from bnfast.benchmark.timing import Measured, Way, median, ratio
+from bnfast.benchmark.machine import sentence
+from bnfast.benchmark.peers import BASELINES
+from bnfast.benchmark.timing import MODES, CaseResult, Measurement, median, ratio
 
 SCHEMA = 1
 TORCHES = ("torch-contiguous", "torch-channels_last")
-COPIES = {"train": 1.0, "infer": 1.0, "grad": 1.5}
-MODE_TITLES = {
-    "fresh": "dropped each call",
-    "held": "last three alive",
-    "reused": "reused (out=)",
-    "warm": "warm malloc",
-}
+COPIES = {"train": 1.0, "infer": 1.0, "grad": 1.5}  # the unavoidable bytes, in copies of one tensor
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Over all cases of an op and dtype: how many times as long as bnfast a peer takes in a mode."""
+    """The ratios of one peer in one mode, over all cases of an operation and dtype."""
 
     op: str
     dtype: str
     peer: str
     mode: str
     geomean: float
-    worst: float  # the smallest ratio
-    best: float
-    worst_at: str
+    smallest: float
+    largest: float
+    smallest_at: str  # the shape and layout
     cases: int
 
 
-def rows_of(measured: Measured) -> list[Row]:
-    """One row a way."""
-    case = measured.case
+def rows_of(result: CaseResult) -> list[Row]:
+    """One row per measurement."""
+    case = result.case
     about = {
         "shape": case.shape.label,
         "set": case.shape.set,
@@ -61,119 +56,137 @@ def rows_of(measured: Measured) -> list[Row]:
         "dtype": case.dtype,
         "bytes": case.nbytes,
     }
-    return [{**about, **_figures(measured, way)} for way in measured.ways]
+    return [{**about, **_figures(result, measurement)} for measurement in result.measurements]
 
 
-def _figures(measured: Measured, way: Way) -> Row:
-    base = measured.find("bnfast", "fresh" if way.mode == "warm" else way.mode)
-    copy = measured.find("copy", "reused")
+def _figures(result: CaseResult, measurement: Measurement) -> Row:
+    base = result.find("bnfast", "fresh" if measurement.mode == "warm" else measurement.mode)
+    copy = result.find("copy", "reused")
     return {
-        "peer": way.peer,
-        "mode": way.mode,
-        "rounds": len(way.seconds),
-        "calls": way.calls,
-        "seconds": short(median(way.seconds)),
-        "quartiles": quartiles(way.seconds),
-        "ratio": short(ratio(way, base)) if base and way.peer != "copy" else None,
-        "to_copy": short(ratio(way, copy, 1 / COPIES[measured.case.op])) if copy else None,
+        "peer": measurement.peer,
+        "mode": measurement.mode,
+        "rounds": len(measurement.seconds),
+        "calls": measurement.calls,
+        "seconds": short(median(measurement.seconds)),
+        "quartiles": quartiles(measurement.seconds),
+        "ratio": short(ratio(measurement, base)) if base and measurement.peer != "copy" else None,
+        "to_copy": short(ratio(measurement, copy, 1 / COPIES[result.case.op])) if copy else None,
     }
 
 
 def quartiles(values: Sequence[float]) -> list[float]:
-    """The first and the third."""
-    found = statistics.quantiles(values, n=4) if len(values) > 1 else [values[0]] * 3
-    return [short(found[0]), short(found[2])]
+    """The first and the third quartile."""
+    if len(values) == 1:
+        return [short(values[0]), short(values[0])]
+    first, _, third = statistics.quantiles(values, n=4)
+    return [short(first), short(third)]
 
 
 def short(value: float) -> float:
-    """Four digits, as the JSON has them."""
+    """Round to four significant digits, as in the JSON."""
     return float(f"{value:.4g}")
 
 
 def save_json(path: Path, machine: dict[str, Any], settings: Row, rows: list[Row], left_out: list[Row]) -> None:
-    """One line a row, so that two runs can be compared by a line-wise diff."""
-    lists = {"rows": rows, "left_out": left_out}
-    head = json.dumps({"schema": SCHEMA, "machine": machine, "settings": settings}, indent=1)[:-2]
-    lines = {name: ",\n".join(f"  {json.dumps(row)}" for row in listed) for name, listed in lists.items()}
-    tail = ",\n".join(f' "{name}": [\n{text}\n ]' for name, text in lines.items())
-    path.write_text(f"{head},\n{tail}\n}}\n")
+    """Write everything as one JSON object with one line per row, so that `diff` can compare two runs."""
+    head = json.dumps({"schema": SCHEMA, "machine": machine, "settings": settings}, indent=1)
+    head = head.removesuffix("\n}")
+    path.write_text(f"{head},\n{_json_list('rows', rows)},\n{_json_list('left_out', left_out)}\n}}\n")
+
+
+def _json_list(name: str, rows: list[Row]) -> str:
+    lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
+    return f' "{name}": [\n{lines}\n ]'
 
 
 def key(row: Row) -> tuple[str, str, str, str]:
-    """The case that a row belongs to."""
+    """The case of a row: shape, layout, operation, dtype."""
     return row["shape"], row["layout"], row["op"], row["dtype"]
 
 
 def with_best_torch(rows: Iterable[Row]) -> list[Row]:
-    """`rows` and, for each case and mode, the faster of torch's memory formats once more as peer "torch"."""
+    """`rows`, preceded by a peer "torch": for each case and mode the faster of torch's two memory formats."""
     rows = list(rows)
-    best: dict[Any, Row] = {}
+    fastest: dict[Any, Row] = {}
     for row in rows:
         if row["peer"] in TORCHES:
-            place = (key(row), row["mode"])
-            if place not in best or row["seconds"] < best[place]["seconds"]:
-                best[place] = {**row, "peer": "torch"}
-    return list(best.values()) + rows
+            measured = (key(row), row["mode"])
+            if measured not in fastest or row["seconds"] < fastest[measured]["seconds"]:
+                fastest[measured] = {**row, "peer": "torch"}
+    return [*fastest.values(), *rows]
 
 
 def summarize(rows: Iterable[Row]) -> list[Summary]:
-    """By dtype, op and mode, and then torch's better memory format before the peers in their order."""
+    """Summaries sorted by dtype, operation and mode; "torch" comes before the peers, which keep their order."""
     groups: dict[tuple[str, str, str, str], list[Row]] = {}
     for row in with_best_torch(rows):
         if row["ratio"] and row["peer"] != "bnfast":
             groups.setdefault((row["op"], row["dtype"], row["peer"], row["mode"]), []).append(row)
     result = []
-    for names, group in groups.items():
-        least = min(group, key=lambda row: row["ratio"])
-        geomean = math.exp(statistics.fmean(math.log(row["ratio"]) for row in group))
-        most = max(row["ratio"] for row in group)
-        where = f"{least['shape']} {least['layout']}"
-        result.append(Summary(*names, geomean, least["ratio"], most, where, len(group)))
-    return sorted(result, key=lambda s: (s.dtype, OPS.index(s.op), list(MODE_TITLES).index(s.mode)))
+    for (op, dtype, peer, mode), group in groups.items():
+        ratios = [row["ratio"] for row in group]
+        smallest = min(group, key=lambda row: row["ratio"])
+        summary = Summary(
+            op=op,
+            dtype=dtype,
+            peer=peer,
+            mode=mode,
+            geomean=statistics.geometric_mean(ratios),
+            smallest=min(ratios),
+            largest=max(ratios),
+            smallest_at=f"{smallest['shape']} {smallest['layout']}",
+            cases=len(group),
+        )
+        result.append(summary)
+    return sorted(result, key=lambda s: (s.dtype, OPS.index(s.op), list(MODES).index(s.mode)))
 
 
 def markdown(machine: dict[str, Any], rows: list[Row], left_out: list[Row], titles: dict[str, str]) -> str:
-    """The whole report. `titles`: what each peer is called, in the order of the columns."""
+    """The whole report. `titles` gives the title of each peer, in the order of the columns."""
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     parts = [
         "# bnfast against its peers",
-        f"{machine_of.sentence(machine)}. {versions}. Load before the run: {machine['load_before']}.",
-        "Times are medians over interleaved rounds; in brackets the median ratio within a round: time over bnfast's, so"
-        " above 1 bnfast is faster. How to read and repeat this: `docs/benchmarks/README.md`.",
+        f"{sentence(machine)}. {versions}. Load before the run: {machine['load_before']}.",
+        "Times are medians over interleaved rounds. The figure in brackets is the median ratio to bnfast's time within"
+        " a round: above 1, bnfast is faster. `docs/benchmarks/README.md` explains how to read and repeat this.",
         _summary_table(rows, titles),
     ]
     for dtype in _unique(row["dtype"] for row in rows):
         for op in (op for op in OPS if any(row["op"] == op for row in rows)):
             chosen = [row for row in rows if (row["op"], row["dtype"]) == (op, dtype)]
             if chosen:
-                parts += [f"## {op}, {dtype}, fresh outputs", _case_table(chosen, titles)]
+                parts += [f"## {op}, {dtype}, outputs dropped each call", _case_table(chosen, titles)]
     if left_out:
         parts += ["## Left out", "\n".join(_left_out_lines(left_out, titles))]
     return "\n\n".join(parts) + "\n"
 
 
 def _summary_table(rows: list[Row], titles: dict[str, str]) -> str:
-    table = []
+    titles = {"torch": "torch, faster format", **titles}
+    heads = ["op", "dtype", "peer", "outputs", "geomean", "smallest", "smallest at", "cases"]
+    lines = []
     for s in summarize(rows):
-        name = {"torch": "torch, better format", **titles}[s.peer]
-        figures = (f"{s.geomean:.2f}", f"{s.worst:.2f}", s.worst_at, s.cases)
-        table.append([s.op, s.dtype, name, MODE_TITLES[s.mode], *figures])
-    return markdown_table(["op", "dtype", "peer", "outputs", "geomean", "least", "least at", "cases"], table)
+        geomean, smallest = f"{s.geomean:.2f}", f"{s.smallest:.2f}"
+        lines.append([s.op, s.dtype, titles[s.peer], MODES[s.mode], geomean, smallest, s.smallest_at, s.cases])
+    return markdown_table(heads, lines)
 
 
 def _case_table(rows: list[Row], titles: dict[str, str]) -> str:
-    peers = [name for name in titles if name not in ("copy", "bnfast") and any(row["peer"] == name for row in rows)]
+    peers = [name for name in titles if name not in BASELINES and any(row["peer"] == name for row in rows)]
     heads = ["shape", "layout", "MB", "copy, ms", "bnfast, ms", "to copy", "reused, ms", "to copy"]
-    table = []
+    heads += [f"{titles[peer]}, ms" for peer in peers]
+    lines = []
     for case in _unique(key(row) for row in rows):
         found = {(row["peer"], row["mode"]): row for row in rows if key(row) == case}
+        shape, layout, _, _ = case
         megabytes = next(iter(found.values()))["bytes"] / 1e6
-        line = [case[0], case[1], f"{megabytes:.3g}", _ms(found.get(("copy", "reused")))]
+        line = [shape, layout, f"{megabytes:.3g}", _ms(found.get(("copy", "reused")))]
         for mode in ("fresh", "reused"):
             row = found.get(("bnfast", mode))
             line += [_ms(row), f"{row['to_copy']:.2f}" if row and row["to_copy"] else "-"]
-        table.append(line + [_ms_and_ratio(found.get((peer, "fresh"))) for peer in peers])
-    return markdown_table(heads + [f"{titles[peer]}, ms" for peer in peers], table)
+        line += [_ms_and_ratio(found.get((peer, "fresh"))) for peer in peers]
+        lines.append(line)
+    return markdown_table(heads, lines)
 
 
 def _left_out_lines(left_out: list[Row], titles: dict[str, str]) -> list[str]:
@@ -183,8 +196,10 @@ def _left_out_lines(left_out: list[Row], titles: dict[str, str]) -> list[str]:
 
 
 def digits(value: float) -> str:
-    """Three digits, never an exponent: 0.00354, 9.87, 98.8, 98800."""
-    return f"{value:.3g}" if 1e-4 <= value < 1000 else f"{value:.0f}" if value >= 1000 else f"{value:.6f}"
+    """Three significant digits, never an exponent: 0.00354, 9.87, 98.8, 98800."""
+    if value >= 999.5:  # "g" would write 1e+03
+        return f"{value:.0f}"
+    return f"{value:.3g}" if value >= 1e-4 else f"{value:.6f}"
 
 
 def _ms(row: Row | None) -> str:
@@ -196,9 +211,9 @@ def _ms_and_ratio(row: Row | None) -> str:
 
 
 def markdown_table(heads: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
-    """The text of a table; cells are written with str()."""
-    text = [heads, ["---"] * len(heads), *lines]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in text)
+    """A Markdown table; cells are converted with str()."""
+    rows = [heads, ["---" for _ in heads], *lines]
+    return "\n".join("| " + " | ".join(str(cell) for cell in row) + " |" for row in rows)
 
 
 def _unique(values: Iterable[Any]) -> list[Any]:

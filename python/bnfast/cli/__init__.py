@@ -1,8 +1,8 @@
-"""The command `bnfast`: one module a subcommand, each offering `register(subparsers)`.
+"""The command `bnfast`. Each subcommand is a module with a function `register(subparsers)`.
 
-A subcommand names its function with `parser.set_defaults(run=...)`; the function takes the parsed arguments and returns
-the exit status. What it needs beyond NumPy it imports inside itself, so `import bnfast.cli` stays light.
-Exit status: 0 done, 2 the request cannot be met (one line on stderr says why), 130 interrupted.
+A subcommand sets its function with `parser.set_defaults(run=...)`. The function takes the parsed arguments and returns
+the exit status. It imports packages other than NumPy inside its functions, so that `import bnfast.cli` stays light.
+Exit status: 0 done, 2 the request cannot be met (one line on stderr gives the reason), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ COMMANDS = (info, demo, bench, run)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of the whole command line."""
+    """The parser of the command line, with all subcommands."""
     parser = argparse.ArgumentParser(prog="bnfast", description="Batch normalization on the CPU.")
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND")
@@ -28,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `bnfast` with `argv` (default: the process's own arguments) and return the exit status."""
+    """Run `bnfast` with `argv` (default: the arguments of the process) and return the exit status."""
     parser = build_parser()
     try:
         arguments = parser.parse_args(argv)

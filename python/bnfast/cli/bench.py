@@ -1,94 +1,132 @@
-"""`bnfast bench`: the public API against torch, TensorFlow's fused op, Keras's layer and JAX, and against a copy.
+"""`bnfast bench`: times the public API against torch, TensorFlow's fused op, Keras's layer, JAX, and a plain copy.
 
-Prints a summary; with --out also leaves bench.json, bench.md and bench.png in that folder. How it measures:
-bnfast.benchmark.timing. With --model it times a whole Keras model instead: bnfast.cli.bench_model.
+Prints a summary; with --out it also writes bench.json, bench.md and bench.png to that folder. bnfast.benchmark.timing
+says how it measures. With --model it times a whole Keras model instead: bnfast.cli.bench_model.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from bnfast.benchmark import allocator, cases, machine, models, report, timing
-from bnfast.benchmark.peers import PEERS, Peer
+import bnfast
+from bnfast.benchmark import allocator, cases, machine, models, quiet, report, timing
+from bnfast.benchmark.peers import BASELINES, PEERS, Peer
 from bnfast.cli import bench_model
-from bnfast.cli.errors import UserError, positive_int, require
+from bnfast.cli.errors import UserError, non_negative_int, positive_int, require
+from bnfast.cli.progress import progress_bar
 
-SETS = ("resnet50", "dense", "tiny")
+DEFAULT_SETS = ("resnet50", "dense", "tiny")
 QUICK_ROUNDS = 3
-HEADINGS = {"fresh": "dropped", "held": "3 alive", "reused": "reused", "warm": "warm malloc"}
 TITLES = {peer.name: peer.title for peer in PEERS}
-NEEDED = {"copy", "bnfast"}  # every figure is relative to one of them
-SHAPES_ONLY = ("set", "shape", "op", "layout", "dtype", "peers", "outputs")
-MODEL_ONLY = ("batch", "size", "variants", "memory_runs")
+# The options that apply only without --model, and only with it.
+SHAPES_ONLY: tuple[str, ...] = ("set", "shape", "op", "layout", "dtype", "peers", "outputs")
+MODEL_ONLY: tuple[str, ...] = ("batch", "size", "variants", "memory_runs")
 
 
 def register(subparsers: Any) -> None:
     """Add `bench` to the command line."""
-    sets = list(dict.fromkeys(shape.set for shape in cases.read_shapes()))
-    peers = [name for name in TITLES if name not in NEEDED]
-    parser = subparsers.add_parser("bench", help="time batch norm against torch, TensorFlow, Keras and JAX")
+    parser = subparsers.add_parser(
+        "bench",
+        help="time batch norm against torch, TensorFlow, Keras and JAX",
+        description="Time bnfast's functions against torch, TensorFlow, Keras and JAX. NAMES is a comma-separated list,"
+        " or all.",
+    )
+    _add_shape_options(parser)
     add = parser.add_argument
-    add("--set", type=_names(sets), help=f"shapes of the table: {', '.join(sets)}, all (default: {','.join(SETS)})")
-    add("--shape", type=_shape, action="append", default=[], metavar="N,C[,HxW]", help="your own; repeatable")
-    add("--op", type=_names(cases.OPS), default=list(cases.OPS), help="train, grad, infer (default: all)")
-    add("--layout", type=_names(cases.LAYOUTS), default=list(cases.LAYOUTS), help="channels_first, channels_last (all)")
-    add("--dtype", type=_names(cases.DTYPES), default=["float32"], help=f"{', '.join(cases.DTYPES)} (default: float32)")
-    add("--peers", type=_names(peers, families=True), default=peers, help=f"{', '.join(peers)} (default: all here)")
-    add("--outputs", type=_names(timing.MODES), default=list(timing.MODES), help="fresh, held, reused, warm (all)")
-    add("--threads", type=positive_int, help="of every peer (default: what bnfast uses)")
-    add("--rounds", type=positive_int, help="of every case (default: 5 to 15, by how long one takes)")
-    add("--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds: to see that it works, not for figures")
-    add("--out", type=Path, metavar="DIR", help="leave bench.json, bench.md and bench.png there")
-    _add_model(parser)
+    add("--threads", type=positive_int, metavar="N", help="threads of each library (default: bnfast's default)")
+    add("--rounds", type=positive_int, metavar="N", help="rounds (default: 5 to 15 per case, or 15 with --model)")
+    add("--quick", action="store_true", help=f"only {QUICK_ROUNDS} rounds: shows that it works; figures mean little")
+    add("--out", type=Path, metavar="DIR", help="also write JSON, Markdown and a picture to this folder")
+    _add_model_options(parser)
     parser.set_defaults(run=run, default=parser.get_default)
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
+def _add_shape_options(parser: argparse.ArgumentParser) -> None:
+    sets = list(dict.fromkeys(shape.set for shape in cases.read_shapes()))
+    peers = [name for name in TITLES if name not in BASELINES]
+    default_sets = ",".join(DEFAULT_SETS)
+
+    def add(option: str, known: Iterable[str], default: list[str] | None, text: str, families: bool = False) -> None:
+        known = list(known)
+        parser.add_argument(
+            option,
+            type=_name_list(known, families),
+            default=default,
+            metavar="NAMES",
+            help=text.format(known=", ".join(known)),
+        )
+
+    add("--set", sets, None, f"sets of shapes: {{known}} (default: {default_sets})")
+    parser.add_argument(
+        "--shape",
+        type=_shape,
+        action="append",
+        default=[],
+        metavar="N,C[,HxW]",
+        help="a shape of your own, instead of the default sets; can be repeated",
+    )
+    add("--op", cases.OPS, list(cases.OPS), "operations: {known} (default: all)")
+    add("--layout", cases.LAYOUTS, list(cases.LAYOUTS), "memory layouts: {known} (default: all)")
+    add("--dtype", cases.DTYPES, ["float32"], "dtypes: {known} (default: float32)")
+    add("--peers", peers, peers, "libraries: {known} (default: all that are installed)", families=True)
+    outputs = "; ".join(f"{mode}: {title}" for mode, title in timing.MODES.items())
+    add("--outputs", timing.MODES, list(timing.MODES), f"what happens to the outputs ({outputs}) (default: all)")
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "a whole model",
-        "one keras.applications model with several batch norms; of the options above it takes"
-        " --threads, --rounds, --quick and --out",
+        "--model times one model of keras.applications with different batch norms. Of the options above, only"
+        " --threads, --rounds, --quick and --out can be combined with it.",
     )
     add = group.add_argument
-    add("--model", metavar="NAME", help='MobileNetV2, say, or with arguments of its own "MobileNetV2(alpha=0.35)"')
-    add("--batch", type=positive_int, help=f"images (default: {bench_model.BATCH})")
-    add("--size", type=positive_int, help=f"of an image, in both directions (default: {bench_model.SIZE})")
-    add("--variants", type=_names(models.TITLES, families=True), help=f"{', '.join(models.TITLES)} (default: all)")
-    runs = f"fresh processes a variant for its peak memory, 0: none (default: {bench_model.MEMORY_RUNS})"
-    add("--memory-runs", type=_count, metavar="N", help=runs)
+    add("--model", metavar="NAME", help='the model, such as MobileNetV2 or "MobileNetV2(alpha=0.35)"')
+    add("--batch", type=positive_int, metavar="N", help=f"images per batch (default: {bench_model.BATCH})")
+    add("--size", type=positive_int, metavar="N", help=f"image height and width (default: {bench_model.SIZE})")
+    variants = ", ".join(models.TITLES)
+    variant_list = _name_list(list(models.TITLES), families=True)
+    add("--variants", type=variant_list, metavar="NAMES", help=f"batch norms: {variants} (default: all)")
+    runs = f"processes per variant that measure peak memory, 0: none (default: {bench_model.MEMORY_RUNS})"
+    add("--memory-runs", type=non_negative_int, metavar="N", help=runs)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print, write."""
     require("rich", *(["matplotlib"] if arguments.out else []), extra="demo")
-    for option in MODEL_ONLY if arguments.model is None else SHAPES_ONLY:
-        if getattr(arguments, option) != arguments.default(option):
-            clash = "needs --model" if arguments.model is None else f"not together with --model {arguments.model}"
-            raise UserError(f"argument --{option.replace('_', '-')}: {clash}")
-    if arguments.model is not None:
-        _prepare_folder(arguments.out)
-        return bench_model.run(arguments)
-    import bnfast
+    _reject_other_mode(arguments)
+    if arguments.model is None:
+        return _run_shapes(arguments)
+    _prepare_folder(arguments.out)
+    return bench_model.run(arguments)
 
-    work = _cases(arguments)
+
+def _reject_other_mode(arguments: argparse.Namespace) -> None:
+    """UserError for an option that needs --model, or that cannot be combined with it."""
+    if arguments.model is None:
+        rejected, problem = MODEL_ONLY, "needs --model"
+    else:
+        rejected, problem = SHAPES_ONLY, f"can't be combined with --model {arguments.model}"
+    for option in rejected:
+        if getattr(arguments, option) != arguments.default(option):
+            raise UserError(f"argument --{option.replace('_', '-')}: {problem}")
+
+
+def _run_shapes(arguments: argparse.Namespace) -> int:
+    chosen_cases = _choose_cases(arguments)
     if "bfloat16" in arguments.dtype:
         require("ml_dtypes", extra="test")
     _prepare_folder(arguments.out)
-    threads_before = bnfast.get_num_threads()
     threads = arguments.threads or bnfast.build_info()["default_threads"]
-    try:
-        peers, missing = _start(arguments.peers, threads)
+    rounds = arguments.rounds or (QUICK_ROUNDS if arguments.quick else None)
+    with timing.preserve_num_threads():
+        peers, missing = _start_peers(arguments.peers, threads)
         if missing:
-            print(f"not installed here, left out: {', '.join(missing)}")
+            print(f"not installed, left out: {', '.join(missing)}")
         about = machine.describe(threads, {peer.distribution: peer.version() for peer in peers})
-        rounds = arguments.rounds or (QUICK_ROUNDS if arguments.quick else None)
-        rows, left_out = _measure(work, peers, arguments.outputs, rounds)
-    finally:
-        at_default = threads_before == bnfast.build_info()["default_threads"]
-        bnfast.set_num_threads(None if at_default else threads_before)
+        rows, left_out = _measure(chosen_cases, peers, arguments.outputs, rounds)
     _print_summary(about, rows, left_out)
     if arguments.out:
         settings = {name: getattr(arguments, name) for name in ("op", "layout", "dtype", "outputs", "rounds", "quick")}
@@ -97,94 +135,95 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _cases(arguments: argparse.Namespace) -> list[cases.Case]:
-    sets = arguments.set if arguments.set is not None else ([] if arguments.shape else list(SETS))
+def _choose_cases(arguments: argparse.Namespace) -> list[cases.Case]:
+    sets = arguments.set
+    if sets is None:
+        sets = [] if arguments.shape else DEFAULT_SETS
     shapes = [shape for shape in cases.read_shapes() if shape.set in sets] + arguments.shape
     return cases.make_cases(shapes, arguments.layout, arguments.op, arguments.dtype)
 
 
 def _prepare_folder(folder: Path | None) -> None:
-    """UserError now, not after minutes of measuring, if nothing can be written there."""
+    """Create the folder. Raises UserError if it can't be written: now, not after minutes of measuring."""
     if folder is None:
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "bench.json").open("ab").close()
     except OSError as error:
-        raise UserError(f"argument --out: {folder} can't be written: {error.strerror}") from error
+        raise UserError(f"argument --out: can't write to {folder}: {error.strerror}") from error
 
 
-def _start(chosen: list[str], threads: int) -> tuple[list[Peer], list[str]]:
-    """The peers, and the names of those that can't be imported."""
+def _start_peers(chosen: list[str], threads: int) -> tuple[list[Peer], list[str]]:
+    """The chosen peers, and the names of those whose library is not installed."""
     peers: list[Peer] = []
     missing = []
     for peer in PEERS:
-        if peer.name not in NEEDED.union(chosen):
+        if peer.name not in BASELINES and peer.name not in chosen:
             continue
         try:
             peers.append(peer(threads))
         except ImportError:
             missing.append(peer.name)
         except RuntimeError as error:
-            raise UserError(f"argument --threads: {peer.title} can't have {threads} now: {error}") from error
+            raise UserError(f"argument --threads: {peer.title} can't change to {threads} threads: {error}") from error
     return peers, missing
 
 
 def _measure(
-    work: list[cases.Case], peers: list[Peer], modes: list[str], rounds: int | None
+    chosen_cases: list[cases.Case], peers: list[Peer], modes: list[str], rounds: int | None
 ) -> tuple[list[report.Row], list[report.Row]]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from bnfast.cli import quiet
-
-    allocator.settle()
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    console = Console()
-    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal, refresh_per_second=1)
+    """The rows of all cases, and a row for each peer that was left out of a case."""
+    allocator.restore_defaults()
     rows: list[report.Row] = []
     left_out: list[report.Row] = []
     arrays, made_for = None, None
-    with quiet.quiet_stderr(), bar as progress:  # TensorFlow and XLA speak when they first run
-        task = progress.add_task("", total=len(work))
-        for case in work:
+    with quiet.quiet_stderr(), progress_bar() as progress:  # TensorFlow and XLA log when they first run
+        task = progress.add_task("", total=len(chosen_cases))
+        for case in chosen_cases:
             progress.update(task, description=f"{case.op} {case.shape.label} {case.layout} {case.dtype}", refresh=True)
             if arrays is None or made_for != (case.shape, case.layout, case.dtype):
-                arrays = None  # before the next ones are made
+                arrays = None  # frees the old arrays before the new ones are made
                 arrays, made_for = cases.make_arrays(case), (case.shape, case.layout, case.dtype)
-            measured = timing.measure(case, arrays, peers, modes, rounds)
-            rows += report.rows_of(measured)
-            place = {"shape": case.shape.label, "layout": case.layout, "op": case.op, "dtype": case.dtype}
-            left_out += [{**place, "peer": name, "reason": why} for name, why in measured.left_out.items()]
+            result = timing.measure(case, arrays, peers, modes, rounds)
+            rows += report.rows_of(result)
+            about = {"shape": case.shape.label, "layout": case.layout, "op": case.op, "dtype": case.dtype}
+            left_out += [{**about, "peer": name, "reason": reason} for name, reason in result.left_out.items()]
             progress.advance(task)
     return rows, left_out
 
 
 def _print_summary(about: dict[str, Any], rows: list[report.Row], left_out: list[report.Row]) -> None:
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
 
     print(machine.sentence(about))
-    summaries = [s for s in report.summarize(rows) if s.peer not in report.TORCHES]  # "torch" is the better of them
-    cells = {(s.dtype, s.op, s.peer, s.mode): f"{_digits(s.geomean)} ({_digits(s.worst)})" for s in summaries}
-    title = "Time over bnfast's: geomean (least); above 1 bnfast is faster"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    print("Time over bnfast's: the geometric mean over the cases, in brackets the smallest. Above 1, bnfast is faster.")
+    print("The columns differ in what happens to the outputs.")
+    summaries = [s for s in report.summarize(rows) if s.peer not in report.TORCHES]  # "torch" stands for both
+    Console().print(_summary_table(summaries))
+    for row in left_out:
+        if row["reason"].startswith("wrong result"):
+            print(f"{TITLES[row['peer']]}, {row['op']} {row['shape']} {row['layout']} {row['dtype']}: {row['reason']}")
+
+
+def _summary_table(summaries: list[report.Summary]) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("peer", no_wrap=True, min_width=19)
     modes = [mode for mode in timing.MODES if any(s.mode == mode for s in summaries)]
     for mode in modes:
-        table.add_column(HEADINGS[mode], justify="right", no_wrap=True)
-    last = None
+        table.add_column(timing.MODES[mode], justify="right", min_width=11)
+    cells = {(s.dtype, s.op, s.peer, s.mode): f"{_digits(s.geomean)} ({_digits(s.smallest)})" for s in summaries}
+    section = None
     for dtype, op, peer in dict.fromkeys((s.dtype, s.op, s.peer) for s in summaries):
-        if last != (dtype, op):
+        if section != (dtype, op):
+            section = dtype, op
             table.add_section()
             table.add_row(f"[bold]{op}[/bold]" if dtype == "float32" else f"[bold]{op} {dtype}[/bold]")
-        last = dtype, op
-        figures = (cells.get((dtype, op, peer, mode), "-") for mode in modes)
-        table.add_row(f"  {TITLES.get(peer, peer)}", *figures)
-    Console().print(table)
-    for row in (row for row in left_out if row["reason"].startswith("wrong result")):
-        print(f"{TITLES[row['peer']]}, {row['op']} {row['shape']} {row['layout']} {row['dtype']}: {row['reason']}")
+        table.add_row(f"  {TITLES.get(peer, peer)}", *(cells.get((dtype, op, peer, mode), "-") for mode in modes))
+    return table
 
 
 def _write(
@@ -199,30 +238,27 @@ def _write(
 
 
 def _digits(value: float) -> str:
-    """9.87, 98.8, 988: three digits, and never an exponent."""
-    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"
+    """Three digits, never an exponent: 9.87, 98.8, 988."""
+    decimals = 2 if value < 10 else 1 if value < 100 else 0
+    return f"{value:.{decimals}f}"
 
 
-def _names(known: Any, families: bool = False) -> Callable[[str], list[str]]:
-    """An argparse type: a comma list of `known` names, or all; with `families`, torch stands for every torch-*."""
+def _name_list(known: list[str], families: bool = False) -> Callable[[str], list[str]]:
+    """An argparse type: a comma-separated list of `known` names, or all.
+
+    With `families`, a name also selects those that start with it and a hyphen: torch selects every torch-*.
+    """
 
     def parse(text: str) -> list[str]:
         chosen: set[str] = set()
         for name in text.split(","):
             found = {k for k in known if name in (k, "all") or (families and k.startswith(f"{name}-"))}
             if not found:
-                raise argparse.ArgumentTypeError(f"must be of {', '.join(known)} or all. Received: {name!r}")
+                raise argparse.ArgumentTypeError(f"must be all, or some of {', '.join(known)}. Received: {name!r}")
             chosen |= found
         return [name for name in known if name in chosen]
 
     return parse
-
-
-def _count(text: str) -> int:
-    """An argparse type: an integer >= 0."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be an integer >= 0. Received: {text}")
-    return int(text)
 
 
 def _shape(text: str) -> cases.NamedShape:

@@ -1,7 +1,7 @@
 """`bnfast bench --model NAME`: a keras.applications model with Keras's batch norm, TF's fused op, bnfast's, and none.
 
-Prints a table; with --out also leaves NAME-BATCHxSIZE.json, .md and .png in that folder. What it compares:
-bnfast.benchmark.models; how it measures: bnfast.benchmark.model_timing and model_memory.
+Prints a table; with --out it also writes NAME-BATCHxSIZE.json, .md and .png to that folder. bnfast.benchmark.models
+says what it compares, bnfast.benchmark.model_timing and model_memory say how it measures.
 """
 
 from __future__ import annotations
@@ -15,35 +15,26 @@ from pathlib import Path
 from typing import Any
 
 import bnfast
-from bnfast.benchmark import machine, model_memory, model_report, model_timing, models
+from bnfast.benchmark import machine, model_memory, model_report, model_timing, models, quiet, timing
 from bnfast.benchmark.report import Row, save_json
 from bnfast.cli.errors import UserError, require
+from bnfast.cli.progress import progress_bar
 
 ROUNDS, QUICK_ROUNDS = 15, 3
 MEMORY_RUNS, QUICK_MEMORY_RUNS = 5, 1
 BATCH, SIZE = 16, 224
-Progress = Callable[[str], object]
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print, write."""
     spec = parse(arguments)
     names = [name for name in models.TITLES if name == models.BASE or name in (arguments.variants or models.TITLES)]
-    threads_before = bnfast.get_num_threads()
-    try:
+    with timing.preserve_num_threads():
         _start(spec, arguments.threads)
         about = _describe(arguments.threads)
-        measured, memory, failed = _measure(spec, names, arguments)
-    finally:
-        at_default = threads_before == bnfast.build_info()["default_threads"]
-        bnfast.set_num_threads(None if at_default else threads_before)
-    rows = model_report.rows_of(measured, memory)
-    reasons = [(name, "all", why) for name, why in measured.left_out.items()]
-    reasons += [(name, "memory", why) for name, why in failed.items()]
-    here = f"{Path(bnfast.__file__).parents[1]}{os.sep}"  # reports name no folder of the machine they come from
-    left_out: list[Row] = [
-        {"variant": name, "what": what, "reason": why.replace(here, "")} for name, what, why in reasons
-    ]
+        result, memory, failed = _measure(spec, names, arguments)
+    rows = model_report.rows_of(result, memory)
+    left_out = _left_out_rows(result.left_out, "all") + _left_out_rows(failed, "memory")
     _print(about, spec, rows, left_out)
     if arguments.out:
         _write(arguments, about, spec, rows, left_out)
@@ -51,28 +42,28 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def parse(arguments: argparse.Namespace) -> models.Spec:
-    """The model that is asked for."""
+    """The model to build. Raises UserError if --model is neither a name nor a call."""
     try:
         return models.parse(arguments.model, arguments.batch or BATCH, arguments.size or SIZE)
     except ValueError as error:
-        wanted = "must be a name of keras.applications, or NAME(argument=value, ...) with arguments of its own"
+        wanted = "must be a name of keras.applications, or NAME(argument=value, ...)"
         raise UserError(f"argument --model: {wanted}. Received: {arguments.model!r}") from error
 
 
 def _start(spec: models.Spec, threads: int | None) -> None:
-    """Keras, and the name looked up in it."""
+    """Import Keras and check that it has the model."""
     require("keras", "tensorflow", extra="demo")
     try:
-        keras = models.load(threads)
+        keras = models.load_keras(threads)
     except ImportError as error:
         raise UserError(f'TensorFlow or Keras could not be imported ({error}): pip install "bnfast[demo]"') from error
     except RuntimeError as error:
-        raise UserError(f"argument --threads: TensorFlow can't have {threads} now: {error}") from error
-    known = models.known(keras)
+        raise UserError(f"argument --threads: TensorFlow can't change to {threads} threads: {error}") from error
+    known = models.application_names(keras)
     if spec.name not in known:
-        near = difflib.get_close_matches(spec.name, known)
-        meant = f" (did you mean {' or '.join(near)}?)" if near else ""
-        raise UserError(f"argument --model: must be a name of keras.applications. Received: {spec.name!r}{meant}")
+        similar = difflib.get_close_matches(spec.name, known)
+        hint = f" (did you mean {' or '.join(similar)}?)" if similar else ""
+        raise UserError(f"argument --model: must be a name of keras.applications. Received: {spec.name!r}{hint}")
 
 
 def _describe(threads: int | None) -> dict[str, Any]:
@@ -85,45 +76,44 @@ def _describe(threads: int | None) -> dict[str, Any]:
 
 def _measure(
     spec: models.Spec, names: list[str], arguments: argparse.Namespace
-) -> tuple[model_timing.Measured, model_memory.Runs, dict[str, str]]:
-    from bnfast.cli import quiet
-
+) -> tuple[model_timing.ModelResult, model_memory.Runs, dict[str, str]]:
+    """The times, the peak memory, and the reason of each variant whose memory could not be measured."""
     rounds = arguments.rounds or (QUICK_ROUNDS if arguments.quick else ROUNDS)
     runs = arguments.memory_runs
     if runs is None:
         runs = QUICK_MEMORY_RUNS if arguments.quick else MEMORY_RUNS
     if not model_memory.available():
         runs = 0
-    trained = sum(name in models.TRAINS for name in names)
-    with quiet.quiet_stderr(), _progress(model_timing.tells(names, rounds) + runs * trained) as tell:
+    trained = sum(name in models.TRAINABLE for name in names)
+    with quiet.quiet_stderr(), _progress(model_timing.num_stages(names, rounds) + runs * trained) as announce:
         try:
-            measured = model_timing.measure(spec, names, rounds, tell)
+            result = model_timing.measure(spec, names, rounds, announce)
         except model_timing.Disagreement as error:
             raise UserError(error) from error
-        except models.Refused as error:
+        except models.InvalidModel as error:
             raise UserError(f"argument --model: {error}") from error
-        here = [variant.name for variant in measured.variants]
-        memory, failed = model_memory.peaks(spec, here, runs, arguments.threads, tell)
-    return measured, memory, failed
+        available = [variant.name for variant in result.variants]
+        memory, failed = model_memory.peaks(spec, available, runs, arguments.threads, announce)
+    return result, memory, failed
 
 
 @contextmanager
-def _progress(total: int) -> Iterator[Progress]:
-    """A function that names the piece of work that begins, and thereby ends the one before."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+def _progress(num_stages: int) -> Iterator[Callable[[str], None]]:
+    """A progress bar. Calling the function it yields ends the current stage and names the next one."""
+    with progress_bar(remaining=False) as progress:
+        task = progress.add_task("", total=num_stages)
+        stages = iter(range(num_stages))
 
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    console = Console()
-    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal, refresh_per_second=1)
-    with bar as progress:
-        task = progress.add_task("", total=total)
-        pieces = iter(range(total))
+        def announce(description: str) -> None:
+            progress.update(task, completed=next(stages, num_stages), description=description, refresh=True)
 
-        def tell(description: str) -> None:
-            progress.update(task, completed=next(pieces, total), description=description, refresh=True)
+        yield announce
 
-        yield tell
+
+def _left_out_rows(reasons: dict[str, str], what: str) -> list[Row]:
+    """A row per variant that was left out of `what`. Reasons name no folder of this machine."""
+    folder = f"{Path(bnfast.__file__).parents[1]}{os.sep}"
+    return [{"variant": name, "what": what, "reason": reason.replace(folder, "")} for name, reason in reasons.items()]
 
 
 def _print(about: dict[str, Any], spec: models.Spec, rows: list[Row], left_out: list[Row]) -> None:
@@ -132,11 +122,11 @@ def _print(about: dict[str, Any], spec: models.Spec, rows: list[Row], left_out: 
     from rich.table import Table
 
     print(machine.sentence(about))
-    print(f"{spec.label}; in brackets the ratio to Keras's layer: below 1 is faster, or smaller")
+    print(f"{spec.label}. In brackets: the ratio to Keras's layer; below 1 is faster, or smaller.")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("batch norm", no_wrap=True)
-    for head in model_report.HEADS:
-        table.add_column(head, justify="right", no_wrap=True)
+    for title in model_report.QUANTITIES.values():
+        table.add_column(title, justify="right", no_wrap=True)
     for name, *cells in model_report.table(rows):
         pairs = zip(cells[::2], cells[1::2], strict=True)
         table.add_row(name, *(value if ratio == "-" else f"{value} ({ratio})" for value, ratio in pairs))

@@ -1,7 +1,7 @@
-"""`bnfast demo`: the same CNN trained on real images with Keras's batch norm and with bnfast's, side by side.
+"""`bnfast demo`: trains the same CNN on real images twice, with Keras's batch norm and with bnfast's.
 
 Prints a table and writes a picture. Both trainings start from the same weights and see the same batches in the same
-order; see training.py for how steps are timed.
+order. demo_training.py says how the steps are timed.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ import math
 from pathlib import Path
 from typing import Any
 
-from bnfast.cli import datasets, quiet
+from bnfast.benchmark import quiet
+from bnfast.cli import datasets
 from bnfast.cli.errors import UserError, positive_int, require
+from bnfast.cli.progress import progress_bar
 
 FILE_NAME = "bnfast-demo.png"
 KERAS, OURS = "Keras", "bnfast"
-EPOCHS = {"digits": 12}  # elsewhere 1: MNIST and CIFAR have 30 to 40 times as many images
+EPOCHS = {"digits": 12}  # 1 for the others, which have 35 to 42 times as many images
 BATCH = 64
 
 
@@ -27,24 +29,25 @@ def register(subparsers: Any) -> None:
         "--data",
         choices=datasets.NAMES,
         default="digits",
-        help="images to train on; digits (default) is bundled with scikit-learn, the others are downloaded once",
+        help="images to train on (default: digits, part of scikit-learn); the others are downloaded once",
     )
-    parser.add_argument("--epochs", type=positive_int, help="passes over the images (default: digits 12, others 1)")
-    parser.add_argument("--batch", type=positive_int, default=BATCH, help=f"images a step (default: {BATCH})")
+    parser.add_argument("--epochs", type=positive_int, help="passes over the images (default: 12 for digits, else 1)")
+    parser.add_argument("--batch", type=positive_int, default=BATCH, help=f"images per step (default: {BATCH})")
     parser.add_argument(
-        "--out", type=Path, default=Path(FILE_NAME), help=f"the picture: a .png file or a folder (default: {FILE_NAME})"
+        "--out", type=Path, default=Path(FILE_NAME), help=f"a .png file or a folder (default: {FILE_NAME})"
     )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Train, print the table, write the picture."""
-    needed = ["tensorflow", "keras", "rich", "matplotlib"] + ["sklearn"] * (arguments.data == "digits")
-    require(*needed, extra="demo")
+    require("tensorflow", "keras", "rich", "matplotlib", extra="demo")
+    if arguments.data == "digits":
+        require("sklearn", extra="demo")
     picture = _picture_path(arguments.out)
     quiet.prepare_tensorflow()
     with quiet.quiet_stderr():
-        layers = batch_norms()
+        layers = layer_classes()
     data = datasets.load(arguments.data)
     if arguments.batch > len(data.x_train):
         raise UserError(
@@ -58,8 +61,8 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def batch_norms() -> dict[str, type]:
-    """The two layers, by the name they have in the table. UserError where they can't be imported."""
+def layer_classes() -> dict[str, type]:
+    """The two batch norm layers by their name in the table. Raises UserError if they can't be imported."""
     try:
         import keras
 
@@ -67,12 +70,12 @@ def batch_norms() -> dict[str, type]:
     except ImportError as error:
         raise UserError(f'TensorFlow or Keras could not be imported ({error}): pip install "bnfast[demo]"') from error
     if keras.backend.backend() != "tensorflow":
-        raise UserError(f"the demo needs Keras's TensorFlow backend. Received: {keras.backend.backend()}")
+        raise UserError(f"the demo needs Keras's TensorFlow backend. Keras runs on {keras.backend.backend()}")
     return {KERAS: keras.layers.BatchNormalization, OURS: bnfast.keras.BatchNormalization}
 
 
 def _picture_path(out: Path) -> Path:
-    """Where the picture goes. UserError now, before any training, if nothing can be written there."""
+    """The path of the picture. Raises UserError if it can't be written: now, not after the training."""
     if out.suffix and not out.is_dir():
         path = out
         if path.suffix.lower() != ".png":
@@ -86,24 +89,17 @@ def _picture_path(out: Path) -> Path:
         if new:
             path.unlink()
     except OSError as error:
-        raise UserError(f"argument --out: {path} can't be written: {error.strerror}") from error
+        raise UserError(f"argument --out: can't write to {path}: {error.strerror}") from error
     return path
 
 
 def _train(layers: dict[str, type], data: datasets.Dataset, epochs: int, batch: int) -> Any:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from bnfast.cli import demo_training
 
-    from bnfast.cli import training
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    # TensorFlow speaks once more when it first runs, so what goes to stderr is set aside here too: bar to stdout.
-    console = Console()
-    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-    with quiet.quiet_stderr(), bar as progress:
+    with quiet.quiet_stderr(), progress_bar() as progress:  # TensorFlow logs once more when it first runs
         steps = epochs * (len(data.x_train) // batch)
         task = progress.add_task(f"{data.name}, {epochs} epochs, {' and '.join(layers)} in turn", total=steps)
-        return training.train(
+        return demo_training.train(
             layers, data, epochs=epochs, batch=batch, advance=lambda count: progress.advance(task, count)
         )
 
@@ -114,7 +110,7 @@ def _print_table(histories: Any) -> None:
 
     base = histories[KERAS].step_ms
     table = Table("batch norm", title_justify="left")
-    for heading in ("test accuracy", "ms a step (median)", "speed-up"):
+    for heading in ("test accuracy", "ms per step (median)", "speed-up"):
         table.add_column(heading, justify="right")
     for name, history in histories.items():
         accuracy = f"{100 * history.test_accuracy[-1]:.1f} %"
@@ -123,17 +119,18 @@ def _print_table(histories: Any) -> None:
 
 
 def _figures(step_ms: float, base: float) -> tuple[str, str]:
-    """Milliseconds and speed-up as text; a dash each where no step was timed (NaN)."""
+    """Milliseconds and speed-up as text; dashes if no step was timed (NaN)."""
     return ("-", "-") if math.isnan(step_ms) else (f"{step_ms:.2f}", f"{base / step_ms:.2f}x")
 
 
 def _draw(picture: Path, histories: Any, data: datasets.Dataset, epochs: int, batch: int) -> None:
-    from bnfast.cli import figure
+    from bnfast.cli import demo_figure
 
-    seen = f"{epochs} epoch{'s' * (epochs > 1)} of {len(data.x_train)} images, {batch} a step"
-    figure.save(
+    plural = "s" if epochs > 1 else ""
+    amount = f"{epochs} epoch{plural} of {len(data.x_train)} images, {batch} per step"
+    demo_figure.save(
         picture,
         histories,
         title=f"One CNN on {data.name}, two batch norms",
-        subtitle=f"Same initial weights, same batches: {seen}; {len(data.x_test)} test images.",
+        subtitle=f"Same initial weights, same batches: {amount}; {len(data.x_test)} test images.",
     )

@@ -1,4 +1,4 @@
-"""`bnfast info`: what was built, what runs on this machine, and why. `--json` gives the same as one JSON object."""
+"""`bnfast info`: how bnfast was built, what it uses on this machine, and why. `--json` prints one JSON object."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import platform
 from typing import Any
 
 import bnfast
+from bnfast.tensorflow import op_library
 
-from ..tensorflow import op_library as _tf_library
-
+CACHES = (("L1d", "l1d_bytes"), ("L2", "l2_bytes"), ("L3", "l3_bytes"))
 PACKAGES = ("numpy", "ml_dtypes", "tensorflow", "keras")
 
 
@@ -31,12 +31,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def version() -> str:
-    """The version of the core that is loaded."""
+    """The version of the loaded C++ core."""
     return str(bnfast.build_info()["version"])
 
 
 def gather() -> dict[str, Any]:
-    """`bnfast.build_info()` with the interpreter, the platform and the packages bnfast can work with."""
+    """`bnfast.build_info()`, and the interpreter, the platform, the packages bnfast works with, the Keras bridge."""
     return {
         **bnfast.build_info(),
         "python": platform.python_version(),
@@ -47,14 +47,14 @@ def gather() -> dict[str, Any]:
 
 
 def bridge() -> dict[str, str | None]:
-    """How a Keras layer with `bridge="auto"` would reach the kernels, and why; no name where none would."""
+    """How a Keras layer with `bridge="auto"` reaches the kernels, and why. The name is None if it cannot."""
     try:
-        wanted = _tf_library.wanted()
+        wanted = op_library.wanted()
     except ValueError as error:
         return {"name": None, "reason": str(error)}
     if wanted == "numpy_function":
         return {"name": wanted, "reason": "BNFAST_BRIDGE"}
-    fits, reason = _tf_library.probe()
+    fits, reason = op_library.probe()
     if fits:
         return {"name": "op", "reason": reason}
     installed = importlib.util.find_spec("tensorflow") is not None
@@ -62,9 +62,9 @@ def bridge() -> dict[str, str | None]:
 
 
 def package_version(module: str) -> str | None:
-    """The version of the distribution that provides `module`, which is not imported; None where there is none.
+    """The version of the distribution that provides `module`, or None if there is none. Does not import the module.
 
-    TensorFlow comes from distributions of several names (tensorflow, tensorflow-cpu, ...), hence the look-up by module.
+    It searches by module because TensorFlow's distribution has several names (tensorflow, tensorflow-cpu, ...).
     """
     if importlib.util.find_spec(module) is None:
         return None
@@ -79,22 +79,21 @@ def describe(facts: dict[str, Any]) -> str:
     rows = {
         "version": f"{facts['version']} (Python {facts['python']}, {facts['platform']})",
         "instruction set": f"{facts['isa']} ({facts['isa_reason']})",
-        "available here": ", ".join(facts["isas"]),
+        "also supported": ", ".join(isa for isa in facts["isas"] if isa != facts["isa"]) or "none",
         "threads": f"{facts['threads']} ({facts['threads_reason']})",
-        "caches": ", ".join(f"{level} {_size(facts[key]) if facts[key] else 'unknown'}" for level, key in _CACHES),
-        "output memory": f"{_size(memory['held_bytes'])} kept for reuse, of at most {_size(memory['limit_bytes'])}",
+        "caches": ", ".join(f"{level} {_size(facts[key]) if facts[key] else 'unknown'}" for level, key in CACHES),
+        "output memory": f"{_size(memory['held_bytes'])} kept for reuse, at most {_size(memory['limit_bytes'])}",
         "compiler": facts["compiler"],
         "flags": facts["flags"],
-        "threads run by": facts["openmp"],
+        "threading": facts["openmp"],
         "Keras bridge": f"{facts['bridge']['name'] or 'none'} ({facts['bridge']['reason']})",
     }
     rows |= {name: found or "not installed" for name, found in facts["packages"].items()}
     return "\n".join(f"{label:<16} {text}" for label, text in rows.items())
 
 
-_CACHES = (("L1d", "l1d_bytes"), ("L2", "l2_bytes"), ("L3", "l3_bytes"))
-
-
 def _size(count: int) -> str:
-    """Bytes as people name caches: 48 KiB, 1 MiB, 1.5 MiB."""
+    """A number of bytes in the usual unit: 48 KiB, 1.5 MiB, 5.89 GiB."""
+    if count >= 2**30:
+        return f"{count / 2**30:.3g} GiB"
     return f"{count / 2**20:g} MiB" if count >= 2**20 else f"{count / 2**10:g} KiB"

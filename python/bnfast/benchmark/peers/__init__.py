@@ -1,6 +1,6 @@
-"""Those that batch norm is timed with: one small class each, all with the interface of `base.Peer`.
+"""The peers: one class per implementation of batch norm, each a `base.Peer`.
 
-A peer's framework is imported when the peer is made, never before.
+A peer imports its library when it is created, never earlier.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from bnfast.benchmark.peers.ours import Ours
 from bnfast.benchmark.peers.tensorflow import TensorFlow
 from bnfast.benchmark.peers.torch import TorchChannelsLast, TorchContiguous
 
-__all__ = ["PEERS", "Calls", "Peer", "Unsupported"]
+__all__ = ["BASELINES", "PEERS", "Calls", "Peer", "Unsupported"]
 
-# In the order of tables and of the first round.
+# In the order of the tables and of the first round.
 PEERS: tuple[type[Peer], ...] = (
     Copy,
     Ours,
@@ -27,3 +27,4 @@ PEERS: tuple[type[Peer], ...] = (
     TorchChannelsLast,
     Jax,
 )
+BASELINES = ("copy", "bnfast")  # always timed: every ratio is relative to one of them

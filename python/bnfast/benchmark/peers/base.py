@@ -1,5 +1,8 @@
-"""What a peer is: `Peer(threads)` imports its framework (ImportError where it is absent) and sets its threads;
-`prepare(case, arrays)` converts the inputs once and returns the calls to time."""
+"""The interface of a peer.
+
+`Peer(threads)` imports the library and sets its number of threads; it raises ImportError if the library is missing.
+`prepare(case, arrays)` converts the inputs once and returns the calls to time.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +16,16 @@ from bnfast.benchmark.cases import Arrays, Case
 
 
 class Unsupported(Exception):
-    """The peer has no such operation; the message says which."""
+    """The peer cannot do this operation; the message gives the reason."""
 
 
 @dataclass
 class Calls:
-    """One operation as the peer's user would call it. Each call has finished its work when it returns.
+    """One operation, called the way a user of the library calls it. A call returns when its work is done.
 
-    fresh: returns new outputs.
-    read: what `fresh` returned as {"y"} or {"dx", "dgamma", "dbeta"}; y and dx in the shape of x.
-    reused: the same into outputs made once; None where the peer has no such thing.
+    fresh: computes into new outputs and returns them.
+    read: converts what `fresh` returned to {"y"} or {"dx", "dgamma", "dbeta"}; y and dx have the shape of x.
+    reused: computes into the same outputs on every call; None if the library cannot.
     """
 
     fresh: Callable[[], Any]
@@ -31,20 +34,20 @@ class Calls:
 
 
 class Peer(abc.ABC):
-    """One way to compute a batch norm."""
+    """One implementation of batch norm."""
 
-    name: ClassVar[str]  # in options, JSON and tables; "torch" stands for every torch-* in options
-    title: ClassVar[str]  # in prose and pictures
-    distribution: ClassVar[str]  # the package whose absence is reported
-    mallocs: ClassVar[bool] = False  # outputs come from malloc, so keeping freed memory ("warm") changes something
+    name: ClassVar[str]  # in options and JSON; the option value "torch" selects every torch-*
+    title: ClassVar[str]  # in tables and pictures
+    distribution: ClassVar[str]  # the Python package it comes from
+    uses_malloc: ClassVar[bool] = False  # outputs come from malloc, so the mode "warm" makes a difference
 
     @abc.abstractmethod
     def __init__(self, threads: int) -> None: ...
 
     @abc.abstractmethod
     def version(self) -> str:
-        """The version of the package."""
+        """The version of the library."""
 
     @abc.abstractmethod
     def prepare(self, case: Case, arrays: Arrays) -> Calls:
-        """The calls for this case. Raises Unsupported."""
+        """The calls for this case. Raises Unsupported if the library cannot do it."""

@@ -1,6 +1,7 @@
-"""JAX: batch norm in jax.numpy under jit, as one writes it there; grad is the jitted pullback of a recorded forward.
+"""JAX: batch norm written in jax.numpy and compiled with jax.jit. grad is the compiled pullback of a recorded forward.
 
-JAX has no call for its number of threads; its pool reads the environment variable NPROC when the backend starts.
+JAX has no function that sets its number of threads. Its thread pool reads the environment variable NPROC when the
+backend starts, so NPROC is set for that moment.
 """
 
 from __future__ import annotations
@@ -44,13 +45,13 @@ class Jax(Peer):
     def prepare(self, case: Case, arrays: Arrays) -> Calls:
         jax, jnp = self.jax, self.jax.numpy
         axes = tuple(axis for axis in range(arrays.x.ndim) if axis != case.axis % arrays.x.ndim)
-        inner = [1] * arrays.x.ndim
-        inner[case.axis] = case.shape.c
+        per_channel = [1] * arrays.x.ndim  # the shape that broadcasts along the channel axis
+        per_channel[case.axis] = case.shape.c
 
         def normalize(x: Any, mean: Any, variance: Any, gamma: Any, beta: Any) -> Any:
             scale = gamma * jax.lax.rsqrt(variance + EPSILON)
             shift = beta - mean * scale
-            return (x * scale.reshape(inner) + shift.reshape(inner)).astype(x.dtype)
+            return (x * scale.reshape(per_channel) + shift.reshape(per_channel)).astype(x.dtype)
 
         def train(x: Any, gamma: Any, beta: Any, moving_mean: Any, moving_variance: Any) -> Any:
             wide = x.astype(gamma.dtype)
@@ -62,13 +63,13 @@ class Jax(Peer):
         x = arrays.keep("jax x", lambda: jnp.array(arrays.x))
         gamma, beta = jnp.array(arrays.gamma), jnp.array(arrays.beta)
         moving = jnp.array(arrays.moving_mean), jnp.array(arrays.moving_variance)
-        ready = jax.block_until_ready
+        wait = jax.block_until_ready
         if case.op == "infer":
             infer = jax.jit(normalize)
-            return Calls(lambda: ready(infer(x, *moving, gamma, beta)), lambda y: {"y": np.asarray(y)})
+            return Calls(lambda: wait(infer(x, *moving, gamma, beta)), lambda y: {"y": np.asarray(y)})
         if case.op == "train":
             forward = jax.jit(train)
-            return Calls(lambda: ready(forward(x, gamma, beta, *moving)), lambda result: {"y": np.asarray(result[0])})
+            return Calls(lambda: wait(forward(x, gamma, beta, *moving)), lambda result: {"y": np.asarray(result[0])})
         dy = arrays.keep("jax dy", lambda: jnp.array(arrays.dy))
         _, pull = jax.vjp(jax.jit(lambda x, gamma, beta: train(x, gamma, beta, *moving)[0]), x, gamma, beta)
         pullback = jax.jit(lambda pull, dy: pull(dy))
@@ -77,4 +78,4 @@ class Jax(Peer):
             dx, dgamma, dbeta = (np.asarray(array) for array in result)
             return {"dx": dx, "dgamma": dgamma, "dbeta": dbeta}
 
-        return Calls(lambda: ready(pullback(pull, dy)), read)
+        return Calls(lambda: wait(pullback(pull, dy)), read)

@@ -1,6 +1,6 @@
-"""Keras 3's BatchNormalization on TensorFlow: eager, in a tf.function, and in one compiled by XLA.
+"""Keras 3's BatchNormalization on TensorFlow: eager, in a tf.function, and in a tf.function compiled by XLA.
 
-grad: the gradient of a recorded forward, taken again and again from a persistent tape; in a tf.function that is a
+grad is the gradient of a recorded forward, taken repeatedly from a persistent tape. Under tf.function the gradient is a
 function of its own, so it is timed without the forward.
 """
 
@@ -18,7 +18,7 @@ POLICIES = {"float16": "mixed_float16", "bfloat16": "mixed_bfloat16"}
 
 class _Keras(Peer):
     distribution = "keras"
-    function: ClassVar[dict[str, bool] | None]  # what tf.function is given; None: eager
+    function: ClassVar[dict[str, bool] | None]  # the arguments of tf.function; None: eager
 
     def __init__(self, threads: int) -> None:
         self.tf = start(threads)
@@ -64,7 +64,7 @@ class _Keras(Peer):
 
 
 class KerasEager(_Keras):
-    """The layer called as it is."""
+    """The layer, called eagerly."""
 
     name = "keras-eager"
     title = "Keras eager"
@@ -72,7 +72,7 @@ class KerasEager(_Keras):
 
 
 class KerasFunction(_Keras):
-    """Inside tf.function, as `fit` has it without XLA."""
+    """The layer inside tf.function, as in `fit` without XLA."""
 
     name = "keras-function"
     title = "Keras tf.function"
@@ -80,7 +80,7 @@ class KerasFunction(_Keras):
 
 
 class KerasXla(_Keras):
-    """Inside tf.function(jit_compile=True), as `fit` has it with XLA."""
+    """The layer inside tf.function(jit_compile=True), as in `fit` with XLA."""
 
     name = "keras-xla"
     title = "Keras XLA"

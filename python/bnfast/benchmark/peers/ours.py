@@ -1,4 +1,4 @@
-"""bnfast's functions on NumPy arrays; reused: with `out=`."""
+"""bnfast's functions on NumPy arrays; `reused` passes `out=`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bnfast.benchmark.peers.base import Calls, Peer
 
 
 class Ours(Peer):
-    """What everything else is compared with."""
+    """The baseline of every ratio."""
 
     name = "bnfast"
     title = "bnfast"
@@ -27,20 +27,18 @@ class Ours(Peer):
         return str(bnfast.build_info()["version"])
 
     def prepare(self, case: Case, arrays: Arrays) -> Calls:
-        a, axis = arrays, case.axis
-        moving = a.moving_mean.copy(), a.moving_variance.copy()  # training moves them
-        out = np.ones_like(a.x)
+        x, gamma, beta, axis = arrays.x, arrays.gamma, arrays.beta, case.axis
+        moving = arrays.moving_mean.copy(), arrays.moving_variance.copy()  # training updates them in place
+        out = np.ones_like(x)
         call: partial[Any]
         if case.op == "infer":
-            call = partial(bnfast.batch_norm_infer, a.x, *moving, a.gamma, a.beta, axis=axis, epsilon=EPSILON)
+            call = partial(bnfast.batch_norm_infer, x, *moving, gamma, beta, axis=axis, epsilon=EPSILON)
             return Calls(call, lambda y: {"y": y}, partial(call, out=out))
-        call = partial(
-            bnfast.batch_norm_train, a.x, a.gamma, a.beta, *moving, axis=axis, epsilon=EPSILON, momentum=MOMENTUM
-        )
+        call = partial(bnfast.batch_norm_train, x, gamma, beta, *moving, axis=axis, epsilon=EPSILON, momentum=MOMENTUM)
         if case.op == "train":
             return Calls(call, lambda result: {"y": result.y}, partial(call, out=out))
-        trained = call()
-        call = partial(bnfast.batch_norm_grad, a.dy, a.x, trained.mean, trained.invstd, a.gamma, a.beta, axis=axis)
+        forward = call()
+        call = partial(bnfast.batch_norm_grad, arrays.dy, x, forward.mean, forward.invstd, gamma, beta, axis=axis)
         return Calls(call, _gradients, partial(call, out=out))
 
 

@@ -1,8 +1,8 @@
-"""PyTorch in either memory format, whatever the case's layout: a user may choose the faster one.
+"""PyTorch in both memory formats, whatever the layout of the case, since a user may choose the faster one.
 
-train, infer: torch.nn.functional.batch_norm of tensors that record no gradient. grad: native_batch_norm_backward, the
-operator that autograd calls, on the statistics that the forward saved. reused: native_batch_norm's out variant; the
-backward has none that avoids a copy.
+train and infer call torch.nn.functional.batch_norm on tensors that record no gradient. grad calls
+native_batch_norm_backward, the operator that autograd uses, with the statistics saved by the forward. `reused` calls
+the out variant of native_batch_norm; the backward's out variant copies, so grad has no `reused`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from bnfast.benchmark.peers.base import Calls, Peer, Unsupported
 
 class _Torch(Peer):
     distribution = "torch"
-    mallocs = True
+    uses_malloc = True
     channels_last: ClassVar[bool]
 
     def __init__(self, threads: int) -> None:
@@ -29,26 +29,29 @@ class _Torch(Peer):
         return str(self.torch.__version__)
 
     def prepare(self, case: Case, arrays: Arrays) -> Calls:
-        torch, move = self.torch, self._tensor
+        torch, tensor = self.torch, self._tensor
         x = self._image(case, arrays, "x")
-        gamma, beta = move(arrays.gamma), move(arrays.beta)
-        moving = move(arrays.moving_mean.copy()), move(arrays.moving_variance.copy())
-        training, forget = case.op != "infer", 1 - MOMENTUM  # torch's momentum is the weight of the new value
+        gamma, beta = tensor(arrays.gamma), tensor(arrays.beta)
         if case.op == "grad":
             return self._grad(case, arrays, x, gamma, beta)
-        out = torch.ones_like(x)
-        saved = [torch.ones_like(gamma) if training else torch.empty(0, dtype=gamma.dtype) for _ in range(2)]
+        moving = tensor(arrays.moving_mean.copy()), tensor(arrays.moving_variance.copy())
+        training = case.op != "infer"
+        momentum = 1 - MOMENTUM  # torch's momentum is the weight of the new value
         batch_norm = torch.nn.functional.batch_norm
 
         def fresh() -> Any:
-            return batch_norm(x, *moving, gamma, beta, training, forget, EPSILON)
+            return batch_norm(x, *moving, gamma, beta, training, momentum, EPSILON)
 
-        into = torch.ops.aten.native_batch_norm.out
-
-        saves = {"save_mean": saved[0], "save_invstd": saved[1]}
+        channels = case.shape.c if training else 0  # only training saves the batch statistics
+        outputs = {
+            "out": torch.ones_like(x),
+            "save_mean": torch.ones(channels, dtype=gamma.dtype),
+            "save_invstd": torch.ones(channels, dtype=gamma.dtype),
+        }
+        batch_norm_out = torch.ops.aten.native_batch_norm.out
 
         def reused() -> None:
-            into(x, gamma, beta, *moving, training, forget, EPSILON, out=out, **saves)
+            batch_norm_out(x, gamma, beta, *moving, training, momentum, EPSILON, **outputs)
 
         return Calls(fresh, lambda y: {"y": self._numpy(case, y)}, reused)
 
@@ -56,10 +59,11 @@ class _Torch(Peer):
         torch = self.torch
         dy = self._image(case, arrays, "dy")
         _, mean, invstd = torch.native_batch_norm(x, gamma, beta, None, None, True, 0.0, EPSILON)
-        backward, wanted = torch.ops.aten.native_batch_norm_backward, [True, True, True]
+        backward = torch.ops.aten.native_batch_norm_backward
+        output_mask = [True, True, True]  # dx, dgamma, dbeta
 
         def fresh() -> Any:
-            return backward(dy, x, gamma, None, None, mean, invstd, True, EPSILON, wanted)
+            return backward(dy, x, gamma, None, None, mean, invstd, True, EPSILON, output_mask)
 
         def read(result: Any) -> dict[str, Array]:
             dx, dgamma, dbeta = result
@@ -68,7 +72,7 @@ class _Torch(Peer):
         return Calls(fresh, read)
 
     def _image(self, case: Case, arrays: Arrays, name: str) -> Any:
-        """That array as (N, C, *spatial) in this memory format."""
+        """The array of that name as a tensor (N, C, *spatial) in this memory format."""
         array: Array = getattr(arrays, name)
         if array.ndim == 2:
             return self._tensor(array)
@@ -80,18 +84,16 @@ class _Torch(Peer):
         image = self._view(case, self._tensor(array), to_torch=True)
         if not self.channels_last:
             return image.contiguous()
-        last = (0, *range(2, image.ndim), 1)
-        first = (0, image.ndim - 1, *range(1, image.ndim - 1))
-        return image.permute(last).contiguous().permute(first)
+        return image.movedim(1, -1).contiguous().movedim(-1, 1)
 
     def _view(self, case: Case, tensor: Any, to_torch: bool) -> Any:
-        """The same memory with the channels moved to where torch (to_torch) or the case has them."""
+        """A view with the channel axis where torch expects it (`to_torch`), or back where the case has it."""
         if case.layout == "channels_first" or tensor.ndim == 2:
             return tensor
         return tensor.movedim(-1, 1) if to_torch else tensor.movedim(1, -1)
 
     def _tensor(self, array: Array) -> Any:
-        if array.dtype.name == "bfloat16":  # unknown to from_numpy
+        if array.dtype.name == "bfloat16":  # from_numpy does not know it
             return self.torch.from_numpy(array.view("int16")).view(self.torch.bfloat16)
         return self.torch.from_numpy(array)
 
@@ -104,7 +106,7 @@ class _Torch(Peer):
 
 
 class TorchContiguous(_Torch):
-    """The default memory format; for a dense layer the only one."""
+    """The default memory format; the only one for a dense layer."""
 
     name = "torch-contiguous"
     title = "torch contiguous"
@@ -112,7 +114,7 @@ class TorchContiguous(_Torch):
 
 
 class TorchChannelsLast(_Torch):
-    """memory_format=torch.channels_last."""
+    """The memory format torch.channels_last."""
 
     name = "torch-channels_last"
     title = "torch channels_last"
@@ -120,5 +122,5 @@ class TorchChannelsLast(_Torch):
 
     def prepare(self, case: Case, arrays: Arrays) -> Calls:
         if not case.shape.spatial:
-            raise Unsupported("a dense layer has one memory format")
+            raise Unsupported("a dense layer has only one memory format")
         return super().prepare(case, arrays)

@@ -1,7 +1,7 @@
-"""TensorFlow without its start-up noise.
+"""Starts TensorFlow without its log lines.
 
-Its C++ side writes to file descriptor 2 before any logging level applies, so the descriptor itself is set aside for a
-moment. Nothing is lost: where the work inside fails, what was written there is shown.
+TensorFlow's C++ code writes to file descriptor 2 before any logging level applies, so the descriptor itself is
+redirected for a moment. If the block raises, everything that was written is shown, so no error message is lost.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from collections.abc import Iterator
 
 
 def prepare_tensorflow() -> None:
-    """Choose quiet logging and Keras's TensorFlow backend. No effect on a process that has imported them already."""
+    """Choose quiet logging and Keras's TensorFlow backend. Has no effect once TensorFlow and Keras are imported."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     if "keras" not in sys.modules:
-        os.environ["KERAS_BACKEND"] = "tensorflow"  # the one backend bnfast.keras works with
+        os.environ["KERAS_BACKEND"] = "tensorflow"  # the only backend bnfast.keras works with
 
 
 @contextlib.contextmanager
 def quiet_stderr() -> Iterator[None]:
-    """Set file descriptor 2 aside; write what came meanwhile if the block raises."""
+    """Redirect file descriptor 2 to a temporary file; copy that file to stderr if the block raises."""
     sys.stderr.flush()
     saved = os.dup(2)
     with tempfile.TemporaryFile() as noise:

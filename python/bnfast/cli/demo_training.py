@@ -1,8 +1,8 @@
-"""One CNN, trained once for each of several batch norms: same seed, same batches, same number of steps.
+"""The training of `bnfast demo`: one CNN per batch norm layer, with the same seed and the same batches.
 
-The trainings advance in turn, one step each, and who goes first changes at every step, so whatever else the machine is
-doing falls on all of them alike. A time is that of `train_on_batch`, from the NumPy batch to the loss. XLA is off for
-every training: bnfast's layer doesn't compile under it, and the rest of the model should run as the same operations.
+The trainings take turns, one step each, and the order is reversed after every step, so that other load on the machine
+affects all of them equally. A step time is that of `train_on_batch`, from the NumPy batch to the loss. XLA is off in
+all trainings: it can't compile bnfast's layer, and the rest of the model must run the same operations in each.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import numpy.typing as npt
 from bnfast.cli.datasets import Dataset
 
 SEED = 7
-WATCHED = "norm_2"  # the layer whose moving statistics are recorded at every step
-UNTIMED_STEPS = 5  # the first traces the graph (about a second), a few more warm TensorFlow's allocator and thread pool
+RECORDED_LAYER = "norm_2"  # its moving statistics are recorded after every step
+UNTIMED_STEPS = 5  # the first step traces the graph (about a second); the others warm up allocator and thread pool
 
 
 @dataclass
 class History:
-    """What one training left behind: a value a step, but test_accuracy, which is one an epoch."""
+    """The record of one training: one value per step, but one per epoch for test_accuracy."""
 
     loss: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
@@ -34,17 +34,17 @@ class History:
 
     @property
     def timed_seconds(self) -> list[float]:
-        """The step times that count: those after the first UNTIMED_STEPS."""
+        """The step times without the first UNTIMED_STEPS."""
         return self.seconds[UNTIMED_STEPS:]
 
     @property
     def step_ms(self) -> float:
-        """The median of the timed steps in milliseconds; NaN where there was none."""
+        """The median of the timed steps in milliseconds; NaN if there are none."""
         return 1e3 * float(np.median(self.timed_seconds)) if self.timed_seconds else float("nan")
 
 
 def build_model(batch_norm: type, image_shape: tuple[int, ...]) -> Any:
-    """A CNN of three convolutions, each followed by `batch_norm` and ReLU; about 30 000 weights."""
+    """A CNN with three convolutions, each followed by `batch_norm` and ReLU; about 30 000 weights."""
     import keras
     from keras import layers
 
@@ -75,7 +75,7 @@ def train(
     batch: int,
     advance: Callable[[int], object] = lambda steps: None,
 ) -> dict[str, History]:
-    """Train one model for each of `batch_norms` side by side; `advance(n)` is called after n more steps of each."""
+    """Train one model for each of `batch_norms`, in turns. `advance(n)` is called after n more steps of each model."""
     models = {name: build_model(layer, data.image_shape) for name, layer in batch_norms.items()}
     histories = {name: History() for name in models}
     turns = list(models)
@@ -99,7 +99,7 @@ def _step(model: Any, x: npt.NDArray[Any], y: npt.NDArray[Any], history: History
     before = time.perf_counter()
     loss, _ = model.train_on_batch(x, y)
     history.seconds.append(time.perf_counter() - before)
-    watched = model.get_layer(WATCHED)
+    layer = model.get_layer(RECORDED_LAYER)
     history.loss.append(float(loss))
-    history.moving_mean.append(watched.moving_mean.value.numpy())
-    history.moving_variance.append(watched.moving_variance.value.numpy())
+    history.moving_mean.append(layer.moving_mean.value.numpy())
+    history.moving_variance.append(layer.moving_variance.value.numpy())
