@@ -1,6 +1,6 @@
-"""`bnfast bench` from a checkout, without installing: python bench/peers.py --quick --shape 8,32
+"""Runs `bnfast bench` from a checkout, without installing it: python bench/peers.py --quick --shape 8,32
 
-The built core (_core*.so) has to lie in python/bnfast/, or an installed bnfast is used.
+It uses the package in python/ if the built core (_core*.so) is in python/bnfast/, else an installed bnfast.
 """
 
 import sys

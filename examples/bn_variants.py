@@ -1,7 +1,7 @@
-"""Batch norm with its switches: regularizers, constraints, epsilon, momentum, and the activations.
+"""The options of batch norm: regularizers, constraints, initializers, epsilon, momentum, and activations.
 
-Every switch is Keras's own, but `activation=`: relu, relu6 and leaky_relu are fused into the normalization, any other
-one is applied after it.
+All options are those of Keras's layer, except `activation=`: relu, relu6 and leaky_relu are fused into the
+normalization; any other activation is applied after it.
 """
 
 from __future__ import annotations
@@ -18,9 +18,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "regularizers": {"gamma_regularizer": regularizers.L2(1e-4), "beta_regularizer": regularizers.L1(1e-5)},
     "constraints": {"gamma_constraint": constraints.NonNeg(), "beta_constraint": constraints.MaxNorm(2.0)},
     "initializers": {"gamma_initializer": initializers.Constant(0.5), "beta_initializer": initializers.Constant(0.1)},
-    "pytorch_defaults": {"epsilon": 1e-5, "momentum": 0.9},  # PyTorch's momentum 0.1 weighs the new value
+    "pytorch_defaults": {
+        "epsilon": 1e-5,
+        "momentum": 0.9,
+    },  # PyTorch calls it momentum 0.1: the weight of the new value
     "large_epsilon": {"epsilon": 0.1},
-    "no_gamma": {"scale": False, "activation": "relu"},  # the next Dense layer scales anyway
+    "no_gamma": {"scale": False, "activation": "relu"},  # the next Dense layer can scale instead
     "no_beta": {"center": False, "activation": "leaky_relu"},
     "relu6": {"activation": "relu6"},
     "leaky_relu": {"activation": "leaky_relu"},
@@ -29,14 +32,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def build_model(name: str) -> keras.Model:
-    """One hidden layer of 128 with the batch norm of that variant."""
+    """A model with one hidden layer of 128 units and the batch norm of that variant."""
     keras.utils.set_random_seed(0)
-    arguments = {"momentum": 0.9, "activation": "relu"} | VARIANTS[name]
+    options = {"momentum": 0.9, "activation": "relu"} | VARIANTS[name]
     return keras.Sequential(
         [
             keras.Input((64,)),
             keras.layers.Dense(128, use_bias=False),
-            BatchNormalization(**arguments),
+            BatchNormalization(**options),
             keras.layers.Dense(10),
         ],
         name=name,

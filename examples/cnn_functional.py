@@ -1,4 +1,4 @@
-"""A CNN in Keras's functional style: convolution, batch norm, ReLU, and a residual block around two of them."""
+"""A CNN in Keras's functional style: convolution, batch norm and ReLU, with a residual block."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def conv_bn(x: Any, filters: int, activation: str | None) -> Any:
 
 
 def build_model() -> keras.Model:
-    """A stem, one residual block, global average pooling."""
+    """A stem, one residual block, one more convolution, and global average pooling."""
     keras.utils.set_random_seed(0)
     images = keras.Input((8, 8, 1))
     x = conv_bn(images, 32, "relu")

@@ -1,7 +1,7 @@
-"""A Sequential CNN with batch norm in both places people put it: after the convolution, and after the pooling.
+"""A Sequential CNN with batch norm in two usual places: after a convolution, and after a pooling layer.
 
-After the convolution it sees every value; after the pooling it sees a quarter of them, already through ReLU, and costs
-a quarter as much.
+After the pooling there are a quarter as many values, so the batch norm takes a quarter of the time; the values have
+also passed ReLU.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from keras import layers
 
 
 def build_model() -> keras.Model:
-    """Two convolutions, one batch norm of each kind."""
+    """Two convolutions, and one batch norm in each place."""
     keras.utils.set_random_seed(0)
     return keras.Sequential(
         [

@@ -1,4 +1,4 @@
-"""What the examples share: the images, batches of them, the command line, and Keras's compile and fit."""
+"""Code shared by the examples: the images, the batches, the command line, and Keras's compile and fit."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from bnfast.cli.datasets import Dataset, load
 from bnfast.cli.errors import positive_int
 
 BATCH = 64
-STEPS = 220  # 10 epochs: 1437 training images make 22 batches of 64
+STEPS = 220  # 10 epochs: 1437 training images give 22 batches of 64
 
 
 def parse_steps(description: str | None, argv: Sequence[str] | None) -> int:
     """Read `--steps N` from the command line."""
     parser = argparse.ArgumentParser(description=description)
-    explanation = f"training steps of {BATCH} images (default: {STEPS})"
-    parser.add_argument("--steps", type=positive_int, default=STEPS, help=explanation)
+    help_text = f"training steps, with {BATCH} images each (default: {STEPS})"
+    parser.add_argument("--steps", type=positive_int, default=STEPS, help=help_text)
     return int(parser.parse_args(argv).steps)
 
 
 def digits(*, flat: bool = False) -> Dataset:
-    """scikit-learn's handwritten digits, bundled with it: images of (8, 8, 1), or rows of 64 for an MLP."""
+    """scikit-learn's handwritten digits: images of shape (8, 8, 1), or with `flat` rows of 64 values for an MLP."""
     data = load("digits")
     if not flat:
         return data
@@ -31,7 +31,7 @@ def digits(*, flat: bool = False) -> Dataset:
 
 
 def batches(data: Dataset, steps: int) -> Iterator[tuple[Any, Any]]:
-    """`steps` batches drawn from the training images, each image once before any comes again."""
+    """`steps` random batches of the training images. No image is repeated within a pass over the data."""
     shuffle = np.random.default_rng(0)
     order = np.empty(0, int)
     for _ in range(steps):
@@ -42,7 +42,7 @@ def batches(data: Dataset, steps: int) -> Iterator[tuple[Any, Any]]:
 
 
 def fit(model: Any, data: Dataset, steps: int) -> float:
-    """Train a Keras classifier that ends in logits; return and print its accuracy on the test images."""
+    """Train a Keras classifier whose outputs are logits; print and return its accuracy on the test images."""
     import keras
 
     model.compile(

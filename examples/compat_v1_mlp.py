@@ -1,7 +1,8 @@
-"""A TF 1 program on TensorFlow 2: seven layers, tf.layers.batch_normalization before each leaky_relu, a Session.
+"""A TensorFlow 1 program on TensorFlow 2: an MLP of seven layers with tf.layers.batch_normalization, run in a Session.
 
-The moving statistics move only where the ops in UPDATE_OPS run. `update` says how: "by hand", which asks Session.run
-for them beside the train op, or "control_dependencies", which makes the train op wait for them. Both train alike.
+The moving statistics are updated only if the ops in UPDATE_OPS run. There are two ways: "by hand" passes them to
+Session.run together with the train op; "control_dependencies" makes the train op depend on them. The result is the
+same.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ UPDATES = ("by hand", "control_dependencies")
 
 
 def build_model(images: Any, training: Any) -> Any:
-    """Logits, from six hidden layers and a last one without batch norm."""
+    """The logits: six hidden layers with batch norm and leaky_relu, and a last layer without."""
     y = images
     for i in range(LAYERS):
         last = i == LAYERS - 1
@@ -33,11 +34,11 @@ def build_model(images: Any, training: Any) -> Any:
 
 
 def train(steps: int, update: str) -> float:
-    """Train and return the test accuracy, for which `training` is False."""
+    """Train with one of UPDATES and return the test accuracy."""
     data = common.digits(flat=True)
     with tf.Graph().as_default(), v1.Session() as session:
         images, labels = v1.placeholder(tf.float32, [None, 64]), v1.placeholder(tf.int64, [None])
-        training = v1.placeholder_with_default(False, [])
+        training = v1.placeholder_with_default(False, [])  # False when the test accuracy is computed
         logits = build_model(images, training)
         loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits))
         accuracy = tf.reduce_mean(tf.cast(tf.equal(tf.argmax(logits, 1), labels), tf.float32))
@@ -54,7 +55,7 @@ def train(steps: int, update: str) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
-    """Train both ways and return the test accuracies."""
+    """Train in both ways and return the test accuracies."""
     steps = common.parse_steps(__doc__, argv)
     return {update: train(steps, update) for update in UPDATES}
 

@@ -1,5 +1,7 @@
-"""An MLP with batch norm after the activation: Dense with ReLU, then batch norm, so that each layer hands on values of
-mean 0 and variance 1. gamma and beta then belong to the next layer's input, and the Dense layer keeps its bias.
+"""An MLP with batch norm after the activation: Dense with ReLU, then batch norm.
+
+Each layer passes on values with mean beta and standard deviation gamma. The Dense layer needs its bias, since the
+activation lies between it and beta.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from bnfast.keras import BatchNormalization
 
 
 def build_model() -> keras.Model:
-    """Two hidden layers of 128."""
+    """Two hidden layers of 128 units."""
     keras.utils.set_random_seed(0)
     return keras.Sequential(
         [

@@ -1,7 +1,7 @@
-"""An MLP with batch norm before the activation, where Ioffe and Szegedy (2015) put it: Dense, batch norm, ReLU.
+"""An MLP with batch norm before the activation, as in Ioffe and Szegedy (2015): Dense, batch norm, ReLU.
 
-The Dense layer needs no bias, since beta follows it. Naming the activation in the batch norm fuses it: one pass over
-memory less, forward and backward, and the same result as a ReLU layer after it.
+The Dense layer needs no bias, since beta takes its place. `activation="relu"` fuses ReLU into the batch norm: this
+saves one pass over memory in the forward and in the backward, and gives the same result as a ReLU layer.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from bnfast.keras import BatchNormalization
 
 
 def build_model() -> keras.Model:
-    """Two hidden layers of 128."""
+    """Two hidden layers of 128 units."""
     keras.utils.set_random_seed(0)
     return keras.Sequential(
         [
