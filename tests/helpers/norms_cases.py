@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from bnfast.keras import GroupNormalization, InstanceNormalization, LayerNormalization
-from bnfast.keras.layers import norms
+from bnfast.tensorflow import group_norm
 from keras import layers as L
 
 THEIRS = {LayerNormalization: L.LayerNormalization, GroupNormalization: L.GroupNormalization}
@@ -85,6 +85,6 @@ def each_way(way: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The body of a fixture: on TensorFlow's ops, as small tensors are, or on the kernels; the record tells."""
     calls = record(monkeypatch)
     if way == "kernels":
-        monkeypatch.setattr(norms, "SMALL_BYTES", 0)
+        monkeypatch.setattr(group_norm, "SMALL_BYTES", 0)
     yield way
     assert bool(calls) == (way == "kernels")

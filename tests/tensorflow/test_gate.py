@@ -10,9 +10,8 @@ import pytest
 pytest.importorskip("tensorflow")
 import tensorflow as tf
 from bnfast.keras import BatchNormalizationAdd, LayerNormalization
-from bnfast.tensorflow import ops as bridge
-from bnfast.tensorflow import reference as formula
-from bnfast.tensorflow.reference import Batch, Options
+from bnfast.tensorflow import ops, reference
+from bnfast.tensorflow.batch import Batch, Options
 from taped import made
 
 pytestmark = pytest.mark.usefixtures("each_bridge")
@@ -71,7 +70,7 @@ def test_gradients_of_both_orders(activation: str, rng: np.random.Generator) -> 
 
     def ours(x: Any, gamma: Any, beta: Any, residual: Any) -> Any:
         batch = Batch(x, gamma, beta, mask, residual)
-        return bridge.train_step(batch, (zeros, zeros), 0.9, Options(-1, 1e-3, activation, 0.3))[0]
+        return ops.train_step(batch, (zeros, zeros), 0.9, Options(-1, 1e-3, activation, 0.3))[0]
 
     def plain(x: Any, gamma: Any, beta: Any, residual: Any) -> Any:
         some = tf.boolean_mask(x, mask[:, 0])
@@ -109,7 +108,7 @@ def test_the_gate_is_the_kernel_s_where_z_is_odd(activation: str, value: float) 
         outer.watch(dy)
         with tf.GradientTape() as inner:
             inner.watch(residual)
-            y = bridge.train_step(Batch(x, residual=residual), (tf.zeros(1), tf.ones(1)), 0.9, options)[0]
+            y = ops.train_step(Batch(x, residual=residual), (tf.zeros(1), tf.ones(1)), 0.9, options)[0]
         dresidual = inner.gradient(y, residual, output_gradients=dy)
     wanted = bnfast.batch_norm_grad(
         *(dy.numpy(), x.numpy(), np.zeros(1), np.ones(1)),
@@ -137,7 +136,7 @@ def test_buffers_that_the_program_still_reads_are_spared(
         x, residual = v * 2.0, w + 1.0
         with tf.GradientTape() as tape:
             tape.watch([x, residual])
-            y = bridge.train_step(Batch(x, residual=residual), (zeros, zeros), 0.9, Options(activation="relu"))[0]
+            y = ops.train_step(Batch(x, residual=residual), (zeros, zeros), 0.9, Options(activation="relu"))[0]
         with tf.control_dependencies([y]):
             dy = u - 1.0
         places = [pointer(dy), pointer(x)]
@@ -174,7 +173,7 @@ def test_dy_may_be_sparse(activation: Any, rng: np.random.Generator) -> None:
             rows = tf.gather(y, [0, 2, 2])
         return [tf.convert_to_tensor(gradient) for gradient in tape.gradient(rows, [x, residual])]
 
-    for actual, wanted in zip(run(bridge.train_step), run(formula.train_step), strict=True):
+    for actual, wanted in zip(run(ops.train_step), run(reference.train_step), strict=True):
         np.testing.assert_allclose(actual, wanted, atol=1e-12)
 
 

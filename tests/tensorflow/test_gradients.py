@@ -10,8 +10,8 @@ pytest.importorskip("tensorflow")
 import keras
 import tensorflow as tf
 from bnfast.keras import BatchNormalization
-from bnfast.tensorflow import ops as bridge
-from bnfast.tensorflow.ops import Options
+from bnfast.tensorflow import ops
+from bnfast.tensorflow.batch import Options
 
 pytestmark = pytest.mark.usefixtures("each_bridge")
 
@@ -124,7 +124,7 @@ def test_first_and_second_order_through_y_mean_and_variance(
     weights = [tf.constant(rng.normal(size=t.shape)) for t in (x, gamma, beta)]
 
     def ours(x: Any, gamma: Any, beta: Any) -> Any:
-        return bridge.train(x, gamma, beta, mask=mask, options=options)
+        return ops.train(x, gamma, beta, mask=mask, options=options)
 
     def wanted(x: Any, gamma: Any, beta: Any) -> Any:
         y, mean, variance = plain(x, gamma, beta, mask, axis)
@@ -158,7 +158,7 @@ def test_each_output_alone_and_pairs(rng: np.random.Generator) -> None:
                 loss = tf.add_n([tf.reduce_sum(tf.sin(outputs[i])) for i in used])
             return tape.gradient(loss, [x, gamma, beta], unconnected_gradients="zero")
 
-        ours = gradient(lambda *p: bridge.train(*p, options=Options()))
+        ours = gradient(lambda *p: ops.train(*p, options=Options()))
         for actual, right in zip(ours, gradient(lambda *p: plain(*p, None, -1)), strict=True):
             close(actual, right)
 
@@ -178,7 +178,7 @@ def test_third_order(rng: np.random.Generator) -> None:
             g2 = tf.reduce_sum(tf.sin(t2.gradient(g1, x)))
         return t3.gradient(g2, x)
 
-    close(third(lambda x: bridge.train(x, gamma, beta)), third(lambda x: plain(x, gamma, beta, None, -1)), 1e-9)
+    close(third(lambda x: ops.train(x, gamma, beta)), third(lambda x: plain(x, gamma, beta, None, -1)), 1e-9)
 
 
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])

@@ -10,8 +10,8 @@ pytest.importorskip("tensorflow")
 import bnfast
 import tensorflow as tf
 from bnfast import _core
-from bnfast.tensorflow import ops as bridge
-from bnfast.tensorflow.ops import Batch, Options
+from bnfast.tensorflow import ops
+from bnfast.tensorflow.batch import Batch, Options
 
 WORDS = {"axis": -1, "epsilon": 1e-3, "activation": "relu", "negative_slope": 0.2}
 UPDATE = {"momentum": 0.9, "correction": 1, "nan_policy": "propagate"}
@@ -100,7 +100,7 @@ def test_a_graph_brings_the_memory_of_whole_tensors(masked: bool) -> None:
         batch = Batch(x, tf.ones(64), tf.zeros(64), mask, residual)
         with tf.GradientTape() as tape:
             tape.watch((x, residual))
-            y, *_ = bridge.train_step(batch, state, 0.9, options, "numpy_function")
+            y, *_ = ops.train_step(batch, state, 0.9, options, "numpy_function")
         return y, *tape.gradient(y, (x, residual))
 
     run(x, residual)
@@ -134,7 +134,7 @@ def test_a_graph_calls_it_unless_there_is_a_mask(masked: bool, monkeypatch: pyte
     def run(x: Any) -> Any:
         with tf.GradientTape() as tape:
             tape.watch(x)
-            y, *_ = bridge.train_step(Batch(x, mask=mask), state, 0.9, Options(), "numpy_function")
+            y, *_ = ops.train_step(Batch(x, mask=mask), state, 0.9, Options(), "numpy_function")
         return tape.gradient(y, x)
 
     assert np.isfinite(run(x)).all()

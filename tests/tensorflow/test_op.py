@@ -17,10 +17,9 @@ import bnfast
 import tensorflow as tf
 from bnfast import _core
 from bnfast.keras import BatchNormalization
-from bnfast.tensorflow import op
+from bnfast.tensorflow import op, ops
 from bnfast.tensorflow import op_library as _tf_library
-from bnfast.tensorflow import ops as bridge
-from bnfast.tensorflow.ops import Batch, Options
+from bnfast.tensorflow.batch import Batch, Options
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the op is built on Linux alone")
 
@@ -64,7 +63,7 @@ def test_settings_of_the_core_reach_the_op(isa: str | None, rng: np.random.Gener
     try:
         for n in (1, 3):
             bnfast.set_num_threads(n)
-            y, mean, variance = bridge.train(tf.constant(x))
+            y, mean, variance = ops.train(tf.constant(x))
             assert y.numpy().tobytes() == wanted.y.tobytes()
             assert mean.numpy().tobytes() == wanted.mean.astype("float32").tobytes()
             assert variance.numpy().tobytes() == wanted.variance.astype("float32").tobytes()
@@ -93,7 +92,7 @@ def test_both_bridges_give_the_same_bits(axis: int, dtype: str, rng: np.random.G
                         tape.watch(sources)
                         options = Options(axis, 1e-2, activation, 0.3)
                         batch = Batch(x, *vectors[:2], weights, **given)
-                        y, *moving = bridge.train_step(batch, tuple(vectors[2:]), 0.9, options, name)
+                        y, *moving = ops.train_step(batch, tuple(vectors[2:]), 0.9, options, name)
                     return [y, *moving, *tape.gradient(y, sources, output_gradients=dy)]
 
                 results = [tf.function(run)("op"), run("op"), run("numpy_function")]
@@ -108,7 +107,7 @@ def test_scalars_keep_all_their_digits(rng: np.random.Generator) -> None:
     mean, variance = np.zeros(2), np.ones(2)
     options = Options(-1, 1 / 3, "leaky_relu", 1 / 7)
     moving = tf.constant(mean), tf.constant(variance)
-    y, new_mean, new_variance = bridge.train_step(Batch(tf.constant(x)), moving, 1 - 1e-12, options)
+    y, new_mean, new_variance = ops.train_step(Batch(tf.constant(x)), moving, 1 - 1e-12, options)
     wanted = bnfast.batch_norm_train(
         x, None, None, mean, variance, momentum=1 - 1e-12, epsilon=1 / 3, activation="leaky_relu", negative_slope=1 / 7
     )
@@ -127,7 +126,7 @@ def test_a_gradient_takes_the_buffer_of_the_one_it_replaces() -> None:
         x = v * 2.0
         with tf.GradientTape() as tape:
             tape.watch(x)
-            y, _, _ = bridge.train_step(Batch(x), (tf.zeros(64), tf.ones(64)), 0.9, options)
+            y, _, _ = ops.train_step(Batch(x), (tf.zeros(64), tf.ones(64)), 0.9, options)
         with tf.control_dependencies([y]):
             dy = w + 1.0
         at = pointer(dy)
@@ -140,7 +139,7 @@ def test_a_gradient_takes_the_buffer_of_the_one_it_replaces() -> None:
         x = v * 2.0
         at = pointer(x)
         with tf.control_dependencies([at]):
-            y = bridge.train_step(Batch(tf.identity(x)), (tf.zeros(64), tf.ones(64)), 0.9, options)[0]
+            y = ops.train_step(Batch(tf.identity(x)), (tf.zeros(64), tf.ones(64)), 0.9, options)[0]
         return at, pointer(y), y
 
     v, w = tf.random.normal(SHAPE, seed=1), tf.random.normal(SHAPE, seed=2)
@@ -163,7 +162,7 @@ def test_what_others_still_read_is_not_overwritten(rng: np.random.Generator) -> 
         values = [x.value(), dy.value()]
         with tf.GradientTape() as tape:
             tape.watch(values[0])
-            y = bridge.train(values[0])[0]
+            y = ops.train(values[0])[0]
         return tape.gradient(y, values[0], output_gradients=values[1])
 
     run()

@@ -16,10 +16,8 @@ import bnfast
 import tensorflow as tf
 from bnfast import _core
 from bnfast.keras import BatchNormalization
-from bnfast.tensorflow import numpy_callback as host
-from bnfast.tensorflow import ops as bridge
-from bnfast.tensorflow import reference as formula
-from bnfast.tensorflow.ops import Batch, Options
+from bnfast.tensorflow import numpy_callback, ops, reference
+from bnfast.tensorflow.batch import Batch, Options
 
 pytestmark = pytest.mark.usefixtures("each_bridge")
 
@@ -56,14 +54,14 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, int]]:
 def seen(tensor: Any) -> Any:
     """The tensor's buffer, as a following op sees it."""
     if tf.executing_eagerly():
-        return np.int64(pointer(host.to_array(tensor)))
+        return np.int64(pointer(numpy_callback.to_array(tensor)))
     return tf.numpy_function(lambda array: np.int64(pointer(array)), [tensor], tf.int64)
 
 
 def forward_and_backward(x: Any, dy: Any) -> tuple[dict[str, Any], Any]:
     with tf.GradientTape() as tape:
         tape.watch(x)
-        y = bridge.train(x, options=Options(activation="relu"))[0]
+        y = ops.train(x, options=Options(activation="relu"))[0]
     dx = tape.gradient(y, x, output_gradients=dy)
     return {"x": seen(x), "y": seen(y), "dy": seen(dy), "dx": seen(dx)}, y  # y kept: else dx may lie where y lay
 
@@ -98,7 +96,7 @@ def test_no_input_is_written(dtype: str, graph: bool, rng: np.random.Generator) 
         gamma, beta, mean, variance = (variable.value() for variable in statistics)
         with tf.GradientTape() as tape:
             tape.watch([x, gamma, beta])
-            y, new_mean, new_variance = bridge.train_step(Batch(x, gamma, beta), (mean, variance), 0.9, Options())
+            y, new_mean, new_variance = ops.train_step(Batch(x, gamma, beta), (mean, variance), 0.9, Options())
         return new_mean, new_variance, tape.gradient(y, [x, gamma, beta], output_gradients=dy)
 
     new_mean, new_variance, _ = (tf.function(run) if graph else run)()
@@ -115,12 +113,12 @@ def test_eager_and_graph_give_the_same_bits(dtype: str, rng: np.random.Generator
     def run(x: Any, gamma: Any) -> Any:
         with tf.GradientTape() as tape:
             tape.watch([x, gamma])
-            y, mean, variance = bridge.train(x, gamma, options=Options(activation="leaky_relu"))
+            y, mean, variance = ops.train(x, gamma, options=Options(activation="leaky_relu"))
         return [y, mean, variance, *tape.gradient(y, [x, gamma], output_gradients=dy)]
 
     for eager, graph in zip(run(x, gamma), tf.function(run)(x, gamma), strict=True):
         assert eager.dtype == graph.dtype
-        assert host.to_array(eager).tobytes() == host.to_array(graph).tobytes()
+        assert numpy_callback.to_array(eager).tobytes() == numpy_callback.to_array(graph).tobytes()
 
 
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
@@ -128,7 +126,7 @@ def test_tensors_outlive_the_call(graph: bool, rng: np.random.Generator) -> None
     """Adopted buffers belong to the tensors: results stay while later calls allocate and free theirs."""
 
     def run(x: Any) -> Any:
-        return bridge.train(x, options=Options(epsilon=0.0))[0]
+        return ops.train(x, options=Options(epsilon=0.0))[0]
 
     each = tf.function(run) if graph else run
     x = tf.constant(rng.normal(size=SHAPE), "float32")
@@ -148,7 +146,7 @@ def test_outputs_of_a_graph_are_in_tensorflows_memory(rng: np.random.Generator) 
     def run(x: Any) -> Any:
         with tf.GradientTape() as tape:
             tape.watch(x)
-            y = bridge.train(x)[0]
+            y = ops.train(x)[0]
         return y, tape.gradient(y, x, output_gradients=dy)
 
     before = bnfast.memory_statistics()["in_use_bytes"]
@@ -184,7 +182,7 @@ def test_result_dtypes_and_static_shapes() -> None:
             gamma = tf.ones(3)
             with tf.GradientTape() as tape:
                 tape.watch([x, gamma])
-                y, mean, variance = bridge.train(x, gamma)
+                y, mean, variance = ops.train(x, gamma)
             dx, dgamma = tape.gradient(y, [x, gamma])
             assert y.shape.as_list() == dx.shape.as_list() == [None, 6, None, 3]
             assert mean.shape == variance.shape == dgamma.shape == (3,)
@@ -239,7 +237,7 @@ def test_many_host_threads(graph: bool, rng: np.random.Generator) -> None:
     def run(x: Any) -> Any:
         with tf.GradientTape() as tape:
             tape.watch(x)
-            y = bridge.train(x)[0]
+            y = ops.train(x)[0]
             loss = tf.reduce_sum(y**3)
         return y, tape.gradient(loss, x)
 
@@ -266,9 +264,9 @@ def test_a_kernel_error_keeps_its_message(each_bridge: str) -> None:
     x, wrong = tf.ones([4, 3]), tf.ones([2])
     eager = ValueError if each_bridge == "numpy_function" else tf.errors.InvalidArgumentError
     with pytest.raises(eager, match=r"gamma must have shape \(3,\)"):
-        bridge.train(x, wrong)
+        ops.train(x, wrong)
     with pytest.raises(tf.errors.InvalidArgumentError, match=r"gamma must have shape \(3,\)"):
-        tf.function(bridge.train)(x, wrong)
+        tf.function(ops.train)(x, wrong)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
@@ -280,7 +278,7 @@ def test_formula_equals_the_kernels(dtype: str, rng: np.random.Generator) -> Non
     parameters = [tf.constant(rng.uniform(0.5, 2, 4)) for _ in range(4)]
     options = Options(activation="relu6")
     given = Batch(x, *parameters[:2], mask), tuple(parameters[2:]), 0.9, options
-    ours = bridge.train_step(*given)
+    ours = ops.train_step(*given)
     tolerance = {"float32": 2e-6, "float64": 1e-13, "float16": 2e-3}[dtype]
-    for actual, wanted in zip(formula.train_step(*given), ours, strict=True):
+    for actual, wanted in zip(reference.train_step(*given), ours, strict=True):
         np.testing.assert_allclose(actual, wanted, rtol=tolerance, atol=tolerance)

@@ -1,30 +1,29 @@
-"""`tf.layers.batch_normalization`, which TensorFlow 2.21 has only where tf_keras is installed, in TF 1's graph mode.
+"""`tf.layers.batch_normalization` in TF 1's graph mode; TensorFlow 2.21 has it only if tf_keras is installed.
 
     y = gamma*(x - mean)/sqrt(variance + epsilon) + beta, and UPDATE_OPS get moving -= (moving - batch)*(1 - momentum)
 
-Variables come from tf.compat.v1.get_variable, so names, scopes, reuse and checkpoints are TF 1's; the computing is that
-of `bnfast.keras` (training.step in training, inference.infer otherwise). Running y moves nothing: the updates are ops
-of their own. They take away a difference, as TF 1's do, so that two uses of one layer in one Session.run both count.
+Variables come from tf.compat.v1.get_variable, so names, scopes, reuse and checkpoints are those of TF 1. y is computed
+by bnfast.tensorflow.training.step, as in `bnfast.keras`. Running y updates nothing: the updates are separate ops. They
+subtract a difference, as TF 1's do, so that two uses of one layer in one Session.run both count.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from .._arguments import checks as _checks
-from ..tensorflow import inference
+from .._arguments import checks
 from ..tensorflow.axes import Axes
-from ..tensorflow.reference import Batch, Options
+from ..tensorflow.batch import Batch, Options, parameter
 from ..tensorflow.training import adjustment as adjustments
 from ..tensorflow.training import ghosts
 from ..tensorflow.training import renorm as renorms
-from ..tensorflow.training.step import Policy, parameter
-from ..tensorflow.training.step import step as training_step
+from ..tensorflow.training.mode import Mode
+from ..tensorflow.training.step import Policy, step
 
 __all__ = ["batch_normalization"]
 
@@ -34,7 +33,7 @@ _SCOPE = "batch_normalization"
 class _Weights(NamedTuple):
     gamma: Any
     beta: Any
-    state: dict[str, Any]  # moving_mean, moving_variance and, with renorm, renorm's
+    state: dict[str, Any]  # moving_mean, moving_variance and those of renorm
 
 
 def batch_normalization(
@@ -65,33 +64,36 @@ def batch_normalization(
 ) -> tf.Tensor:
     """Batch normalization of a graph's tensor, with the arguments, variables and results of TF 1's function.
 
-    The moving statistics move when the ops that this adds to tf.compat.v1.GraphKeys.UPDATE_OPS run, with the train op
-    or under tf.control_dependencies; regularizers add to REGULARIZATION_LOSSES.
+    The moving statistics are updated by ops in tf.compat.v1.GraphKeys.UPDATE_OPS, which must run with the train op or
+    under tf.control_dependencies. Regularizers add to REGULARIZATION_LOSSES.
 
     Args:
         inputs: float tensor of known rank, with known extents along axis; float16 and bfloat16 compute in float32.
-        axis: the channel axis, or several: variables then have the rank of inputs, with extents of 1 off these axes.
+        axis: the channel axis, or several; variables then have the rank of inputs, with extent 1 off these axes.
         momentum, epsilon: as in the formulas above, momentum in [0, 1].
-        center, scale: whether there is a beta, a gamma.
-        *_initializer: names, TF 1 initializers, Keras ones or functions of shape and dtype; None takes the scope's.
+        center, scale: whether to use beta, gamma.
+        *_initializer: a name, an initializer of TF 1 or Keras, or a function of shape and dtype; None is the scope's.
         *_regularizer, *_constraint: None, a name or a function of the variable.
-        training: a bool or a boolean scalar tensor, such as a placeholder; whether the batch's statistics normalize.
-        trainable: whether gamma and beta are in TRAINABLE_VARIABLES, and whether there are updates. It doesn't say what
-            normalizes.
-        name, reuse: of the variable scope ("batch_normalization", made unique, where there is no name).
+        training: a bool or a boolean scalar tensor, such as a placeholder: whether to normalize with the batch's
+            statistics.
+        trainable: whether gamma and beta are in TRAINABLE_VARIABLES, and whether there are updates. It doesn't affect
+            which statistics normalize.
+        name, reuse: of the variable scope ("batch_normalization", made unique, if there is no name).
         renorm, renorm_clipping, renorm_momentum: batch renormalization; rmin, rmax, dmax may be scalar tensors.
-        fused: None, True or False. The kernels are the same; but as in TF 1, unless False, inputs of rank 4 or 5, not
-            float64, with one axis, 1 or last, put the sample variance, W/(W - 1) of the batch's, into moving_variance
-            (not with renorm, virtual_batch_size or adjustment).
-        virtual_batch_size: normalize so many samples at a time: of G ghosts number g holds samples g, g + G, ...
+        fused: None, True or False. The kernels are the same. But unless it is False, inputs of rank 4 or 5 that aren't
+            float64 and have a single axis, 1 or the last, update moving_variance with the sample variance, the batch's
+            variance times W/(W - 1), as in TF 1 (not with renorm, virtual_batch_size or adjustment).
+        virtual_batch_size: normalize this many samples at a time; of G ghosts, ghost g holds samples g, g + G, ...
             Variables have the rank of inputs plus 1, as in TF 1.
-        adjustment: a function of inputs' shape giving (scale, bias): (xhat*scale + bias)*gamma + beta in training.
+        adjustment: a function of the shape of inputs that returns (scale, bias); in training y is
+            (xhat*scale + bias)*gamma + beta.
 
     Returns y, in the shape and dtype of inputs.
 
     Raises:
-        ValueError, TypeError: an argument out of range or of the wrong type; ValueError: eager execution.
-        tf.errors.InvalidArgumentError: when it runs, virtual_batch_size doesn't divide the batch.
+        ValueError, TypeError: an argument is out of range or of the wrong type.
+        ValueError: execution is eager.
+        tf.errors.InvalidArgumentError: virtual_batch_size doesn't divide the batch when the graph runs.
 
     Source: Ioffe and Szegedy 2015, arXiv:1502.03167.
     """
@@ -102,7 +104,7 @@ def batch_normalization(
         )
     x = tf.convert_to_tensor(inputs)
     _check(x, momentum, epsilon, training, fused, center=center, scale=scale, trainable=trainable, renorm=renorm)
-    axes = Axes.of(list(axis) if isinstance(axis, (list, tuple)) else [_checks.integer("axis", axis)], x.shape)
+    axes = Axes.of(list(axis) if isinstance(axis, (list, tuple)) else [checks.integer("axis", axis)], x.shape)
     if renorm:
         fixed = {bound: value for bound, value in (renorm_clipping or {}).items() if not tf.is_tensor(value)}
         renorms.check(fixed, renorm_momentum)
@@ -159,54 +161,36 @@ def _normalize(
     policy: Policy,
     updates: bool,
 ) -> tf.Tensor:
-    """y; the updates, if wanted, go to UPDATE_OPS."""
-    several = len(axes.axes) > 1
-    merge: Callable[[tf.Tensor], tf.Tensor] = axes.merge if several else tf.identity
-    options = Options(axes.place, epsilon)
+    """y; adds the updates to UPDATE_OPS if `updates`."""
+    known = tf.get_static_value(training) if tf.is_tensor(training) else training
+    mode = Mode(tf.cast(training, tf.bool) if known is None else bool(known))
     gamma, beta = (None if vector is None else parameter(vector) for vector in (weights.gamma, weights.beta))
     state = {name: parameter(variable) for name, variable in weights.state.items()}
-
-    def train() -> list[tf.Tensor]:
-        adjusts = adjustment is not None
-        vectors = (None, None) if adjusts else (gamma, beta)
-        y, moved = training_step(Batch(merge(x), *vectors), state, options, policy)
-        if adjustment is not None:
-            drawn = [merge(tf.broadcast_to(tensor, tf.shape(x))) for tensor in adjustments.draw(adjustment, x)]
-            y = adjustments.apply(y, (drawn[0], drawn[1]), gamma, beta, None, options)
-        return [y, *(moved[name] for name in state)]
-
-    def infer() -> list[tf.Tensor]:
-        y = inference.infer(merge(x), gamma, beta, state["moving_mean"], state["moving_variance"], options)
-        return [y, *(tf.identity(value) for value in state.values())]
-
-    known = tf.get_static_value(training) if tf.is_tensor(training) else training
-    if known is None:
-        y, *moved = tf.cond(tf.cast(training, tf.bool), train, infer)
-    else:
-        y, *moved = train() if known else infer()
+    draw = None if adjustment is None else partial(adjustments.draw_merged, adjustment, x, axes)
+    y, new = step(Batch(axes.merge(x), gamma, beta), state, Options(axes.place, epsilon), policy, mode, draw)
     if updates and (known is None or known):
-        # after y, which may read a variable that TF 1's assignments change in its place
+        # after y, which may read a variable that TF 1's assignments change in place
         with tf.control_dependencies([y]), tf.name_scope("AssignMovingAvg"):
-            for variable, old, new in zip(weights.state.values(), state.values(), moved, strict=True):
-                taken = tf.stop_gradient(tf.reshape(old - new, variable.shape))
+            for name, variable in weights.state.items():
+                taken = tf.stop_gradient(tf.reshape(state[name] - new[name], variable.shape))
                 tf.compat.v1.add_to_collection(
                     tf.compat.v1.GraphKeys.UPDATE_OPS, tf.compat.v1.assign_sub(variable, taken)
                 )
-    y = axes.split(y, x) if several else y
+    y = axes.split(y, x)
     y.set_shape(x.shape)
     return y
 
 
 def _check(x: tf.Tensor, momentum: Any, epsilon: Any, training: Any, fused: Any, **switches: Any) -> None:
-    """The errors of the arguments that no piece below checks."""
+    """Raises the errors of the arguments that nothing below checks."""
     if not x.dtype.is_floating:
         raise TypeError(f"inputs must be of a float dtype. Received: {x.dtype.name}")
     if x.shape.rank is None:
         raise ValueError("inputs must have a known rank. Received: a tensor of unknown shape")
     for name, value in switches.items():
-        _checks.boolean(name, value)
+        checks.boolean(name, value)
     if fused is not None:
-        _checks.boolean("fused", fused)
+        checks.boolean("fused", fused)
     if not 0 <= momentum <= 1:
         raise ValueError(f"momentum must be in [0, 1]. Received: {momentum}")
     if not 0 <= epsilon < float("inf"):
@@ -219,13 +203,13 @@ def _check(x: tf.Tensor, momentum: Any, epsilon: Any, training: Any, fused: Any,
 
 
 def _fusable(x: tf.Tensor, axes: Axes) -> bool:
-    """Whether TF 1's fused kernel takes it."""
+    """Whether TF 1's fused kernel accepts it."""
     rank = x.shape.rank
     return x.dtype != tf.float64 and rank in (4, 5) and axes.axes in ((1,), (rank - 1,))
 
 
 def _shape(x: tf.Tensor, axes: Axes, ghosts: bool) -> list[int]:
-    """The variables' shape, TF 1's."""
+    """The shape of the variables, as in TF 1."""
     if len(axes.axes) == 1 and not ghosts:
         return [x.shape[axes.axes[0]]]
     shape = list(axes.weight_shape(x.shape))
@@ -233,7 +217,7 @@ def _shape(x: tf.Tensor, axes: Axes, ghosts: bool) -> list[int]:
 
 
 def _initializer(given: Any) -> Any:
-    """What get_variable takes. Keras's initializers know no `partition_info`, and names are Keras's."""
+    """The initializer for get_variable. Names are Keras's, and Keras's initializers accept no `partition_info`."""
     if not isinstance(given, (str, dict, keras.initializers.Initializer)):
         return given
     initializer = keras.initializers.get(given)
@@ -245,7 +229,7 @@ def _initializer(given: Any) -> Any:
 
 
 def _root(given: Any) -> Any:
-    """The square root of what an initializer gives."""
+    """An initializer whose values are the square roots of the given one's."""
     initializer = _initializer(given)
     if initializer is None:
         return None

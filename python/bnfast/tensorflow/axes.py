@@ -1,7 +1,9 @@
-"""Several channel axes as one: axis=[1, 2] normalizes every pair of indices on its own, with weights of x's rank.
+"""The channel axes of x, one or several, and one axis in place of several.
 
-Axes side by side merge by a reshape. Others are brought together at the end: x is copied once on its way in and y on
-its way out, and so are dy and dx. Channels are numbered in the order of the axes in x, however they were given.
+axis=[1, 2] normalizes every pair of indices separately; weights then have the rank of x. Adjacent axes merge by a
+reshape. Others are moved to the end first: x is copied before the step and y after it, and so are dy and dx. Channels
+are numbered in the order of the axes in x, whatever the order in which they were given. One axis needs no merging:
+every method is then the identity.
 """
 
 from __future__ import annotations
@@ -17,13 +19,13 @@ class Axes(NamedTuple):
     rank: int
 
     @staticmethod
-    def of(axes: list[int], shape: Any) -> Axes:
-        """Raises ValueError where they don't fit the shape of inputs."""
+    def of(axes: list[int], shape: Any, *, known: bool = True) -> Axes:
+        """Raises ValueError if they don't fit the shape of inputs or, with `known`, if an extent along them is None."""
         rank = len(shape)
         for axis in axes:
             if not -rank <= axis < rank:
                 raise ValueError(f"axis must be in [{-rank}, {rank}) for inputs of rank {rank}. Received: {axis}")
-            if shape[axis] is None:
+            if known and shape[axis] is None:
                 raise ValueError(f"axis {axis} of inputs must have a known extent. Received: {tuple(shape)}")
         ascending = tuple(sorted({axis % rank for axis in axes}))
         if len(ascending) < len(axes):
@@ -36,18 +38,22 @@ class Axes(NamedTuple):
         return self.axes[0] if self._adjacent else self.rank - len(self.axes)
 
     def weight_shape(self, shape: Any) -> tuple[int, ...]:
-        """tf.keras 2's: of x's rank, with extents of 1 off the axes."""
+        """The shape of weights for several axes, as in tf.keras 2: the rank of x, with extent 1 off the axes."""
         return tuple(shape[i] if i in self.axes else 1 for i in range(self.rank))
 
     def merge(self, x: tf.Tensor) -> tf.Tensor:
-        """x, or a mask of its rank, with its axes as one at `place`."""
+        """x, or a tensor of its rank, with its axes as one at `place`."""
+        if len(self.axes) == 1:
+            return x
         x = x if self._adjacent else tf.transpose(x, self._order)
         extents = [tf.shape(x)[i] if extent is None else extent for i, extent in enumerate(x.shape)]
         end = self.place + len(self.axes)
         return tf.reshape(x, [*extents[: self.place], math.prod(x.shape[self.place : end]), *extents[end:]])
 
     def split(self, y: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
-        """What `merge` made of x's like, in x's shape."""
+        """The inverse of `merge`: y in the shape of x."""
+        if len(self.axes) == 1:
+            return y
         if self._adjacent:
             y = tf.reshape(y, tf.shape(x))
         else:
@@ -56,21 +62,38 @@ class Axes(NamedTuple):
         return y
 
     def mask(self, mask: Any, x: tf.Tensor, attached: bool) -> tf.Tensor:
-        """A mask as booleans of x's rank: x.shape without the axes, or (attached by Keras) x.shape[:-1]."""
-        mask = wide = tf.cast(mask, tf.bool)
-        if mask.shape.rank == self.rank - len(self.axes) and not attached:
+        """A mask as booleans of the rank of x, before `merge`.
+
+        Its shape is that of x without the axes, or x.shape[:-1] if Keras attached it to x, or extents of 1 in either.
+        A mask along one axis that fits only one of the two readings is read that way.
+        """
+        mask = tf.cast(mask, tf.bool)
+        last = [tf.expand_dims(mask, -1)]
+        along = []
+        if mask.shape.rank == self.rank - len(self.axes):
+            wide = mask
             for axis in self.axes:
                 wide = tf.expand_dims(wide, axis)
+            along = [wide]
+        if len(self.axes) == 1:
+            if not along:
+                raise ValueError(
+                    f"mask must have one dimension less than inputs. Received: mask.shape={mask.shape}, "
+                    f"inputs.shape={x.shape}"
+                )
+            readings = last + along if attached else along + last
         else:
-            wide = tf.expand_dims(mask, -1)
-        fits = wide.shape.rank == self.rank
-        if not (fits and all(m in (1, None) or n in (m, None) for m, n in zip(wide.shape, x.shape, strict=True))):
+            readings = along if along and not attached else last
+        fitting = [wide for wide in readings if _fits(wide, x)]
+        if not fitting:
+            without = f"axis {self.axes[0]}" if len(self.axes) == 1 else f"axes {list(self.axes)}"
             raise ValueError(
-                f"mask must have the shape of inputs without axes {list(self.axes)}, or extents of 1 in it. "
+                f"mask must have the shape of inputs without {without}, or extents of 1 in it. "
                 f"Received: mask.shape={mask.shape}, inputs.shape={x.shape}"
             )
-        plain = all(wide.shape[axis] == 1 for axis in self.axes)
-        return wide if plain else tf.broadcast_to(wide, tf.shape(x))
+        wide = fitting[0]
+        constant = len(self.axes) == 1 or all(wide.shape[axis] == 1 for axis in self.axes)
+        return wide if constant else tf.broadcast_to(wide, tf.shape(x))
 
     @property
     def _adjacent(self) -> bool:
@@ -81,18 +104,8 @@ class Axes(NamedTuple):
         return [*(i for i in range(self.rank) if i not in self.axes), *self.axes]
 
 
-def mask_along(mask: Any, x: tf.Tensor, places: tuple[int, int]) -> tf.Tensor:
-    """The mask as booleans of x's rank, its missing axis at the first of `places` where its extents fit."""
-    mask = tf.cast(mask, tf.bool)
-    if mask.shape.rank != x.shape.rank - 1:
-        raise ValueError(
-            f"mask must have one dimension less than inputs. Received: mask.shape={mask.shape}, inputs.shape={x.shape}"
-        )
-    for place in places:
-        weights = tf.expand_dims(mask, place)
-        if all(m in (1, None) or n in (m, None) for m, n in zip(weights.shape, x.shape, strict=True)):
-            return weights
-    raise ValueError(
-        f"mask must have the shape of inputs without axis {places[0]}, or extents of 1 in it. "
-        f"Received: mask.shape={mask.shape}, inputs.shape={x.shape}"
-    )
+def _fits(mask: tf.Tensor, x: tf.Tensor) -> bool:
+    """Whether the mask has the rank of x and broadcasts to it, as far as extents are known."""
+    if mask.shape.rank != x.shape.rank:
+        return False
+    return all(m in (1, None) or n in (m, None) for m, n in zip(mask.shape, x.shape, strict=True))

@@ -1,10 +1,10 @@
-"""Layer and group normalization as plain TensorFlow ops: in inference, on small tensors, for second derivatives.
+"""Layer and group normalization as TensorFlow's own ops: in inference, on small tensors, and for second derivatives.
 
     mean, variance = moments of x over each sample's group (or over `axes`), y = (x - mean)*invstd*gamma + beta
-    invstd = 1/sqrt(variance + epsilon), 0 where that is 1/0
+    invstd = 1/sqrt(variance + epsilon), or 0 where variance + epsilon is 0
 
-Computes in float32, in float64 for float64 x. Right in every order: tf.nn.moments, which Keras's layers are made of,
-stops the gradient at the mean inside the variance, so that second derivatives lack a term.
+Computes in float32, or in float64 for float64 x. Correct to any order: tf.nn.moments, which Keras's layers use, stops
+the gradient at the mean inside the variance, so their second derivatives lack a term.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from .reference import compute_dtype
+from .batch import compute_dtype
 
-PRIMAL = ("x", "gamma", "beta")  # what a gradient is asked for, in this order
+PRIMALS = ("x", "gamma", "beta")  # the tensors that get a gradient, in this order
 
 
 class Norm(NamedTuple):
-    """Which of the norms it is. axes are ascending and >= 0."""
+    """Which norm it is. axes are ascending and >= 0."""
 
-    axes: tuple[int, ...]  # what a layer norm normalizes over; of a group norm the channels alone
+    axes: tuple[int, ...]  # a layer norm normalizes over them; of a group norm only the channel axis
     groups: int | None  # None: layer norm
     epsilon: float
 
 
 def normalize(x: tf.Tensor, gamma: tf.Tensor | None, beta: tf.Tensor | None, norm: Norm) -> tf.Tensor:
-    """y in x's shape and dtype. gamma and beta: the extents of norm.axes, in this order."""
+    """y in the shape and dtype of x. gamma and beta have the extents of norm.axes, in this order."""
     values = tf.cast(x, compute_dtype(x))
     shape = tf.shape(x)
     extents = [shape[i] if extent is None else extent for i, extent in enumerate(x.shape)]
@@ -55,18 +55,19 @@ def normalize(x: tf.Tensor, gamma: tf.Tensor | None, beta: tf.Tensor | None, nor
 def derivative_of_gradient(
     given: Mapping[str, tf.Tensor], cotangents: Sequence[tf.Tensor], norm: Norm
 ) -> list[tf.Tensor]:
-    """Vector-Jacobian product of the backward pass (dy, x, gamma, beta -> dx, dgamma, dbeta), one cotangent for each.
+    """The vector-Jacobian product of the backward pass (dy, x, gamma, beta -> dx, dgamma, dbeta).
 
-    given: dy, x and, where present, gamma and beta; the derivatives come in its order.
+    given: dy, x and, where present, gamma and beta. cotangents: one for each output. The derivatives have the order of
+    `given`.
     """
-    arguments = {name: given[name] for name in PRIMAL if name in given}
-    primal = list(arguments.values())
+    arguments = {name: given[name] for name in PRIMALS if name in given}
+    primals = list(arguments.values())
     with tf.GradientTape() as outer:
         outer.watch(list(given.values()))
         with tf.GradientTape() as inner:
-            inner.watch(primal)
+            inner.watch(primals)
             y = normalize(**{"gamma": None, "beta": None, **arguments}, norm=norm)
-        gradients = inner.gradient(y, primal, output_gradients=given["dy"])
+        gradients = inner.gradient(y, primals, output_gradients=given["dy"])
     return list(
         outer.gradient(gradients, list(given.values()), output_gradients=list(cotangents), unconnected_gradients="zero")
     )

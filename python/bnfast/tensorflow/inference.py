@@ -1,17 +1,18 @@
-"""Inference-mode batch normalization as TensorFlow's own ops, so that an exported graph runs without bnfast.
+"""Batch normalization in inference mode as TensorFlow's own ops, so that an exported graph runs without bnfast.
 
     y = activation(gamma*(x - moving_mean)/sqrt(moving_variance + epsilon) + beta + residual)
 
-4-D channels_last takes TensorFlow's fused op: (32, 56, 56, 64) 2.2 ms against 4.0 for Keras's own ops. Other layouts
-take those ops: fused channels_first is slower (5.0 ms against 2.8), other ranks gain nothing. float64 has no fused op.
-Computes in float32, in float64 for float64 x.
+Computes in float32, or in float64 for float64 x. 4-D channels_last uses TensorFlow's fused op: (32, 56, 56, 64) takes
+2.2 ms, Keras's own ops 4.0 ms. Other layouts use those ops: fused channels_first is slower (5.0 ms against 2.8 ms),
+other ranks gain nothing, and float64 has no fused op.
 """
 
 from __future__ import annotations
 
 import tensorflow as tf
 
-from .reference import Options, activate, compute_dtype, per_channel
+from .batch import Options, compute_dtype, per_channel
+from .reference import activate
 
 
 def infer(
@@ -23,9 +24,9 @@ def infer(
     options: Options,
     residual: tf.Tensor | None = None,
 ) -> tf.Tensor:
-    """y in x's shape and dtype. gamma, beta and moving_* are (C,), of any float dtype; residual is as x."""
+    """y in the shape and dtype of x. gamma, beta and moving_* have shape (C,) and any float dtype."""
     fused = x.shape.rank == 4 and options.axis % 4 == 3 and x.dtype != tf.float64
-    normalize = _fused if fused else _plain
+    normalize = _fused if fused else _unfused
     y = normalize(x, gamma, beta, moving_mean, moving_variance, options)
     return activate(y if residual is None else y + residual, options)
 
@@ -38,7 +39,7 @@ def _fused(
     variance: tf.Tensor,
     options: Options,
 ) -> tf.Tensor:
-    # the raw op: tf.compat.v1.nn.fused_batch_norm raises an epsilon below 1.001e-5 to that without a word
+    # The raw op: tf.compat.v1.nn.fused_batch_norm silently raises an epsilon below 1.001e-5 to that value.
     mean = tf.cast(mean, tf.float32)
     return tf.raw_ops.FusedBatchNormV3(
         x=x,
@@ -51,7 +52,7 @@ def _fused(
     ).y
 
 
-def _plain(
+def _unfused(
     x: tf.Tensor,
     gamma: tf.Tensor | None,
     beta: tf.Tensor | None,

@@ -1,13 +1,13 @@
-"""The TensorFlow ops BnfastTrain and BnfastGrad (csrc/tf/): loading them, calling them, their gradients.
+"""The bridge "op": the TensorFlow ops BnfastTrain and BnfastGrad (csrc/tf/), their loading, calls and gradients.
 
-    status         -> (available, reason); loads bnfast/_tf.so at the first call, once a process, and never raises
-    choose         which bridge a layer's `bridge` argument and the environment's BNFAST_BRIDGE come to
-    train, train_step, moments, gradient   as in `bridge`
+    status         (available, reason); loads bnfast/_tf.so at the first call, once per process, and never raises
+    choose         the bridge that a layer's `bridge` argument and the environment's BNFAST_BRIDGE select
+    train, train_step, moments, gradient   as in `ops`, which documents them
 
-The kernels run inside TensorFlow's executor, without Python and the GIL, on the threads and scratch of bnfast._core.
-y may take x's buffer, dx that of dy or x, and dresidual x's, where TensorFlow holds it for nothing else. Their second
-and higher derivatives are those of the same formula in TensorFlow's own ops. Argument errors of a kernel are
-tf.errors.InvalidArgumentError. The ops run on a CPU; XLA has no kernel for them.
+The kernels run inside TensorFlow's executor, without Python and without the GIL, on bnfast._core's threads and scratch.
+y may reuse the buffer of x, dx that of dy or x, and dresidual that of x, if TensorFlow holds the buffer for nothing
+else. Second and higher derivatives are those of the same formula in TensorFlow's own ops (`reference`). A kernel
+reports bad arguments as tf.errors.InvalidArgumentError. The ops run on a CPU; XLA has no kernel for them.
 """
 
 from __future__ import annotations
@@ -23,18 +23,17 @@ import numpy as np
 import tensorflow as tf
 
 from .. import _core
-from . import op_library as _tf_library
-from . import reference as formula
-from .reference import Batch, Options
+from . import op_library, reference
+from .batch import Batch, Options, compute_dtype
 
-BRIDGES = _tf_library.BRIDGES
+BRIDGES = op_library.BRIDGES
 
 _logger = logging.getLogger("bnfast")
 _lock = threading.RLock()
 
 
 class _Library(NamedTuple):
-    ops: Any  # the module of wrappers that TensorFlow generates; None where loading failed
+    ops: Any  # the module of wrappers that TensorFlow generates; None if loading failed
     reason: str
 
 
@@ -49,11 +48,13 @@ def status() -> tuple[bool, str]:
 
 
 def choose(bridge: str) -> str:
-    """ "op" or "numpy_function". "auto" is what BNFAST_BRIDGE says, else "op" where the library loads.
+    """ "op" or "numpy_function". "auto" is what BNFAST_BRIDGE says, else "op" if the library loads.
 
-    Raises RuntimeError where the op was asked for and can't be had, ValueError for a word that names no bridge.
+    Raises:
+        RuntimeError: the op was asked for and can't be used.
+        ValueError: the word names no bridge.
     """
-    wanted = _tf_library.wanted(bridge)
+    wanted = op_library.wanted(bridge)
     if wanted == "numpy_function":
         return wanted
     available, reason = status()
@@ -85,10 +86,10 @@ def _load() -> _Library:
 
 
 def _try_to_load() -> _Library:
-    reason = _tf_library.defect()
+    reason = op_library.defect()
     if reason:
         return _Library(None, reason)
-    path = os.fspath(_tf_library.PATH)
+    path = os.fspath(op_library.PATH)
     try:
         ops = tf.load_op_library(path)
         reason = _core._connect_tf(path) or _self_test(ops)
@@ -96,21 +97,26 @@ def _try_to_load() -> _Library:
             return _Library(None, f"{path}: {reason}")
         tf.RegisterGradient("BnfastTrain")(_train_gradient)
         tf.RegisterGradient("BnfastGrad")(_grad_gradient)
-    except Exception as error:  # whatever TensorFlow raises: the other bridge works without it
+    except Exception as error:  # any error of TensorFlow's: the other bridge works without the op
         return _Library(None, f"{path}: {str(error).strip() or type(error).__name__}")
-    return _Library(ops, f"{_tf_library.PATH.name} loaded by TensorFlow {tf.__version__}")
+    return _Library(ops, f"{op_library.PATH.name} loaded by TensorFlow {tf.__version__}")
 
 
 def _self_test(ops: Any) -> str:
-    """What is wrong with a batch norm of four numbers and its gradient, or "": TensorFlow's C API is called alpha."""
+    """Why a batch norm of four numbers, or its gradient, is wrong; "" if both are right.
+
+    TensorFlow calls the C API for kernels alpha, so the result is checked once per process.
+    """
     with tf.init_scope(), tf.device("CPU:0"):
         if not tf.executing_eagerly():
             return ""
         x, two = tf.constant([[1.0, 2.0], [3.0, 6.0]]), tf.constant([2.0, 2.0])
-        words = dict(axis=-1, epsilon_bits=0, activation="none", negative_slope_bits=0)
-        words |= dict(x=x, gamma=[two], beta=[two], mask=[])
-        forward = ops.bnfast_train(moving_mean=two, moving_variance=two, residual=[], momentum_bits=_bits(0.5), **words)
-        backward = ops.bnfast_grad(dy=x, saved=forward.saved, y=[], statistics=[], parameter_type=tf.float32, **words)
+        shared = dict(axis=-1, epsilon_bits=0, activation="none", negative_slope_bits=0)
+        shared |= dict(x=x, gamma=[two], beta=[two], mask=[])
+        forward = ops.bnfast_train(
+            moving_mean=two, moving_variance=two, residual=[], momentum_bits=_bits(0.5), **shared
+        )
+        backward = ops.bnfast_grad(dy=x, saved=forward.saved, y=[], statistics=[], parameter_type=tf.float32, **shared)
         wanted: dict[str, tuple[Any, Any]] = {
             "y": ([[0, 0], [4, 4]], forward.y),
             "moving_mean": ([2, 3], forward.new_mean),
@@ -127,22 +133,22 @@ def _self_test(ops: Any) -> str:
 def train(
     x: tf.Tensor, gamma: tf.Tensor | None, beta: tf.Tensor | None, mask: tf.Tensor | None, options: Options
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """bridge.train: moving statistics with momentum 0 are the batch's own, and so are their gradients."""
+    """`ops.train`. With momentum 0 the moving statistics are the batch's own, and so are their gradients."""
     x = tf.convert_to_tensor(x)
     channels = x.shape[options.axis] or tf.shape(x)[options.axis]
     zeros = tf.zeros([channels], tf.float64)
     gamma, beta = (None if vector is None else tf.cast(vector, tf.float64) for vector in (gamma, beta))
     y, mean, variance = train_step(Batch(x, gamma, beta, mask), (zeros, zeros), 0.0, options, statistics_gradient=True)
-    dtype = formula.compute_dtype(x)
+    dtype = compute_dtype(x)
     return y, tf.cast(mean, dtype), tf.cast(variance, dtype)
 
 
 def moments(x: tf.Tensor, mask: tf.Tensor | None, options: Options) -> tuple[tf.Tensor, tf.Tensor]:
-    """bridge.moments, from a training step whose y nobody reads: there is no op for moments alone."""
+    """`ops.moments`, from a training step whose y is unused: there is no op for moments alone."""
     x = tf.stop_gradient(x)
     zeros = tf.zeros([x.shape[options.axis] or tf.shape(x)[options.axis]], tf.float64)
-    plain = Options(options.axis, options.epsilon)
-    _, mean, variance = train_step(Batch(x, mask=mask), (zeros, zeros), 0.0, plain)
+    linear = Options(options.axis, options.epsilon)
+    _, mean, variance = train_step(Batch(x, mask=mask), (zeros, zeros), 0.0, linear)
     return mean, variance
 
 
@@ -159,7 +165,7 @@ def gradient(
     y: tf.Tensor | None,
     options: Options,
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor | None]:
-    """bridge.gradient."""
+    """`ops.gradient`."""
     result = _load().ops.bnfast_grad(
         dy=dy,
         x=x,
@@ -178,7 +184,7 @@ def gradient(
 def train_step(
     batch: Batch, moving: tuple[tf.Tensor, tf.Tensor], momentum: float, options: Options, **attributes: Any
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """bridge.train_step; attributes: the op's others. The (C,) vectors have one dtype, float32 or float64."""
+    """`ops.train_step`; attributes: further ones of the op. The (C,) vectors share one dtype, float32 or float64."""
     x, gamma, beta, mask, residual = batch
     x = tf.convert_to_tensor(x)
     y, mean, variance, _ = _load().ops.bnfast_train(
@@ -197,9 +203,9 @@ def train_step(
 
 
 def _weights(mask: tf.Tensor, x: tf.Tensor, axis: int) -> tf.Tensor:
-    """The mask as the kernels take it: x's shape with extent 1 along axis, in x's dtype of computation."""
+    """The mask as the kernels need it: the shape of x with extent 1 along `axis`, in the compute dtype of x."""
     at = axis % x.shape.rank
-    weights = tf.cast(mask, formula.compute_dtype(x))
+    weights = tf.cast(mask, compute_dtype(x))
     wanted = [1 if i == at else extent for i, extent in enumerate(x.shape)]
     if None not in wanted and weights.shape == wanted:
         return weights
@@ -208,7 +214,7 @@ def _weights(mask: tf.Tensor, x: tf.Tensor, axis: int) -> tf.Tensor:
 
 @functools.lru_cache
 def _attributes(options: Options) -> dict[str, Any]:
-    """TensorFlow's float attributes hold 32 bits; a float64 travels as the int of the same bits."""
+    """The op's attributes. TensorFlow's float attributes hold 32 bits: a float64 is passed as the int of its bits."""
     return {
         "axis": options.axis,
         "epsilon_bits": _bits(options.epsilon),
@@ -222,14 +228,14 @@ def _bits(value: float) -> int:
 
 
 class _Call(NamedTuple):
-    """One call of either op, as its gradient needs it: `optional` holds the inputs that are there, by name."""
+    """One call of either op, as its gradient needs it: `optional` holds the optional inputs that are given, by name."""
 
     optional: dict[str, Any]
     options: Options
 
     @staticmethod
     def of(op: Any, names: tuple[str, ...]) -> _Call:
-        given, place = {}, 3  # three inputs stand before the optional ones, in both ops
+        given, place = {}, 3  # in both ops three inputs precede the optional ones
         for name in names:
             for i in range(op.get_attr("num_" + name)):
                 given[name if name != "statistics" else ("dmean", "dvariance")[i]] = op.inputs[place]
@@ -253,7 +259,7 @@ def _train_gradient(op: Any, dy: tf.Tensor, dmean: tf.Tensor, dvariance: tf.Tens
         saved=op.outputs[3],
         **{name: [optional[name]] if name in optional else [] for name in ("gamma", "beta", "mask")},
         y=y,
-        parameter_type=op.inputs[1].dtype,  # that of the moving statistics
+        parameter_type=op.inputs[1].dtype,  # the dtype of the moving statistics
         statistics=[dmean, dvariance] if op.get_attr("statistics_gradient") else [],
         **_attributes(options),
     )
@@ -268,5 +274,5 @@ def _grad_gradient(op: Any, *cotangents: tf.Tensor) -> list[tf.Tensor | None]:
     mask = given.pop("mask", None)
     outputs = dict(zip(("x", "gamma", "beta", "y"), cotangents, strict=False))
     used = [outputs[name] for name in outputs if name in given]
-    derivatives = dict(zip(given, formula.derivative_of_gradient(given, used, mask, options), strict=True))
-    return [derivatives["dy"], derivatives["x"], None, *(derivatives.get(name) for name in optional)]  # none for y
+    derivatives = dict(zip(given, reference.derivative_of_gradient(given, used, mask, options), strict=True))
+    return [derivatives["dy"], derivatives["x"], None, *(derivatives.get(name) for name in optional)]  # y gets none

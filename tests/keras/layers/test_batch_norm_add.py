@@ -10,9 +10,8 @@ pytest.importorskip("tensorflow")
 import keras
 import tensorflow as tf
 from bnfast.keras import BatchNormalizationAdd
-from bnfast.tensorflow import ops as bridge
-from bnfast.tensorflow import reference as formula
-from bnfast.tensorflow.reference import Batch, Options
+from bnfast.tensorflow import ops, reference
+from bnfast.tensorflow.batch import Batch, Options
 
 pytestmark = pytest.mark.usefixtures("each_bridge")
 
@@ -104,7 +103,7 @@ def test_second_order(activation: Any, rng: np.random.Generator) -> None:
             total = tf.add_n(squares)
         return outer.gradient(total, [x, gamma, residual])
 
-    for actual, wanted in zip(penalty(bridge.train_step), penalty(formula.train_step), strict=True):
+    for actual, wanted in zip(penalty(ops.train_step), penalty(reference.train_step), strict=True):
         np.testing.assert_allclose(actual, wanted, rtol=1e-9)
 
 

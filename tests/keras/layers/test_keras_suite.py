@@ -54,7 +54,7 @@ def test_upstream(name: str) -> None:
 def test_upstream_of_the_relatives(kind: str, name: str, small_too: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keras's tensors are small; with no lower limit they train on the kernels all the same."""
     if small_too:
-        monkeypatch.setattr("bnfast.keras.layers.norms.SMALL_BYTES", 0)
+        monkeypatch.setattr("bnfast.tensorflow.group_norm.SMALL_BYTES", 0)
     run(kind, name)
 
 

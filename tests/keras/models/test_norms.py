@@ -12,7 +12,7 @@ pytest.importorskip("tensorflow")
 import keras
 import tensorflow as tf
 from bnfast.keras import GroupNormalization, InstanceNormalization, LayerNormalization, to_keras
-from bnfast.keras.layers import norms
+from bnfast.tensorflow import group_norm
 from keras import layers as L
 from norms_cases import each_way, same, theirs
 
@@ -126,7 +126,7 @@ def test_files_of_keras(tmp_path: Path) -> None:
 
 
 def test_inference_is_made_of_tensorflows_ops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(norms, "SMALL_BYTES", 0)
+    monkeypatch.setattr(group_norm, "SMALL_BYTES", 0)
     ours, keras_model = models("float32")
     x = tf.constant(data()[0], tf.float32)
     ours.export(tmp_path / "exported", verbose=False)

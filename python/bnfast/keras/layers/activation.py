@@ -1,7 +1,7 @@
-"""Which activations the kernels fuse: None, relu, relu6, leaky_relu, and whatever else computes exactly these.
+"""The activations that the kernels fuse: None, relu, relu6 and leaky_relu, in every form that computes exactly these.
 
-A layer instance counts where it is keras.layers.ReLU, LeakyReLU or Activation itself (a subclass may do anything),
-computes in the batch norm's own dtype and adds no loss. Everything else is applied after, as it is.
+A layer instance is fused if its class is exactly keras.layers.ReLU, LeakyReLU or Activation (a subclass may compute
+anything), if it computes in the batch norm's dtype and adds no loss. Any other activation is applied after the kernel.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import keras
 
 
 class Fused(NamedTuple):
-    """The words of bnfast.batch_norm_train."""
+    """The arguments of bnfast.batch_norm_train."""
 
     activation: str | None
     negative_slope: float = 0.2
@@ -29,7 +29,7 @@ _FUNCTIONS = (
 
 
 def get(activation: Any) -> Callable[..., Any]:
-    """keras.activations.get, which also takes layer instances; not their classes."""
+    """keras.activations.get, which also accepts layer instances, but not layer classes."""
     if isinstance(activation, type):
         raise TypeError(
             "activation must be None, a name, a function or a layer instance. "
@@ -42,7 +42,7 @@ def get(activation: Any) -> Callable[..., Any]:
 
 
 def fuse(activation: Callable[..., Any], compute_dtype: str) -> Fused | None:
-    """How the kernels compute this activation, or None where they don't."""
+    """The fused form of this activation, or None if the kernels don't have it."""
     if not isinstance(activation, keras.layers.Layer):
         return _fuse_function(activation)
     if activation.compute_dtype != compute_dtype or activation.activity_regularizer is not None:

@@ -1,7 +1,7 @@
-"""The arguments of the Keras layer: what Keras's own doesn't check or doesn't have, and which exclude each other.
+"""The arguments of the Keras layer that Keras's own layer doesn't have or doesn't check, and which exclude each other.
 
-`check` sees a layer when Keras's constructor is done; `own` gives the attributes that only our layer has, checked.
-Errors name the argument, what was wanted and what came: TypeError for types, ValueError for values.
+`check` looks at a layer after Keras's constructor; `validated_options` returns the attributes that only our layer has.
+An error names the argument, what was wanted and what was received: TypeError for types, ValueError for values.
 """
 
 from __future__ import annotations
@@ -10,21 +10,26 @@ import math
 import operator
 from typing import Any
 
-from ..._arguments import checks as _checks
-from ...tensorflow import op
-from ...tensorflow.training import adjustment as adjustments
-from ...tensorflow.training import ghosts
-from ...tensorflow.training.step import NAN_POLICIES
+from ..._arguments import checks
+from .framework import BRIDGES, NAN_POLICIES, ghosts
+from .framework import adjustment as adjustments
 
-# What Keras's layer doesn't have: in a config only where they aren't the defaults.
+# The arguments that Keras's layer doesn't have. A config holds them only where they aren't the defaults.
 OWN = (
-    *("correction", "nan_policy", "update_statistics", "use_batch_statistics", "trainable_affine"),
-    *("virtual_batch_size", "virtual_batch_grouping", "bridge", "fused"),
+    "correction",
+    "nan_policy",
+    "update_statistics",
+    "use_batch_statistics",
+    "trainable_affine",
+    "virtual_batch_size",
+    "virtual_batch_grouping",
+    "bridge",
+    "fused",
 )
 
 
 def one_axis(axis: Any) -> int:
-    """The axis as an int; Keras 2 and tf.keras configs hold a list of one."""
+    """The axis as an int. Configs of Keras 2 and tf.keras hold a list of one."""
     axes = axis if isinstance(axis, (list, tuple)) else [axis]
     if len(axes) > 1:
         raise ValueError(f"axis must be one axis here. Received: axis={axis}")
@@ -35,14 +40,14 @@ def one_axis(axis: Any) -> int:
 
 
 def check(layer: Any) -> None:
-    """The numbers that Keras takes as they come."""
+    """Checks the numbers that Keras accepts unchecked."""
     if not 0 <= layer.momentum <= 1:
         raise ValueError(f"momentum must be in [0, 1]. Received: {layer.momentum}")
     if not (layer.epsilon >= 0 and math.isfinite(layer.epsilon)):
         raise ValueError(f"epsilon must be finite and >= 0. Received: {layer.epsilon}")
 
 
-def own(
+def validated_options(
     *,
     correction: Any,
     nan_policy: Any,
@@ -57,9 +62,9 @@ def own(
     renorm: bool,
     synchronized: bool,
 ) -> dict[str, Any]:
-    """The attributes by name. renorm and synchronized are Keras's, to see what goes with them."""
-    if bridge not in op.BRIDGES:
-        raise ValueError(f"bridge must be one of {op.BRIDGES}. Received: {bridge!r}")
+    """The attributes by name. renorm and synchronized are Keras's own; they exclude some of ours."""
+    if bridge not in BRIDGES:
+        raise ValueError(f"bridge must be one of {BRIDGES}. Received: {bridge!r}")
     if virtual_batch_size is not None:
         ghosts.check(virtual_batch_size, renorm)
     adjustments.check(adjustment, virtual_batch_size)
@@ -72,16 +77,16 @@ def own(
                 raise ValueError(
                     f"synchronized must be False with {', '.join(others)}. Received: synchronized=True, {name}={value}"
                 )
-    grouping = _checks.choice("virtual_batch_grouping", virtual_batch_grouping, ghosts.GROUPINGS)
+    grouping = checks.choice("virtual_batch_grouping", virtual_batch_grouping, ghosts.GROUPINGS)
     optional = {"use_batch_statistics": use_batch_statistics, "fused": fused}
     return {
-        "correction": _checks.check_correction(correction),
-        "nan_policy": str(_checks.choice("nan_policy", nan_policy, NAN_POLICIES)),
-        "update_statistics": _checks.boolean("update_statistics", update_statistics),
-        "trainable_affine": _checks.boolean("trainable_affine", trainable_affine),
+        "correction": checks.check_correction(correction),
+        "nan_policy": str(checks.choice("nan_policy", nan_policy, NAN_POLICIES)),
+        "update_statistics": checks.boolean("update_statistics", update_statistics),
+        "trainable_affine": checks.boolean("trainable_affine", trainable_affine),
         "virtual_batch_size": virtual_batch_size,
         "virtual_batch_grouping": str(grouping),
         "adjustment": adjustment,
         "bridge": bridge,
-        **{name: value if value is None else _checks.boolean(name, value) for name, value in optional.items()},
+        **{name: value if value is None else checks.boolean(name, value) for name, value in optional.items()},
     }

@@ -1,29 +1,44 @@
 """`bnfast.keras.BatchNormalization`: keras.layers.BatchNormalization, trained by bnfast's kernels.
 
-Training goes through `bridge` (one op forward, one backward), inference through `inference` (TensorFlow ops
-only, so that an exported model doesn't need bnfast). Weights, their names and order, config, dtype policies and the
-meaning of `training` and `trainable` are Keras's own. Two things differ, on purpose: a mask is read along the right
-axes for every `axis`, and an empty or fully masked batch leaves the moving statistics as they are.
+In training `call` runs one kernel forward and one backward; in inference it uses the framework's own ops, so that an
+exported model doesn't need bnfast. Weights, their names and order, config, dtype policies and the meaning of `training`
+and `trainable` are Keras's own. Two things differ on purpose: a mask is read along the right axes for every `axis`, and
+an empty or fully masked batch leaves the moving statistics unchanged.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import keras
-import tensorflow as tf
 
-from ...tensorflow.axes import Axes, mask_along
-from ...tensorflow.reference import Batch, Options
-from ...tensorflow.training import adjustment as adjustments
-from ...tensorflow.training import ghosts, synchronized
-from ...tensorflow.training import mode as freezing
-from ...tensorflow.training import renorm as renorms
-from ...tensorflow.training.step import Policy, parameter
 from . import activation as activations
 from . import arguments
+from .framework import (
+    Axes,
+    Batch,
+    Mode,
+    Options,
+    Policy,
+    as_input,
+    check_backend,
+    ghosts,
+    is_training,
+    parameter,
+    replicas,
+    step,
+)
+from .framework import (
+    adjustment as adjustments,
+)
+from .framework import (
+    renorm as renorms,
+)
+
+KERAS: Any = keras.layers.BatchNormalization  # the class itself, whatever that name is patched to later
 
 _logger = logging.getLogger("bnfast")
 _VECTORS = ("gamma", "beta", "moving_mean", "moving_variance")
@@ -33,79 +48,81 @@ _VECTORS = ("gamma", "beta", "moving_mean", "moving_variance")
 class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
     """Batch normalization with the arguments, weights and results of `keras.layers.BatchNormalization`.
 
-    In training mode, over all axes but `axis`, and `moving_mean` and `moving_variance` move towards mean and variance:
+    In training mode the mean and variance are taken over all axes but `axis`, and the moving statistics are updated:
 
         y = activation(gamma*(x - mean)/sqrt(variance + epsilon) + beta)
         moving = moving*momentum + batch*(1 - momentum)
 
-    In inference mode, which includes any call with `trainable = False`, the moving statistics stand for the batch's.
-    Three switches freeze a part of that, whatever `training` says to the layers around (read at every call; traced
-    functions and compiled models keep what they were traced with):
+    In inference mode, and in every call with `trainable = False`, the moving statistics replace the batch's. Three
+    switches freeze parts of this, whatever `training` is for the layers around. They are read at every call; a traced
+    function or compiled model keeps the values it was traced with.
 
-        use_batch_statistics  update_statistics   y uses                        moving statistics
-        None (default)        True (default)      batch's in training           move in training
-        None                  False               batch's in training           never move
-        False                 True                moving ones                   move in training
-        False                 False               moving ones                   never move
-        True                  True                batch's, also in inference    move in training
-        True                  False               batch's, also in inference    never move
+        use_batch_statistics  update_statistics   y is normalized with              moving statistics
+        None (default)        True (default)      the batch's in training           are updated in training
+        None                  False               the batch's in training           are never updated
+        False                 True                the moving ones                   are updated in training
+        False                 False               the moving ones                   are never updated
+        True                  True                the batch's, in inference, too    are updated in training
+        True                  False               the batch's, in inference, too    are never updated
 
-    "In training" means training=True and layer.trainable. trainable_affine=False makes gamma and beta weights that
-    aren't trained, which layer.trainable doesn't undo. Keras's usual freeze, trainable = False, is the first row in
-    inference mode. In (False, True) y and the moving statistics come of different passes: x is read once more.
+    "In training" means training=True and layer.trainable. trainable_affine=False makes gamma and beta non-trainable
+    weights, which layer.trainable doesn't undo. Keras's usual freeze, trainable = False, is the first row in inference
+    mode. In the third row y and the moving statistics come from separate passes, so x is read once more.
 
-    renorm=True is Keras's: gamma*(xhat*r + d) + beta in training, with its weights and its order of updates. The values
-    of renorm_clipping may be scalar `tf.Variable`s too: assigning to one takes effect without retracing. A config holds
-    the numbers they are at that time, and their order (rmin <= rmax) is checked once, here.
+    renorm=True works as in Keras: y = gamma*(xhat*r + d) + beta in training, with Keras's weights and order of updates.
+    The values of renorm_clipping may also be scalar `tf.Variable`s: assigning to one takes effect without retracing. A
+    config holds their values at that time. Their order (rmin <= rmax) is checked once, by the constructor.
 
-    axis may name several axes, as in tf.keras 2: axis=[1, 2] normalizes every pair of indices on its own, over the
-    others. Weights then have the rank of inputs, with extents of 1 off these axes, and a mask is inputs.shape without
-    them. Axes side by side cost nothing; others cost a copy of x, y, dy and dx.
+    axis may name several axes, as in tf.keras 2: axis=[1, 2] normalizes every pair of indices separately, over the
+    other axes. The weights then have the rank of inputs, with extent 1 off these axes, and a mask has the shape of
+    inputs without them. Adjacent axes cost nothing more; others cost a copy of x, y, dy and dx.
 
     Args: all of Keras's (axis, momentum, epsilon, center, scale, initializers, regularizers, constraints, dtype, name
-    ...), `fused` (Keras 2's, kept and read by nothing), and
+    ...), `fused` (from Keras 2; stored and otherwise ignored), and
         activation: None, a name, a function or a layer instance. relu, relu6 and leaky_relu are fused into the kernels
-            (also as keras.activations functions, ReLU, LeakyReLU and Activation layers); any other is applied after.
-        momentum: None makes moving_mean and moving_variance the plain averages over all batches so far, empty ones
-            aside; the weight `batches` counts them.
-        correction: 1 puts variance*W/(W - 1), the sample variance, into moving_variance (PyTorch's habit), 0 the
-            population variance (Keras's). y is the same. Not with renorm.
-        nan_policy: "propagate", or "skip_update": where a channel's mean or variance isn't finite, y is what it is but
-            the channel's moving statistics stay. (`batches` counts the batch for all channels.)
+            (also as keras.activations functions and as ReLU, LeakyReLU and Activation layers). Any other activation is
+            applied after the kernel.
+        momentum: None makes moving_mean and moving_variance the plain averages over all batches so far. The weight
+            `batches` counts the batches; empty ones aren't counted.
+        correction: 1 puts variance*W/(W - 1), the sample variance, into moving_variance, as PyTorch does; 0 the
+            population variance, as Keras does. y is the same. Not with renorm.
+        nan_policy: "propagate", or "skip_update": the moving statistics of a channel whose mean or variance isn't
+            finite are not updated; y keeps the non-finite values. (`batches` counts the batch for all channels.)
         update_statistics, use_batch_statistics, trainable_affine: see above.
-        virtual_batch_size: normalize every so many samples (axis 0) on their own, as ghost batches; the moving
-            statistics take the mean of the ghosts' statistics. It must divide the batch. Not with renorm.
-        virtual_batch_grouping: "contiguous": a ghost is a slice of the batch; "strided": of G ghosts number g holds
+        virtual_batch_size: normalize every group of this many samples (axis 0) separately, as ghost batches. The moving
+            statistics are updated with the mean of the ghosts' statistics. It must divide the batch. Not with renorm.
+        virtual_batch_grouping: "contiguous": a ghost is a slice of the batch; "strided": of G ghosts, ghost g holds
             samples g, g + G, ..., as in TF 1 and tf.keras 2.
-        adjustment: a function of the shape of inputs (a tensor) that gives (scale, bias), which broadcast to them; in
-            training y is activation((xhat*scale + bias)*gamma + beta), as in TF 1. A config can't hold it: it is left
-            out, with a line in the log `bnfast`. Not with virtual_batch_size.
-        synchronized: under a tf.distribute strategy the batch is that of all replicas, whose shards may be of any size.
-            Without one, or with one replica, the layer is what it is without. Replicas talk in each training call (not
-            from inside a tf.cond or tf.while_loop). Not with renorm, virtual_batch_size or adjustment.
-        bridge: how TensorFlow reaches the kernels in training: "op" (TensorFlow ops of bnfast's own),
-            "numpy_function" (a Python callback each way), or "auto": "op" where it loads, else numpy_function and one
-            line in the log `bnfast`. The environment's BNFAST_BRIDGE decides for "auto".
-        replaces: what this layer was made from, as `accelerate` writes it and `to_keras` reads it: the names "norm"
-            and "add", and "place", the batch norm's among Add's inputs. "bias" names the layer before, whose output
-            nothing but this layer reads: its bias, added last, is left out in training (see `bnfast.keras.accelerate`).
+        adjustment: a function of the shape of inputs (a tensor) that returns (scale, bias), which broadcast to inputs.
+            In training y is activation((xhat*scale + bias)*gamma + beta), as in TF 1. A config can't hold the function:
+            it is left out, and a warning goes to the logger `bnfast`. Not with virtual_batch_size.
+        synchronized: under a tf.distribute strategy, normalize over the samples of all replicas, whose shards may have
+            any size. Without a strategy, or with one replica, it has no effect. Replicas communicate in every training
+            call, which must not be inside a tf.cond or tf.while_loop. Not with renorm, virtual_batch_size or
+            adjustment.
+        bridge: how TensorFlow calls the kernels in training: "op" (bnfast's own TensorFlow op), "numpy_function" (a
+            Python callback each way), or "auto": the op if it loads, else numpy_function and one warning in the logger
+            `bnfast`. The environment variable BNFAST_BRIDGE decides for "auto".
+        replaces: the layers that this one was made from, written by `accelerate` and read by `to_keras`: the names
+            "norm" and "add", and "place", the batch norm's position among Add's inputs. "bias" names the layer before,
+            whose output only this layer reads: training leaves out its bias (see `bnfast.keras.accelerate`).
 
     Call arguments:
         inputs: float tensor of any rank; integers are computed in float32, as in Keras.
         training: None, True, False or a boolean tensor.
         mask: inputs.shape without the channel axis, or with extents of 1; zero or False leaves an entry out of the
-            statistics. The mask that Keras attached to inputs (Masking) lies along inputs.shape[:-1], whatever `axis`
-            is, and so does any other that fits nothing else.
+            statistics. A mask that Keras attached to inputs (Masking) lies along inputs.shape[:-1] whatever `axis` is,
+            and so does any other mask that fits no other way.
 
     Raises:
-        RuntimeError: Keras runs on a backend other than TensorFlow. In training, bridge="op" where the ops can't
-            be loaded: a saved layer can be opened, and used for inference, all the same.
-        ValueError, TypeError: an argument out of range or of the wrong type; the message says which.
+        RuntimeError: Keras runs on a backend other than TensorFlow; or, in training only, bridge="op" and the op can't
+            be loaded. A saved layer can still be loaded and used for inference.
+        ValueError, TypeError: an argument is out of range or of the wrong type; the message names it.
 
     Source: Ioffe and Szegedy 2015, arXiv:1502.03167.
     """
 
-    # Defaults: also those of a layer of Keras's that becomes one of these where it sits (inplace.py).
+    # Defaults, also for a layer of Keras's whose class is changed to this one (models/inplace.py).
     correction = 0
     nan_policy = "propagate"
     update_statistics = trainable_affine = True
@@ -116,7 +133,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
     adjustment: adjustments.Adjustment | None = None
     bridge = "auto"
     momentum: Any
-    _weight_shape: tuple[int, ...] | None = None  # where it isn't (C,)
+    _weight_shape: tuple[int, ...] | None = None  # if not (C,)
 
     def __init__(
         self,
@@ -137,11 +154,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         replaces: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if keras.backend.backend() != "tensorflow":
-            raise RuntimeError(
-                "bnfast.keras.BatchNormalization needs the TensorFlow backend of Keras (KERAS_BACKEND=tensorflow). "
-                f"Received: {keras.backend.backend()}"
-            )
+        check_backend("BatchNormalization")
         if kwargs.get("renorm"):
             renorms.check(kwargs.get("renorm_clipping"), kwargs.get("renorm_momentum", 0.99))
         axes = [arguments.one_axis(one) for one in axis] if isinstance(axis, (list, tuple)) and len(axis) > 1 else axis
@@ -150,7 +163,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         if axes is not axis:
             self.axis = axes
         arguments.check(self)
-        own = arguments.own(
+        options = arguments.validated_options(
             correction=correction,
             nan_policy=nan_policy,
             update_statistics=update_statistics,
@@ -164,7 +177,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
             renorm=self._renorm is not None,
             synchronized=self.synchronized,
         )
-        for name, value in own.items():
+        for name, value in options.items():
             setattr(self, name, value)
         self.momentum = None if momentum is None else self.momentum
         self.activation = activations.get(activation)
@@ -200,65 +213,45 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         return super().add_weight(*args, **kwargs)
 
     def call(self, inputs: Any, training: Any = None, mask: Any = None) -> Any:
-        return self._call(inputs, None, training, mask)
+        arguments, finish = self._prepare(inputs, training, mask)
+        return finish(*step(*arguments))
 
-    def _call(self, inputs: Any, residual: Any, training: Any, mask: Any, affine: bool = True) -> Any:
-        """y; without affine xhat, which neither gamma and beta nor the activation were applied to."""
-        x = tf.convert_to_tensor(inputs)
-        if x.dtype not in (tf.float16, tf.bfloat16):
-            x = tf.cast(x, keras.backend.result_type(x.dtype.name, "float32"))
+    def _prepare(
+        self, inputs: Any, training: Any, mask: Any, residual: Any = None, affine: bool = True
+    ) -> tuple[tuple[Any, ...], Callable[[Any, Any], Any]]:
+        """The arguments of `step`, and the function that turns its results into the layer's output.
+
+        Without `affine` that output is xhat: gamma, beta and the activation are left out.
+        """
+        x = as_input(inputs)
+        axes = Axes.of(self._axes, x.shape, known=len(self._axes) > 1)
         attached = getattr(inputs, "_keras_mask", None)
-        if mask is None and tf.is_tensor(training):  # Keras hands masks on to calls with one tensor argument only
+        if mask is None and keras.ops.is_tensor(training):  # Keras passes masks only to calls with one tensor argument
             mask = attached
-        residual = None if residual is None else tf.cast(residual, x.dtype)
-        if isinstance(self.axis, int):
-            places = (-1, self.axis) if mask is attached else (self.axis, -1)
-            weights = None if mask is None else mask_along(mask, x, places)
-            y = self._normalize(x, residual, training, weights, self.axis, lambda: self._drawn(x), affine)
-        else:
-            axes = Axes.of(self._axes, x.shape)
-            weights = None if mask is None else axes.merge(axes.mask(mask, x, mask is attached))
-            residual = None if residual is None else axes.merge(residual)
-
-            def drawn() -> Any:
-                return [axes.merge(tf.broadcast_to(tensor, tf.shape(x))) for tensor in self._drawn(x)]
-
-            y = axes.split(self._normalize(axes.merge(x), residual, training, weights, axes.place, drawn, affine), x)
-        y = tf.cast(y, self.compute_dtype)
-        return y if self._fused or not affine else tf.cast(self.activation(y), self.compute_dtype)
-
-    def _drawn(self, x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        assert self.adjustment is not None
-        return adjustments.draw(self.adjustment, x)
-
-    def _normalize(
-        self,
-        x: tf.Tensor,
-        residual: tf.Tensor | None,
-        training: Any,
-        weights: tf.Tensor | None,
-        axis: int,
-        drawn: Callable[[], Any],
-        affine: bool,
-    ) -> tf.Tensor:
-        gamma = parameter(self.gamma) if self.scale and affine else None
-        beta = parameter(self.beta) if self.center and affine else None
+        batch = Batch(
+            axes.merge(x),
+            parameter(self.gamma) if self.scale and affine else None,
+            parameter(self.beta) if self.center and affine else None,
+            None if mask is None else axes.merge(axes.mask(mask, x, mask is attached)),
+            None if residual is None else axes.merge(keras.ops.cast(residual, x.dtype)),
+        )
         state = {name: parameter(getattr(self, name)) for name in self._statistics}
         fused = (self._fused if affine else None) or activations.Fused(None)
-        trains = freezing.trains(training, self.trainable)
-        y, moved = freezing.normalize(
-            Batch(x, gamma, beta, weights, residual),
-            state,
-            Options(axis, self.epsilon, *fused),
-            self._policy,
-            freezing.Switches(trains, self.use_batch_statistics, self.update_statistics),
-            None if self.adjustment is None else drawn,
-        )
-        if trains is not False and self.update_statistics:
-            for name, value in moved.items():
-                variable = getattr(self, name)
-                variable.assign(tf.reshape(value, variable.shape))
-        return y
+        options = Options(axes.place, self.epsilon, *fused)
+        mode = Mode(is_training(training, self.trainable), self.use_batch_statistics, self.update_statistics)
+        draw = None if self.adjustment is None else partial(adjustments.draw_merged, self.adjustment, x, axes)
+
+        def finish(y: Any, new: Any) -> Any:
+            if mode.update is not False:
+                for name, value in new.items():
+                    variable = getattr(self, name)
+                    variable.assign(keras.ops.reshape(value, variable.shape))
+            y = keras.ops.cast(axes.split(y, x), self.compute_dtype)
+            if self._fused or not affine:
+                return y
+            return keras.ops.cast(self.activation(y), self.compute_dtype)
+
+        return (batch, state, options, self._policy, mode, draw), finish
 
     @property
     def _axes(self) -> list[int]:
@@ -266,13 +259,13 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
 
     @property
     def _statistics(self) -> tuple[str, ...]:
-        """The names of the weights that training moves."""
+        """The names of the weights that training updates without gradients."""
         counted = ("batches",) if self.momentum is None else ()
         return ("moving_mean", "moving_variance", *(renorms.NAMES if self._renorm else ()), *counted)
 
     @property
     def _renorm(self) -> renorms.Renorm | None:
-        if not getattr(self, "renorm", False):  # Keras before 3.14 has none
+        if not getattr(self, "renorm", False):  # Keras before 3.14 has no renorm
             return None
         return renorms.Renorm(self.renorm_clipping, self.renorm_momentum)
 
@@ -280,7 +273,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
     def _policy(self) -> Policy:
         size = self.virtual_batch_size
         groups = None if size is None else ghosts.Ghosts(size, self.virtual_batch_grouping)
-        together = self.synchronized and synchronized.replicas() > 1
+        several = self.synchronized and replicas() > 1
         return Policy(
             self.momentum,
             self.correction,
@@ -288,7 +281,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
             self._renorm,
             groups,
             self.bridge,
-            together,
+            several,
             "bias" in self.replaces,
         )
 
@@ -303,7 +296,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         return shape
 
     def not_in_config(self) -> dict[str, Any]:
-        """Arguments that a config can't hold as they are: a copy of the layer in the same process takes them."""
+        """The arguments that a config can't hold; a copy of the layer in the same process needs them."""
         live = {"adjustment": self.adjustment, "renorm_clipping": getattr(self, "renorm_clipping", None)}
         return {name: value for name, value in live.items() if value}
 
@@ -315,5 +308,5 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         if self.adjustment is not None:
             _logger.warning("the adjustment of layer %s is left out of its config", self.name)
         own = {name: getattr(self, name) for name in arguments.OWN}
-        words = {name: value for name, value in own.items() if value != getattr(BatchNormalization, name)}
-        return {**config, **words, **({"replaces": dict(self.replaces)} if self.replaces else {})}
+        changed = {name: value for name, value in own.items() if value != getattr(BatchNormalization, name)}
+        return {**config, **changed, **({"replaces": dict(self.replaces)} if self.replaces else {})}

@@ -1,7 +1,7 @@
 """`BatchNormalizationAdd`: the end of a residual block in one layer, y = activation(batch_norm(x) + residual).
 
-The sum and the activation take place in the kernels' apply step: neither the normalized tensor nor the sum is ever
-stored, and the gradient of the residual comes out of the same pass as dx (without an activation it is dy itself).
+The kernels add and activate in their apply step: neither the normalized tensor nor the sum is stored. The gradient of
+the residual is computed in the same pass as dx; without an activation it is dy itself.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from typing import Any
 import keras
 
 from .batch_norm import BatchNormalization
+from .framework import step
 
 
 @keras.saving.register_keras_serializable(package="bnfast")
 class BatchNormalizationAdd(BatchNormalization):
-    """Batch normalization of one tensor, to which another one is added before the activation.
+    """Batch normalization of one tensor, plus a second tensor that is added before the activation.
 
         y = activation(gamma*(x - mean)/sqrt(variance + epsilon) + beta + residual)
 
@@ -23,22 +24,25 @@ class BatchNormalizationAdd(BatchNormalization):
 
     Call arguments:
         inputs: [x, residual], two float tensors of one shape.
-        training, mask: as there; mask is x's own, or a list of x's and the residual's, of which x's counts.
+        training, mask: as for BatchNormalization. mask is that of x, or a list of the masks of x and the residual, of
+            which the first is used.
 
-    The mask of the output is that of keras.layers.Add: the union of both, none where one of them has none.
+    The mask of the output is that of keras.layers.Add: the union of both masks, or None if one of them is None.
 
     Raises:
-        ValueError: inputs are not two tensors of one shape; and all that BatchNormalization raises.
+        ValueError: inputs are not two tensors of one shape. And everything that BatchNormalization raises.
     """
 
     def build(self, input_shape: Any) -> None:
-        shape, _ = _two(input_shape)
+        shape, _ = _both_shapes(input_shape)
         super().build(shape)
         self.input_spec = [self.input_spec] * 2
 
     def call(self, inputs: Any, training: Any = None, mask: Any = None) -> Any:
         x, residual = inputs
-        return self._call(x, residual, training, mask[0] if isinstance(mask, (list, tuple)) else mask)
+        mask = mask[0] if isinstance(mask, (list, tuple)) else mask
+        arguments, finish = self._prepare(x, training, mask, residual)
+        return finish(*step(*arguments))
 
     def compute_mask(self, inputs: Any, previous_mask: Any = None) -> Any:
         masks = previous_mask if isinstance(previous_mask, (list, tuple)) else [None]
@@ -47,10 +51,10 @@ class BatchNormalizationAdd(BatchNormalization):
         return keras.ops.logical_or(*masks)
 
     def compute_output_shape(self, input_shape: Any) -> Any:
-        return super().compute_output_shape(_two(input_shape)[0])
+        return super().compute_output_shape(_both_shapes(input_shape)[0])
 
 
-def _two(shapes: Any) -> tuple[Any, Any]:
+def _both_shapes(shapes: Any) -> tuple[Any, Any]:
     """The shapes of x and of the residual."""
     if isinstance(shapes, (list, tuple)) and len(shapes) == 2 and all(isinstance(s, (list, tuple)) for s in shapes):
         x, residual = (tuple(shape) for shape in shapes)

@@ -2,8 +2,8 @@
 
     y[n] = activation(gamma[label[n]]*xhat[n] + beta[label[n]]),  xhat = (x - mean)/sqrt(variance + epsilon)
 
-The kernels make xhat, in x's dtype; what depends on the sample is TensorFlow's ops after that, in float32 (float64 for
-float64 x): one more pass over x each way. With one class there is nothing to choose, and the kernels do all of it.
+The kernels compute xhat in the dtype of x. The framework's own ops then apply gamma and beta per sample, in float32
+(float64 for float64 x): one more pass over x each way. With a single class the kernels do everything.
 """
 
 from __future__ import annotations
@@ -11,43 +11,43 @@ from __future__ import annotations
 from typing import Any
 
 import keras
-import tensorflow as tf
 
-from ..._arguments import checks as _checks
-from ...tensorflow import reference as formula
+from ..._arguments import checks
 from .batch_norm import BatchNormalization
+from .framework import conditional, step
 
 
 @keras.saving.register_keras_serializable(package="bnfast")
 class ConditionalBatchNormalization(BatchNormalization):
     """Batch normalization whose gamma and beta depend on each sample's label.
 
-    The mean and variance are the whole batch's, and so are the moving statistics; gamma and beta have shape
-    (num_classes, C). With s = 1/sqrt(variance + epsilon) and g = gamma[label]*dy, means and sums over all but `axis`:
+    Mean, variance and moving statistics are those of the whole batch; gamma and beta have shape (num_classes, C). With
+    s = 1/sqrt(variance + epsilon) and g = gamma[label]*dy, and with means and sums over all axes but `axis`:
 
         y[n] = activation(gamma[label[n]]*xhat[n] + beta[label[n]])
         dx = s*(g - mean(g) - xhat*mean(g*xhat));  dgamma[k] = sum(dy*xhat), dbeta[k] = sum(dy) over the samples of k
 
-    A class that isn't in the batch has gradients of 0. num_classes=1 is `bnfast.keras.BatchNormalization`, bit by bit.
+    A class that isn't in the batch gets gradients of 0. num_classes=1 gives the bits of
+    `bnfast.keras.BatchNormalization`.
 
     Args:
         num_classes: the number of classes, 1 or more.
-        axis: one axis, that of the channels; not 0, the samples'.
-        others: those of `bnfast.keras.BatchNormalization`. An adjustment comes before gamma and beta here too.
+        axis: the channel axis, a single one; not 0, the axis of the samples.
+        others: those of `bnfast.keras.BatchNormalization`. An adjustment is applied before gamma and beta here, too.
 
     Call arguments:
-        inputs: [x, labels]; labels are integers of shape (N,) or (N, 1) in [0, num_classes). x or [x] alone will do
-            where gamma and beta are given or absent (scale=False, center=False).
-        gamma, beta: None, or tensors of shape (N, C) or (C,) that take the place of this layer's own in this call (the
-            output of a Dense layer, say). Gradients reach them. Keras casts them to the policy's compute dtype.
-        training, mask: as there; mask is x's own, or a list of which the first, x's, counts.
+        inputs: [x, labels]; labels are integers of shape (N,) or (N, 1) in [0, num_classes). x or [x] is enough if
+            gamma and beta are given or switched off (scale=False, center=False).
+        gamma, beta: None, or tensors of shape (N, C) or (C,) that replace the layer's own in this call (for example the
+            output of a Dense layer). Gradients reach them. Keras casts them to the policy's compute dtype.
+        training, mask: as for BatchNormalization. mask is that of x, or a list whose first entry is that of x.
 
-    Labels out of range: ValueError in eager mode, tf.errors.InvalidArgumentError in a graph; in either nothing was
-    updated before.
+    A label out of range is a ValueError in eager mode and a tf.errors.InvalidArgumentError in a graph; in both cases
+    nothing is updated before.
 
     Raises:
-        ValueError, TypeError: an argument out of range, of the wrong shape or type; and all that BatchNormalization
-            raises.
+        ValueError, TypeError: an argument is out of range or of the wrong shape or type. And everything that
+            BatchNormalization raises.
 
     Source: Dumoulin, Shlens and Kudlur 2017, arXiv:1610.07629; de Vries et al. 2017, arXiv:1707.00683.
     """
@@ -56,7 +56,7 @@ class ConditionalBatchNormalization(BatchNormalization):
         if isinstance(axis, (list, tuple)) and len(axis) != 1:
             raise ValueError(f"axis must be one axis. Received: {axis}")
         super().__init__(axis, momentum, *args, **kwargs)
-        self.num_classes = _checks.integer("num_classes", num_classes)
+        self.num_classes = checks.integer("num_classes", num_classes)
         if self.num_classes < 1:
             raise ValueError(f"num_classes must be at least 1. Received: {num_classes}")
 
@@ -65,7 +65,7 @@ class ConditionalBatchNormalization(BatchNormalization):
         if self.axis in (0, -len(shape)):
             raise ValueError(f"axis must not be 0, the samples'. Received: axis={self.axis} for x of shape {shape}")
         super().build(shape)
-        self.input_spec = None  # one tensor or two: `call` looks
+        self.input_spec = None  # `call` accepts one tensor or two
 
     def add_weight(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("name") in ("gamma", "beta"):
@@ -79,61 +79,29 @@ class ConditionalBatchNormalization(BatchNormalization):
         for name, given, used in (("gamma", gamma, self.scale), ("beta", beta, self.center)):
             _check_given(name, given, used, x, channels)
         if labels is not None:
-            x, labels = self._checked(x, labels)
+            x, labels = conditional.check_labels(x, labels, self.num_classes)
         elif (self.scale and gamma is None) or (self.center and beta is None):
             raise ValueError("inputs must be [x, labels] unless gamma and beta are given. Received: no labels")
         mask = mask[0] if isinstance(mask, (list, tuple)) else mask
-        if mask is None:  # Keras hands masks on to calls with one argument of tensors only
+        if mask is None:  # Keras passes masks only to calls whose one argument is tensors
             mask = getattr(_split(inputs)[0], "_keras_mask", None)
-        if self.num_classes == 1 and gamma is None and beta is None:
-            return self._call(x, None, training, mask)
-        xhat = self._call(x, None, training, mask, affine=False)
-        y = tf.cast(xhat, formula.compute_dtype(xhat))
-        if self.scale:
-            y *= self._spread(self.gamma if gamma is None else gamma, gamma is None, labels, y)
-        if self.center:
-            y += self._spread(self.beta if beta is None else beta, beta is None, labels, y)
-        return tf.cast(self.activation(tf.cast(y, self.compute_dtype)), self.compute_dtype)
+        uniform = self.num_classes == 1 and gamma is None and beta is None
+        arguments, finish = self._prepare(x, training, mask, affine=uniform)
+        xhat = finish(*step(*arguments))
+        if uniform:
+            return xhat
+        gamma = self._of_samples(self.gamma, labels, xhat) if self.scale and gamma is None else gamma
+        beta = self._of_samples(self.beta, labels, xhat) if self.center and beta is None else beta
+        y = conditional.apply(xhat, gamma, beta, self._axes[0], self.compute_dtype)
+        return keras.ops.cast(self.activation(y), self.compute_dtype)
 
-    def _check_x(self, x: tf.Tensor) -> None:
+    def _of_samples(self, table: Any, labels: Any, x: Any) -> Any:
+        return conditional.of_samples(table, labels, self.num_classes, x)
+
+    def _check_x(self, x: Any) -> None:
         rank, channels = x.shape.rank, self.moving_mean.shape[0]
         if not -rank <= self.axis < rank or self.axis in (0, -rank) or x.shape[self.axis] not in (None, channels):
             raise ValueError(f"x must have {channels} channels along axis {self.axis}. Received: shape {x.shape}")
-
-    def _checked(self, x: tf.Tensor, labels: Any) -> tuple[tf.Tensor, tf.Tensor]:
-        """x, which in a graph now waits for the check of the labels, and the labels, (N,)."""
-        labels = tf.convert_to_tensor(labels)
-        if not labels.dtype.is_integer:
-            raise TypeError(f"labels must have an integer dtype. Received: {labels.dtype.name}")
-        extents = labels.shape
-        if extents.rank not in (1, 2) or extents[1:] not in ([], [1], [None]) or not _fit(extents[0], x.shape[0]):
-            raise ValueError(f"labels must have shape (N,) or (N, 1) with N = {x.shape[0]}. Received: {extents}")
-        labels = tf.reshape(labels, [-1])
-        wanted = f"labels must be in [0, {self.num_classes})"
-        if tf.executing_eagerly():
-            wrong = tf.boolean_mask(labels, (labels < 0) | (labels >= self.num_classes)).numpy()
-            if wrong.size:
-                raise ValueError(f"{wanted}. Received: {wrong[0]}")
-            return x, labels
-        wide = tf.cast(labels, tf.int64)
-        checks = [
-            tf.debugging.assert_non_negative(wide, message=wanted),
-            tf.debugging.assert_less(wide, tf.constant(self.num_classes, tf.int64), message=wanted),
-        ]
-        with tf.control_dependencies([check for check in checks if check is not None]):
-            return tf.identity(x), tf.identity(labels)
-
-    def _spread(self, values: Any, own: bool, labels: tf.Tensor | None, y: tf.Tensor) -> tf.Tensor:
-        """Values for each class (own) or given ones, as they broadcast to y."""
-        values = tf.convert_to_tensor(values)
-        if own:
-            assert labels is not None
-            values = _of_class(tf.cast(values, y.dtype), labels, self.num_classes)
-        axis = self._axes[0] % y.shape.rank
-        if values.shape.rank == 1:
-            return formula.per_channel(values, y, axis)
-        places = (slice(None), *[None] * (axis - 1), slice(None), *[None] * (y.shape.rank - axis - 1))
-        return tf.cast(values, y.dtype)[places]
 
     def compute_mask(self, inputs: Any, previous_mask: Any = None) -> Any:
         return previous_mask[0] if isinstance(previous_mask, (list, tuple)) else previous_mask
@@ -145,17 +113,7 @@ class ConditionalBatchNormalization(BatchNormalization):
         return {**super().get_config(), "num_classes": self.num_classes}
 
 
-def _of_class(table: tf.Tensor, labels: tf.Tensor, classes: int) -> tf.Tensor:
-    """table[labels], with a dense gradient: few optimizers and clippings treat tf.gather's sparse one the same."""
-
-    @tf.custom_gradient  # type: ignore[untyped-decorator]
-    def look_up(table: tf.Tensor) -> Any:
-        return tf.gather(table, labels), lambda upstream: tf.math.unsorted_segment_sum(upstream, labels, classes)
-
-    return look_up(table)
-
-
-def _split(inputs: Any) -> tuple[tf.Tensor, Any]:
+def _split(inputs: Any) -> tuple[Any, Any]:
     """x, and the labels or None."""
     parts = list(inputs) if isinstance(inputs, (list, tuple)) else [inputs]
     if len(parts) not in (1, 2):
@@ -164,15 +122,15 @@ def _split(inputs: Any) -> tuple[tf.Tensor, Any]:
 
 
 def _first(shapes: Any) -> Any:
-    """The shape of x, of that of x alone or of a list of shapes."""
+    """The shape of x, given as that shape or as a list of shapes."""
     nested = len(shapes) > 0 and isinstance(shapes[0], (list, tuple))
     if nested and len(shapes) not in (1, 2):
         raise ValueError(f"inputs must be [x, labels], [x] or x. Received: {len(shapes)} tensors")
     return tuple(shapes[0] if nested else shapes)
 
 
-def _check_given(name: str, values: Any, used: bool, x: tf.Tensor, channels: int) -> None:
-    """The errors of a gamma or beta that came with the call."""
+def _check_given(name: str, values: Any, used: bool, x: Any, channels: int) -> None:
+    """Raises the errors of a gamma or beta that was passed to the call."""
     if values is None:
         return
     if not used:

@@ -1,7 +1,6 @@
 """`bnfast.keras.GroupNormalization`: keras.layers.GroupNormalization, trained by bnfast's kernels.
 
-`InstanceNormalization` is that with a group of its own for each channel, as TensorFlow Addons had it. Everything goes
-through `norms`, but for integers, which are left to Keras's own code.
+`InstanceNormalization` has one group per channel, as in TensorFlow Addons. Integer inputs are left to Keras's own code.
 """
 
 from __future__ import annotations
@@ -9,35 +8,36 @@ from __future__ import annotations
 from typing import Any
 
 import keras
-import tensorflow as tf
 
 from . import norms
+from .framework import group_norm
 
 
 @keras.saving.register_keras_serializable(package="bnfast")
 class GroupNormalization(keras.layers.GroupNormalization):  # type: ignore[misc]
     """Group normalization with the arguments, weights and results of `keras.layers.GroupNormalization`.
 
-    The channels along `axis` are cut into `groups` slices, one after the other. With mean and variance over each
-    sample's slice, all other axes included, and gamma and beta of shape (C,):
+    The channels along `axis` are divided into `groups` consecutive slices. With mean and variance over each sample's
+    slice, all other axes included, and gamma and beta of shape (C,):
 
         y = gamma*(x - mean)/sqrt(variance + epsilon) + beta
 
-    The same formula holds in inference, so `training` chooses no result, only the way: with training=True, as in fit,
-    from 256 KiB of x on the kernels, a Python callback each way; else TensorFlow's own ops. (A batch of unknown size
-    counts as 32.) Second-order gradients are exact, which Keras's aren't: tf.nn.moments leaves out a term.
-    Integers, computed as Keras does, are left to Keras's code. XLA can't run the callbacks: supports_jit is False.
+    The same formula holds in inference, so `training` doesn't affect the result, only how it is computed: with
+    training=True, as in fit, inputs of at least 256 KiB run on the kernels, through a Python callback each way; all
+    else runs on TensorFlow's own ops. (A batch of unknown size counts as 32 samples.) Second-order gradients are exact;
+    Keras's are not, because tf.nn.moments leaves out a term.
+    Integer inputs are left to Keras's code. XLA can't run the callbacks, so supports_jit is False.
 
     Args: all of Keras's: groups (-1: as many as channels), axis, epsilon, center, scale, initializers, regularizers,
         constraints, dtype, name ...
 
     Call arguments:
-        inputs: a tensor of any rank from 2 on; axis 0 is the samples'.
+        inputs: a tensor of rank 2 or more; axis 0 is the axis of the samples.
         training: None, True, False or a boolean tensor.
 
     Raises:
         RuntimeError: Keras runs on a backend other than TensorFlow.
-        ValueError, TypeError: epsilon is negative or not finite; and all that Keras's layer raises.
+        ValueError, TypeError: epsilon is negative or not finite. And everything that Keras's layer raises.
 
     Source: Wu and He 2018, arXiv:1803.08494.
     """
@@ -48,23 +48,23 @@ class GroupNormalization(keras.layers.GroupNormalization):  # type: ignore[misc]
 
     def call(self, inputs: Any, training: Any = None) -> Any:
         axis = self.axis % len(inputs.shape)
-        if axis == 0 or not norms.takes(inputs):  # what Keras makes of axis=0 is its own matter
+        if axis == 0 or not group_norm.accepts(inputs):  # axis=0 is left to Keras, too
             return super().call(inputs)
-        y = norms.normalize(inputs, self.gamma, self.beta, norms.Norm((axis,), self.groups, self.epsilon), training)
-        return tf.cast(y, self.compute_dtype)
+        norm = group_norm.Norm((axis,), self.groups, self.epsilon)
+        return group_norm.normalize(inputs, self.gamma, self.beta, norm, training, self.compute_dtype)
 
 
 @keras.saving.register_keras_serializable(package="bnfast")
 class InstanceNormalization(GroupNormalization):
-    """Instance normalization: mean and variance of each channel of each sample on its own, over all other axes.
+    """Instance normalization: mean and variance of each channel of each sample separately, over all other axes.
 
         y = gamma*(x - mean)/sqrt(variance + epsilon) + beta
 
-    That is `bnfast.keras.GroupNormalization` with groups = C, whose remarks hold here too.
+    This is `bnfast.keras.GroupNormalization` with groups = C; its remarks hold here, too.
 
     Args: those of TensorFlow Addons' layer of this name: axis, epsilon, center, scale, beta_initializer,
         gamma_initializer, beta_regularizer, gamma_regularizer, beta_constraint, gamma_constraint, and those of any
-        layer: dtype, name ... The `groups` in a config of Addons' layer is dropped.
+        layer: dtype, name ... A `groups` in a config of Addons' layer is ignored.
 
     Call arguments, errors: those of GroupNormalization.
 
@@ -73,7 +73,7 @@ class InstanceNormalization(GroupNormalization):
 
     def __init__(self, axis: int = -1, epsilon: float = 1e-3, *args: Any, **kwargs: Any) -> None:
         if "groups" in kwargs:
-            raise TypeError(f"InstanceNormalization takes no groups: it has C of them. Received: {kwargs['groups']!r}")
+            raise TypeError(f"InstanceNormalization accepts no groups: it always has C. Received: {kwargs['groups']!r}")
         super().__init__(-1, axis, epsilon, *args, **kwargs)
 
     def get_config(self) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """`bnfast.keras.LayerNormalization`: keras.layers.LayerNormalization, trained by bnfast's kernels.
 
-Everything goes through `norms`, but for `rms_scaling` and integers, which are left to Keras's own code.
+`rms_scaling` and integer inputs are left to Keras's own code.
 """
 
 from __future__ import annotations
@@ -8,24 +8,25 @@ from __future__ import annotations
 from typing import Any
 
 import keras
-import tensorflow as tf
 
 from . import norms
+from .framework import group_norm
 
 
 @keras.saving.register_keras_serializable(package="bnfast")
 class LayerNormalization(keras.layers.LayerNormalization):  # type: ignore[misc]
     """Layer normalization with the arguments, weights and results of `keras.layers.LayerNormalization`.
 
-    With mean and variance over `axis`, of each index of the other axes on its own:
+    With mean and variance over `axis`, separately for each index of the other axes:
 
         y = gamma*(x - mean)/sqrt(variance + epsilon) + beta
 
-    The same formula holds in inference, so `training` chooses no result, only the way: with training=True, as in fit,
-    from 1 MiB of x on the kernels, a Python callback each way; else TensorFlow's own ops. (A batch of unknown size
-    counts as 32.) Second-order gradients are exact, which Keras's aren't: tf.nn.moments leaves out a term.
-    Integers, computed as Keras does, and rms_scaling=True are left to Keras's code. XLA can't run the callbacks:
-    supports_jit is False.
+    The same formula holds in inference, so `training` doesn't affect the result, only how it is computed: with
+    training=True, as in fit, inputs of at least 1 MiB run on the kernels, through a Python callback each way; all else
+    runs on TensorFlow's own ops. (A batch of unknown size counts as 32 samples.) Second-order gradients are exact;
+    Keras's are not, because tf.nn.moments leaves out a term.
+    Integer inputs and rms_scaling=True are left to Keras's code. XLA can't run the callbacks, so supports_jit is
+    False.
 
     Args: all of Keras's: axis (an int, or several), epsilon, center, scale, initializers, regularizers, constraints,
         dtype, name ...
@@ -36,7 +37,7 @@ class LayerNormalization(keras.layers.LayerNormalization):  # type: ignore[misc]
 
     Raises:
         RuntimeError: Keras runs on a backend other than TensorFlow.
-        ValueError, TypeError: epsilon is negative or not finite; and all that Keras's layer raises.
+        ValueError, TypeError: epsilon is negative or not finite. And everything that Keras's layer raises.
 
     Source: Ba, Kiros and Hinton 2016, arXiv:1607.06450.
     """
@@ -46,9 +47,9 @@ class LayerNormalization(keras.layers.LayerNormalization):  # type: ignore[misc]
         norms.check(self)
 
     def call(self, inputs: Any, training: Any = None) -> Any:
-        if getattr(self, "rms_scaling", False) or not norms.takes(inputs):
+        if getattr(self, "rms_scaling", False) or not group_norm.accepts(inputs):
             return super().call(inputs)
-        # Weights have the axes' extents in the order of `axis`, and Keras reads them as if it were ascending.
+        # The weights have the extents of the axes in the order of `axis`; Keras reads them as if `axis` were ascending.
         axes = tuple(sorted(axis % len(inputs.shape) for axis in self.axis))
-        y = norms.normalize(inputs, self.gamma, self.beta, norms.Norm(axes, None, self.epsilon), training)
-        return tf.cast(y, self.compute_dtype)
+        norm = group_norm.Norm(axes, None, self.epsilon)
+        return group_norm.normalize(inputs, self.gamma, self.beta, norm, training, self.compute_dtype)

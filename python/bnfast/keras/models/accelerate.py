@@ -13,12 +13,13 @@ import keras
 
 from ..layers.batch_norm import BatchNormalization
 from ..layers.batch_norm_add import BatchNormalizationAdd
+from .classes import OURS, check_model
 from .compiled import carry_over
 from .fusion import Finder, Fusion, layer_of
 from .graph_copy import Bundle, Replacement, clone, is_graph, layers, name_scopes, operations, paired, rebuild, transfer
 from .inplace import become, forget_functions
 from .patch import uses_bnfast
-from .report import OURS, norms, report, why_unchanged
+from .report import norms, report, why_unchanged
 
 
 def accelerate(
@@ -56,7 +57,7 @@ def accelerate(
             the layer.
         RuntimeError: Keras runs on a backend other than TensorFlow.
     """
-    check(model)
+    check_model(model, "accelerate")
     found = list(norms(model))
     if not found:
         raise ValueError(f"model {model.name} has no batch norm: there is nothing to accelerate")
@@ -85,19 +86,6 @@ def accelerate(
     if verbose:
         print(report(model))
     return model
-
-
-def check(model: Any) -> None:
-    """The errors that all functions of a model share."""
-    if keras.backend.backend() != "tensorflow":
-        raise RuntimeError(
-            "bnfast.keras needs the TensorFlow backend of Keras (KERAS_BACKEND=tensorflow). "
-            f"Received: {keras.backend.backend()}"
-        )
-    if not isinstance(model, keras.Model):
-        raise TypeError(f"model must be a keras.Model. Received: {type(model).__module__}.{type(model).__name__}")
-    if not model.built or (isinstance(model, keras.Sequential) and model._functional is None):
-        raise ValueError(f"model {model.name} is not built: give it an Input, or call it once, before")
 
 
 def _accelerated(model: Any, swapped: list[Any], finder: Finder, words: dict[str, Any]) -> Any:

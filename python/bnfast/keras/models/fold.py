@@ -19,7 +19,7 @@ import keras
 import numpy as np
 
 from ..layers import activation as activations
-from ..layers.batch_norm import BatchNormalization
+from ..layers.batch_norm import KERAS, BatchNormalization
 from ..layers.batch_norm_add import BatchNormalizationAdd
 from .foldable import Affine, Linear, channel_axis, values
 from .fusion import layer_of
@@ -37,7 +37,7 @@ from .graph_copy import (
     rebuild,
     transfer,
 )
-from .patch import KERAS, PatchedBatchNormalization
+from .patch import PatchedBatchNormalization
 
 NORMS = (KERAS, BatchNormalization, PatchedBatchNormalization, BatchNormalizationAdd)
 MOST = {"relu": np.inf, "relu6": 6.0}

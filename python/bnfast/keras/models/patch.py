@@ -23,12 +23,10 @@ import keras
 from keras.src import api_export
 
 from ...tensorflow import op
-from ...tensorflow.training import mode as freezing
-from ...tensorflow.training import renorm as renorms
 from ..layers import arguments
-from ..layers import batch_norm as layer
+from ..layers.batch_norm import KERAS, BatchNormalization
+from ..layers.framework import may_train, renorm
 
-KERAS: Any = layer.BatchNormalization.__base__  # whatever keras.layers names now
 API_NAME = "keras.layers.BatchNormalization"
 OWNERS = ("keras", "tensorflow")  # the packages whose names are replaced
 MOST_NAMES = 3  # layers named behind a reason
@@ -68,7 +66,7 @@ class _LikeKeras(type(KERAS)):  # type: ignore[misc]
         return bool(super().__subclasscheck__(subclass))
 
 
-class PatchedBatchNormalization(layer.BatchNormalization, metaclass=_LikeKeras):
+class PatchedBatchNormalization(BatchNormalization, metaclass=_LikeKeras):
     """What keras.layers.BatchNormalization is while the patch is on: Keras's arguments, Keras's config.
 
     It is saved under Keras's name, so files load where bnfast isn't installed. What bnfast's layer doesn't take
@@ -94,7 +92,7 @@ class PatchedBatchNormalization(layer.BatchNormalization, metaclass=_LikeKeras):
     def call(self, inputs: Any, training: Any = None, mask: Any = None) -> Any:
         if self.entry.reason is not None:
             return KERAS.call(self, inputs, training=training, mask=mask)
-        if self.trainable and freezing.possible(training):
+        if self.trainable and may_train(training):
             self.entry.bridge = _bridge(self)
         return super().call(inputs, training=training, mask=mask)
 
@@ -104,7 +102,7 @@ class PatchedBatchNormalization(layer.BatchNormalization, metaclass=_LikeKeras):
     def get_config(self) -> dict[str, Any]:
         config: dict[str, Any] = KERAS.get_config(self)
         if "renorm_clipping" in config:
-            config["renorm_clipping"] = renorms.plain_clipping(config["renorm_clipping"])
+            config["renorm_clipping"] = renorm.plain_clipping(config["renorm_clipping"])
         return config
 
 
@@ -124,7 +122,7 @@ def _unsupported(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         if given.get("renorm"):
             if given.get("synchronized"):
                 return "renorm=True with synchronized=True"
-            renorms.check(given.get("renorm_clipping"), given.get("renorm_momentum", 0.99))
+            renorm.check(given.get("renorm_clipping"), given.get("renorm_momentum", 0.99))
         arguments.one_axis(given.get("axis", -1))
         if not 0 <= float(given.get("momentum", 0.99)) <= 1:
             return "momentum outside [0, 1]"
@@ -136,7 +134,7 @@ def _unsupported(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     return None
 
 
-def _bridge(ours: layer.BatchNormalization) -> str:
+def _bridge(ours: BatchNormalization) -> str:
     """The bridge this layer trains on."""
     return op.choose(ours.bridge)
 
@@ -209,7 +207,7 @@ def uses_bnfast(obj: Any) -> bool:
         TypeError: obj is anything else.
     """
     if isinstance(obj, type):
-        return layer.BatchNormalization in obj.__mro__
+        return BatchNormalization in obj.__mro__
     if isinstance(obj, ModuleType):
         named = getattr(obj, "BatchNormalization", None)
         return isinstance(named, type) and uses_bnfast(named)

@@ -15,22 +15,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import tensorflow as tf
-
-from ...tensorflow import op
-from ...tensorflow import op_library as _tf_library
+from ...tensorflow import numpy_callback, op, op_library
 from ..layers import activation as activations
-from ..layers.batch_norm import BatchNormalization
+from ..layers.batch_norm import KERAS
 from ..layers.batch_norm_add import BatchNormalizationAdd
+from .classes import OURS
 from .fusion import Finder
 from .graph_copy import layers
 from .patch import PatchedBatchNormalization, uses_bnfast
-
-KERAS = BatchNormalization.__bases__[0]  # by this way also while keras.layers.BatchNormalization names ours
-OURS = (BatchNormalization, BatchNormalizationAdd, PatchedBatchNormalization)
-
-USUAL_BATCH = 32
-SMALL_BYTES = 256 << 10
 
 
 @dataclass(frozen=True)
@@ -128,13 +120,12 @@ def worth_it(layer: Any, shape: tuple[int | None, ...] | None, bridge: str) -> s
     Through the TensorFlow op none is: (8, 32) takes 0.83 of Keras's time. Where that can't be had, a callback each way
     costs 0.13 ms more than Keras's ops do on little data: (32, 300) 2.1 times, 256 KiB 1.1 times, 512 KiB 0.55 times.
     """
-    if shape is None or None in shape[1:] or _tf_library.wanted(bridge) != "auto" or op.status()[0]:
+    if shape is None or None in shape[1:] or op_library.wanted(bridge) != "auto" or op.status()[0]:
         return None
-    batch = USUAL_BATCH if shape[0] is None else shape[0]
-    size = batch * math.prod(extent for extent in shape[1:] if extent) * tf.as_dtype(layer.compute_dtype).size
-    if size >= SMALL_BYTES:
+    size = numpy_callback.input_bytes(shape, layer.compute_dtype)
+    if size >= numpy_callback.SMALL_BYTES:
         return None
     return (
-        f"{size / 1024:.0f} KiB of input (a batch of unknown size taken as {USUAL_BATCH}) are too little for "
-        f"numpy_function, and the TensorFlow op can't be used: {op.status()[1]}"
+        f"{size / 1024:.0f} KiB of input (a batch of unknown size counts as {numpy_callback.USUAL_BATCH} samples) are "
+        f"too little for numpy_function, and the TensorFlow op can't be used: {op.status()[1]}"
     )

@@ -13,23 +13,14 @@ from typing import Any
 
 import keras
 
-from ...tensorflow.training import renorm
 from ..layers import activation as activations
+from ..layers.batch_norm import KERAS
 from ..layers.batch_norm_add import BatchNormalizationAdd
-from ..layers.group_norm import GroupNormalization, InstanceNormalization
-from ..layers.layer_norm import LayerNormalization
-from .accelerate import check
+from ..layers.framework import renorm
+from .classes import OURS, RELATIVES, check_model
 from .compiled import carry_over
 from .graph_copy import Graph, Replacement, assign, clone, graphs, is_graph, layers, operations, paired, rebuild
 from .inplace import become, forget_functions
-from .report import KERAS, OURS
-
-# Those without moving statistics, and Keras's class and words for them; nothing is ever fused into these.
-RELATIVES: dict[Any, tuple[Any, dict[str, Any]]] = {
-    LayerNormalization: (LayerNormalization.__bases__[0], {}),
-    GroupNormalization: (GroupNormalization.__bases__[0], {}),
-    InstanceNormalization: (GroupNormalization.__bases__[0], {"groups": -1}),
-}
 
 
 def to_keras(model: Any, *, inplace: bool = False) -> Any:
@@ -48,7 +39,7 @@ def to_keras(model: Any, *, inplace: bool = False) -> Any:
             or inside a layer of another kind, a batch norm has an activation or an Add fused into it; one has an
             argument that Keras's layer lacks (momentum=None, correction=1, several axes ...).
     """
-    check(model)
+    check_model(model, "to_keras")
     ours = [layer for layer in layers(model) if _is_ours(layer)]
     if not ours:
         raise ValueError(f"model {model.name} has no layer of bnfast's: its layers are Keras's already")

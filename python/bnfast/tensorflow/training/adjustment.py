@@ -1,27 +1,29 @@
-"""TF 1's `adjustment`: a scale and an offset of the normalized values, drawn anew in every training call.
+"""TF 1's `adjustment` as a transform: a scale and an offset of the normalized values, drawn in every training call.
 
     scale, bias = adjustment(shape)
     y = activation((xhat*scale + bias)*gamma + beta + residual)
 
-They may differ between samples, so this part runs on TensorFlow's ops, in float32 (float64 for float64 x), after the
-kernels made xhat in x's dtype: one more pass for each of the steps.
+Both may differ between samples, so this part runs on TensorFlow's ops, in float32 (float64 for float64 x), after the
+core step has computed xhat in the dtype of x: one more pass over memory per operation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
 
-from .. import reference as formula
-from ..reference import Options
+from ..axes import Axes
+from ..batch import Batch, Options, compute_dtype, per_channel
+from ..reference import activate
+from .core import CoreStep, Finish, State
 
 Adjustment = Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
 
 
 def check(adjustment: Any, virtual_batch_size: Any) -> None:
-    """The errors of the arguments."""
+    """Raises the errors of the arguments."""
     if adjustment is not None and not callable(adjustment):
         raise TypeError(f"adjustment must be None or a function of the shape. Received: {adjustment!r}")
     if adjustment is not None and virtual_batch_size is not None:
@@ -29,14 +31,16 @@ def check(adjustment: Any, virtual_batch_size: Any) -> None:
 
 
 def draw(adjustment: Adjustment, x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """scale and bias, in x's dtype of computation.
+    """scale and bias, in the compute dtype of x.
 
-    Raises TypeError where they aren't two, ValueError where they don't broadcast to x.
+    Raises:
+        TypeError: the function doesn't return two tensors.
+        ValueError: they don't broadcast to x.
     """
     pair = adjustment(tf.shape(x))
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise TypeError(f"adjustment must return (scale, bias). Received: {pair!r}")
-    scale, bias = (tf.cast(tensor, formula.compute_dtype(x)) for tensor in pair)
+    scale, bias = (tf.cast(tensor, compute_dtype(x)) for tensor in pair)
     for tensor in (scale, bias):
         extents = [1] * (x.shape.rank - tensor.shape.rank) + list(tensor.shape)
         if len(extents) > x.shape.rank or any(
@@ -48,21 +52,39 @@ def draw(adjustment: Adjustment, x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     return scale, bias
 
 
+def draw_merged(adjustment: Adjustment, x: tf.Tensor, axes: Axes) -> list[tf.Tensor]:
+    """`draw`, with the channel axes merged as those of x."""
+    drawn = draw(adjustment, x)
+    if len(axes.axes) == 1:
+        return list(drawn)
+    return [axes.merge(tf.broadcast_to(tensor, tf.shape(x))) for tensor in drawn]
+
+
+def transform(core: CoreStep, draw: Callable[[], Any]) -> tuple[CoreStep, Finish]:
+    """xhat from the core step; the scale and offset, gamma, beta, residual and activation after it."""
+    batch, options = core.batch, core.options
+
+    def finish(xhat: tf.Tensor, state: State) -> tuple[tf.Tensor, State]:
+        return apply(xhat, draw(), batch.gamma, batch.beta, batch.residual, options), state
+
+    return core._replace(batch=Batch(batch.x, mask=batch.mask), options=options._replace(activation=None)), finish
+
+
 def apply(
     xhat: tf.Tensor,
-    drawn: tuple[tf.Tensor, tf.Tensor],
+    drawn: Sequence[tf.Tensor],
     gamma: tf.Tensor | None,
     beta: tf.Tensor | None,
     residual: tf.Tensor | None,
     options: Options,
 ) -> tf.Tensor:
-    """y in xhat's shape and dtype."""
+    """y in the shape and dtype of xhat."""
     scale, bias = drawn
     y = tf.cast(xhat, scale.dtype) * scale + bias
     if gamma is not None:
-        y *= formula.per_channel(gamma, xhat, options.axis)
+        y *= per_channel(gamma, xhat, options.axis)
     if beta is not None:
-        y += formula.per_channel(beta, xhat, options.axis)
+        y += per_channel(beta, xhat, options.axis)
     if residual is not None:
         y += tf.cast(residual, y.dtype)
-    return tf.cast(formula.activate(y, options), xhat.dtype)
+    return tf.cast(activate(y, options), xhat.dtype)

@@ -1,15 +1,15 @@
-"""The bias that the layer before has added last: batch statistics take it away again.
+"""A bias that the layer before added last, left out of the training step: the batch's mean takes it away again.
 
-    x = values + bias:  x - mean(x) = values - mean(values),  so y is the same and the bias's gradient is 0
+    x = values + bias:  x - mean(x) = values - mean(values),  so y is the same and the gradient of the bias is 0
 
-TensorFlow finds that 0 by summing dx over all axes but one: a pass over memory. Here the batch norm reads values, the
-moving mean is that of x all the same, and the bias gets its 0 along with gamma or beta.
+TensorFlow finds that 0 by summing dx over all axes but one, which costs a pass over memory. With this transform the
+core step reads `values`; the moving mean is still that of x, and the bias gets its gradient 0 along with beta or gamma.
 
-    of             the bias in x, where it may be left out
-    without        the batch with values for x
-    less, more     the moving mean that goes into a step on values, and what comes out of it
+    of             the bias in x, if it may be left out
+    without        the batch with `values` in place of x
+    less, more     the moving mean before and after a step on `values`
 
-Only where nothing else reads x: a gradient that someone asks for at x would not pass here.
+It applies only where nothing else reads x: a gradient that someone asks for at x would not pass here.
 """
 
 from __future__ import annotations
@@ -18,13 +18,28 @@ from typing import Any
 
 import tensorflow as tf
 
-from ..reference import Batch
+from ..batch import Batch
+from .core import CoreStep, Finish, State
+
+
+def transform(core: CoreStep) -> tuple[CoreStep, Finish]:
+    bias = of(core.batch, core.options.axis)
+    if bias is None:
+        return core, lambda y, state: (y, state)
+    moving_mean = core.state["moving_mean"]
+
+    def finish(y: tf.Tensor, state: State) -> tuple[tf.Tensor, State]:
+        return y, {**state, "moving_mean": more(state["moving_mean"], moving_mean, bias)}
+
+    state = {**core.state, "moving_mean": less(moving_mean, bias)}
+    return core._replace(batch=without(core.batch, bias), state=state), finish
 
 
 def of(batch: Batch, axis: int) -> tf.Tensor | None:
-    """None where x is no such sum (an eager tensor doesn't tell), or the bias counts.
+    """The bias, or None if x is no such sum (an eager tensor doesn't tell) or the bias has an effect.
 
-    With a mask it may: the mean of a channel without weight is 0. Without gamma and beta nothing brings its gradient.
+    With a mask it may have one: the mean of a channel without weight is 0. Without gamma and beta there is no tensor
+    that could carry its gradient.
     """
     op, rank = getattr(batch.x, "op", None), batch.x.shape.rank
     if op is None or op.type != "BiasAdd" or batch.mask is not None or (batch.gamma is None and batch.beta is None):
@@ -42,7 +57,7 @@ def without(batch: Batch, bias: tf.Tensor) -> Batch:
 
 
 def _with_gradient_of(bias: tf.Tensor, vector: tf.Tensor) -> tf.Tensor:
-    """The vector as it is; its gradient brings the bias one of 0, or optimizers would warn that it has none."""
+    """The vector, unchanged; its gradient gives the bias one of 0. Without one optimizers would warn."""
 
     def both(vector: tf.Tensor, bias: tf.Tensor) -> Any:
         return tf.identity(vector), lambda dvector: (dvector, tf.zeros_like(bias))
@@ -55,6 +70,6 @@ def less(moving_mean: tf.Tensor, bias: tf.Tensor) -> tf.Tensor:
 
 
 def more(moved: tf.Tensor, moving_mean: tf.Tensor, bias: tf.Tensor) -> tf.Tensor:
-    """moved is what became of less(moving_mean, bias); to the bit moving_mean where that stayed (an empty batch)."""
-    stayed = tf.equal(moved, less(moving_mean, bias))
-    return tf.where(stayed, moving_mean, moved + tf.stop_gradient(tf.cast(bias, moving_mean.dtype)))
+    """The inverse of `less` after the step; exactly moving_mean where the step left it unchanged (an empty batch)."""
+    unchanged = tf.equal(moved, less(moving_mean, bias))
+    return tf.where(unchanged, moving_mean, moved + tf.stop_gradient(tf.cast(bias, moving_mean.dtype)))

@@ -1,11 +1,11 @@
-"""Batch renormalization (Ioffe 2017, arXiv:1702.03275) between the steps: what becomes of statistics and parameters.
+"""Batch renormalization (Ioffe 2017, arXiv:1702.03275) as a transform: new parameters before the step, new state after.
 
     stddev = sqrt(variance + epsilon), s = max(renorm_stddev, sqrt(epsilon))
     r = clip(stddev/s, rmin, rmax), d = clip((mean - renorm_mean)/s, -dmax, dmax), both constants to the gradient
     y = gamma*(xhat*r + d) + beta, which is batch norm with gamma*r and beta + gamma*d in place of gamma and beta
 
-Vectors are (C,) and float64. State, semantics and order of updates are those of Keras 3.15: r and d come from the
-renorm statistics as they were before this batch, and moving_variance is moving_stddev squared, less epsilon.
+Vectors have shape (C,) and are float64. State, semantics and order of updates are those of Keras 3.15: r and d are
+computed from the renorm statistics before this batch, and moving_variance is moving_stddev squared, minus epsilon.
 """
 
 from __future__ import annotations
@@ -16,19 +16,23 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-NAMES = ("moving_stddev", "renorm_mean", "renorm_stddev")  # its weights beyond moving_mean and moving_variance
+from .. import ops, reference
+from ..batch import has_values, mask_varies_by_channel
+from .core import CoreStep, Finish, State
+
+NAMES = ("moving_stddev", "renorm_mean", "renorm_stddev")  # the weights besides moving_mean and moving_variance
 _BOUNDS = ("rmin", "rmax", "dmax")
 
 
 class Renorm(NamedTuple):
-    """clipping: a mapping of rmin, rmax and dmax, or some of them, to numbers or scalar tf.Variables."""
+    """clipping: maps rmin, rmax and dmax, or some of them, to numbers or scalar tf.Variables."""
 
     clipping: Mapping[str, Any]
     momentum: float
 
 
 def check(clipping: Any, momentum: Any) -> None:
-    """The errors that Keras doesn't raise, or not by name."""
+    """Raises the errors that Keras doesn't raise, or raises without the name of the argument."""
     if clipping is not None and not isinstance(clipping, Mapping):
         raise TypeError(f"renorm_clipping must be a dict of rmin, rmax, dmax. Received: {clipping!r}")
     for name in _BOUNDS:
@@ -44,10 +48,35 @@ def check(clipping: Any, momentum: Any) -> None:
 
 
 def plain_clipping(clipping: Any) -> Any:
-    """The clipping as a config holds it: variables as the numbers they are now."""
+    """The clipping as a config holds it: each variable is replaced by its current value."""
     if not clipping:
         return clipping
     return {name: float(bound.numpy()) if isinstance(bound, tf.Variable) else bound for name, bound in clipping.items()}
+
+
+def transform(core: CoreStep, renorm: Renorm) -> tuple[CoreStep, Finish]:
+    """Composed parameters before the core step; after it, the state by the rules of renorm."""
+    (x, gamma, beta, mask, _), epsilon = core.batch, core.options.epsilon
+    mean, variance, valid = _moments(tf.stop_gradient(x), mask, core)
+    scale, shift = compose(mean, variance, core.state, gamma, beta, epsilon, renorm)
+
+    def finish(y: tf.Tensor, _: State) -> tuple[tf.Tensor, State]:
+        return y, {**core.state, **update(mean, variance, valid, core.state, core.momentum, epsilon, renorm)}
+
+    return core._replace(batch=core.batch._replace(gamma=scale, beta=shift), momentum=0.0), finish
+
+
+def _moments(x: tf.Tensor, mask: tf.Tensor | None, core: CoreStep) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """The batch's mean and variance in float64, and whether they may update the state."""
+    if mask_varies_by_channel(mask, core.options):
+        _, mean, variance, total = reference.train(x, None, None, mask, core.options)
+        valid = total > 0
+    else:
+        mean, variance = ops.moments(x, mask=mask, options=core.options, bridge=core.bridge)
+        valid = has_values(x, mask)
+    if core.nan_policy == "skip_update":
+        valid &= tf.math.is_finite(mean) & tf.math.is_finite(variance)
+    return mean, variance, valid
 
 
 def compose(
@@ -59,7 +88,7 @@ def compose(
     epsilon: float,
     renorm: Renorm,
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """What stands for gamma and beta, in their dtype (that of the state); differentiable in the two, not in x."""
+    """gamma*r and beta + gamma*d in the dtype of the state; differentiable with respect to gamma and beta, not x."""
     floor = tf.maximum(tf.cast(state["renorm_stddev"], tf.float64), math.sqrt(epsilon))
     r = tf.sqrt(variance + epsilon) / floor
     d = (mean - tf.cast(state["renorm_mean"], tf.float64)) / floor
@@ -77,8 +106,8 @@ def compose(
 
 
 def _wide(bound: Any) -> tf.Tensor | None:
-    """tf.cast would take a Python float through float32."""
-    if bound is None or tf.is_tensor(bound):  # a variable is one too
+    """The bound as a float64 tensor; tf.cast would round a Python float to float32 first."""
+    if bound is None or tf.is_tensor(bound):  # a variable counts as a tensor here
         return None if bound is None else tf.cast(bound, tf.float64)
     return tf.constant(float(bound), tf.float64)
 
@@ -88,11 +117,11 @@ def update(
     variance: tf.Tensor,
     present: tf.Tensor,
     state: Mapping[str, tf.Tensor],
-    momentum: float,
+    momentum: Any,
     epsilon: float,
     renorm: Renorm,
 ) -> dict[str, tf.Tensor]:
-    """The state after this batch. present: whether the batch held anything, a scalar or one a channel."""
+    """The state after this batch. present: whether to update, a scalar or one value per channel."""
     stddev = tf.sqrt(variance + epsilon)
 
     def moved(name: str, batch: tf.Tensor, weight: float) -> tf.Tensor:

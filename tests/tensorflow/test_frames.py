@@ -1,0 +1,53 @@
+"""The way of a training call is short: from the Keras layer to TensorFlow's op function at most five Python frames."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("tensorflow")
+import bnfast
+import tensorflow as tf
+from bnfast.keras import BatchNormalization
+from bnfast.tensorflow import op
+
+HOME = Path(bnfast.__file__).parent
+WAY = {
+    "op": ["batch_norm.call", "step.step", "ops.train_step", "op.train_step"],
+    "numpy_function": [
+        "batch_norm.call",
+        "step.step",
+        "ops.train_step",
+        "numpy_callback.train_step",
+        "numpy_callback.forward",
+    ],
+}
+
+
+def frames_of_ours() -> list[str]:
+    """file.function of every frame on the stack whose code lies in the package, the outermost first."""
+    found = []
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        path = Path(frame.f_code.co_filename)
+        if path.is_relative_to(HOME):
+            found.append(f"{path.stem}.{frame.f_code.co_name}")
+        frame = frame.f_back
+    return found[::-1]
+
+
+def test_a_training_call_takes_at_most_five_frames(each_bridge: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    owner, name = (op._load().ops, "bnfast_train") if each_bridge == "op" else (tf, "numpy_function")
+    original, seen = getattr(owner, name), []
+
+    def recorder(*args: Any, **kwargs: Any) -> Any:
+        seen.append(frames_of_ours())
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, recorder)
+    layer = BatchNormalization()
+    layer.build((None, 4))
+    tf.function(lambda x: layer(x, training=True)).get_concrete_function(tf.TensorSpec([None, 4]))
+    assert seen == [WAY[each_bridge]]
+    assert len(seen[0]) <= 5
