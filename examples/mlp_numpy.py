@@ -1,6 +1,6 @@
-"""An MLP trained in NumPy alone: batch norm's forward and backward from bnfast, the rest written out by hand.
+"""An MLP trained in NumPy: batch norm's forward and backward come from bnfast, everything else is written here.
 
-Dense, batch norm with ReLU fused, Dense, softmax cross-entropy; SGD with momentum.
+Dense, batch norm with a fused ReLU, Dense, softmax cross-entropy; SGD with momentum.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ HIDDEN = 128
 
 
 class MLP:
-    """Two dense layers with batch norm between them. The first has no bias: beta follows it."""
+    """Two dense layers with batch norm between them. The first has no bias, because beta follows it."""
 
     def __init__(self, inputs: int, classes: int) -> None:
         normal = np.random.default_rng(0).standard_normal
@@ -31,12 +31,12 @@ class MLP:
         self.velocities = [np.zeros_like(parameter) for parameter in self.parameters]
 
     def logits(self, x: Any, *, training: bool) -> tuple[Any, Any]:
-        """The class scores, and the hidden values they were made from."""
+        """The class scores, and the hidden values they are computed from."""
         hidden = self.norm(x @ self.hidden, training=training)
         return hidden @ self.output + self.bias, hidden
 
     def step(self, x: Any, labels: Any) -> float:
-        """One step of SGD; returns the loss before it."""
+        """Make one step of SGD and return the loss before it."""
         scores, hidden = self.logits(x, training=True)
         rows = np.arange(len(x))
         scores -= scores.max(axis=1, keepdims=True)

@@ -1,4 +1,4 @@
-"""Whatever holds CPU memory goes in without a copy, and strided arrays with one; results are the same bits."""
+"""Every kind of CPU array is read without a copy, strided arrays with one copy, and the results have the same bits."""
 
 import array
 import ctypes
@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import sample_data
 from bnfast import _core
-from bnfast.functional import batch_norm as functional
+from bnfast.functional import batch_norm
 
 
 @pytest.fixture
 def seen(monkeypatch):
-    """The arguments of every call of _core that did the work, by name."""
+    """(name, arguments) of each call that _core accepted."""
     calls = []
 
     class Recorder:
@@ -26,7 +26,7 @@ def seen(monkeypatch):
 
             return call
 
-    monkeypatch.setattr(functional, "_core", Recorder())
+    monkeypatch.setattr(batch_norm, "_core", Recorder())
     return calls
 
 
@@ -42,7 +42,7 @@ def same(a, b):
 
 
 class Producer:
-    """A tensor that speaks DLPack alone, as JAX's do."""
+    """A tensor whose only protocol is DLPack, as JAX's are."""
 
     def __init__(self, data):
         self.data = data
@@ -55,8 +55,8 @@ class Producer:
 
 
 def jax_like(data):
-    """DLPack, and for bfloat16, which NumPy's DLPack can't read, __array__ without a copy."""
-    made = Producer(data)
+    """A tensor with DLPack; bfloat16, which NumPy's DLPack cannot read, also has __array__ without a copy."""
+    tensor = Producer(data)
     if data.dtype.name == "bfloat16":
 
         class WithArray(Producer):
@@ -65,8 +65,8 @@ def jax_like(data):
             def __array__(self, dtype=None, copy=None):
                 return self.data
 
-        made = WithArray(data)
-    return made
+        tensor = WithArray(data)
+    return tensor
 
 
 @pytest.mark.parametrize("dtype", sample_data.DTYPES)
@@ -171,7 +171,7 @@ def test_subclasses_and_read_only_arrays(seen, tmp_path):
 
 
 def layouts(a):
-    """The values of a, laid out differently."""
+    """The values of a in other memory layouts."""
     yield "fortran", np.asfortranarray(a)
     wide = np.empty((*a.shape[:-1], 3 * a.shape[-1]), a.dtype)
     wide[..., ::3] = a
@@ -184,7 +184,7 @@ def layouts(a):
     moved = raw[1:].view(a.dtype).reshape(a.shape)
     moved[...] = a
     yield "misaligned", moved
-    off = np.empty(a.size + 3, a.dtype)[3:].reshape(a.shape)  # aligned for its dtype, not for vectors
+    off = np.empty(a.size + 3, a.dtype)[3:].reshape(a.shape)  # aligned for its dtype, but not to 64 bytes
     off[...] = a
     yield "odd start", off
     yield "transposed", np.ascontiguousarray(a.T).T
@@ -261,7 +261,7 @@ def test_out(shape, axis, dtype):
             assert result is copies[place]
             same([result], [expected])
         once = x.copy()
-        call(once, dy, once[...])  # another array object over the same elements
+        call(once, dy, once[...])  # another ndarray over the same elements
         same([once], [call(x, dy, None)])
 
 

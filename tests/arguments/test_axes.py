@@ -1,4 +1,4 @@
-"""Several channel axes: the bits of one axis on the merged array, formulas, tf.keras 2, masks, out, bad input."""
+"""Several channel axes: same bits as one merged axis; formulas, tf.keras 2, masks, out, bad arguments."""
 
 import math
 
@@ -26,7 +26,7 @@ cases = pytest.mark.parametrize(("shape", "axis"), CASES, ids=str)
 
 
 def merged(array, axis):
-    """The axes brought together at the end, as one: the definition."""
+    """The axes moved to the end and merged into one: the definition."""
     axes = sorted(a % array.ndim for a in axis)
     moved = np.moveaxis(array, axes, range(-len(axes), 0))
     return np.ascontiguousarray(moved).reshape(*moved.shape[: -len(axes)], math.prod(moved.shape[-len(axes) :]))
@@ -38,7 +38,7 @@ def adjacent(shape, axis):
 
 
 def one_axis(array, axis):
-    """What the kernels are given: (array, axis) with axes side by side merged where they are, others at the end."""
+    """(array, axis) as passed to the kernels: adjacent axes merged in place, others moved to the end and merged."""
     axes = sorted(a % array.ndim for a in axis)
     if not adjacent(array.shape, axis):
         return merged(array, axis), -1
@@ -136,7 +136,7 @@ def test_equal_to_tf_keras(shape, axis, need):
 
 
 @cases
-def test_masks_in_both_writings(shape, axis):
+def test_masks_of_both_shapes(shape, axis):
     (x, *_), _ = inputs(shape, axis)
     axes = tuple(a % len(shape) for a in axis)
     kept = tuple(1 if i in axes else extent for i, extent in enumerate(shape))
@@ -185,12 +185,12 @@ def test_x_that_is_not_contiguous_is_not_written(shape, axis):
         np.testing.assert_array_equal(odd, x)
     axes = sorted(a % x.ndim for a in axis)
     order = [*(i for i in range(x.ndim) if i not in axes), *axes]
-    free = np.ascontiguousarray(x.transpose(order)).transpose(np.argsort(order))  # merges as it lies in memory
+    free = np.ascontiguousarray(x.transpose(order)).transpose(np.argsort(order))  # merges without a copy
     same(bnfast.batch_norm_train(free, gamma, beta, axis=axis).y, y)
     np.testing.assert_array_equal(free, x)
 
 
-def test_side_by_side_copies_nothing():
+def test_adjacent_axes_are_not_copied():
     x = np.random.default_rng(6).standard_normal((6, 3, 4)).astype(np.float32)
     dy = np.ones_like(x)
     train = bnfast.batch_norm_train(x, axis=(1, 2))
@@ -198,7 +198,7 @@ def test_side_by_side_copies_nothing():
     assert np.shares_memory(grad.dresidual, dy)
 
 
-def test_channels_are_named_in_the_order_of_x():
+def test_channels_are_in_the_order_of_x():
     x = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
     mean = bnfast.moments(x, axis=(2, 0)).mean
     np.testing.assert_array_equal(mean, x.mean(1))
@@ -234,7 +234,7 @@ X = np.ones((6, 3, 4), np.float32)
     ],
     ids=str,
 )
-def test_what_is_refused(kwargs, error, text):
+def test_bad_arguments(kwargs, error, text):
     x, moving = X.copy(), {"moving_mean": np.zeros((3, 4)), "moving_variance": np.ones((3, 4))}
     before = X.copy()
     with pytest.raises(error, match=text):
@@ -243,7 +243,7 @@ def test_what_is_refused(kwargs, error, text):
     np.testing.assert_array_equal(X, before)
 
 
-def made(axis, vectors, **kwargs):
+def make_layer(axis, vectors, **kwargs):
     layer = bnfast.BatchNormalization(axis=axis, momentum=0.75, **kwargs)
     layer.load_state_dict(dict(zip(("gamma", "beta", "moving_mean", "moving_variance"), vectors, strict=True)))
     return layer
@@ -260,7 +260,7 @@ def test_the_layer_has_the_bits_of_one_axis(shape, axis, kwargs):
     flat, place = one_axis(x, axis)
     mask = np.random.default_rng(7).random([1 if i == place % flat.ndim else e for i, e in enumerate(flat.shape)]) < 0.7
     off = [extent for i, extent in enumerate(shape) if i not in {a % len(shape) for a in axis}]
-    ours, theirs = made(axis, vectors, **kwargs), made(place, [v.ravel() for v in vectors], **kwargs)
+    ours, theirs = make_layer(axis, vectors, **kwargs), make_layer(place, [v.ravel() for v in vectors], **kwargs)
     assert ours.channels == vectors[0].shape
     for training in (True, False):
         y = ours(x, training=training, mask=mask.reshape(off), residual=residual)
@@ -277,7 +277,7 @@ def test_the_layer_has_the_bits_of_one_axis(shape, axis, kwargs):
     assert fresh.gamma.shape == fresh.moving_variance.shape == ours.channels
 
 
-def test_what_the_layer_refuses():
+def test_bad_arguments_of_the_layer():
     layer = bnfast.BatchNormalization(axis=[1, -1])
     assert layer.get_config()["axis"] == layer.axis == (1, -1)
     with pytest.raises(ValueError, match=r"channels must be 2 integers, one for each of the axes \(1, -1\).*: 12"):
@@ -290,11 +290,11 @@ def test_what_the_layer_refuses():
     layer(X, training=True)
     with pytest.raises(
         ValueError,
-        match=r"x must have \(3, 4\) channels on axis \(1, -1\), as the layer was built for that.*\(6, 4, 3\)",
+        match=r"x must have \(3, 4\) channels on axis \(1, -1\), which this layer was built with.*\(6, 4, 3\)",
     ):
         layer(X.reshape(6, 4, 3))
     with pytest.raises(
-        ValueError, match=r"channels must be \(3, 4\), as the layer was built for that.*Received: \(4, 3\)"
+        ValueError, match=r"channels must be \(3, 4\), which this layer was built with.*Received: \(4, 3\)"
     ):
         layer.build((4, 3))
     with pytest.raises(ValueError, match=r"gamma must have shape \(3, 4\), one value per channel. Received: \(12,\)"):

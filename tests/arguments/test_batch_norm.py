@@ -1,4 +1,4 @@
-"""Bad input: the error names the argument, says what was wanted and what was received, and nothing was changed."""
+"""Bad arguments: the error names the argument, what was wanted and what was received, and nothing is changed."""
 
 import bnfast
 import numpy as np
@@ -29,13 +29,13 @@ def misaligned(array):
 
 class OnTheGpu:
     def __dlpack__(self, **_):
-        raise AssertionError("must not be asked for")
+        raise AssertionError("must not be called")
 
     def __dlpack_device__(self):
         return (2, 0)
 
 
-TENSOR = [  # of anything that must be like x
+TENSOR = [  # for arguments that must have the shape and dtype of x
     (X.tolist(), TypeError, "must be a NumPy array or have the buffer protocol or __dlpack__. Received: list"),
     (np.ma.masked_array(X), TypeError, "must be a plain array, with weights in mask=. Received: MaskedArray"),
     (OnTheGpu(), TypeError, r"must be in the CPU's memory. Received: DLPack device \(2, 0\)"),
@@ -80,7 +80,7 @@ AXIS = [
     ((0, -2), ValueError, r"must name each axis once. Received: \(0, -2\) for x of shape \(6, 5\)"),
     ((0, 2), ValueError, r"must be in \[-2, 2\) for x of shape \(6, 5\). Received: 2"),
     ([0, 1.0], TypeError, "must be an integer. Received: 1.0"),
-    ([], ValueError, r"must name an axis. Received: \[\]"),
+    ([], ValueError, r"must name at least one axis. Received: \[\]"),
 ]
 NOT_A_NUMBER = [
     ("0.5", TypeError, "must be a real number. Received: '0.5'"),
@@ -189,7 +189,7 @@ MOMENTS = {"x": TENSOR + DTYPE, "axis": AXIS, "mask": MASK}
 
 
 def arguments(function):
-    """Valid ones, fresh arrays."""
+    """Valid arguments, in new arrays."""
     tensor, vector = (lambda: X.copy()), (lambda: GOOD.copy())
     every = {
         **{name: tensor() for name in ("x", "dy", "residual", "out")},
@@ -230,7 +230,7 @@ def content(args):
 
 
 @pytest.mark.parametrize("function", TABLES)
-def test_every_argument_is_here(function):
+def test_every_argument_has_cases(function):
     names = function.__code__.co_varnames[: function.__code__.co_argcount + function.__code__.co_kwonlyargcount]
     assert sorted(TABLES[function]) == sorted(names)
     assert function(**arguments(function)) is not None
@@ -249,7 +249,7 @@ def test_bad_argument(function, name, bad, error, text):
 
 
 @pytest.mark.parametrize("absent", ["moving_mean", "moving_variance"])
-def test_moving_statistics_come_together(absent):
+def test_moving_statistics_must_be_given_together(absent):
     args = arguments(bnfast.batch_norm_train) | {absent: None}
     before = content(args)
     with pytest.raises(ValueError, match=r"moving_mean and moving_variance must be given together. Received: moving_"):
@@ -257,7 +257,7 @@ def test_moving_statistics_come_together(absent):
     assert content(args) == before
 
 
-def test_message_names_the_axis_that_was_meant():
+def test_the_message_names_the_axis():
     with pytest.raises(ValueError, match=r"gamma must have shape \(64,\) to match axis 1 of x. Received: \(32,\)"):
         bnfast.batch_norm_train(np.zeros((2, 64, 3), np.float32), np.ones(32, np.float32), axis=1)
 
@@ -304,20 +304,3 @@ def test_moving_statistics_overlap_an_input(name, other):
     with pytest.raises(ValueError, match=r"^moving_\w+ must not overlap \w+. Received: arrays that share memory"):
         bnfast.batch_norm_train(**args)
     assert content(args) == before
-
-
-@pytest.mark.parametrize(
-    ("n", "error", "text"),
-    [
-        (0, ValueError, r"n must be in \[1, 4096\]. Received: 0"),
-        (-1, ValueError, "Received: -1"),
-        (10**9, ValueError, "Received: 1000000000"),
-        (1.0, TypeError, "n must be an integer or None. Received: 1.0"),
-        (True, TypeError, "n must be an integer or None. Received: True"),
-    ],
-)
-def test_bad_thread_count(n, error, text):
-    before = bnfast.get_num_threads()
-    with pytest.raises(error, match=text):
-        bnfast.set_num_threads(n)
-    assert bnfast.get_num_threads() == before

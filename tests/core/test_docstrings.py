@@ -10,7 +10,7 @@ PUBLIC = [name for name in bnfast.__all__ if callable(getattr(bnfast, name))]
 
 @pytest.fixture(autouse=True)
 def defaults():
-    """Settings that examples change."""
+    """Restores the settings that examples change."""
     limit = bnfast.memory_statistics()["limit_bytes"]
     yield
     bnfast.set_num_threads(None)

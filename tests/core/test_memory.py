@@ -1,4 +1,4 @@
-"""Invariant 4's outputs: 64-byte aligned memory that is recycled when, and only when, nothing refers to it."""
+"""Invariant 4 for outputs: their memory is 64-byte aligned and recycled if and only if nothing refers to it."""
 
 import gc
 import os
@@ -13,7 +13,7 @@ import pytest
 import sample_data
 from bnfast import _core
 
-SIZES = [1, 2, 15, 16, 17, 63, 64, 65, 1000, 4095, 4096, 100003, (1 << 19) - 1, 1 << 19, (1 << 19) + 1]  # 2 MiB around
+SIZES = [1, 2, 15, 16, 17, 63, 64, 65, 1000, 4095, 4096, 100003, (1 << 19) - 1, 1 << 19, (1 << 19) + 1]  # around 2 MiB
 
 
 def statistics():
@@ -52,10 +52,10 @@ def test_every_output_is_aligned(dtype):
             outputs = [*result, *grad, *moments[1:], infer]
             assert [address(a) % 64 for a in outputs] == [0] * len(outputs)
             assert all(a.flags.c_contiguous and a.flags.writeable for a in outputs)
-            kept = [outputs, *kept[:2]]  # so that not every call gets the same block
+            kept = [outputs, *kept[:2]]  # so that calls get different blocks
 
 
-def test_core_empty_is_aligned_and_refuses_what_cannot_be():
+def test_core_empty_is_aligned_and_rejects_bad_shapes():
     for shape in ((), (0,), (5,), (3, 0, 2), (7, 11)):
         a = _core.empty(shape, np.dtype(np.float64))
         assert a.shape == shape
@@ -67,7 +67,7 @@ def test_core_empty_is_aligned_and_refuses_what_cannot_be():
         _core.empty((3, -1), np.dtype(np.float32))
 
 
-def test_the_second_call_takes_the_memory_of_the_first():
+def test_the_second_call_reuses_the_memory_of_the_first():
     for size in (5, 1000, 300000, 3000000):
         result = train(size)
         where = address(result.y)

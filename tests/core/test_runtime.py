@@ -1,4 +1,4 @@
-"""Threads, build information, and what importing bnfast brings along."""
+"""Threads, memory settings, build information, and what importing bnfast imports."""
 
 import subprocess
 import sys
@@ -22,6 +22,23 @@ def test_threads_round_trip():
     assert bnfast.get_num_threads() == default
 
 
+@pytest.mark.parametrize(
+    ("n", "error", "text"),
+    [
+        (0, ValueError, r"n must be in \[1, 4096\]. Received: 0"),
+        (-1, ValueError, "Received: -1"),
+        (10**9, ValueError, "Received: 1000000000"),
+        (1.0, TypeError, "n must be an integer or None. Received: 1.0"),
+        (True, TypeError, "n must be an integer or None. Received: True"),
+    ],
+)
+def test_bad_thread_count(n, error, text):
+    before = bnfast.get_num_threads()
+    with pytest.raises(error, match=text):
+        bnfast.set_num_threads(n)
+    assert bnfast.get_num_threads() == before
+
+
 def test_build_info():
     info = bnfast.build_info()
     assert info["isa"] in info["isas"]
@@ -35,7 +52,7 @@ def test_build_info():
 
 @pytest.fixture
 def memory():
-    """An empty store of output memory; its limit is put back afterwards."""
+    """An empty pool of output memory; its limit is restored afterwards."""
     limit = bnfast.memory_statistics()["limit_bytes"]
     bnfast.clear_memory()
     yield
@@ -113,6 +130,6 @@ def test_unknown_isa_in_the_environment(name):
         assert run.returncode != 0
         assert "ImportError" in run.stderr
         assert name in run.stderr
-        assert "baseline" in run.stderr, "the message lists what would do"
-    else:  # set but empty: not set
+        assert "baseline" in run.stderr, "the message lists the valid names"
+    else:  # an empty value counts as not set
         assert run.returncode == 0

@@ -1,4 +1,4 @@
-"""Invariant 7, threads are polite: what is asked for runs, host threads don't multiply, fork and the GIL."""
+"""Invariant 7, threads are polite: the requested number runs, host threads do not multiply it; fork and the GIL."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ X = np.random.default_rng(0).standard_normal((500, 40)).astype(np.float32)
 
 
 def run_python(code, **environment):
-    """The code's output, from a process of its own; a hang or a signal fails."""
+    """The output of `code` in another process. A hang or a signal is a failure."""
     path = os.pathsep.join(sys.path)
     command = [sys.executable, "-c", textwrap.dedent(code)]
     environment = os.environ | {"PYTHONPATH": path} | environment
@@ -82,7 +82,7 @@ def test_the_default_comes_back_and_an_explicit_number_may_exceed_it():
 
 @linux
 def test_many_host_threads_get_equal_results_and_no_threads_of_their_own(force_threads):
-    """Each host calls in turn (so each could open a team) and then all at once; all stay alive to be counted."""
+    """Host threads call one by one (each could start a team), then all at once, and stay alive to be counted."""
     force_threads(4)
     expected = [a.tobytes() for a in bnfast.batch_norm_train(X)]
     _core._set_full_team(False)
@@ -100,7 +100,7 @@ def test_many_host_threads_get_equal_results_and_no_threads_of_their_own(force_t
         together.wait(60)
         for _ in range(40):
             call()
-        together.wait(60)  # counted between these two
+        together.wait(60)  # the threads are counted between these two waits
         together.wait(60)
 
     threads = [threading.Thread(target=host, daemon=True) for _ in range(hosts)]
@@ -151,7 +151,7 @@ def test_alive_after_fork(used_before):
 
 
 def test_the_gil_is_released():
-    """Another Python thread notes the time while the core works; only a released GIL lets it inside a call."""
+    """Another Python thread records the time while the core works, which it can only do if the GIL is released."""
     x = np.zeros((1 << 22, 8), np.float32)  # 128 MiB: tens of milliseconds
     bnfast.set_num_threads(1)
     stop, inside = threading.Event(), []
@@ -181,7 +181,7 @@ def test_the_gil_is_released():
 @x86
 @pytest.mark.parametrize("mode", [0x8040, 0x2000, 0x6000, 0x8040 | 0x4000])
 def test_the_callers_floating_point_mode_comes_back(mode, force_threads, force_fp_mode):
-    """Flush to zero and the rounding directions; NumPy's own work in between would show a change too."""
+    """Flush to zero and the rounding directions. A change would also show in NumPy's operations in between."""
     for threads in (1, 3):
         force_threads(threads)
         expected = bnfast.batch_norm_train(X)
@@ -225,6 +225,6 @@ for thread in threads: thread.join()
 
 
 def test_the_first_calls_of_a_process_may_come_from_many_threads():
-    """Two of three such processes hung while a C++ static was made by a call that lets go of the GIL."""
+    """Two of three such processes hung when a C++ static was initialized by a call that releases the GIL."""
     for _ in range(4):
         run_python(FIRST_CALLS)

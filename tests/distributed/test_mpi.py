@@ -34,7 +34,7 @@ SHARDED = ["train.y", "grad.dx", "grad.dresidual", "frozen.dx", "frozen.dresidua
 
 @pytest.fixture(scope="module", params=[2, 4])
 def world(request, need, tmp_path_factory):
-    """What each rank found, in rank order."""
+    """The results of each rank, in rank order."""
     need("mpi4py")
     mpirun = shutil.which("mpirun")
     if mpirun is None:
@@ -54,9 +54,10 @@ def equal(a, b):
 
 
 def check(name, actual, expected):
-    """1e-6 of the largest value, and for half types the last place of the value itself.
+    """Equal to 1e-6 of the largest value, plus one unit in the last place for half types.
 
-    What isn't finite need only be so in both: whether sums with infinities are NaN hangs on the last place of a mean.
+    Non-finite values need only be non-finite in both, because the last bit of a mean decides whether a sum with
+    infinities is NaN.
     """
     assert actual.dtype == expected.dtype, name
     assert actual.shape == expected.shape, name

@@ -1,7 +1,7 @@
-"""Invariant 2: no digits are lost, wherever the values lie. References are computed in float64 (float64 input: long
-double) from the stored input, so the rounding of the input itself doesn't count.
+"""Invariant 2: no digits are lost, at any offset of the values. References are computed in float64 (long double for
+float64 input) from the stored input, so the rounding of the input itself does not count.
 
-Bounds are in epsilons of the type the kernels compute in (float32 for half types), each with its reason beside it.
+Bounds are in epsilons of the kernels' compute type (float32 for half types). Each bound has its reason beside it.
 """
 
 import math
@@ -33,26 +33,26 @@ ids = [str(shape) for shape, _ in LAYOUTS]
 
 
 def normal(shape, axis, dtype, ratio, seed=0):
-    """Channels of different spread, each with |mean|/std = ratio."""
+    """Channels of different standard deviation, each with |mean|/std = ratio."""
     rng = np.random.default_rng(seed)
     channels = [1] * len(shape)
     channels[axis] = shape[axis]
-    spread = rng.uniform(0.5, 2, channels)
+    deviation = rng.uniform(0.5, 2, channels)
     if np.dtype(dtype).name == "float16":
-        spread = spread * min(1.0, 2e4 / max(ratio, 1))  # its largest value is 65504
+        deviation = deviation * min(1.0, 2e4 / max(ratio, 1))  # the largest float16 is 65504
     sign = rng.choice([-1, 1], channels)
-    return (spread * (rng.standard_normal(shape) + ratio * sign)).astype(dtype)
+    return (deviation * (rng.standard_normal(shape) + ratio * sign)).astype(dtype)
 
 
 def variance_error(x, axis):
-    """The worst relative error of a channel's variance."""
+    """The largest relative error of the variance of a channel."""
     _, _, expected = numpy_reference.moments(x, axis=axis)
     variance = bnfast.moments(x, axis=axis).variance
     assert (expected > 0).all()
     return float(np.abs(variance / expected - 1).max())
 
 
-# At 1e6 float32's bound is looser: its numbers are 0.06 standard deviations apart there, the centre of a block is one.
+# At 1e6 float32's bound is looser: its values are 0.06 standard deviations apart, and a block's center is one of them.
 @pytest.mark.parametrize(
     ("dtype", "ratio", "bound"),
     [
@@ -75,14 +75,16 @@ def test_variance_of_an_offset(shape, axis, dtype, ratio, bound):
     assert variance_error(normal(shape, axis, sample_data.dtype_of(dtype), ratio), axis) <= bound
 
 
-def places(step, shape, axis):
-    """By what `step`, the order of a channel's values, is counted where every fourth of something is to lie apart."""
+def sample_steps(step, shape, axis):
+    """The units in which a block's center sample may be taken, by name: the index of each value's unit.
+
+    `step` is the position of a value in its channel."""
     inner = math.prod(shape[axis % len(shape) + 1 :])
     return {"row": step, "64": step // 64, "sample": step // inner, "64 of a row": step % inner // 64}
 
 
 def adversaries(shape, axis, dtype):
-    """Inputs made to break a variance, by name. Each channel is a column of r, in the order it is read."""
+    """Inputs designed to break a variance, by name. Each channel is a column of r, in reading order."""
     rng = np.random.default_rng(5)
     channels = shape[axis]
     count = math.prod(shape) // channels
@@ -94,7 +96,7 @@ def adversaries(shape, axis, dtype):
         return np.ascontiguousarray(np.moveaxis(values.reshape(*moved, channels), -1, axis)).astype(dtype)
 
     first = r.copy()
-    first[0] = 1e4  # the value everything is shifted by
+    first[0] = 1e4  # the value that all others are shifted by
     yield "first value 1e4 sigma away", made(first)
     each = r.copy()
     each[::512] = -1e4
@@ -103,8 +105,8 @@ def adversaries(shape, axis, dtype):
     yield "trend", made(1e3 + 0.1 * step + r)
     yield "two clusters", made(np.where(step % 2, 1e4, -1e4) + r)
     yield "two clusters, one after the other", made(np.where(step < count // 2, 1e4, -1e4) + r)
-    others = np.arange(channels) % 2 == 1  # whose centres are good where they are
-    for name, place in places(step, shape, axis).items():
+    others = np.arange(channels) % 2 == 1  # channels whose centers are good and need not move
+    for name, place in sample_steps(step, shape, axis).items():
         apart = np.where(place % 4, 1e4, 1e4 + 1.7) + 1e-3 * r
         yield f"every fourth {name} apart", made(np.where(others, r - 1e4, apart))
     yield "one huge value", made(np.where(step == count // 2, 1e15, r))
@@ -116,18 +118,18 @@ def adversaries(shape, axis, dtype):
 @pytest.mark.parametrize(("shape", "axis"), LAYOUTS, ids=ids)
 def test_variance_of_adversaries(shape, axis, dtype):
     errors = {name: variance_error(x, axis) for name, x in adversaries(shape, axis, dtype)}
-    bound = 5e-7 if dtype == "float32" else 1e-12  # half of what is promised: a centre that is off moves
+    bound = 5e-7 if dtype == "float32" else 1e-12  # half of the promised bound, because a bad center is moved
     assert {name: error for name, error in errors.items() if not error <= bound} == {}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize(("shape", "axis"), LAYOUTS, ids=ids)
-def test_variance_where_light_values_lie_far_away(shape, axis, dtype):
-    """Every fourth of what a block's centre is taken from weighs nearly nothing and lies 1e4 deviations away."""
+def test_variance_with_distant_low_weight_values(shape, axis, dtype):
+    """Every fourth unit of a block's center sample has almost no weight and is 1e4 deviations away."""
     x = normal(shape, axis, dtype, 0)
     last = np.moveaxis(x, axis, -1)
     step = np.arange(last[..., 0].size).reshape(last.shape[:-1])
-    for place in places(step, shape, axis).values():
+    for place in sample_steps(step, shape, axis).values():
         far = place % 4 == 0
         if far.all():
             continue
@@ -155,17 +157,20 @@ def test_a_constant_channel_has_variance_zero(shape, axis, dtype):
     assert np.array_equal(y.astype(np.float64), np.zeros(shape))
 
 
-# Half types have 3 digits: at 1e4 nothing but one or two values would be stored.
+# Half types have 3 digits: at 1e4 all values would round to one or two numbers.
 @pytest.mark.parametrize(
     ("dtype", "ratio"), [(d, r) for d in sample_data.DTYPES for r in (0, 1e2, 1e4) if r < 1e4 or "16" not in d]
 )
 @pytest.mark.parametrize(("shape", "axis"), LAYOUTS, ids=ids)
 def test_forward_and_backward_at_an_offset(shape, axis, dtype, ratio):
-    """mean: in standard deviations 2 eps: sums of x - c, whose size is that of a deviation.
-    y: 4 eps of |gamma|*(|xhat| + 1) + |beta|: two roundings of the difference and product, one each of scale, shift and
-       the sum, half an eps each; and half of the variance's relative error.
-    dbeta, dgamma: 2 eps of sum|dy|, sum|dy|*(|xhat| + 1): lanes of at most 64 additions, then float64.
-    dx: 4 eps of |gamma|*invstd*(|dy| + mean|dy| + (|xhat| + 1)*mean|dy*(|xhat| + 1)|)."""
+    """Bounds, relative to the size of the terms:
+
+    mean: 2 eps of a standard deviation, the size of the summed x - c.
+    y: 4 eps of |gamma|*(|xhat| + 1) + |beta|: half an eps for each of two roundings of the difference and product, one
+       each of scale, shift and sum, and half of the variance's relative error.
+    dbeta, dgamma: 2 eps of sum|dy| and sum|dy|*(|xhat| + 1): lanes of at most 64 additions, then float64.
+    dx: 4 eps of |gamma|*invstd*(|dy| + mean|dy| + (|xhat| + 1)*mean|dy*(|xhat| + 1)|).
+    """
     dtype = sample_data.dtype_of(dtype)
     rng = np.random.default_rng(3)
     x = normal(shape, axis, dtype, ratio, 3)
@@ -176,7 +181,7 @@ def test_forward_and_backward_at_an_offset(shape, axis, dtype, ratio):
     expected = numpy_reference.train(x, gamma, beta, axis=axis, epsilon=epsilon)
     result = bnfast.batch_norm_train(x, gamma, beta, axis=axis, epsilon=epsilon)
     eps = tolerances.compute_eps(dtype)
-    # float64 input: means of 1e4 deviations are themselves known to 1e4*2**-53 deviations
+    # float64 input: a mean of 1e4 deviations is itself rounded by 1e4*2**-53 deviations
     slack = eps + float(np.finfo(np.float64).eps) * ratio * 4
     assert np.max(np.abs(result.mean - expected.mean) / np.sqrt(expected.variance)) <= 2 * slack
 
@@ -224,14 +229,14 @@ def test_variance_is_never_negative_and_always_near(x, data):
     count, _, expected = numpy_reference.moments(x, axis=axis, mask=weights)
     assert moments.count == count
     assert (moments.variance >= 0).all()
-    # 2e-6: up to 64 additions of half an eps, all rounded one way; 1e-37: squares below float32's least normal number
+    # 2e-6: 64 additions that all round the same way by half an eps; 1e-37: squares below float32's smallest normal
     assert (np.abs(moments.variance - expected) <= 2e-6 * expected + 1e-37).all()
     result = bnfast.batch_norm_train(x, axis=axis)
     assert np.isfinite(result.y).all()
 
 
 def test_teams_and_instruction_sets_share_these_bounds():
-    """The bounds above are checked on one machine's choice; same bits on the others make them theirs."""
+    """The bounds above are checked with this machine's default. The others have the same bits, so they hold there."""
     x = normal((6000, 3), -1, "float32", 1e4)
     expected = bnfast.moments(x)
     for isa in bnfast.build_info()["isas"]:

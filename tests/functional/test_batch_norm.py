@@ -29,9 +29,9 @@ def check_train(x, axis, gamma=None, beta=None, moving=(None, None), chosen=Fals
     )
     if after[0] is not None:
         eps = tolerances.compute_eps(x.dtype)
-        spread = np.sqrt(expected.variance)
+        deviation = np.sqrt(expected.variance)
         tolerances.close(
-            after[0], expected.moving_mean, np.abs(expected.mean) + spread, 4 * eps, after[0].dtype, "moving_mean"
+            after[0], expected.moving_mean, np.abs(expected.mean) + deviation, 4 * eps, after[0].dtype, "moving_mean"
         )
         tolerances.close(
             after[1], expected.moving_variance, expected.variance, 40 * eps, after[1].dtype, "moving_variance"
@@ -90,14 +90,14 @@ def test_mask(shape, axis, weigh, dtype):
     full = tuple(e for i, e in enumerate(shape) if i != axis)
     mask = (rng.integers(0, 4, full) if weigh != "bool" else rng.random(full) < 0.5).astype(sample_data.dtype_of(weigh))
     check_train(x, axis, gamma, beta, tuple(moving), mask=mask, correction=1)
-    spread = np.expand_dims(mask, axis)
+    keepdims = np.expand_dims(mask, axis)
     one = bnfast.batch_norm_train(x, axis=axis, mask=mask)
-    assert np.array_equal(bnfast.batch_norm_train(x, axis=axis, mask=spread).y, one.y, equal_nan=True)
-    first = spread[(slice(None), *(slice(0, 1),) * (x.ndim - 1))]  # (N, 1, 1, ...)
+    assert np.array_equal(bnfast.batch_norm_train(x, axis=axis, mask=keepdims).y, one.y, equal_nan=True)
+    first = keepdims[(slice(None), *(slice(0, 1),) * (x.ndim - 1))]  # (N, 1, 1, ...)
     check_train(x, axis, gamma, beta, mask=first)
 
 
-def test_masked_values_have_no_say_even_where_not_finite():
+def test_masked_values_are_ignored_even_if_not_finite():
     x = np.array([[1, 2], [3, 4], [np.nan, np.inf]], np.float32)
     result = bnfast.batch_norm_train(x, mask=np.array([1, 1, 0]))
     assert np.array_equal(result.mean, [2, 3])
@@ -142,7 +142,7 @@ def test_constant_channel_without_epsilon_gives_beta():
 
 
 @pytest.mark.parametrize("dtype", sample_data.DTYPES)
-def test_one_value_a_channel_gives_beta(dtype):
+def test_one_value_per_channel_gives_beta(dtype):
     rng = np.random.default_rng(8)
     x = sample_data.batch((1, 23), 1, sample_data.dtype_of(dtype), rng, offset=1e3)
     gamma, beta, *moving = sample_data.vectors(23, rng)

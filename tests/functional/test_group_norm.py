@@ -15,7 +15,7 @@ from needs import need_module
 
 
 def check(x, dy, gamma, forward, backward, expected):
-    """Every result against `expected`; sizes: of the terms that are added up in a row or a column."""
+    """Every result against `expected`. Sizes are those of the terms that are added in a row or a column."""
     y, mean, invstd, dx, dgamma, dbeta = expected
     eps = tolerances.compute_eps(x.dtype)
     assert forward.mean.dtype == forward.invstd.dtype == np.float64
@@ -36,7 +36,7 @@ def check(x, dy, gamma, forward, backward, expected):
 
 @pytest.mark.parametrize("dtype", sample_data.DTYPES)
 @pytest.mark.parametrize(("shape", "axis", "groups"), GROUP_CASES, ids=str)
-def test_group_norm_is_its_formula(shape, axis, groups, dtype):
+def test_group_norm_agrees_with_reference(shape, axis, groups, dtype):
     for affine in (True, False):
         x, dy, gamma, beta = inputs(shape, shape[axis], dtype, affine)
         before = x.tobytes(), dy.tobytes()
@@ -47,7 +47,7 @@ def test_group_norm_is_its_formula(shape, axis, groups, dtype):
 
 @pytest.mark.parametrize("dtype", sample_data.DTYPES)
 @pytest.mark.parametrize(("shape", "axes"), LAYER_CASES, ids=str)
-def test_layer_norm_is_its_formula(shape, axes, dtype):
+def test_layer_norm_agrees_with_reference(shape, axes, dtype):
     for affine in (True, False):
         vector = [shape[a] for a in sorted(a % len(shape) for a in axes)]
         x, dy, gamma, beta = inputs(shape, vector, dtype, affine)
@@ -74,7 +74,7 @@ def test_any_shape(data):
 
 @pytest.mark.parametrize(("offset", "bound"), [(1e4, 1e-6), (1e6, 1e-5)])
 def test_large_offsets_cost_no_digits(offset, bound):
-    """Invariant 2: of the variance; y keeps its digits because the mean is subtracted in two parts."""
+    """Invariant 2 for the variance. y keeps its digits because the mean is subtracted in two parts."""
     for shape, axis, groups in GROUP_CASES:
         x, _, gamma, beta = inputs(shape, shape[axis], "float32", offset=offset * 2)
         y, mean, invstd = numpy_reference.group_norm(x, groups, gamma, beta, axis=axis)
@@ -97,7 +97,7 @@ def test_a_constant_row_is_beta():
     assert (invstd == 0).all()
 
 
-# ---- oracles --------------------------------------------------------------------------------------------------------
+# ---- other frameworks ------------------------------------------------------------------------------------------------
 
 
 def from_torch(function, x, dy, gamma, beta):

@@ -1,4 +1,4 @@
-"""Group, instance and layer norm: equal bits (instruction sets, teams, layouts, out, identities), edges and errors."""
+"""Group, instance and layer norm: same bits (instruction sets, teams, layouts, out, identities), edge cases, errors."""
 
 import subprocess
 import sys
@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import sample_data
 from bnfast import _core
-from exact import LAYOUTS, bits, force_isa_and_threads, usual_settings  # noqa: F401  # the fixture puts settings back
+from exact import LAYOUTS, bits, force_isa_and_threads, restored_settings  # noqa: F401  # the fixture restores the settings
 from group_norm_calls import GROUP_CASES, LAYER_CASES, group_call, inputs, layer_call
 
 
 def all_bits(case, dtype, change=lambda a: a):
-    """Of every result of one case: (shape, axis, groups), or (shape, axes)."""
+    """The bits of every result of one case: (shape, axis, groups) or (shape, axes)."""
     shape, axis, *groups = case
     vector = shape[axis] if groups else [shape[a] for a in sorted(a % len(shape) for a in axis)]
     x, dy, gamma, beta = inputs(shape, vector, dtype)
@@ -55,7 +55,7 @@ def test_parameters_change_no_bit_of_the_statistics(case, dtype):
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in bytes elsewhere, or absent")
 @pytest.mark.parametrize(("shape", "axis"), [((40000, 2, 64), 2), ((40000, 64, 2), 1)], ids=str)
 def test_many_samples_take_little_scratch(shape, axis):
-    """One sum a sample and channel, 41 MB here, would stay with the calling thread."""
+    """One sum per sample and channel, 41 MB here, would stay allocated for the calling thread."""
     code = f"""if True:
         import resource, bnfast, numpy as np
         def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -78,7 +78,7 @@ def same(a, b):
 @pytest.mark.parametrize("dtype", sample_data.DTYPES)
 @pytest.mark.parametrize(("shape", "axis"), [(c[0], c[1]) for c in GROUP_CASES], ids=str)
 def test_identities(shape, axis, dtype):
-    """One channel a group is instance norm; one group is layer norm; one sample of instance norm is batch norm."""
+    """One channel per group is instance norm; one group is layer norm; instance norm of one sample is batch norm."""
     x, dy, gamma, beta = inputs(shape, shape[axis], dtype)
     instance = bnfast.instance_norm(x, gamma, beta, axis=axis)
     assert same(instance, bnfast.group_norm(x, shape[axis], gamma, beta, axis=axis))
@@ -117,7 +117,7 @@ def test_out_changes_no_bit(case):
         assert all(np.array_equal(bits(a), b) for a, b in zip(result, expected[3:], strict=True))
 
 
-# ---- edges and errors -----------------------------------------------------------------------------------------------
+# ---- edge cases and errors -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (0, 4, 3), (2, 4, 0), (2, 0, 3), (0, 0)])
@@ -180,7 +180,7 @@ ERRORS = [
         r"gamma must have shape \(6, 5\) to match axes",
     ),
     (lambda: bnfast.layer_norm(X, np.ones(5, int)), TypeError, r"gamma must have dtype float32 or float64"),
-    (lambda: bnfast.layer_norm(X, axis=()), ValueError, r"axis must name an axis"),
+    (lambda: bnfast.layer_norm(X, axis=()), ValueError, r"axis must name at least one axis"),
     (lambda: bnfast.layer_norm(X, axis=(1, -2)), ValueError, r"axis must name each axis once"),
     (lambda: bnfast.layer_norm(X, epsilon=-1e-3), ValueError, r"epsilon must be finite and at least 0"),
     (lambda: bnfast.layer_norm(X, epsilon="0"), TypeError, r"epsilon must be a real number"),
@@ -212,16 +212,16 @@ ERRORS = [
 
 
 @pytest.mark.parametrize(("call", "error", "message"), ERRORS, ids=[e[2][:40] for e in ERRORS])
-def test_errors_name_the_argument(call, error, message):
+def test_bad_arguments(call, error, message):
     with pytest.raises(error, match=message):
         call()
     assert not X.any()
 
 
-def test_statistics_may_be_float32_and_anything_readable_is_read():
+def test_statistics_may_be_float32_and_buffers_are_read():
     x, dy, gamma, beta = inputs((4, 6, 5), 6, "float32")
     forward, backward = group_call(x, dy, gamma, beta, 1, np.int64(3))
     narrow = bnfast.group_norm_grad(dy, x, *(a.astype(np.float32) for a in forward[1:]), 3, gamma, axis=1)
     np.testing.assert_allclose(narrow.dx, backward.dx, atol=1e-5)
     assert same(bnfast.group_norm(memoryview(x), 3, memoryview(gamma), memoryview(beta), axis=1), forward)
-    assert _core.group_norm(x, 3, gamma, beta, 1, 1e-3, None) is not None  # the plain case needs no Python
+    assert _core.group_norm(x, 3, gamma, beta, 1, 1e-3, None) is not None  # _core accepts this call without _arguments

@@ -87,7 +87,7 @@ def test_merging_parts_gives_the_moments_of_the_whole(sizes, offset, masked, see
     count, mean, variance = numpy_reference.moments(x, mask=mask)
     assert merged.count == pytest.approx(count, rel=1e-12)
     np.testing.assert_allclose(merged.mean, mean.astype(float), rtol=1e-12, atol=1e-12 * (1 + abs(offset)))
-    # the parts' means are float64 themselves: one rounding of a mean of 1e3 is 1e-13, squared it is gone
+    # the parts' means are rounded to float64: 1e-13 for a mean of 1e3, which is negligible squared
     np.testing.assert_allclose(merged.variance, variance.astype(float), rtol=1e-12, atol=1e-12)
 
 

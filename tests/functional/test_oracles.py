@@ -1,4 +1,4 @@
-"""Other people's batch norms: PyTorch's forward, backward and running statistics, and ONNX's node tests."""
+"""Other implementations: PyTorch's forward, backward and running statistics, and ONNX's node tests."""
 
 import warnings
 
@@ -50,7 +50,7 @@ def test_torch_batch_norm(need, shape, activation, training, dtype):
         (grad.dbeta, tb.grad, 10 * count),
     ):
         other = other.detach().numpy()
-        # PyTorch adds up (3000, 100) row by row: its mean, not ours, is off by some 100 eps there
+        # PyTorch adds (3000, 100) row by row, so its mean is off by about 100 eps
         np.testing.assert_allclose(mine, other, rtol=100 * eps, atol=scale * (4 + count / 100) * eps)
 
 
@@ -60,7 +60,7 @@ def onnx_cases(need):
     from onnx.backend.test.loader import load_model_tests
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of other operators' cases, which are made on the way
+        warnings.simplefilter("ignore")  # from the cases of other operators, which are created too
         cases = {case.name: case for case in load_model_tests(kind="node")}
     return {name: case for name, case in cases.items() if name.startswith("test_batchnorm_")}
 
@@ -74,7 +74,7 @@ ONNX = [f"test_batchnorm_{kind}{mode}" for kind in ("example", "epsilon") for mo
 
 @pytest.mark.parametrize("name", ONNX)
 def test_onnx_node(onnx_cases, name):
-    """Their momentum is the weight of the old value, as ours, and their running variance a population variance."""
+    """ONNX's momentum is the weight of the old value, as here, and its running variance is a population variance."""
     case = onnx_cases[name]
     attributes = {a.name: a.f or a.i for a in case.model.graph.node[0].attribute}
     epsilon = attributes.get("epsilon", 1e-5)

@@ -1,4 +1,4 @@
-"""renorm_correction: Keras's renorm layer through its recipe, plain batch norm as equal bits, bounds, bad input."""
+"""renorm_correction: Keras's renorm layer through the docstring's recipe, same bits as batch norm, bounds, errors."""
 
 import bnfast
 import numpy as np
@@ -10,7 +10,7 @@ CLIPPING = [{}, {"rmin": 0.5, "rmax": 1.5, "dmax": 0.3}, {"rmax": 1.1}, {"dmax":
 
 
 def step(x, dy, gamma, beta, moving_mean, moving_stddev, epsilon=1e-3, **bounds):
-    """The recipe of the docstring."""
+    """The recipe of the docstring of renorm_correction."""
     _, mean, variance = bnfast.moments(x)
     r, d = renorm_correction(mean, variance, moving_mean, moving_stddev, epsilon=epsilon, **bounds)
     scale, shift = gamma * r, beta + gamma * d
@@ -81,7 +81,7 @@ def test_values():
     ],
     ids=str,
 )
-def test_what_is_refused(kwargs, error, text):
+def test_bad_arguments(kwargs, error, text):
     good = {name: np.ones(5) for name in ("mean", "variance", "moving_mean", "moving_stddev")}
     with pytest.raises(error, match=text):
         renorm_correction(**(good | kwargs))

@@ -1,7 +1,7 @@
-"""Invariant 1: results depend on the values, shape, dtype and axis alone. Raw bits are compared, NaN with NaN.
+"""Invariant 1: results depend on the values, shape, dtype and axis alone. Raw bits are compared, all NaNs as one.
 
-The first of every comparison is the baseline instruction set on one thread; the others run another instruction set, a
-whole team, the caller's flush-to-zero mode, strided or unaligned copies of the values, other cache sizes.
+Every comparison is with the baseline instruction set on one thread. The other run has another instruction set, several
+threads, the caller's flush-to-zero mode, strided or unaligned copies of the values, or other cache sizes.
 """
 
 import functools
@@ -19,11 +19,11 @@ import numpy as np
 import pytest
 import sample_data
 from bnfast import _core
-from exact import LAYOUTS, bits, force_isa_and_threads, usual_settings  # noqa: F401  # the fixture puts settings back
+from exact import LAYOUTS, bits, force_isa_and_threads, restored_settings  # noqa: F401  # the fixture restores the settings
 
 BASELINE = bnfast.build_info()["isas"][-1]
 FLUSH = 0x8040  # MXCSR's FTZ and DAZ
-SHAPES = [  # (shape, axis): columns and rows, packed, odd, one and many blocks and chunks
+SHAPES = [  # (shape, axis): columns and rows, packed and odd sizes, one and many blocks and chunks
     ((1, 23), -1),
     ((700, 3), -1),
     ((6001, 24), -1),
@@ -46,31 +46,31 @@ class Case(NamedTuple):
     residual: bool
     mask: str | None = None  # "weights", "ones"
     denormal: bool = False  # x, residual and beta
-    bad: bool = False  # NaN and infinities at some places
-    apart: bool = False  # what a block's centre is taken from lies elsewhere in every other channel: those centres move
+    non_finite: bool = False  # some values are NaN or infinite
+    distant_centers: bool = False  # in every other channel the center samples are far off, so the centers move
 
 
-def cases(shape, axis, dtype):
-    """Every option meets every loop; what is large (several chunks of a row) runs once."""
+def option_cases(shape, axis, dtype):
+    """Every option with every kind of loop. Large shapes (several chunks per row) run once."""
     yield Case(shape, axis, dtype, "relu", True, True, "weights")
     if math.prod(shape) > 200000:
         return
-    yield Case(shape, axis, dtype, None, False, False, apart=True)
+    yield Case(shape, axis, dtype, None, False, False, distant_centers=True)
     yield Case(shape, axis, dtype, "relu6", True, False)
     yield Case(shape, axis, dtype, "leaky_relu", False, True, "weights")
 
 
-@functools.lru_cache(maxsize=2)  # the key holds no denormal: under flush to zero it would be another
+@functools.lru_cache(maxsize=2)  # the key has no denormal float, which flush to zero would change
 def arguments(case: Case) -> dict[str, Any]:
     rng = np.random.default_rng(len(case.shape) + sum(case.shape))
     dtype, channels = sample_data.dtype_of(case.dtype), case.shape[case.axis]
     x, dy, residual = (rng.standard_normal(case.shape) + offset for offset in (0.7, 0, 0))
-    if case.bad:
+    if case.non_finite:
         for a, value in ((x, np.nan), (x, np.inf), (dy, -np.inf), (residual, np.nan)):
             a.flat[rng.integers(0, a.size, 3)] = value
     parameter = np.float64 if dtype == np.float64 else np.float32
-    if case.apart:
-        np.moveaxis(x, case.axis, -1)[..., ::2] += 50.0 * sample_data.in_sample(case.shape, case.axis)[..., None]
+    if case.distant_centers:
+        np.moveaxis(x, case.axis, -1)[..., ::2] += 50.0 * sample_data.in_center_sample(case.shape, case.axis)[..., None]
     gamma, beta, mean, variance = sample_data.vectors(channels, rng, parameter)
     weights = np.moveaxis(x, case.axis, -1)[..., 0]
     scale = {"float64": 1e-310, "float16": 1e-6}.get(case.dtype, 1e-40) if case.denormal else 1.0
@@ -87,8 +87,8 @@ def arguments(case: Case) -> dict[str, Any]:
     }
 
 
-def everything(case: Case, check=lambda: None, change=lambda a: a, give_out=False) -> dict[str, Any]:
-    """What the four functions make of a case. `check` runs after each call, `change` may restride what goes in."""
+def all_results(case: Case, check=lambda: None, change=lambda a: a, give_out=False) -> dict[str, Any]:
+    """Results of the four functions for a case. `check` runs after each call; `change` may re-layout the inputs."""
     a = arguments(case)
     x, dy, residual = (None if a[name] is None else change(a[name]) for name in ("x", "dy", "residual"))
     mm, mv = a["moving_mean"].copy(), a["moving_variance"].copy()
@@ -107,8 +107,8 @@ def everything(case: Case, check=lambda: None, change=lambda a: a, give_out=Fals
     check()
     by_y = None
     if residual is not None:
-        gated = {**kwargs, "residual": None, "y": change(train.y)}
-        by_y = bnfast.batch_norm_grad(dy, x, *statistics, *affine, mask=a["mask"], **gated, **out())
+        with_y = {**kwargs, "residual": None, "y": change(train.y)}
+        by_y = bnfast.batch_norm_grad(dy, x, *statistics, *affine, mask=a["mask"], **with_y, **out())
         check()
     frozen = bnfast.batch_norm_grad(dy, x, *statistics, *affine, training=False, **kwargs, **out())
     check()
@@ -137,7 +137,7 @@ def assert_same_bits(actual, expected, case):
 
 @functools.cache
 def expected_of(case: Case) -> dict[str, Any]:
-    return everything(case, force_isa_and_threads(BASELINE, 1))
+    return all_results(case, force_isa_and_threads(BASELINE, 1))
 
 
 @pytest.mark.parametrize("dtype", sample_data.DTYPES)
@@ -146,9 +146,9 @@ def expected_of(case: Case) -> dict[str, Any]:
 def test_instruction_sets_and_threads(shape, axis, dtype, isa, force_isa):
     force_isa(isa if BASELINE != "neon" else BASELINE)
     isa = bnfast.build_info()["isa"]
-    for case in cases(shape, axis, dtype):
+    for case in option_cases(shape, axis, dtype):
         for threads in (1, 2, 3, 8):
-            assert_same_bits(everything(case, force_isa_and_threads(isa, threads)), expected_of(case), (case, threads))
+            assert_same_bits(all_results(case, force_isa_and_threads(isa, threads)), expected_of(case), (case, threads))
 
 
 @pytest.mark.parametrize("dtype", sample_data.DTYPES)
@@ -158,14 +158,14 @@ def test_flush_to_zero_set_by_the_caller(shape, axis, dtype):
         case = Case(shape, axis, dtype, "relu", True, True, "weights", denormal)
         expected = expected_of(case)
         if denormal:
-            assert 0 < np.abs(expected["train.mean"]).max() < 1e-5  # the case is what it says
+            assert 0 < np.abs(expected["train.mean"]).max() < 1e-5  # the values are denormal
         for isa in bnfast.build_info()["isas"]:
             for threads in (1, 3):
                 check = force_isa_and_threads(isa, threads)
                 before = _core._fp_mode()
                 _core._set_fp_mode(before | FLUSH)
                 try:
-                    actual = everything(case, check)
+                    actual = all_results(case, check)
                     after = _core._fp_mode()
                 finally:
                     _core._set_fp_mode(before)
@@ -177,9 +177,9 @@ def test_flush_to_zero_set_by_the_caller(shape, axis, dtype):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_strides_and_alignment(layout, dtype):
     for shape, axis in SHAPES[:8]:
-        for case in list(cases(shape, axis, dtype))[::3]:
+        for case in list(option_cases(shape, axis, dtype))[::3]:
             for threads in (1, 3):
-                actual = everything(case, force_isa_and_threads(bnfast.build_info()["isa"], threads), LAYOUTS[layout])
+                actual = all_results(case, force_isa_and_threads(bnfast.build_info()["isa"], threads), LAYOUTS[layout])
                 assert_same_bits(actual, expected_of(case), (case, layout))
 
 
@@ -188,8 +188,8 @@ def test_strides_and_alignment(layout, dtype):
 def test_an_all_ones_mask_is_none(shape, axis, dtype):
     for isa in bnfast.build_info()["isas"]:
         check = force_isa_and_threads(isa, 2)
-        case = Case(shape, axis, dtype, "leaky_relu", True, False, apart=True)
-        assert_same_bits(everything(case._replace(mask="ones"), check), everything(case, check), (case, isa))
+        case = Case(shape, axis, dtype, "leaky_relu", True, False, distant_centers=True)
+        assert_same_bits(all_results(case._replace(mask="ones"), check), all_results(case, check), (case, isa))
 
 
 @pytest.mark.parametrize("dtype", sample_data.DTYPES)
@@ -197,20 +197,20 @@ def test_an_all_ones_mask_is_none(shape, axis, dtype):
 def test_repeated_runs_and_out(shape, axis, dtype):
     case = Case(shape, axis, dtype, "relu", True, True)
     _core._set_serial_bytes(0)
-    bnfast.set_num_threads(3)  # whoever wakes in time joins: no run is like the one before
+    bnfast.set_num_threads(3)  # any thread that wakes in time joins, so runs differ
     for repeat in range(6):
-        assert_same_bits(everything(case, give_out=repeat % 2 == 1), expected_of(case), case)
+        assert_same_bits(all_results(case, give_out=repeat % 2 == 1), expected_of(case), case)
 
 
 @pytest.mark.parametrize("dtype", sample_data.DTYPES)
 @pytest.mark.parametrize(("shape", "axis"), SHAPES[:-1], ids=str)
-def test_nan_stands_at_the_same_places(shape, axis, dtype):
+def test_nan_positions_are_the_same(shape, axis, dtype):
     for activation in sample_data.ACTIVATIONS:
-        case = Case(shape, axis, dtype, activation, True, True, bad=True)
+        case = Case(shape, axis, dtype, activation, True, True, non_finite=True)
         expected = expected_of(case)
         assert np.isnan(expected["train.y"]).any()
         for isa in bnfast.build_info()["isas"]:
-            assert_same_bits(everything(case, force_isa_and_threads(isa, 3)), expected, (case, isa))
+            assert_same_bits(all_results(case, force_isa_and_threads(isa, 3)), expected, (case, isa))
 
 
 def test_in_place_is_the_same():
@@ -231,18 +231,18 @@ def test_in_place_is_the_same():
                 assert np.array_equal(bits(grad.dx), bits(wanted))
 
 
-# ---- settings read at load: a process of their own ------------------------------------------------------------------
+# ---- settings read at load, in another process -----------------------------------------------------------------------
 
 
 def digest() -> str:
-    """Of the bits of some cases, run as this process's environment says, serially and by a team."""
+    """A hash of the results of some cases, run serially and by several threads with this process's environment."""
     total = hashlib.sha256()
     for threads in (1, 3):
         check = force_isa_and_threads(bnfast.build_info()["isa"], threads)
         for shape, axis in SHAPES:
             for dtype in sample_data.DTYPES:
-                *_, case = cases(shape, axis, dtype)
-                for value in everything(case, check).values():
+                *_, case = option_cases(shape, axis, dtype)
+                for value in all_results(case, check).values():
                     if value is not None:
                         total.update(bits(value).tobytes())
     return total.hexdigest()
@@ -260,7 +260,10 @@ def in_a_process(**environment):
 def test_cache_sizes_change_no_bit():
     expected = digest()
     tiny = {"BNFAST_L1_BYTES": "1024", "BNFAST_L2_BYTES": "1024", "BNFAST_L3_BYTES": "1024"}  # all stores streamed
-    huge = {"BNFAST_L2_BYTES": str(1 << 28), "BNFAST_L3_BYTES": str(1 << 32)}  # every group of channels fits
+    huge = {
+        "BNFAST_L2_BYTES": str(1 << 28),
+        "BNFAST_L3_BYTES": str(1 << 32),
+    }  # every group of channels fits in the cache
     for environment in (tiny, huge):
         assert in_a_process(**environment)[0] == expected
 

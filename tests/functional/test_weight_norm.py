@@ -12,7 +12,7 @@ SHAPES += [((3, 3, 4, 2), (-2, -1)), ((3, 2, 4), (2, 0)), ((2, 3, 4), (0, 1, 2))
 
 
 def arrays(shape, axis, dtype, seed=0):
-    """dw, v, g, g as it broadcasts against v, and the axes of |v|."""
+    """dw, v, g, g in a shape that broadcasts against v, and the axes of |v|."""
     rng = np.random.default_rng(seed)
     kept = {a % len(shape) for a in np.atleast_1d(axis)}
     over = tuple(a for a in range(len(shape)) if a not in kept)
@@ -64,7 +64,7 @@ def test_zeros_stay_zeros():
 
 
 def test_long_and_short_vectors():
-    """Squares that float32 could not hold."""
+    """The squares are out of float32's range."""
     for size in (1e30, 1e-30):
         v = np.full((4, 2), size, np.float32)
         np.testing.assert_allclose(weight_norm(v, np.ones(2, np.float32)), 0.5, rtol=1e-6)

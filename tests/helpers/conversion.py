@@ -1,4 +1,4 @@
-"""What the tests of conversion share: batches, and layers of the NumPy API that have seen them."""
+"""Batches and trained NumPy layers for the tests of conversion."""
 
 import numpy as np
 import sample_data

@@ -1,4 +1,4 @@
-"""Equality of bits: the layouts that are compared, and the settings that must not matter."""
+"""For tests of equal bits: raw bits, memory layouts, and settings that must not change a bit."""
 
 import bnfast
 import numpy as np
@@ -7,13 +7,13 @@ from bnfast import _core
 
 
 def bits(value) -> np.ndarray:
-    """Raw bits, every NaN the same."""
+    """Raw bits, with all NaNs equal."""
     a = np.ascontiguousarray(value)
     return np.where(np.isnan(a), -1, a.view(f"i{a.itemsize}"))
 
 
 def force_isa_and_threads(isa, threads):
-    """Sets both and returns a check that they are what ran."""
+    """Set both. Returns a function that asserts that the last call ran with them."""
     _core._set_isa(isa)
     _core._set_serial_bytes(0)
     _core._set_full_team(True)
@@ -26,7 +26,7 @@ def force_isa_and_threads(isa, threads):
 
 
 @pytest.fixture(autouse=True)
-def usual_settings():
+def restored_settings():
     mode = _core._fp_mode()
     yield
     _core._set_fp_mode(mode)
@@ -37,7 +37,7 @@ def usual_settings():
 
 
 def shifted(a, by_bytes):
-    """A copy whose data starts that many bytes after a 64-byte line."""
+    """A copy whose data starts `by_bytes` after a 64-byte boundary."""
     room = np.zeros(a.nbytes + 192, np.uint8)
     start = -room.ctypes.data % 64 + by_bytes
     view = room[start : start + a.nbytes].view(a.dtype).reshape(a.shape)
@@ -47,14 +47,14 @@ def shifted(a, by_bytes):
 
 
 def every_other(a):
-    """The values as every second one of a larger array."""
+    """The same values, as every second element of a larger array."""
     room = np.zeros((*a.shape[:-1], 2 * a.shape[-1]), a.dtype)
     room[..., ::2] = a
     return room[..., ::2]
 
 
 LAYOUTS = {
-    "one value off a line": lambda a: shifted(a, a.itemsize),
+    "one value off a 64-byte boundary": lambda a: shifted(a, a.itemsize),
     "one byte off": lambda a: shifted(a, 1),
     "every other": every_other,
     "backwards": lambda a: a[::-1].copy()[::-1],

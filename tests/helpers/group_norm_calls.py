@@ -1,4 +1,4 @@
-"""Calls of the group and layer norms, with their cases."""
+"""Shapes and calls for the tests of group and layer norm."""
 
 import bnfast
 import numpy as np

@@ -1,12 +1,14 @@
-"""What each rank of test_mpi.py runs: mpirun -n SIZE python mpi_ranks.py SIZE FOLDER.
+"""The program that each rank of test_mpi.py runs: mpirun -n SIZE python mpi_ranks.py SIZE FOLDER.
 
-A case is a whole batch and where it is cut; test_mpi.py makes the same one. Results go to FOLDER/RANK.pickle.
+A case is a whole batch and its division into shards; test_mpi.py creates the same case. Each rank writes its results to
+FOLDER/RANK.pickle.
 """
 
 import pickle
 import sys
 from pathlib import Path
 
+import bnfast
 import numpy as np
 
 EPSILON = 1e-3
@@ -24,7 +26,7 @@ CASES = {  # name: shape, axis, dtype, options of train and grad
 
 
 def whole(name):
-    """dict of x, dy, parameters and options: the batch in one piece."""
+    """The whole batch of a case: a dict of x, dy, parameters and options."""
     shape, axis, dtype, wanted = CASES[name]
     rng = np.random.default_rng(sorted(CASES).index(name))
     channels = shape[axis]
@@ -39,13 +41,13 @@ def whole(name):
     case["residual"] = rng.standard_normal(shape).astype(dtype) if wanted.get("residual") else None
     case["mask"] = rng.uniform(0, 2, (len(x), 1)).astype("float32") if wanted.get("mask") else None
     if wanted.get("mask"):
-        case["mask"][: len(x) // 4] = 0  # all of the first of four ranks
+        case["mask"][: len(x) // 4] = 0  # all samples of the first of four ranks
     case["moving"] = rng.uniform(-1, 1, channels).astype(param), rng.uniform(0.5, 2, channels).astype(param)
     return case
 
 
 def cuts(samples, size, uneven):
-    """Where each rank's samples begin and end: about equal, or most on the last rank and none on the one before."""
+    """(begin, end) of each rank's samples: about equal parts, or most on the last rank and none on the one before."""
     ends = [samples * (rank + 1) // size for rank in range(size)]
     if uneven:
         ends = [min(rank, samples) for rank in range(size - 1)] + [samples]
@@ -59,7 +61,7 @@ def shard(case, begin, end):
 
 
 def run(package, case, **comm):
-    """Everything that `package` (bnfast or bnfast.distributed.mpi) says of a case."""
+    """All results of `package` (bnfast or bnfast.distributed.mpi) for a case."""
     common = {"axis": case["axis"], "activation": case["activation"], "residual": case["residual"], **comm}
     parameters = case["gamma"], case["beta"]
     moments = package.moments(case["x"], axis=case["axis"], mask=case["mask"], **comm)
@@ -98,7 +100,7 @@ def outcome(call, *args, **kwargs):
 
 
 def errors(mpi, comm):
-    """Text of what each bad call raises on this rank, and the moving statistics that all of them were given."""
+    """The error text of each bad call on this rank, and the moving statistics that were passed to all of them."""
     first = comm.rank == 0
     x = np.arange(12, dtype=np.float32).reshape(4, 3)
     moving = np.zeros(3, np.float32), np.ones(3, np.float32)
@@ -120,7 +122,7 @@ def errors(mpi, comm):
 
 
 def in_place(mpi, case):
-    """out= exactly x forward, exactly dy backward; dgamma in the dtype of x where there is no gamma."""
+    """out= is x in the forward call and dy in the backward call; without gamma, dgamma has the dtype of x."""
     x, dy = case["x"].copy(), case["dy"].copy()
     train = mpi.batch_norm_train(x, axis=case["axis"], out=x)
     grad = mpi.batch_norm_grad(dy, case["x"], train.mean, train.invstd, axis=case["axis"], out=dy)
@@ -128,7 +130,6 @@ def in_place(mpi, case):
 
 
 def main(size, folder):
-    import bnfast
     from bnfast.distributed import mpi
     from mpi4py import MPI
 

@@ -1,5 +1,5 @@
-"""Optional oracles and instruction sets. The environment's BNFAST_REQUIRE (comma list: avx2, avx512, torch, tf_keras,
-onnx, ...) names those whose absence is a failure; without it they are skipped by name."""
+"""Optional frameworks and instruction sets. A test that needs an absent one is skipped, or fails if the environment
+variable BNFAST_REQUIRE names it (a comma-separated list: avx2, avx512, torch, tf_keras, onnx, ...)."""
 
 import importlib
 import os

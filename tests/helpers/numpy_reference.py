@@ -1,8 +1,8 @@
-"""The oracle: batch normalization as its formulas read, slow and obvious, in NumPy.
+"""The reference: the formulas of all norms in NumPy, slow and obvious.
 
-Every array becomes (M, C) - channels last, all else flattened - and is computed in float64, or in long double where
-the input is float64. Results stay that wide, in the shape of x: a test compares them with a tolerance of its own.
-Nothing is written, moving statistics included: the new ones are returned.
+Batch norm reshapes every array to (M, C), channels last and all other axes flattened, and computes in float64, or in
+long double if the input is float64. Results have that dtype and the shape of x; each test has its own tolerance.
+Nothing is written. New moving statistics are returned.
 """
 
 import math
@@ -45,7 +45,7 @@ def unrows(r, x, axis):
 
 
 def weights(mask, x, axis, dtype):
-    """The mask as (M, 1) weights; ones without one."""
+    """The mask as (M, 1) weights; ones without a mask."""
     shape = list(np.shape(x))
     axis = axis % len(shape)
     if mask is None:
@@ -64,7 +64,7 @@ def moments(x, *, axis=-1, mask=None):
     count = w.sum()
     if count == 0:
         return 0.0, np.zeros(r.shape[1], dtype), np.zeros(r.shape[1], dtype)
-    keep = w[:, 0] > 0  # a value of weight 0 has no say, NaN or not
+    keep = w[:, 0] > 0  # values of weight 0 do not count, even if they are NaN
     r, w = r[keep], w[keep]
     mean = (w * r).sum(0) / count
     return float(count), mean, (w * (r - mean) ** 2).sum(0) / count
@@ -81,7 +81,7 @@ def activate(z, activation, negative_slope=0.2):
         return z
     if activation == "leaky_relu":
         return np.where(z < 0, z * negative_slope, z)
-    z = np.where(z < 0, 0, z)  # NaN stays
+    z = np.where(z < 0, 0, z)  # NaN stays NaN
     return np.where(z > 6, 6, z) if activation == "relu6" else z
 
 
@@ -174,7 +174,7 @@ def weight_norm_grad(dw, v, g, axes):
 
 
 def standardize(w, axes, epsilon):
-    """xhat, mean and invstd of w, already wide, over `axes`; an empty row has mean and variance 0."""
+    """xhat, mean and invstd of w (float64 or long double) over `axes`. An empty row has mean and variance 0."""
     count = max(math.prod(w.shape[i] for i in axes), 1)
     mean = w.sum(axes, keepdims=True) / count
     invstd = inverse_std(((w - mean) ** 2).sum(axes, keepdims=True) / count, epsilon)
@@ -189,7 +189,7 @@ def normalized_gradient(g, xhat, invstd, axes):
 
 
 def group_norm(x, groups, gamma=None, beta=None, *, axis=-1, epsilon=1e-3, dy=None):
-    """y, mean, invstd and, of a dy, dx, dgamma, dbeta; statistics (N, groups)."""
+    """y, mean, invstd and, if dy is given, dx, dgamma, dbeta. Statistics have shape (N, groups)."""
     first = np.moveaxis(np.asarray(x), axis, 1)
     split = (len(first), groups, first.shape[1] // groups, math.prod(first.shape[2:]))
     xhat, mean, invstd = standardize(first.astype(wide_dtype(x)).reshape(split), (2, 3), epsilon)
@@ -207,7 +207,7 @@ def group_norm(x, groups, gamma=None, beta=None, *, axis=-1, epsilon=1e-3, dy=No
 
 
 def layer_norm(x, gamma=None, beta=None, *, axes=(-1,), epsilon=1e-3, dy=None):
-    """As group_norm; gamma and beta in the extents of `axes`, statistics in those of the others."""
+    """As group_norm. gamma and beta have the extents of `axes` as shape, statistics those of the other axes."""
     axes = tuple(sorted(a % np.ndim(x) for a in axes))
     xhat, mean, invstd = standardize(np.asarray(x).astype(wide_dtype(x)), axes, epsilon)
     shape = [n if i in axes else 1 for i, n in enumerate(np.shape(x))]

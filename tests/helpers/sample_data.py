@@ -34,16 +34,15 @@ ACTIVATIONS = [None, "relu", "relu6", "leaky_relu"]
 def dtype_of(name: str) -> np.dtype:
     if name != "bfloat16":
         return np.dtype(name)
-
     return np.dtype(need_module("ml_dtypes").bfloat16)
 
 
 def batch(shape, axis, dtype, rng, offset=0.0):
-    """Values whose channels differ in mean and spread."""
+    """Random values. The channels differ in mean and standard deviation."""
     channels = [1] * len(shape)
     channels[axis] = shape[axis]
-    spread = rng.uniform(0.3, 3, channels)
-    return (rng.standard_normal(shape) * spread + rng.uniform(-2, 2, channels) + offset).astype(dtype)
+    deviation = rng.uniform(0.3, 3, channels)
+    return (rng.standard_normal(shape) * deviation + rng.uniform(-2, 2, channels) + offset).astype(dtype)
 
 
 def vectors(channels, rng, dtype="float32"):
@@ -53,9 +52,9 @@ def vectors(channels, rng, dtype="float32"):
     return tuple(a.astype(dtype) for a in arrays)
 
 
-def in_sample(shape, axis):
-    """What the kernels take the centres of blocks from, of x without its channels: every fourth row of columns or of
-    short rows, every fourth 64 values of longer ones."""
+def in_center_sample(shape, axis):
+    """Which values the kernels take a block's center from, in the shape of x without the channel axis: every fourth row
+    of columns or short rows, every fourth group of 64 values of longer rows."""
     axis = axis % len(shape)
     rest = (*shape[:axis], *shape[axis + 1 :])
     inner, place = math.prod(shape[axis + 1 :]), np.arange(math.prod(rest)).reshape(rest)

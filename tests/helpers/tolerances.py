@@ -19,7 +19,7 @@ def storage_eps(dtype: Any) -> float:
 
 
 def tiny(dtype: Any) -> float:
-    """Half the smallest subnormal: what rounding near zero may cost, 3e-8 for float16."""
+    """Half the smallest subnormal, the rounding error near zero: 3e-8 for float16."""
     return {"float16": 2.0**-25, "float64": 0.0}.get(np.dtype(dtype).name, 2.0**-134)
 
 
@@ -31,7 +31,7 @@ def per_channel(v, x, axis):
 
 
 def close(actual, expected, size, eps, dtype=None, what=""):
-    """|actual - expected| <= eps*size, plus rounding to `dtype`; NaN and infinities where they should be."""
+    """Assert |actual - expected| <= eps*size plus rounding to `dtype`, and NaN and infinities in the same positions."""
     actual = np.asarray(actual).astype(np.longdouble)
     expected = np.asarray(expected).astype(np.longdouble)
     assert actual.shape == expected.shape, what
@@ -50,8 +50,8 @@ def close(actual, expected, size, eps, dtype=None, what=""):
 def check_statistics(x, mean, variance, expected, chosen=False):
     """Invariant 2: relative variance error 1e-6 (float32 compute) or 1e-12 (float64).
 
-    Values chosen against us (the first far off, all others equal, so that every addition rounds the same way) may
-    cost a block 64 additions, each of up to one float32 epsilon: 8e-6. Found so far: 5e-6.
+    chosen: the values may be adversarial (the first far off and all others equal, so that all additions round the same
+    way). 64 additions per block may then each cost one float32 epsilon: 8e-6. The largest error seen is 5e-6.
     """
     eps = compute_eps(x.dtype)
     assert mean.dtype == variance.dtype == np.float64
@@ -62,11 +62,11 @@ def check_statistics(x, mean, variance, expected, chosen=False):
 
 
 def check_output(x, y, expected, mean, invstd, gamma=None, beta=None, axis=-1, residual=None, chosen=False):
-    """y in x's shape and dtype, close to `expected`; half of what the variance may be off comes on top."""
+    """y has x's shape and dtype and is close to `expected`; half the variance's relative error is allowed on top."""
     assert y.shape == x.shape
     assert y.dtype == x.dtype
     size = np.abs(numpy_reference.preactivation(x, mean, invstd, axis=axis)) + 1
-    # the mean is kept as a float64: 1 eps of that is 1 eps of y for float64 at mean/std 1, 1e-9 of one for float32
+    # the mean is float64: its eps is 1 eps of y for float64 x with mean/std = 1, and 1e-9 eps for float32 x
     share = np.finfo(np.float64).eps / compute_eps(x.dtype)
     size = size + np.abs(per_channel(np.asarray(mean) * invstd, x, axis)) * share
     if gamma is not None:
@@ -78,8 +78,8 @@ def check_output(x, y, expected, mean, invstd, gamma=None, beta=None, axis=-1, r
     close(y, expected, size, (40 if chosen else 8) * compute_eps(x.dtype), x.dtype, "y")
 
 
-def gated(dy, x, mean, invstd, gamma, beta, axis, residual, activation):
-    """dy with zeros where the pre-activation is so near a kink that rounding decides the side."""
+def zero_near_kinks(dy, x, mean, invstd, gamma, beta, axis, residual, activation):
+    """dy with zeros where the pre-activation is so close to a kink that rounding decides the side."""
     if activation is None:
         return dy
     z = numpy_reference.preactivation(x, mean, invstd, gamma, beta, axis=axis, residual=residual)
@@ -108,8 +108,8 @@ def check_gradient(dy, x, result, mean, invstd, gamma=None, beta=None, axis=-1, 
     count = max(float(numpy_reference.weights(options.get("mask"), x, axis, np.float64).sum()), 1e-30)
     top = 1.0 if options.get("mask") is None else float(np.max(np.asarray(options["mask"], np.float64), initial=0))
     size = scale * (g + (per_channel(sum_g, x, axis) + (xhat + 1) * per_channel(sum_gx, x, axis)) * (top / count))
-    spread = 2 * (xhat + 1) / per_channel(np.where(invstd > 0, invstd, 1), x, axis)
-    for name, more in (("dmean", 1.0), ("dvariance", spread)):
+    dvariance_factor = 2 * (xhat + 1) / per_channel(np.where(invstd > 0, invstd, 1), x, axis)
+    for name, more in (("dmean", 1.0), ("dvariance", dvariance_factor)):
         if options.get(name) is not None:
             size = size + np.abs(per_channel(options[name], x, axis)) * more * (top / count)
     close(result.dx, expected.dx, size, 8 * eps, x.dtype, "dx")

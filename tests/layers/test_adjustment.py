@@ -1,4 +1,4 @@
-"""The NumPy layer's adjustment: a float64 reference, our Keras layer, inference without it, and what is refused."""
+"""The NumPy layer's adjustment: float64 reference, our Keras layer, inference without it, bad arguments."""
 
 import numpy as np
 import numpy_reference
@@ -10,19 +10,19 @@ from bnfast import BatchNormalization
 CASES = [((12, 5), -1), ((6, 3, 4), 1), ((6, 3, 2, 4), -1), ((6, 4), 0)]
 
 
-def drawn(shape, axis):
-    """A scale for each sample and channel, a bias for each sample."""
+def scale_and_bias(shape, axis):
+    """A scale per sample and channel, a bias per sample."""
     rng = np.random.default_rng(3)
     per_sample = [n if i in (0, axis % len(shape)) else 1 for i, n in enumerate(shape)]
     return rng.uniform(0.5, 1.5, per_sample), rng.uniform(-0.5, 0.5, (shape[0], *[1] * (len(shape) - 1)))
 
 
-def made(shape, axis, dtype="float32", **kwargs):
+def make_layer(shape, axis, dtype="float32", **kwargs):
     seen = []
 
     def adjustment(extents):
         seen.append(extents)
-        return drawn(shape, axis)
+        return scale_and_bias(shape, axis)
 
     layer = BatchNormalization(axis=axis, adjustment=adjustment, **kwargs)
     layer.build(shape[axis], "float64" if dtype == "float64" else "float32")
@@ -35,12 +35,12 @@ def made(shape, axis, dtype="float32", **kwargs):
 
 
 def expected(layer, shape, axis, x, dy, mask, residual):
-    """y, dx, dgamma, dbeta, dresidual, wide."""
+    """y, dx, dgamma, dbeta, dresidual in float64 or long double."""
     wide = numpy_reference.wide_dtype(x)
     along = [n if i == axis % len(shape) else 1 for i, n in enumerate(shape)]
     gamma = 1 if layer.gamma is None else layer.gamma.reshape(along).astype(wide)
     beta = 0 if layer.beta is None else layer.beta.reshape(along).astype(wide)
-    scale, bias = drawn(shape, axis)
+    scale, bias = scale_and_bias(shape, axis)
     plain = numpy_reference.train(x, axis=axis, mask=mask, epsilon=layer.epsilon)
     u = plain.y * scale + bias
     z = u * gamma + beta + (0 if residual is None else residual.astype(wide))
@@ -58,7 +58,7 @@ def test_against_formulas(shape, axis, activation, extras):
     rng = np.random.default_rng(2)
     x, dy, residual = (sample_data.batch(shape, axis, np.float64, rng) for _ in range(3))
     mask = rng.random(np.delete(shape, axis)) if extras else None
-    layer, seen = made(shape, axis, "float64", activation=activation)
+    layer, seen = make_layer(shape, axis, "float64", activation=activation)
     kwargs = {"mask": mask, "residual": residual} if extras else {"mask": None, "residual": None}
     y, dx = layer(x, training=True, **kwargs), layer.backward(dy)
     assert seen == [shape]
@@ -75,7 +75,7 @@ def test_dtypes(dtype, center, scale):
     shape, axis = (6, 3, 2, 4), -1
     rng = np.random.default_rng(2)
     x, dy = (rng.standard_normal(shape).astype(sample_data.dtype_of(dtype)) for _ in range(2))
-    layer, _ = made(shape, axis, center=center, scale=scale)
+    layer, _ = make_layer(shape, axis, center=center, scale=scale)
     y, dx = layer(x, training=True), layer.backward(dy)
     wanted = expected(layer, shape, axis, x, dy, None, None)
     tolerance = 8 * tolerances.storage_eps(x.dtype)
@@ -91,7 +91,7 @@ def test_dtypes(dtype, center, scale):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_loss_scales_of_half_types(dtype):
-    """As without an adjustment: dy*gamma*scale may be beyond float16, and bfloat16 would round it."""
+    """As accurate as without an adjustment: dy*gamma*scale is out of float16's range and too precise for bfloat16."""
     rng = np.random.default_rng(5)
     x = (16 * rng.standard_normal((60, 4))).astype(sample_data.dtype_of(dtype))
     dy = (30000 * rng.uniform(0.95, 1.05, x.shape)).astype(x.dtype)
@@ -115,8 +115,8 @@ def test_equals_our_keras_layer(need, kwargs):
     import bnfast.keras
 
     shape, axis = (6, 3, 2, 4), -1
-    ours, _ = made(shape, axis, "float64", **kwargs)
-    config = {**kwargs, "dtype": "float64", "adjustment": lambda _: drawn(shape, axis)}
+    ours, _ = make_layer(shape, axis, "float64", **kwargs)
+    config = {**kwargs, "dtype": "float64", "adjustment": lambda _: scale_and_bias(shape, axis)}
     theirs = bnfast.keras.BatchNormalization(**config)
     theirs.build(shape)
     theirs.gamma.assign(ours.gamma)
@@ -130,14 +130,16 @@ def test_equals_our_keras_layer(need, kwargs):
             y = theirs(sources[0], training=True)
         wanted = [y, *tape.gradient(y, sources, output_gradients=tf.constant(dy))]
         for a, b in zip((ours(x, training=True), ours.backward(dy), ours.dgamma, ours.dbeta), wanted, strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)  # inference on TensorFlow's ops: float32 epsilon
+            np.testing.assert_allclose(
+                a, b, rtol=1e-6, atol=1e-7
+            )  # inference in TensorFlow's ops uses a float32 epsilon
         for name in ours.state_dict():
             np.testing.assert_allclose(getattr(ours, name), getattr(theirs, name), rtol=1e-9)
 
 
-def test_it_leaves_statistics_and_inference_alone():
+def test_it_does_not_affect_statistics_and_inference():
     shape = (12, 5)
-    ours, seen = made(shape, -1)
+    ours, seen = make_layer(shape, -1)
     plain = BatchNormalization()
     plain.load_state_dict(ours.state_dict())
     x = sample_data.batch(shape, -1, np.float32, np.random.default_rng(2))
@@ -150,7 +152,7 @@ def test_it_leaves_statistics_and_inference_alone():
     assert len(seen) == 1
 
 
-def test_several_axes_are_one_by_hand():
+def test_several_axes_equal_one_merged_axis():
     rng = np.random.default_rng(2)
     x, dy = (rng.standard_normal((6, 3, 4)) for _ in range(2))
     pair = rng.uniform(0.5, 1.5, (6, 3, 4)), rng.uniform(size=(3, 1))
@@ -183,12 +185,12 @@ def test_a_wrong_result_changes_nothing(result, error, text):
     assert not layer.built
 
 
-def test_what_is_refused():
+def test_bad_arguments():
     with pytest.raises(TypeError, match=r"adjustment must be None or a function of the shape. Received: 3"):
         BatchNormalization(adjustment=3)
     with pytest.raises(ValueError, match=r"adjustment must be None with virtual_batch_size. Received: vir"):
         BatchNormalization(adjustment=print, virtual_batch_size=4)
-    layer, _ = made((12, 5), -1)
+    layer, _ = make_layer((12, 5), -1)
     x = np.zeros((12, 5), np.float32)
     before = layer.state_dict()
     with pytest.raises(ValueError, match="residual must have the shape of x"):

@@ -10,8 +10,8 @@ import sample_data
 from bnfast import BatchNormalization
 
 
-def made(**options):
-    """A layer with five channels that has seen a batch, the batch, and a gradient."""
+def make_layer(**options):
+    """A layer with five channels after one training call, its batch, and a gradient."""
     rng = np.random.default_rng(1)
     x, dy = (sample_data.batch((20, 5), 1, np.float32, rng) for _ in range(2))
     layer = BatchNormalization(**options)
@@ -55,11 +55,11 @@ def test_dtype_of_the_parameters(dtype, x, wanted):
 
 
 def test_build_again_starts_over():
-    layer, *_ = made()
+    layer, *_ = make_layer()
     layer.build(5)
     assert (layer.gamma == 1).all()
     assert (layer.moving_mean == 0).all()
-    with pytest.raises(ValueError, match=r"channels must be 5, as the layer was built for that. Received: 6"):
+    with pytest.raises(ValueError, match=r"channels must be 5, which this layer was built with. Received: 6"):
         layer.build(6)
     with pytest.raises(ValueError, match=r"channels must be at least 0. Received: -1"):
         BatchNormalization().build(-1)
@@ -70,9 +70,9 @@ def test_build_again_starts_over():
 @pytest.mark.parametrize("activation", sample_data.ACTIVATIONS)
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
-def test_is_the_functional_api_with_memory(activation, with_residual, masked):
+def test_equals_the_functional_api(activation, with_residual, masked):
     rng = np.random.default_rng(2)
-    layer, *_ = made(activation=activation, momentum=0.8, epsilon=1e-5, negative_slope=0.1, correction=1)
+    layer, *_ = make_layer(activation=activation, momentum=0.8, epsilon=1e-5, negative_slope=0.1, correction=1)
     x, dy, residual = (sample_data.batch((20, 5), 1, np.float32, rng) for _ in range(3))
     residual = residual if with_residual else None
     mask = rng.random(20) < 0.5 if masked else None
@@ -109,14 +109,14 @@ def test_is_the_functional_api_with_memory(activation, with_residual, masked):
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_backward_after_inference_is_the_frozen_gradient(frozen):
-    layer, x, dy = made()
+    layer, x, dy = make_layer()
     before = layer.state_dict()
     layer.trainable = not frozen
     y = layer(x, training=frozen)
     invstd = 1 / np.sqrt(layer.moving_variance.astype(np.float64) + 1e-3)
     mean = layer.moving_mean.astype(np.float64)
     expected = bnfast.batch_norm_grad(dy, x, mean, invstd, layer.gamma, layer.beta, training=False)
-    layer.moving_mean += 1  # the call's statistics count, not those of today
+    layer.moving_mean += 1  # backward uses the statistics of the call, not the current ones
     dx = layer.backward(dy)
     layer.moving_mean[:] = before["moving_mean"]
     assert np.array_equal(dx, expected.dx)
@@ -129,7 +129,7 @@ def test_backward_after_inference_is_the_frozen_gradient(frozen):
 @pytest.mark.parametrize("scale", [False, True])
 @pytest.mark.parametrize("center", [False, True])
 def test_without_gamma_or_beta(center, scale):
-    layer, _, dy = made(center=center, scale=scale)
+    layer, _, dy = make_layer(center=center, scale=scale)
     assert (layer.gamma is not None) == scale
     assert (layer.beta is not None) == center
     layer.backward(dy)
@@ -150,13 +150,13 @@ def test_backward_needs_a_call():
 
 
 def test_backward_may_be_called_twice():
-    layer, _, dy = made()
+    layer, _, dy = make_layer()
     first = layer.backward(dy)
     assert np.array_equal(layer.backward(dy), first)
 
 
 def test_nan_policy_raise_leaves_the_layer_alone():
-    layer, x, _ = made(nan_policy="raise")
+    layer, x, _ = make_layer(nan_policy="raise")
     before = layer.state_dict()
     x[3, 2] = np.nan
     with pytest.raises(FloatingPointError):
@@ -180,7 +180,7 @@ def test_a_failed_first_call_does_not_build():
 
 
 def test_a_failed_call_keeps_the_last_one_for_backward():
-    layer, x, dy = made()
+    layer, x, dy = make_layer()
     dx = layer.backward(dy)
     with pytest.raises(ValueError, match=r"x must have 5 channels on axis -1.*Received: shape \(20, 4\)"):
         layer(x[:, :4], training=True)
@@ -191,7 +191,7 @@ def test_a_failed_call_keeps_the_last_one_for_backward():
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
 def test_copies_stand_alone(copied):
-    layer, x, dy = made(axis=1, activation="relu", momentum=0.7)
+    layer, x, dy = make_layer(axis=1, activation="relu", momentum=0.7)
     layer.backward(dy)
     other = copied(layer)
     assert same_state(layer, other)
@@ -224,7 +224,7 @@ def test_config_round_trip():
 
 
 def test_state_is_copied_in_and_out():
-    layer, *_ = made()
+    layer, *_ = make_layer()
     state = layer.state_dict()
     state["gamma"][:] = 99
     assert not (layer.gamma == 99).any()
@@ -258,7 +258,7 @@ def test_unbuilt_layer_takes_shape_and_dtype_from_the_state():
     ],
 )
 def test_bad_state_changes_nothing(change, error, text):
-    layer, *_ = made()
+    layer, *_ = make_layer()
     before = layer.state_dict()
     state = {name: np.full(5, 7, np.float32) for name in before} | change
     state = {name: a for name, a in state.items() if a is not None}
@@ -273,7 +273,7 @@ def test_bad_state_changes_nothing(change, error, text):
     ("options", "error", "text"),
     [
         ({"axis": 1.0}, TypeError, "axis must be an integer. Received: 1.0"),
-        ({"axis": ()}, ValueError, "axis must name an axis. Received: ()"),
+        ({"axis": ()}, ValueError, "axis must name at least one axis. Received: ()"),
         ({"momentum": 1.5}, ValueError, r"momentum must be in \[0, 1\]. Received: 1.5"),
         ({"momentum": "0.9"}, TypeError, "momentum must be a real number. Received: '0.9'"),
         ({"epsilon": -1}, ValueError, "epsilon must be finite and at least 0. Received: -1"),
@@ -294,7 +294,7 @@ def test_bad_options(options, error, text):
 
 
 def test_learns():
-    """Ten steps of gradient descent through the layer bring y towards a target."""
+    """Ten steps of gradient descent through the layer move y towards a target."""
     rng = np.random.default_rng(3)
     x = sample_data.batch((64, 5), 1, np.float32, rng)
     target = BatchNormalization()
@@ -313,7 +313,7 @@ def test_learns():
 
 
 def test_cumulative_average():
-    """momentum=None, with sample variances: what PyTorch's momentum=None gives, also after a way through a state."""
+    """momentum=None with sample variances equals PyTorch's momentum=None, also after saving and loading the state."""
     rng = np.random.default_rng(3)
     batches = [rng.normal(3, 2, (rows, 4)) for rows in (8, 5, 2)]
     layer = BatchNormalization(momentum=None, correction=1, dtype="float64")

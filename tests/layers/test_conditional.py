@@ -1,4 +1,4 @@
-"""A gamma and a beta for each class in NumPy: a float64 reference, one class as the plain layer, Keras's, errors."""
+"""ConditionalBatchNormalization: float64 reference, one class equals the plain layer, our Keras layer, bad calls."""
 
 import copy
 
@@ -12,14 +12,14 @@ from bnfast import BatchNormalization, ConditionalBatchNormalization
 CASES = [((6, 4), -1), ((6, 3, 2, 4), -1), ((6, 4, 3, 2), 1), ((6, 3, 4), 2), ((6, 3, 4), (1, 2))]
 cases = pytest.mark.parametrize(("shape", "axis"), CASES, ids=str)
 LABELS = np.array([2, 0, 2, 1, 0, 2])
-CLASSES = 4  # the last one isn't in the batch
+CLASSES = 4  # the last one is not in the batch
 
 
 def extents(shape, axis):
     return tuple(shape[i] for i in axis) if isinstance(axis, tuple) else shape[axis]
 
 
-def made(shape, axis, classes=CLASSES, dtype="float64", **kwargs):
+def make_layer(shape, axis, classes=CLASSES, dtype="float64", **kwargs):
     layer = ConditionalBatchNormalization(classes, axis=axis, momentum=0.75, **kwargs)
     layer.build(extents(shape, axis), dtype)
     rng = np.random.default_rng(3)
@@ -35,7 +35,7 @@ def inputs(shape, axis, dtype=np.float64):
 
 
 def rows(array, axis):
-    """(N, S, C) with several axes merged."""
+    """The array as (N, S, C), with several axes merged."""
     axes = [a % array.ndim for a in np.ravel(axis)]
     return np.moveaxis(array, axes, range(-len(axes), 0)).reshape(
         len(array), -1, np.prod([array.shape[a] for a in axes])
@@ -50,7 +50,7 @@ def by_class(values):
 @pytest.mark.parametrize("activation", [None, "relu", "leaky_relu"])
 @pytest.mark.parametrize("extras", [False, True], ids=["plain", "mask and residual"])
 def test_against_formulas(shape, axis, activation, extras):
-    layer = made(shape, axis, activation=activation)
+    layer = make_layer(shape, axis, activation=activation)
     x, dy, residual = inputs(shape, axis)
     mask = np.random.default_rng(5).random([n for i, n in enumerate(shape) if i not in np.ravel(axis) % len(shape)])
     kwargs = {"mask": mask, "residual": residual} if extras else {}
@@ -77,7 +77,7 @@ def test_against_formulas(shape, axis, activation, extras):
 
 @cases
 def test_inference(shape, axis):
-    layer = made(shape, axis)
+    layer = make_layer(shape, axis)
     x, dy, _ = inputs(shape, axis)
     y, dx = layer(x, LABELS[:, None]), layer.backward(dy)
     plain = BatchNormalization(axis=axis)
@@ -94,7 +94,7 @@ def test_inference(shape, axis):
 def test_one_class_has_the_bits_of_the_plain_layer(shape, axis, dtype, kwargs):
     x, dy, residual = inputs(shape, axis, sample_data.dtype_of(dtype))
     parameters = "float64" if dtype == "float64" else "float32"
-    ours = made(shape, axis, 1, parameters, **kwargs)
+    ours = make_layer(shape, axis, 1, parameters, **kwargs)
     plain = BatchNormalization(axis=axis, momentum=0.75, **kwargs)
     state = ours.state_dict()
     plain.load_state_dict({**state, "gamma": state["gamma"][0], "beta": state["beta"][0]})
@@ -126,7 +126,7 @@ def test_equals_our_keras_layer(need, kwargs, dtype):
     import bnfast.keras
 
     shape = (6, 3, 2, 4)
-    ours = made(shape, -1, dtype=dtype, **kwargs)
+    ours = make_layer(shape, -1, dtype=dtype, **kwargs)
     given = ours.to_keras()
     theirs = bnfast.keras.ConditionalBatchNormalization(**given["config"], dtype=dtype)
     theirs.build([shape, (6,)])
@@ -150,7 +150,7 @@ def test_equals_our_keras_layer(need, kwargs, dtype):
 def test_adjustment_comes_before_gamma_and_beta():
     shape = (6, 3, 4)
     x, dy, _ = inputs(shape, -1)
-    layer = made(shape, -1, adjustment=lambda extents: (2.0, np.arange(6.0)[:, None, None]))
+    layer = make_layer(shape, -1, adjustment=lambda extents: (2.0, np.arange(6.0)[:, None, None]))
     y, dx = layer(x, LABELS, training=True), layer.backward(dy)
     alone = BatchNormalization(center=False, scale=False)
     u = alone(x, training=True) * 2 + np.arange(6.0)[:, None, None]
@@ -165,7 +165,7 @@ def test_adjustment_comes_before_gamma_and_beta():
     "kwargs", [{}, {"use_batch_statistics": False}, {"virtual_batch_size": 3}, {"renorm": True}], ids=str
 )
 def test_loss_scales_of_half_types(kwargs, dtype):
-    """gamma*dy may be beyond float16, and rounded to bfloat16 would lose dx, which is a difference of such."""
+    """gamma*dy is out of float16's range; rounded to bfloat16, dx, a difference of such products, would be lost."""
     shape = (6, 5, 7, 4)
     rng = np.random.default_rng(5)
     x = (16 * rng.standard_normal(shape)).astype(sample_data.dtype_of(dtype))
@@ -187,7 +187,7 @@ def test_loss_scales_of_half_types(kwargs, dtype):
 
 
 def test_state_and_config():
-    layer = made((6, 3, 4), -1, renorm=True)
+    layer = make_layer((6, 3, 4), -1, renorm=True)
     fresh = ConditionalBatchNormalization(**layer.get_config())
     fresh.load_state_dict(layer.state_dict())
     for name, array in copy.deepcopy(fresh).state_dict().items():
@@ -197,7 +197,7 @@ def test_state_and_config():
     with pytest.raises(ValueError, match=r"gamma must have shape \(3, 4\), .*Received: \(4, 4\)"):
         ConditionalBatchNormalization(3, renorm=True).load_state_dict(layer.state_dict())
     with pytest.raises(ValueError, match=r"num_classes must be None, as PyTorch's BatchNorm has no other. Received: 4"):
-        made((6, 3, 4), -1).to_torch()
+        make_layer((6, 3, 4), -1).to_torch()
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_wrong_labels_change_nothing(labels, error, text):
     with pytest.raises(error, match=text):
         layer(x, labels, training=True)
     assert not layer.built
-    layer = made((6, 4), -1)
+    layer = make_layer((6, 4), -1)
     before = layer.state_dict()
     with pytest.raises(error, match=text):
         layer(x, labels, training=True)
@@ -226,7 +226,7 @@ def test_wrong_labels_change_nothing(labels, error, text):
         np.testing.assert_array_equal(array, before[name])
 
 
-def test_what_is_refused():
+def test_bad_arguments():
     with pytest.raises(ValueError, match=r"num_classes must be at least 1. Received: 0"):
         ConditionalBatchNormalization(0)
     with pytest.raises(TypeError, match=r"num_classes must be an integer. Received: 2.0"):
@@ -239,8 +239,8 @@ def test_what_is_refused():
 
 @pytest.mark.parametrize("activation", ["relu", "relu6", "leaky_relu"])
 @pytest.mark.parametrize("slope", [0.0, 0.3])
-def test_what_is_not_finite_stays_where_the_kernels_leave_it(activation, slope):
-    """An infinite dy behind a closed gate, an infinite z: two classes, one of them used, are the plain layer."""
+def test_non_finite_values_agree_with_the_kernels(activation, slope):
+    """With infinite z, and infinite dy where the slope is 0, two classes, one of them used, equal the plain layer."""
     x = np.array([[-1, 2], [3, -4], [5, 1], [-2, -3]], np.float32)
     residual = np.zeros_like(x)
     residual[0, 0] = -np.inf

@@ -1,4 +1,4 @@
-"""State between the NumPy layer and Keras's layers; what counts is that training goes on the same on both sides."""
+"""Conversion between the NumPy layer and Keras's layers: training continues the same on both sides."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def keras_layer(keras, cls=None, **options):
     return layer
 
 
-def go_on_with_keras(layer, other, keras):
+def continue_with_keras(layer, other, keras):
     for x in batches(seed=4):
         close(layer(x, training=True), keras.ops.convert_to_numpy(other(x, training=True)))
         close(layer.moving_mean, other.moving_mean)
@@ -31,21 +31,21 @@ def go_on_with_keras(layer, other, keras):
 
 
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.5, "epsilon": 1e-5}, {"center": False}, {"scale": False}])
-def test_training_goes_on_after_from_keras(keras, options):
+def test_training_continues_after_from_keras(keras, options):
     source = keras_layer(keras, **options)
     layer = BatchNormalization.from_keras(source)
     assert layer.correction == 0
-    go_on_with_keras(layer, source, keras)
+    continue_with_keras(layer, source, keras)
 
 
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.5, "epsilon": 1e-5}, {"center": False}, {"scale": False}])
-def test_training_goes_on_after_to_keras(keras, options):
+def test_training_continues_after_to_keras(keras, options):
     layer = trained(**options)
     target = keras_layer(keras, center=layer.center, scale=layer.scale)
     assert layer.to_keras(target) is target
     assert target.momentum == layer.momentum
     assert target.epsilon == layer.epsilon
-    go_on_with_keras(layer, target, keras)
+    continue_with_keras(layer, target, keras)
 
 
 def test_keras_round_trips(keras):
@@ -58,7 +58,7 @@ def test_keras_round_trips(keras):
     fresh.build((None, 4))
     fresh.set_weights(plain["weights"])
     again = BatchNormalization.from_keras({"config": fresh.get_config(), "weights": fresh.get_weights()})
-    go_on_with_keras(again, fresh, keras)
+    continue_with_keras(again, fresh, keras)
 
 
 def test_from_tf_keras_knows_the_fused_kernel(need):
@@ -126,7 +126,7 @@ def test_keras_errors(keras):
 
 
 def test_mappings_without_keras():
-    """Plain dicts do: no Keras is needed."""
+    """Plain dicts are enough; Keras is not needed."""
     plain = trained(activation="relu", scale=False, momentum=0.6).to_keras()
     assert plain["config"]["activation"] == "relu"
     layer = BatchNormalization.from_keras(plain)
@@ -159,7 +159,7 @@ OURS = [
 
 @pytest.mark.parametrize("options", OURS, ids=str)
 def test_bnfast_keras_and_back(need, keras, options):
-    """By a mapping and by a target, what our Keras layer has comes along."""
+    """A mapping and a target both keep the options of our Keras layer."""
     need("tensorflow")
     import bnfast.keras as ours
 
@@ -181,7 +181,7 @@ def test_bnfast_keras_and_back(need, keras, options):
         assert again.batches == (5 if layer.momentum is None else 0)
         for name, array in layer.state_dict().items():
             assert np.array_equal(again.state_dict()[name], array)
-    go_on_with_keras(layer, target, keras)
+    continue_with_keras(layer, target, keras)
     if layer.momentum is None:
         assert int(target.batches) == layer.batches
         with pytest.raises(ValueError, match=r"target must have a momentum, like this layer. Received: momentum=None"):
@@ -200,7 +200,7 @@ RENORM = {"renorm": True, "renorm_clipping": {"rmin": 0.75, "rmax": 1.5, "dmax":
     ],
     ids=str,
 )
-def test_renorm_and_switches_go_there_and_back(need, keras, kwargs, make):
+def test_renorm_and_switches_round_trip(need, keras, kwargs, make):
     need("tensorflow")
     import bnfast.keras as ours
 
@@ -212,14 +212,14 @@ def test_renorm_and_switches_go_there_and_back(need, keras, kwargs, make):
     layer.renorm_clipping = {"rmax": 2.0} if layer.renorm else None
     layer.to_keras(fresh)
     assert not layer.renorm or (fresh.renorm_clipping, fresh.renorm_momentum) == ({"rmax": 2.0}, 0.5)
-    go_on_with_keras(layer, fresh, keras)
+    continue_with_keras(layer, fresh, keras)
     if make == "bnfast":
         for given in (layer.to_keras(), {"config": fresh.get_config(), "weights": fresh.get_weights()}):
             back = BatchNormalization.from_keras(given)
             assert {name: getattr(back, name) for name in kwargs} == {name: getattr(layer, name) for name in kwargs}
 
 
-def test_labels_go_there_and_back(need, keras):
+def test_labels_round_trip(need, keras):
     need("tensorflow")
     import bnfast
     import bnfast.keras as ours
@@ -242,7 +242,7 @@ def test_labels_go_there_and_back(need, keras):
         layer.to_keras(keras_layer(keras, ours.BatchNormalization))
 
 
-def test_an_adjustment_stays_behind(need, keras):
+def test_an_adjustment_is_not_converted(need, keras):
     need("tensorflow")
     import bnfast.keras as ours
 
@@ -253,7 +253,7 @@ def test_an_adjustment_stays_behind(need, keras):
         trained().to_keras(source)
 
 
-def test_the_fused_flag_of_our_keras_layer_says_nothing(need, keras):
+def test_the_fused_flag_of_our_keras_layer_is_ignored(need, keras):
     need("tensorflow")
     import bnfast.keras as ours
 
@@ -292,7 +292,7 @@ def test_several_axes_and_keras(need, keras, package, shape, axis):
 
 @pytest.mark.parametrize("axis", [-1, 1, [1, 2]], ids=str)
 def test_ghosts_of_tf_keras(need, axis):
-    """Built, its layers count the axes behind one more, the ghosts', which from_keras undoes."""
+    """A built tf_keras layer counts its axes after a ghost axis, which from_keras undoes."""
     x = np.random.default_rng(9).standard_normal((12, 3, 4)).astype(np.float32)
     source = need("tf_keras").layers.BatchNormalization(axis=axis, virtual_batch_size=4)
     source(x, training=True)

@@ -1,4 +1,4 @@
-"""State between the NumPy layer and PyTorch; what counts is that training goes on the same on both sides."""
+"""Conversion between the NumPy layer and PyTorch: training continues the same on both sides."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ def torch(need):
 
 
 def torch_module(torch, cls="BatchNorm1d", **options):
-    """A module with odd parameters, whose running statistics have moved."""
+    """A module with random parameters and running statistics."""
     module = getattr(torch.nn, cls)(4, **options)
     with torch.no_grad():
         if module.affine:
@@ -23,7 +23,7 @@ def torch_module(torch, cls="BatchNorm1d", **options):
     return module
 
 
-def go_on_together(layer, module, torch):
+def continue_together(layer, module, torch):
     for x in batches(seed=4):
         close(layer(x, training=True), module.train()(torch.from_numpy(x)).detach())
         close(layer.moving_mean, module.running_mean)
@@ -34,14 +34,14 @@ def go_on_together(layer, module, torch):
 
 @pytest.mark.parametrize("momentum", [0.1, 0.25, 0.99, 0.0, 1.0])
 @pytest.mark.parametrize("eps", [1e-5, 1e-2])
-def test_training_goes_on_after_from_torch(torch, momentum, eps):
+def test_training_continues_after_from_torch(torch, momentum, eps):
     module = torch_module(torch, momentum=momentum, eps=eps)
     layer = BatchNormalization.from_torch(module)
     assert layer.correction == 1
     assert layer.epsilon == eps
     assert layer.momentum == pytest.approx(1 - momentum, abs=1e-15)
     assert layer.axis == 1
-    go_on_together(layer, module, torch)
+    continue_together(layer, module, torch)
 
 
 def test_population_variance_would_drift_apart_from_torch(torch):
@@ -56,12 +56,12 @@ def test_population_variance_would_drift_apart_from_torch(torch):
     assert (ratio > 1.1).all()
 
 
-def test_training_goes_on_after_to_torch(torch):
+def test_training_continues_after_to_torch(torch):
     layer = trained(momentum=0.9, epsilon=1e-4, correction=1)
     module = layer.to_torch(torch.nn.BatchNorm1d(4))
     assert module.eps == 1e-4
     assert module.momentum == 0.1
-    go_on_together(layer, module, torch)
+    continue_together(layer, module, torch)
 
 
 def test_torch_round_trips(torch):
@@ -76,7 +76,7 @@ def test_torch_round_trips(torch):
     fresh.load_state_dict({name: torch.from_numpy(a) for name, a in plain["state_dict"].items()})
     again = BatchNormalization.from_torch(plain)
     assert again.momentum == 0.9
-    go_on_together(again, fresh, torch)
+    continue_together(again, fresh, torch)
 
 
 def test_bare_torch_state_dict_needs_eps_and_momentum(torch):
@@ -90,19 +90,19 @@ def test_bare_torch_state_dict_needs_eps_and_momentum(torch):
 
 
 def test_cumulative_averages_and_torch(torch):
-    """momentum=None on both sides, and the count goes along."""
+    """momentum=None on both sides; the count is converted too."""
     module = torch_module(torch, momentum=None)
     layer = BatchNormalization.from_torch(module)
     assert layer.momentum is None
     assert layer.batches == 5
-    go_on_together(layer, module, torch)
+    continue_together(layer, module, torch)
     other = layer.to_torch(torch.nn.BatchNorm1d(4))
     assert other.momentum is None
-    go_on_together(layer, other, torch)
+    continue_together(layer, other, torch)
     plain = layer.to_torch()
     assert plain["momentum"] is None
     assert plain["state_dict"]["num_batches_tracked"] == layer.batches == 15
-    go_on_together(BatchNormalization.from_torch(plain), other, torch)
+    continue_together(BatchNormalization.from_torch(plain), other, torch)
     assert BatchNormalization.from_torch(module, momentum=0.2).momentum == 0.8
     del plain["state_dict"]["num_batches_tracked"]
     with pytest.raises(ValueError, match="source must have running_mean and running_var and num_batches_tracked"):
@@ -147,7 +147,7 @@ def test_to_torch_errors_leave_the_target_alone(torch):
     assert module.momentum == 0.1
 
 
-def test_what_torch_has_not(torch):
+def test_options_that_torch_lacks(torch):
     for kwargs, text in (
         ({"axis": (1, 2)}, r"axis must be one axis, as in PyTorch's BatchNorm. Received: \(1, 2\)"),
         (

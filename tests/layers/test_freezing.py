@@ -1,4 +1,4 @@
-"""Freezing the NumPy layer in parts: the table of its docstring against our Keras layer, and the third switch."""
+"""Freezing parts of the NumPy layer: the table in its docstring against our Keras layer, and trainable_affine."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ KINDS = [{}, {"renorm": True, "renorm_clipping": {"rmax": 1.2}}, {"virtual_batch
 KINDS += [{"correction": 1, "nan_policy": "skip_update", "activation": "relu"}]
 
 
-def made(**kwargs):
+def make_layer(**kwargs):
     layer = BatchNormalization(dtype="float64", **kwargs)
     layer.build(4)
     for array, value in zip(
@@ -28,13 +28,13 @@ def batches():
     return [sample_data.batch(SHAPE, -1, np.float64, rng) for _ in range(2)]
 
 
-@pytest.mark.parametrize(("of_batch", "moves"), TABLE)
+@pytest.mark.parametrize(("use_batch", "update"), TABLE)
 @pytest.mark.parametrize("kwargs", KINDS, ids=str)
-def test_equals_our_keras_layer(need, of_batch, moves, kwargs):
+def test_equals_our_keras_layer(need, use_batch, update, kwargs):
     tf = need("tensorflow")
     import bnfast.keras
 
-    ours = made(use_batch_statistics=of_batch, update_statistics=moves, **kwargs)
+    ours = make_layer(use_batch_statistics=use_batch, update_statistics=update, **kwargs)
     given = ours.to_keras()
     theirs = bnfast.keras.BatchNormalization(**given["config"], dtype="float64")
     theirs.build(SHAPE)
@@ -50,19 +50,21 @@ def test_equals_our_keras_layer(need, of_batch, moves, kwargs):
         before = ours.state_dict()
         actual = [ours(x, training=training), ours.backward(dy), ours.dgamma, ours.dbeta]
         for a, b in zip(actual, wanted, strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)  # inference on TensorFlow's ops: float32 epsilon
+            np.testing.assert_allclose(
+                a, b, rtol=1e-6, atol=1e-7
+            )  # inference in TensorFlow's ops uses a float32 epsilon
         after = ours.state_dict()
         for name in after:
             np.testing.assert_allclose(after[name], getattr(theirs, name), rtol=1e-9, atol=1e-12)
         still = all(np.array_equal(before[name], after[name]) for name in after)
-        assert still == (not (moves and training and trainable))
+        assert still == (not (update and training and trainable))
 
 
 @pytest.mark.parametrize("kwargs", KINDS, ids=str)
-def test_statistics_that_y_does_not_use_move_alike(kwargs):
+def test_unused_statistics_are_updated_the_same(kwargs):
     x, dy = batches()
-    plain, ours = made(**kwargs), made(use_batch_statistics=False, **kwargs)
-    inferred, expected = made(**kwargs), made(**kwargs)
+    plain, ours = make_layer(**kwargs), make_layer(use_batch_statistics=False, **kwargs)
+    inferred, expected = make_layer(**kwargs), make_layer(**kwargs)
     y = ours(x, training=True)
     plain(x, training=True)
     np.testing.assert_array_equal(y, inferred(x))
@@ -74,7 +76,7 @@ def test_statistics_that_y_does_not_use_move_alike(kwargs):
 
 def test_an_affine_part_that_is_not_trained():
     x, dy = batches()
-    frozen, plain = made(trainable_affine=False), made()
+    frozen, plain = make_layer(trainable_affine=False), make_layer()
     for layer in (frozen, plain):
         layer(x, training=True)
     np.testing.assert_array_equal(frozen.backward(dy), plain.backward(dy))
@@ -84,7 +86,7 @@ def test_an_affine_part_that_is_not_trained():
 
 def test_switches_may_change_between_calls():
     x, _ = batches()
-    layer, plain = made(), made()
+    layer, plain = make_layer(), make_layer()
     layer.update_statistics = False
     np.testing.assert_array_equal(layer(x, training=True), plain(x, training=True))
     assert layer.batches == 0
@@ -98,10 +100,10 @@ def test_switches_may_change_between_calls():
 def test_nan_policy_raise(kwargs):
     x, _ = batches()
     x[1, 1, 1] = np.nan
-    layer = made(nan_policy="raise", use_batch_statistics=False, **kwargs)
+    layer = make_layer(nan_policy="raise", use_batch_statistics=False, **kwargs)
     before = layer.state_dict()
     if kwargs:
-        layer(x, training=True)  # no statistics of this batch are asked for
+        layer(x, training=True)  # the statistics of this batch are not used
     else:
         with pytest.raises(FloatingPointError, match="non-finite"):
             layer(x, training=True)
@@ -110,6 +112,6 @@ def test_nan_policy_raise(kwargs):
 
 
 @pytest.mark.parametrize("name", ["update_statistics", "use_batch_statistics", "trainable_affine"])
-def test_what_is_refused(name):
+def test_bad_arguments(name):
     with pytest.raises(TypeError, match=f"{name} must be .*True or False. Received: 1"):
         BatchNormalization(**{name: 1})

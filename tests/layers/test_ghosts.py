@@ -1,4 +1,4 @@
-"""Ghost batches of the NumPy layer: each is a batch of its own, one is none, tf.keras 2, and what is refused."""
+"""Ghost batches in the NumPy layer: each equals a separate batch; one ghost equals none; tf.keras 2; bad arguments."""
 
 import copy
 
@@ -13,7 +13,7 @@ cases = pytest.mark.parametrize(("shape", "axis"), CASES, ids=str)
 groupings = pytest.mark.parametrize("grouping", ["contiguous", "strided"])
 
 
-def made(shape, axis, **kwargs):
+def make_layer(shape, axis, **kwargs):
     layer = BatchNormalization(axis=axis, **kwargs)
     layer.build(shape[axis], kwargs.get("dtype"))
     for array, value in zip(
@@ -31,7 +31,7 @@ def batches(shape, axis, dtype="float32"):
 
 
 def samples(size, grouping, batch=12):
-    """The indices that make each ghost."""
+    """The sample indices of each ghost."""
     indices = np.arange(batch)
     return indices.reshape(-1, size) if grouping == "contiguous" else indices.reshape(size, -1).T
 
@@ -47,11 +47,11 @@ def same(a, b):
 @groupings
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("size", [1, 3, 4])
-def test_a_ghost_has_the_bits_of_a_batch_of_its_own(shape, axis, grouping, masked, size):
-    """One ghost is masked whole, and counts for nothing in the moving statistics."""
+def test_a_ghost_has_the_bits_of_a_separate_batch(shape, axis, grouping, masked, size):
+    """One ghost is fully masked and does not count in the moving statistics."""
     x, dy, residual = batches(shape, axis)
     kwargs = {"activation": "relu", "correction": 1}
-    ours = made(shape, axis, virtual_batch_size=size, virtual_batch_grouping=grouping, momentum=0.75, **kwargs)
+    ours = make_layer(shape, axis, virtual_batch_size=size, virtual_batch_grouping=grouping, momentum=0.75, **kwargs)
     before = ours.state_dict()
     mask = np.random.default_rng(3).random(np.delete(shape, axis)) < 0.7
     mask[samples(size, grouping)[1]] = False
@@ -59,7 +59,7 @@ def test_a_ghost_has_the_bits_of_a_batch_of_its_own(shape, axis, grouping, maske
     y, dx = ours(x, training=True, mask=mask, residual=residual), ours.backward(dy)
     means, variances, dgamma, dbeta = [], [], 0, 0
     for ghost in samples(size, grouping):
-        alone, given = made(shape, axis, momentum=0.0, **kwargs), None if mask is None else mask[ghost]
+        alone, given = make_layer(shape, axis, momentum=0.0, **kwargs), None if mask is None else mask[ghost]
         same(y[ghost], alone(x[ghost], training=True, mask=given, residual=residual[ghost]))
         same(dx[ghost], alone.backward(dy[ghost]))
         same(ours.dresidual[ghost], alone.dresidual)
@@ -78,12 +78,12 @@ def test_a_ghost_has_the_bits_of_a_batch_of_its_own(shape, axis, grouping, maske
 @groupings
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
-def test_one_ghost_gives_the_bits_of_none(shape, axis, grouping, masked, dtype):
+def test_one_ghost_has_the_bits_of_no_ghosts(shape, axis, grouping, masked, dtype):
     x, dy, residual = batches(shape, axis, dtype)
     kwargs = {"activation": "relu6", "correction": 1}
     mask = np.random.default_rng(3).random(np.delete(shape, axis)) if masked else None
-    plain = made(shape, axis, **kwargs)
-    ours = made(shape, axis, virtual_batch_size=12, virtual_batch_grouping=grouping, **kwargs)
+    plain = make_layer(shape, axis, **kwargs)
+    ours = make_layer(shape, axis, virtual_batch_size=12, virtual_batch_grouping=grouping, **kwargs)
     for _ in range(2):
         same(*(layer(x, training=True, mask=mask, residual=residual) for layer in (ours, plain)))
         same(ours.backward(dy), plain.backward(dy))
@@ -97,7 +97,7 @@ def test_one_ghost_gives_the_bits_of_none(shape, axis, grouping, masked, dtype):
 def test_strided_equals_tf_keras(shape, axis, size, need):
     tf, layers = need("tensorflow"), need("tf_keras").layers
     kwargs = {"axis": axis, "virtual_batch_size": size, "momentum": 0.75, "dtype": "float64"}
-    ours, theirs = made(shape, virtual_batch_grouping="strided", **kwargs), layers.BatchNormalization(**kwargs)
+    ours, theirs = make_layer(shape, virtual_batch_grouping="strided", **kwargs), layers.BatchNormalization(**kwargs)
     theirs.build(shape)
     state = [ours.gamma, ours.beta, ours.moving_mean, ours.moving_variance]
     theirs.set_weights([v.reshape(w.shape) for v, w in zip(state, theirs.weights, strict=True)])
@@ -116,7 +116,7 @@ def test_strided_equals_tf_keras(shape, axis, size, need):
 @groupings
 def test_against_formulas(grouping):
     x, dy, _ = batches((12, 5), -1, "float64")
-    ours = made((12, 5), -1, virtual_batch_size=4, virtual_batch_grouping=grouping, momentum=0.5, dtype="float64")
+    ours = make_layer((12, 5), -1, virtual_batch_size=4, virtual_batch_grouping=grouping, momentum=0.5, dtype="float64")
     before = ours.state_dict()
     y, dx = ours(x, training=True), ours.backward(dy)
     parts = [numpy_reference.train(x[g], ours.gamma, ours.beta) for g in samples(4, grouping)]
@@ -132,7 +132,9 @@ def test_against_formulas(grouping):
 @groupings
 def test_cumulative_average_counts_batches_not_ghosts(grouping):
     x, *_ = batches((12, 5), -1, "float64")
-    ours = made((12, 5), -1, virtual_batch_size=3, virtual_batch_grouping=grouping, momentum=None, dtype="float64")
+    ours = make_layer(
+        (12, 5), -1, virtual_batch_size=3, virtual_batch_grouping=grouping, momentum=None, dtype="float64"
+    )
     for batch in (x, 3 * x):
         ours(batch, training=True)
     ours(x, training=True, mask=np.zeros(12))
@@ -145,11 +147,11 @@ def test_nan_policies():
     x, *_ = batches((12, 5), -1)
     x[7, 2] = np.inf
     for policy, moved in (("propagate", 5), ("skip_update", 4)):
-        ours = made((12, 5), -1, virtual_batch_size=4, nan_policy=policy)
+        ours = make_layer((12, 5), -1, virtual_batch_size=4, nan_policy=policy)
         before = ours.state_dict()
         ours(x, training=True)
         assert (ours.moving_mean != before["moving_mean"]).sum() == moved
-    ours = made((12, 5), -1, virtual_batch_size=4, nan_policy="raise")
+    ours = make_layer((12, 5), -1, virtual_batch_size=4, nan_policy="raise")
     unchanged(ours, FloatingPointError, "non-finite", x)
 
 
@@ -165,12 +167,12 @@ def unchanged(layer, error, text, x, **kwargs):
 
 @pytest.mark.parametrize("built", [False, True])
 @groupings
-def test_what_a_call_refuses(grouping, built):
+def test_bad_calls(grouping, built):
     x, *_ = batches((12, 5), -1)
 
     def layer(**kwargs):
         kwargs = {"virtual_batch_size": 4, "virtual_batch_grouping": grouping, **kwargs}
-        return made((12, 5), kwargs.pop("axis", -1), **kwargs) if built else BatchNormalization(**kwargs)
+        return make_layer((12, 5), kwargs.pop("axis", -1), **kwargs) if built else BatchNormalization(**kwargs)
 
     text = r"virtual_batch_size must divide the batch. Received: 5, and x of shape \(12, 5\)"
     unchanged(layer(virtual_batch_size=5), ValueError, text, x)
@@ -185,7 +187,7 @@ def test_what_a_call_refuses(grouping, built):
     with pytest.raises(ValueError, match=r"dy must have the shape of x, \(12, 5\). Received: \(4, 5\)"):
         ours.backward(x[:4])
     assert ours.dgamma is None
-    assert layer(virtual_batch_size=5)(x).shape == x.shape  # inference has no ghosts
+    assert layer(virtual_batch_size=5)(x).shape == x.shape  # inference does not use ghosts
     assert layer(virtual_batch_size=5, trainable=False)(x, training=True).shape == x.shape
 
 
@@ -199,7 +201,7 @@ def test_what_a_call_refuses(grouping, built):
     ],
     ids=str,
 )
-def test_what_the_constructor_refuses(kwargs, error, text):
+def test_bad_constructor_arguments(kwargs, error, text):
     with pytest.raises(error, match=text):
         BatchNormalization(**kwargs)
 
@@ -208,7 +210,7 @@ def test_what_the_constructor_refuses(kwargs, error, text):
 @groupings
 def test_x_that_is_not_contiguous_and_no_activation(shape, axis, grouping):
     x, dy, residual = batches(shape, axis)
-    ours, plain = (made(shape, axis, virtual_batch_size=3, virtual_batch_grouping=grouping) for _ in range(2))
+    ours, plain = (make_layer(shape, axis, virtual_batch_size=3, virtual_batch_grouping=grouping) for _ in range(2))
     same(ours(np.asfortranarray(x), training=True, residual=residual), plain(x, training=True, residual=residual))
     same(ours.backward(np.asfortranarray(dy)), plain.backward(dy))
     same(plain.dresidual, dy)
@@ -221,7 +223,7 @@ def test_to_keras_and_back(grouping, need):
     import bnfast.keras
 
     x, *_ = batches((12, 5), -1)
-    ours = made((12, 5), -1, virtual_batch_size=4, virtual_batch_grouping=grouping, momentum=0.75)
+    ours = make_layer((12, 5), -1, virtual_batch_size=4, virtual_batch_grouping=grouping, momentum=0.75)
     given = ours.to_keras()
     theirs = bnfast.keras.BatchNormalization(**given["config"])
     theirs.build(x.shape)

@@ -1,4 +1,4 @@
-"""Renorm in the NumPy layer: Keras's over several steps, plain batch norm as equal bits, and what is refused."""
+"""Renorm in the NumPy layer: Keras's over several steps, same bits as plain batch norm, bad arguments."""
 
 import copy
 
@@ -13,8 +13,8 @@ ONE = {"rmin": 1, "rmax": 1, "dmax": 0}
 STATE = ("moving_mean", "moving_variance", "moving_stddev", "renorm_mean", "renorm_stddev")
 
 
-def made(channels, dtype="float64", **kwargs):
-    """A layer whose gamma and beta aren't the defaults."""
+def make_layer(channels, dtype="float64", **kwargs):
+    """A layer whose gamma and beta are not the defaults."""
     layer = BatchNormalization(dtype=dtype, **kwargs)
     layer.build(channels)
     gamma, beta, *_ = sample_data.vectors(channels, np.random.default_rng(1), dtype)
@@ -33,7 +33,7 @@ def unchanged(layer, error, text, *args, **kwargs):
         np.testing.assert_array_equal(array, before[name])
 
 
-def step_of_keras(tf, layer, x, dy, **kwargs):
+def keras_step(tf, layer, x, dy, **kwargs):
     with tf.GradientTape() as tape:
         given = tf.constant(x)
         tape.watch(given)
@@ -42,14 +42,14 @@ def step_of_keras(tf, layer, x, dy, **kwargs):
     return [y, *tape.gradient(y, sources, output_gradients=tf.constant(dy))]
 
 
-def agree(ours, theirs, tf, masks, tolerance=1e-9):
+def check_three_steps(ours, theirs, tf, masks, tolerance=1e-9):
     """Three steps, forward and backward, on both sides."""
     shape, axis = masks[0], masks[1]
     rng = np.random.default_rng(2)
     for step in range(3):
         x, dy = (sample_data.batch(shape, axis, np.float64, rng) for _ in range(2))
         kwargs = {"mask": rng.random(np.delete(shape, axis)) < 0.6} if len(masks) > 2 else {}
-        wanted = step_of_keras(tf, theirs, x, dy, **{name: tf.constant(v) for name, v in kwargs.items()})
+        wanted = keras_step(tf, theirs, x, dy, **{name: tf.constant(v) for name, v in kwargs.items()})
         actual = [ours(x, training=True, **kwargs), ours.backward(dy)]
         actual += [d for d in (ours.dgamma, ours.dbeta) if d is not None]
         for a, b in zip(actual, wanted, strict=True):
@@ -66,10 +66,10 @@ def test_equals_keras(need, clipping, shape, axis):
     kwargs = {"axis": axis, "renorm": True, "renorm_clipping": clipping, "momentum": 0.75, "renorm_momentum": 0.5}
     theirs = keras.layers.BatchNormalization(**kwargs, dtype="float64")
     theirs.build(shape)
-    ours = made(shape[axis], **kwargs)
+    ours = make_layer(shape[axis], **kwargs)
     theirs.gamma.assign(ours.gamma)
     theirs.beta.assign(ours.beta)
-    agree(ours, theirs, tf, (shape, axis), 1e-6)  # Keras keeps sqrt(epsilon) in float32
+    check_three_steps(ours, theirs, tf, (shape, axis), 1e-6)  # Keras keeps sqrt(epsilon) in float32
 
 
 @pytest.mark.parametrize(("center", "scale"), [(True, True), (True, False), (False, True)])
@@ -81,19 +81,19 @@ def test_equals_our_keras_layer_with_masks(need, center, scale, kwargs):
     kwargs = {**kwargs, "axis": 1, "renorm": True, "renorm_clipping": {"rmax": 1.2}, "center": center, "scale": scale}
     theirs = bnfast.keras.BatchNormalization(**kwargs, dtype="float64")
     theirs.build((6, 3, 4))
-    ours = made(3, **kwargs)
+    ours = make_layer(3, **kwargs)
     for name in ("gamma",) * scale + ("beta",) * center:
         getattr(theirs, name).assign(getattr(ours, name))
-    agree(ours, theirs, tf, ((6, 3, 4), 1, "masked"))
+    check_three_steps(ours, theirs, tf, ((6, 3, 4), 1, "masked"))
 
 
 def test_clipping_may_change_between_steps():
     x = sample_data.batch((20, 5), 1, np.float32, np.random.default_rng(3))
-    ours, fixed = (made(5, "float32", renorm=True, renorm_clipping=ONE) for _ in range(2))
+    ours, fixed = (make_layer(5, "float32", renorm=True, renorm_clipping=ONE) for _ in range(2))
     for layer in (ours, fixed):
         layer(x, training=True)
     ours.renorm_clipping = {"rmax": 3, "dmax": 5}
-    wide = made(5, "float32", renorm=True, renorm_clipping={"rmax": 3, "dmax": 5})
+    wide = make_layer(5, "float32", renorm=True, renorm_clipping={"rmax": 3, "dmax": 5})
     wide.load_state_dict(ours.state_dict())
     y = ours(x, training=True)
     assert np.array_equal(y, wide(x, training=True))
@@ -129,8 +129,8 @@ def test_r_1_and_d_0_have_the_bits_of_the_plain_layer(shape, axis, dtype, masked
         np.testing.assert_array_equal(a, b)
 
 
-def test_a_batch_that_holds_nothing_moves_nothing():
-    layer = made(5, renorm=True, momentum=None)
+def test_an_empty_batch_updates_nothing():
+    layer = make_layer(5, renorm=True, momentum=None)
     x = sample_data.batch((20, 5), 1, np.float64, np.random.default_rng(5))
     layer(x, training=True)
     before = layer.state_dict()
@@ -145,17 +145,17 @@ def test_nan_policies():
     x = sample_data.batch((20, 5), 1, np.float32, np.random.default_rng(6))
     x[7, 2] = np.inf
     for policy, still in (("propagate", []), ("skip_update", [2])):
-        layer = made(5, "float32", renorm=True, nan_policy=policy)
+        layer = make_layer(5, "float32", renorm=True, nan_policy=policy)
         before = layer.state_dict()
         layer(x, training=True)
         for name in STATE:
             assert np.flatnonzero(getattr(layer, name) == before[name]).tolist() == still
-    layer = made(5, "float32", renorm=True, nan_policy="raise")
+    layer = make_layer(5, "float32", renorm=True, nan_policy="raise")
     unchanged(layer, FloatingPointError, "non-finite", x)
 
 
 def test_state():
-    layer = made(5, renorm=True)
+    layer = make_layer(5, renorm=True)
     layer(sample_data.batch((20, 5), 1, np.float64, np.random.default_rng(7)), training=True)
     state = layer.state_dict()
     assert list(state) == ["gamma", "beta", *STATE]
@@ -183,7 +183,7 @@ def test_state():
     ],
     ids=str,
 )
-def test_what_is_refused(kwargs, error, text):
+def test_bad_arguments(kwargs, error, text):
     with pytest.raises(error, match=text):
         BatchNormalization(**({"renorm": True} | kwargs))
 

@@ -28,7 +28,7 @@ class Axes(NamedTuple):
     def of(axis: Any, x: Array) -> Axes:
         """Raises ValueError or TypeError if `axis` is not one or more axes of x."""
         if isinstance(axis, tuple | list) and not axis:
-            raise ValueError(f"axis must name an axis. Received: {axis!r}")
+            raise ValueError(f"axis must name at least one axis. Received: {axis!r}")
         given = [integer("axis", one) for one in (axis if isinstance(axis, tuple | list) else (axis,))]
         for one in given:
             if not -x.ndim <= one < x.ndim:

@@ -81,7 +81,7 @@ def channel_axes(axis: Any) -> int | tuple[int, ...]:
     if not isinstance(axis, tuple | list):
         return integer("axis", axis)
     if not axis:
-        raise ValueError(f"axis must name an axis. Received: {axis!r}")
+        raise ValueError(f"axis must name at least one axis. Received: {axis!r}")
     axes = tuple([integer("axis", one) for one in axis])
     return axes if len(axes) > 1 else axes[0]
 

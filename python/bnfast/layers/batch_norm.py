@@ -68,7 +68,7 @@ class BatchNormalization:
         nan_policy: "propagate", "skip_update" or "raise", see `batch_norm_train`.
         correction: 0 averages the population variance in moving_variance (Keras), 1 the sample variance (PyTorch).
         dtype: of the parameters, "float32" or "float64". None: float64 if the first x is float64, else float32.
-        trainable: False freezes the layer, as in Keras: training=True then has no effect.
+        trainable: False freezes the layer, as in Keras: a call with training=True then runs like training=False.
         virtual_batch_size: in training, each group of this many samples (axis 0) is normalized separately, as ghost
             batches (Hoffer 2017, https://arxiv.org/abs/1705.08741). It must divide the batch. The moving statistics
             take the mean of the ghosts' statistics, except ghosts without any weight. None: the batch is one ghost.
@@ -196,11 +196,11 @@ class BatchNormalization:
             dtype: of the arrays, unless the constructor got one; None means float32.
 
         Raises:
-            ValueError: `channels` is negative, or differs from the number that the layer was built for.
+            ValueError: `channels` is negative, or differs from the number that the layer was built with.
         """
         shape = checks.extents("channels", channels, self.axis)
         if self.moving_mean is not None and shape != self.moving_mean.shape:
-            raise ValueError(f"channels must be {self.channels}, as the layer was built for that. Received: {channels}")
+            raise ValueError(f"channels must be {self.channels}, which this layer was built with. Received: {channels}")
         dtype = self.dtype or checks.parameter_dtype(dtype) or np.dtype(np.float32)
         for name in self._names():
             fill = np.zeros if name in ("beta", "moving_mean", "renorm_mean") else np.ones
@@ -242,7 +242,7 @@ class BatchNormalization:
         axes = Axes.of(self.axis, x)
         training = checks.boolean("training", training) and self.trainable
         if self.moving_mean is not None and axes.shape != self.moving_mean.shape:
-            wanted = f"{self.channels} channels on axis {self.axis}, as the layer was built for that"
+            wanted = f"{self.channels} channels on axis {self.axis}, which this layer was built with"
             raise ValueError(f"x must have {wanted}. Received: shape {x.shape}")
         unbuilt = not self.built
         if unbuilt:
