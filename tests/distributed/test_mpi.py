@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 
 import bnfast
-import mpi_ranks as ranks
+import mpi_ranks
 import numpy as np
 import pytest
 from needs import absent
 
-PROGRAM = Path(ranks.__file__)
+PROGRAM = Path(mpi_ranks.__file__)
 SAME_EVERYWHERE = [
     "moments.count",
     "moments.mean",
@@ -69,10 +69,10 @@ def check(name, actual, expected):
 
 
 @pytest.mark.parametrize("uneven", [False, True])
-@pytest.mark.parametrize("name", ranks.CASES)
+@pytest.mark.parametrize("name", mpi_ranks.CASES)
 def test_equals_one_process(world, name, uneven):
     results = [rank[name, uneven] for rank in world]
-    expected = ranks.run(bnfast, ranks.whole(name))
+    expected = mpi_ranks.run(bnfast, mpi_ranks.whole(name))
     for key in SAME_EVERYWHERE:
         assert all(equal(result[key], results[0][key]) for result in results), key
         check(key, np.asarray(results[0][key]), np.asarray(expected[key]))
@@ -83,32 +83,34 @@ def test_equals_one_process(world, name, uneven):
             check(key, np.concatenate([result[key] for result in results]), expected[key])
 
 
-@pytest.mark.parametrize("name", ranks.CASES)
+@pytest.mark.parametrize("name", mpi_ranks.CASES)
 def test_one_rank_gives_the_bits_of_bnfast(world, name):
-    expected = ranks.run(bnfast, ranks.whole(name))
+    expected = mpi_ranks.run(bnfast, mpi_ranks.whole(name))
     for key, value in world[0][name, "self"].items():
         assert equal(value, expected[key]) if value is not None else expected[key] is None, key
 
 
 def test_an_empty_batch_changes_nothing(world):
     for rank in world:
-        for key, before in zip(("moving_mean", "moving_variance"), ranks.whole("empty")["moving"], strict=True):
+        for key, before in zip(("moving_mean", "moving_variance"), mpi_ranks.whole("empty")["moving"], strict=True):
             assert equal(rank["empty", True][key], before)
 
 
 def test_halves_of_the_world(world):
-    case = ranks.whole("channels_last")
-    places = ranks.cuts(len(case["x"]), len(world), False)
+    case = mpi_ranks.whole("channels_last")
+    places = mpi_ranks.cuts(len(case["x"]), len(world), False)
     for parity in (0, 1):
         members = range(parity, len(world), 2)
         rows = np.concatenate([np.arange(*places[rank]) for rank in members])
-        expected = ranks.run(bnfast, ranks.shard({**case, "x": case["x"][rows], "dy": case["dy"][rows]}, 0, None))
+        expected = mpi_ranks.run(
+            bnfast, mpi_ranks.shard({**case, "x": case["x"][rows], "dy": case["dy"][rows]}, 0, None)
+        )
         check("y", np.concatenate([world[rank]["halves"]["train.y"] for rank in members]), expected["train.y"])
         check("dx", np.concatenate([world[rank]["halves"]["grad.dx"] for rank in members]), expected["grad.dx"])
 
 
 def test_in_place(world):
-    case = ranks.whole("channels_last")
+    case = mpi_ranks.whole("channels_last")
     train = bnfast.batch_norm_train(case["x"])
     grad = bnfast.batch_norm_grad(case["dy"], case["x"], train.mean, train.invstd)
     results = [rank["in_place"] for rank in world]
