@@ -97,6 +97,25 @@ GradFinalizeArgs grad_finalize_args(const GradArgs& a, const GradReduction& redu
     return f;
 }
 
+struct GradSteps {
+    const TypeKernels& kernel;
+    const GradReduction& reduction;
+    const GradFinalizeArgs& finalize_args;
+    const ApplyStep<GradApplyArgs>& apply;
+    int act;
+
+    void reduce(int rank, int64_t chunk, int64_t c0, int64_t c1) const { reduction.chunk(act, rank, chunk, c0, c1); }
+    void finalize(int64_t c0, int64_t c1) const {
+        GradFinalizeArgs f = finalize_args;
+        f.c0 = c0;
+        f.c1 = c1;
+        kernel.grad_finalize(f);
+    }
+    bool proceed() const { return true; }
+    void apply_group(int64_t c0, int64_t c1) const { apply.group(c0, c1); }
+    void apply_task(int64_t task) const { apply.task(task); }
+};
+
 }  // namespace
 
 void grad(const GradArgs& a) {
@@ -124,18 +143,10 @@ void grad(const GradArgs& a) {
                      param_vector(a.gamma), param_vector(a.beta), 1, 0, nullptr, params});
     const GradApplyArgs apply = grad_apply_args(a, plan, params);
     const GradFinalizeArgs finalize_args = grad_finalize_args(a, reduction);
-    const auto rows = kernel.grad_apply_rows[mode][act];
-    const auto columns = kernel.grad_apply_columns[mode][act];
-    run_steps(
-        plan, [&](int rank, int64_t k, int64_t c0, int64_t c1) { reduction.chunk(act, rank, k, c0, c1); },
-        [&](int64_t c0, int64_t c1) {
-            GradFinalizeArgs f = finalize_args;
-            f.c0 = c0;
-            f.c1 = c1;
-            kernel.grad_finalize(f);
-        },
-        [] { return true; }, [&](int64_t c0, int64_t c1) { apply_group(plan, apply, c0, c1, rows, columns); },
-        [&](int64_t u) { apply_unit(plan, apply, u, rows, columns); });
+    const ApplyStep<GradApplyArgs> step{plan, apply, kernel.grad_apply_rows[mode][act],
+                                        kernel.grad_apply_columns[mode][act]};
+    GradSteps steps{kernel, reduction, finalize_args, step, act};
+    run_steps(plan, steps);
 }
 
 }  // namespace bnfast

@@ -26,7 +26,7 @@ struct Reduction {
         args.mask = mask;
         args.prefetch_next = plan.prefetch_next;
         each_scratch = g.pack > 1 || mask ? round_up_to_line(4 * g.pack * g.C) : 0;
-        count_at = scratch.count(g.chunks * plan.groups);
+        count_at = scratch.count(g.chunks * plan.num_groups);
         center_at = scratch.count(g.chunks * g.C);
         offset_at = scratch.count(g.chunks * g.C);
         m2_at = scratch.count(g.chunks * g.C);
@@ -53,7 +53,7 @@ struct Reduction {
         return {args.grid.C, args.grid.chunks, c0, c1, count, args.center, args.offset, args.m2, mean, variance};
     }
     // Every group counts for itself (the counts are equal), so that none waits for another.
-    int64_t counts_of(int64_t c0) const { return c0 / plan.group * args.grid.chunks; }
+    int64_t counts_of(int64_t c0) const { return c0 / plan.channels_per_group * args.grid.chunks; }
     double total() const {
         double n = 0;
         for (int64_t k = 0; k < args.grid.chunks; ++k) n += args.count[k];
@@ -102,6 +102,45 @@ ApplyArgs apply_args(const Args& a, const Plan& plan, const ParamSpace& space, c
     return args;
 }
 
+struct TrainSteps {
+    const TrainArgs& a;
+    const KernelTable& table;
+    const TypeKernels& kernel;
+    const Reduction& reduction;
+    const FinalizeArgs& finalize_args;
+    const ApplyStep<ApplyArgs>& apply;
+    bool proceeds = true;
+
+    void reduce(int rank, int64_t chunk, int64_t c0, int64_t c1) const { reduction.chunk(rank, chunk, c0, c1); }
+    void finalize(int64_t c0, int64_t c1) const {
+        table.merge(reduction.merge(c0, c1, a.mean, a.variance));
+        FinalizeArgs f = finalize_args;
+        f.c0 = c0;
+        f.c1 = c1;
+        kernel.finalize(f);
+    }
+    bool proceed() {
+        proceeds =
+            a.nan_policy != NanPolicy::raise || (all_finite(a.mean, a.shape.C) && all_finite(a.variance, a.shape.C));
+        return proceeds;
+    }
+    void apply_group(int64_t c0, int64_t c1) const { apply.group(c0, c1); }
+    void apply_task(int64_t task) const { apply.task(task); }
+};
+
+// Statistics only: nothing is applied.
+struct MomentsSteps {
+    const MomentsArgs& a;
+    const KernelTable& table;
+    const Reduction& reduction;
+
+    void reduce(int rank, int64_t chunk, int64_t c0, int64_t c1) const { reduction.chunk(rank, chunk, c0, c1); }
+    void finalize(int64_t c0, int64_t c1) const { table.merge(reduction.merge(c0, c1, a.mean, a.variance)); }
+    bool proceed() const { return false; }
+    void apply_group(int64_t, int64_t) const {}
+    void apply_task(int64_t) const {}
+};
+
 }  // namespace
 
 double train(const TrainArgs& a) {
@@ -134,26 +173,10 @@ double train(const TrainArgs& a) {
                                a.invstd,
                                apply.params};
     const int act = kernel_activation(a.activation, a.negative_slope);
-    const int64_t C = a.shape.C;
-    bool proceed = true;
-    run_steps(
-        plan, [&](int rank, int64_t k, int64_t c0, int64_t c1) { reduction.chunk(rank, k, c0, c1); },
-        [&](int64_t c0, int64_t c1) {
-            table.merge(reduction.merge(c0, c1, a.mean, a.variance));
-            FinalizeArgs f = finalize_args;
-            f.c0 = c0;
-            f.c1 = c1;
-            kernel.finalize(f);
-        },
-        [&] {
-            proceed = a.nan_policy != NanPolicy::raise || (all_finite(a.mean, C) && all_finite(a.variance, C));
-            return proceed;
-        },
-        [&](int64_t c0, int64_t c1) {
-            apply_group(plan, apply, c0, c1, kernel.apply_rows[act], kernel.apply_columns[act]);
-        },
-        [&](int64_t u) { apply_unit(plan, apply, u, kernel.apply_rows[act], kernel.apply_columns[act]); });
-    if (!proceed) raise_non_finite(a.mean, a.variance, C);
+    const ApplyStep<ApplyArgs> step{plan, apply, kernel.apply_rows[act], kernel.apply_columns[act]};
+    TrainSteps steps{a, table, kernel, reduction, finalize_args, step};
+    run_steps(plan, steps);
+    if (!steps.proceeds) raise_non_finite(a.mean, a.variance, a.shape.C);
     const double count = reduction.total();
     update_moving_statistics(a, table, count);
     return count;
@@ -185,16 +208,15 @@ void infer(const InferArgs& a) {
                                nullptr,
                                apply.params};
     const int act = kernel_activation(a.activation, a.negative_slope);
+    const ApplyStep<ApplyArgs> step{plan, apply, kernel.apply_rows[act], kernel.apply_columns[act]};
     parallel(plan.threads, [&](Team& team) {
-        finalize_slices(team, plan, [&](int64_t c0, int64_t c1) {
+        finalize_channels(team, plan, [&](int64_t c0, int64_t c1) {
             FinalizeArgs f = finalize_args;
             f.c0 = c0;
             f.c1 = c1;
             kernel.finalize(f);
         });
-        team.for_each(plan.apply_units, false, [&](int64_t u) {
-            apply_unit(plan, apply, u, kernel.apply_rows[act], kernel.apply_columns[act]);
-        });
+        team.for_each(plan.num_apply_tasks, false, [&](int64_t task) { step.task(task); });
     });
 }
 
@@ -208,10 +230,8 @@ double moments(const MomentsArgs& a) {
     scratch.take();
     reduction.place(scratch);
     record_isa(table);
-    run_steps(
-        plan, [&](int rank, int64_t k, int64_t c0, int64_t c1) { reduction.chunk(rank, k, c0, c1); },
-        [&](int64_t c0, int64_t c1) { table.merge(reduction.merge(c0, c1, a.mean, a.variance)); }, [] { return false; },
-        [](int64_t, int64_t) {}, [](int64_t) {});
+    MomentsSteps steps{a, table, reduction};
+    run_steps(plan, steps);
     return reduction.total();
 }
 

@@ -1,154 +1,150 @@
-// Group norm, forward: rows are reduced as if each were a channel of one sample, and pieces of rows are applied so.
+// Group norm, forward: y = gamma*(x - mean)*invstd + beta, with the mean and variance of each row (sample, norm group).
+//
+// The moments kernels reduce a span as if each row were a channel of one sample. Then each channel of each sample gets
+// its row's mean and invstd and its own gamma and beta, and batch norm's apply kernels take them as channels.
+#include "group_norm.h"
+
 #include <cmath>
 
 #include "check.h"
-#include "spans.h"
 
 namespace bnfast {
+
+void merge_rows(const KernelTable& table, const RowMoments::Sizes& sizes, std::int64_t rows, const RowMoments& m) {
+    const std::int64_t chunks = sizes.chunks, K = sizes.columns_per_row, all = chunks * sizes.lanes;
+    if (K == 1) {
+        table.merge({rows, chunks, 0, rows, m.count, m.center, m.offset, m.m2, m.mean, m.variance});
+        return;
+    }
+    // (chunk, norm group, k) -> (chunk, k, norm group): each row has K*chunks results to merge.
+    for (double* p : {m.center, m.offset, m.m2})
+        for (std::int64_t chunk = 0; chunk < chunks; ++chunk)
+            for (std::int64_t g = 0; g < rows; ++g)
+                for (std::int64_t k = 0; k < K; ++k)
+                    p[all + (chunk * K + k) * rows + g] = p[chunk * sizes.lanes + g * K + k];
+    for (std::int64_t i = 0; i < chunks * K; ++i) m.count[chunks + i] = m.count[i / K];
+    table.merge(
+        {rows, chunks * K, 0, rows, m.count + chunks, m.center + all, m.offset + all, m.m2 + all, m.mean, m.variance});
+}
+
 namespace {
 
 using std::int64_t;
 
-// Without parameters only the rows count, so layer norm and group norm of one group are the same call.
+// Without gamma and beta only the rows count, so layer norm and group norm with one norm group are the same call.
 GroupShape canonical_of(const GroupNormArgs& a) {
     const GroupShape s = a.shape;
     if (a.gamma.data || a.beta.data || (s.A != 1 && s.G != 1)) return s;
     return {s.N * s.G, 1, 1, s.A * (s.C / s.G) * s.S, 1};
 }
 
-struct Forward {
-    const GroupNormArgs& a;
-    const KernelTable& table;
-    const TypeKernels& kernel;
-    Spans spans;
-    Scratch scratch;
-    Workspaces work, mine;  // of a workspace, of a rank
-    int64_t chunks, lanes;  // of the reduce step; its "channels" in a span
-    int64_t count, center, offset, m2, mean, variance, piece_mean, piece_variance, piece_gamma, piece_beta, invstd;
-    int64_t mean_hi, scale, shift, reduce_scratch, gamma_at, beta_at;
+struct Workspace {
+    struct Sizes {
+        RowMoments::Sizes rows;
+        int64_t channels;  // of all samples in the span
+        int64_t params;    // one packed row of channels
+        template <class Layout> explicit Sizes(const Layout& spans) : rows(spans) {
+            const Grid grid = make_grid(spans.channel_shape(spans.units_per_span), spans.dtype);
+            channels = rows.rows * spans.channels_per_row;
+            params = grid.pack * grid.C;
+        }
+    };
+    RowMoments rows;
+    double *mean, *variance, *gamma, *beta, *invstd;  // [channels]
+    Params params;
 
-    Forward(const GroupNormArgs& args, const KernelTable& t)
-        : a(args), table(t), kernel(t.types[int(args.dtype)]), spans(canonical_of(args), args.dtype, 1) {
-        const int64_t h = spans.height;
-        const Grid reduce = make_grid(spans.rows(h), a.dtype), pieces = make_grid(spans.piece_shape(h), a.dtype);
-        const int64_t rows = h * spans.groups, P = spans.vectors ? rows : h * spans.pieces;
-        const int64_t constants = spans.vectors ? rows : pieces.pack * pieces.C;
-        chunks = reduce.chunks;
-        lanes = reduce.C;
-        for (int64_t* each : {&center, &offset, &m2}) *each = work.array((spans.scattered() ? 2 : 1) * chunks * lanes);
-        count = work.array(chunks * (spans.scattered() ? 1 + spans.K : 1));
-        for (int64_t* each : {&mean, &variance}) *each = work.array(rows);
-        for (int64_t* each : {&piece_mean, &piece_variance, &piece_gamma, &piece_beta, &invstd}) *each = work.array(P);
-        for (int64_t* each : {&mean_hi, &scale, &shift}) *each = work.array(constants);
-        reduce_scratch = mine.array(reduce.pack > 1 ? 4 * reduce.pack * reduce.C : 0);
-        work.count(scratch, spans.workspaces());
-        mine.count(scratch, spans.threads);
-        gamma_at = scratch.count(spans.vectors ? spans.s.C : 0);
-        beta_at = scratch.count(spans.vectors ? spans.s.C : 0);
+    Workspace(Carver& carver, const Sizes& n) : rows(carver, n.rows) {
+        for (double** each : {&mean, &variance, &gamma, &beta, &invstd}) *each = carver.array(n.channels);
+        params = params_of(carver, n.params, false);
+    }
+};
+
+// Channels that hold many values: (N, C, S) and (N, A, C).
+template <class Layout> class Forward {
+public:
+    Forward(const GroupNormArgs& args, const Layout& layout, const KernelTable& t)
+        : a(args),
+          spans(layout),
+          table(t),
+          kernel(t.types[int(args.dtype)]),
+          workspaces(scratch, Workspace::Sizes(spans), workspace_count(spans)),
+          each_scratch(round_up_to_line(reduce_scratch(spans))),
+          scratch_at(scratch.count(each_scratch * spans.threads)) {
         scratch.take();
-        if (!spans.vectors) return;
-        convert(a.gamma, spans.s.C, 1, a.dtype, scratch.at(gamma_at));
-        convert(a.beta, spans.s.C, 0, a.dtype, scratch.at(beta_at));
     }
 
-    double* at(int64_t w, int64_t array) const { return work(scratch, w, array); }
-    void reduce(int rank, int64_t w, int64_t i, int64_t chunk) const {
-        ReduceArgs r{};
-        r.prefetch_next = spans.stream;
-        r.grid = make_grid(spans.rows(spans.held(i)), a.dtype);
-        r.x = values_of(a.x, spans, i);
-        r.chunk = chunk;
-        r.c1 = r.grid.C;
-        r.count = at(w, count);
-        r.center = at(w, center);
-        r.offset = at(w, offset);
-        r.m2 = at(w, m2);
-        r.scratch = mine(scratch, rank, reduce_scratch);
-        (r.grid.S > 1 ? kernel.reduce_rows : kernel.reduce_columns)[0](r);
+    int64_t reduce_tasks() const { return workspaces.sizes().rows.chunks; }
+    int64_t apply_tasks() const { return apply_plan(spans, spans.units_per_span).num_apply_tasks; }
+    int64_t finish_tasks() const { return 0; }
+
+    void whole_span(int rank, int64_t span) const {
+        const Workspace w = workspaces[rank];
+        for (int64_t chunk = 0; chunk < reduce_tasks(); ++chunk) reduce(w, rank, span, chunk);
+        finalize(w, span);
+        apply(w, span, 0);  // the only task
+    }
+    void reduce(int rank, int64_t span, int64_t chunk) const { reduce(workspaces[span], rank, span, chunk); }
+    void finalize(int64_t span) const { finalize(workspaces[span], span); }
+    void apply(int64_t span, int64_t task) const { apply(workspaces[span], span, task); }
+    void finish(int64_t) const {}
+
+private:
+    void reduce(const Workspace& w, int rank, int64_t span, int64_t chunk) const {
+        reduce_rows(spans, kernel, a.x, span, chunk, w.rows, scratch.at(scratch_at + rank * each_scratch));
     }
 
-    // mean and variance of the span's rows.
-    void merge(int64_t w, int64_t rows) const {
-        double *c = at(w, center), *o = at(w, offset), *m = at(w, m2), *n = at(w, count);
-        int64_t parts = chunks;
-        if (spans.scattered()) {  // (chunk, group, k) -> (chunk, k, group): K*chunks parts of every group
-            const int64_t G = spans.s.G, K = spans.K;
-            parts = chunks * K;
-            for (double* p : {c, o, m})
-                for (int64_t chunk = 0; chunk < chunks; ++chunk)
-                    for (int64_t g = 0; g < G; ++g)
-                        for (int64_t k = 0; k < K; ++k)
-                            p[chunks * lanes + (chunk * K + k) * G + g] = p[chunk * lanes + g * K + k];
-            for (int64_t i = 0; i < parts; ++i) n[chunks + i] = n[i / K];
-            c += chunks * lanes;
-            o += chunks * lanes;
-            m += chunks * lanes;
-            n += chunks;
-        }
-        table.merge({rows, parts, 0, rows, n, c, o, m, at(w, mean), at(w, variance)});
-    }
-
-    void finalize(int64_t w, int64_t i) const {
-        const int64_t h = spans.held(i), rows = h * spans.groups, K = spans.vectors ? 1 : spans.K, P = rows * K;
-        const int64_t row = spans.first(i) * spans.groups, C = spans.s.C;
-        merge(w, rows);
-        const double *m = at(w, mean), *v = at(w, variance);
-        double *pm = at(w, piece_mean), *pv = at(w, piece_variance), *pg = at(w, piece_gamma), *pb = at(w, piece_beta);
-        const bool gamma = a.gamma.data && !spans.vectors, beta = a.beta.data && !spans.vectors;
-        if (gamma) repeat(a.gamma, C, row * K % C, P, pg);
-        if (beta) repeat(a.beta, C, row * K % C, P, pb);
+    void finalize(const Workspace& w, int64_t span) const {
+        const int64_t rows = spans.span_rows(span), first = spans.first_row(span), K = spans.channels_per_row;
+        const int64_t C = spans.shape.C, channels = rows * K;
+        merge_rows(table, workspaces.sizes().rows, rows, w.rows);
         for (int64_t r = 0; r < rows; ++r) {
-            std::fill_n(pm + r * K, K, m[r]);
-            std::fill_n(pv + r * K, K, v[r]);
+            std::fill_n(w.mean + r * K, K, w.rows.mean[r]);
+            std::fill_n(w.variance + r * K, K, w.rows.variance[r]);
         }
-        const int64_t pack = spans.vectors ? 1 : make_grid(spans.piece_shape(h), a.dtype).pack;
-        kernel.finalize({P,
-                         pack,
-                         0,
-                         P,
-                         {pm, 1},
-                         {pv, 1},
-                         {gamma ? pg : nullptr, 1},
-                         {beta ? pb : nullptr, 1},
-                         0,
-                         a.epsilon,
-                         at(w, invstd),
-                         params(w)});
+        FinalizeArgs f{};
+        f.C = f.c1 = channels;
+        f.pack = make_grid(spans.channel_shape(spans.span_units(span)), a.dtype).pack;
+        f.mean = {w.mean, 1};
+        f.variance_or_invstd = {w.variance, 1};
+        if (a.gamma.data) {
+            repeat(a.gamma, C, first * K % C, channels, w.gamma);
+            f.gamma = {w.gamma, 1};
+        }
+        if (a.beta.data) {
+            repeat(a.beta, C, first * K % C, channels, w.beta);
+            f.beta = {w.beta, 1};
+        }
+        f.epsilon = a.epsilon;
+        f.invstd = w.invstd;
+        f.params = w.params;
+        kernel.finalize(f);
         for (int64_t r = 0; r < rows; ++r) {
-            a.mean[row + r] = m[r];
-            a.invstd[row + r] = at(w, invstd)[r * K];
+            a.mean[first + r] = w.rows.mean[r];
+            a.invstd[first + r] = w.invstd[r * K];
         }
     }
-    Params params(int64_t w) const { return {at(w, mean_hi), at(w, scale), at(w, shift), nullptr, nullptr, nullptr}; }
 
-    void apply(int64_t w, int64_t i, int64_t unit) const {
-        if (spans.vectors) return apply_vectors(w, i, unit);
-        const Plan plan = spans.apply_plan(spans.held(i));
+    void apply(const Workspace& w, int64_t span, int64_t task) const {
+        const Plan plan = apply_plan(spans, spans.span_units(span));
         ApplyArgs y{};
         y.grid = plan.apply_grid;
-        y.x = values_of(a.x, spans, i);
-        y.y = values_of(a.y, spans, i);
-        y.params = params(w);
+        y.x = spans.begin(a.x, span);
+        y.y = spans.begin(a.y, span);
+        y.params = w.params;
         y.act = activation_args(Activation::none, 0);
         y.stream = plan.stream;
-        y.prefetch_distance = spans.prefetch_distance(i);
-        apply_unit(plan, y, unit, kernel.apply_rows[act_none], kernel.apply_columns[act_none]);
+        y.prefetch_distance = spans.prefetch_distance(span);
+        const ApplyStep<ApplyArgs> step{plan, y, kernel.apply_rows[act_none], kernel.apply_columns[act_none]};
+        step.task(task);
     }
-    void apply_vectors(int64_t w, int64_t i, int64_t unit) const {
-        const int64_t width = vector_unit();
-        for (int64_t g = 0; g < spans.s.G; ++g) {
-            RowArgs r = row_args(spans, g, 0, spans.held(i), params(w), values_of(a.x, spans, i), nullptr,
-                                 values_of(a.y, spans, i), scratch.at(gamma_at), scratch.at(beta_at));
-            r.k0 = unit * width;
-            r.k1 = std::min(spans.K, r.k0 + width);
-            r.prefetch_distance = spans.prefetch_distance(i);
-            kernel.row_apply(r);
-        }
-    }
-    int64_t vector_unit() const { return spans.steps ? 32768 : spans.K; }
-    int64_t apply_units() const {
-        return spans.vectors ? (spans.K + vector_unit() - 1) / vector_unit() : spans.apply_plan(1).apply_units;
-    }
+
+    const GroupNormArgs& a;
+    const Layout& spans;
+    const KernelTable& table;
+    const TypeKernels& kernel;
+    Scratch scratch;
+    const Workspaces<Workspace> workspaces;
+    const int64_t each_scratch, scratch_at;  // of the reduce step, for each rank
 };
 
 void empty(const GroupNormArgs& a) {
@@ -159,6 +155,11 @@ void empty(const GroupNormArgs& a) {
     }
 }
 
+template <class Layout> void run(const GroupNormArgs& a, const Layout& spans, const KernelTable& table) {
+    if constexpr (std::is_same_v<Layout, RowNormSpans>) row_norm(a, spans, table);
+    else run_spans(spans, Forward<Layout>(a, spans, table));
+}
+
 }  // namespace
 
 void group_norm(const GroupNormArgs& a) {
@@ -166,13 +167,8 @@ void group_norm(const GroupNormArgs& a) {
     if (a.shape.size() == 0) return empty(a);
     const IeeeMode mode;
     const KernelTable& table = kernels();
-    const Forward f(a, table);
     record_isa(table);
-    run_spans(
-        f.spans, f.chunks, f.apply_units(), 0,
-        [&](int rank, int64_t w, int64_t i, int64_t unit) { f.reduce(rank, w, i, unit); },
-        [&](int64_t w, int64_t i) { f.finalize(w, i); },
-        [&](int64_t w, int64_t i, int64_t unit) { f.apply(w, i, unit); }, [](int64_t) {});
+    with_spans(canonical_of(a), a.dtype, 1, [&](const auto& spans) { run(a, spans, table); });
 }
 
 }  // namespace bnfast

@@ -1,290 +1,248 @@
-// Group norm, backward. With g = gamma*dy and M values a row: dx = invstd*(g - sum(g)/M - xhat*sum(g*xhat)/M).
+// Group norm, backward. With g = gamma*dy and M values per row:
 //
-// Of columns and pieces the kernels of batch norm leave sum(dy) and sum(dy*xhat) of every piece; summed with gamma they
-// are the row's, and grad_finalize takes the difference between the piece's own mean and the row's as gradients that
-// reach the piece's mean and variance. A row of one piece has none: its bits are batch norm's.
+//   dx = invstd*(g - sum(g)/M - xhat*sum(g*xhat)/M), sums over the row;  dgamma = sum(dy*xhat), dbeta = sum(dy)
+//
+// Batch norm's gradient kernels leave sum(dy) and sum(dy*xhat) of each channel of each sample. Added up with gamma they
+// are the row's. dx needs the row's sums where batch norm uses the channel's: the difference goes into grad_finalize as
+// gradients that reach the channel's mean and variance. If a row is a single channel there is no difference, and the
+// bits are batch norm's.
+#include "group_norm.h"
+
 #include "check.h"
-#include "spans.h"
 
 namespace bnfast {
+
+void ParameterSums::write(const GroupNormGradArgs& a, std::int64_t task) const {
+    const std::int64_t c0 = task * channels_per_task, n = std::min(channels_per_task, C_ - c0);
+    double dgamma_sum[channels_per_task] = {}, dbeta_sum[channels_per_task] = {};
+    for (std::int64_t partial = 0; partial < num_partials_; ++partial)
+        for (std::int64_t c = 0; c < n; ++c) {
+            dgamma_sum[c] += dgamma(partial)[c0 + c];
+            dbeta_sum[c] += dbeta(partial)[c0 + c];
+        }
+    for (std::int64_t c = 0; c < n; ++c) {
+        put(a.dgamma, c0 + c, dgamma_sum[c]);
+        put(a.dbeta, c0 + c, dbeta_sum[c]);
+    }
+}
+
 namespace {
 
 using std::int64_t;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-struct Backward {
-    const GroupNormGradArgs& a;
-    const TypeKernels& kernel;
-    Spans spans;
-    Scratch scratch;
-    Workspaces work, mine;
-    int64_t chunks = 1, block_rows = 1;  // of a reduce step; samples whose columns are summed together
-    int64_t sum_dy, sum_dy_centered_x, piece_mean, piece_invstd, piece_gamma, dmean, dvariance, row_dgamma, row_dbeta;
-    int64_t mean_hi, scale, shift, mean_dy, dx_slope, dx_offset, reduce_scratch;
-    int64_t gamma_at, dgamma_at, dbeta_at, parts;  // of dgamma and dbeta: [parts][C]
-
-    Backward(const GroupNormGradArgs& args, const KernelTable& table)
-        : a(args), kernel(table.types[int(args.dtype)]), spans(args.shape, args.dtype, 2) {
-        if (spans.vectors) by_vectors();
-        else if (!spans.steps && spans.threads > 1 && spans.s.N > spans.parts)
-            spans.cut(std::min<int64_t>(spans.parts, 4 * spans.threads));
-        const int64_t h = spans.height;
-        const Grid g = make_grid(spans.piece_shape(h), a.dtype);
-        const int64_t P = spans.vectors ? h * spans.groups : h * spans.pieces;
-        const int64_t constants = spans.vectors ? P : g.pack * g.C;
-        if (!spans.vectors) chunks = g.chunks;
-        for (int64_t* each : {&sum_dy, &sum_dy_centered_x}) *each = work.array(chunks * P);
-        for (int64_t* each : {&piece_mean, &piece_invstd, &piece_gamma, &dmean, &dvariance, &row_dgamma, &row_dbeta})
-            *each = work.array(P);
-        for (int64_t* each : {&mean_hi, &scale, &shift, &mean_dy, &dx_slope, &dx_offset}) *each = work.array(constants);
-        reduce_scratch = mine.array(!spans.vectors && g.pack > 1 ? 2 * g.pack * g.C : 0);
-        work.count(scratch, spans.workspaces());
-        mine.count(scratch, spans.threads);
-        parts = spans.vectors ? spans.count : spans.parts;
-        gamma_at = scratch.count(spans.vectors ? spans.s.C : 0);
-        dgamma_at = scratch.count(parts * spans.s.C);
-        dbeta_at = scratch.count(parts * spans.s.C);
-        scratch.take();
-        if (spans.vectors) convert(a.gamma, spans.s.C, 1, a.dtype, scratch.at(gamma_at));
-    }
-
-    // Spans of vectors are the chunks of the sums over samples: at most 64 of at least 256 KiB, so that their float64
-    // results stay under 1/16 of what was read. Within a span some 64 KiB of x go through all steps at a time.
-    void by_vectors() {
-        const int64_t sample = spans.s.C * item_bytes(a.dtype);
-        block_rows = std::clamp<int64_t>((64 << 10) / sample, 4, 64);
-        const int64_t least = std::max(ceil_div(spans.s.N, 64), (256 << 10) / sample);
-        spans.set_height(std::max<int64_t>(1, ceil_div(least, block_rows)) * block_rows);
-        spans.steps = spans.threads > 1 && spans.count < 4 * spans.threads;
-        chunks = ceil_div(spans.K, row_block);
-    }
-
-    double* at(int64_t w, int64_t array) const { return work(scratch, w, array); }
-    Params params(int64_t w) const {
-        return {at(w, mean_hi), at(w, scale), at(w, shift), at(w, mean_dy), at(w, dx_slope), at(w, dx_offset)};
-    }
-    int64_t row(int64_t i) const { return spans.first(i) * spans.groups; }
-    int64_t rows(int64_t i) const { return spans.held(i) * spans.groups; }
-    double* part(int64_t array, int64_t k) const { return scratch.at(array) + k * spans.s.C; }
-
-    // The constants that the sums need.
-    void prepare(int64_t w, int64_t i) const {
-        const int64_t K = spans.vectors ? 1 : spans.K, P = rows(i) * K, C = spans.s.C;
-        double *pm = at(w, piece_mean), *pi = at(w, piece_invstd), *pg = at(w, piece_gamma);
-        const bool gamma = a.gamma.data && !spans.vectors;
-        if (gamma) repeat(a.gamma, C, row(i) * K % C, P, pg);
-        for (int64_t r = 0; r < rows(i); ++r) {
-            std::fill_n(pm + r * K, K, a.mean[row(i) + r]);
-            std::fill_n(pi + r * K, K, a.invstd[row(i) + r]);
+struct Workspace {
+    struct Sizes {
+        int64_t channels;  // of all samples in the span
+        int64_t chunks;    // of the reduce step
+        int64_t params;    // one packed row of channels
+        int64_t scratch;   // doubles that reduce needs
+        template <class Layout> explicit Sizes(const Layout& spans) {
+            const Grid grid = make_grid(spans.channel_shape(spans.units_per_span), spans.dtype);
+            channels = spans.units_per_span * spans.rows_per_unit * spans.channels_per_row;
+            chunks = grid.chunks;
+            params = grid.pack * grid.C;
+            scratch = grid.pack > 1 ? 2 * params : 0;
         }
-        const int64_t pack = spans.vectors ? 1 : make_grid(spans.piece_shape(spans.held(i)), a.dtype).pack;
-        kernel.finalize({P, pack, 0, P, {pm, 1}, {pi, 1}, {gamma ? pg : nullptr, 1}, {}, 1, 0, nullptr, params(w)});
+    };
+    double *sum_dy, *sum_dy_centered_x;  // reduce's results, [chunks][channels]
+    double *mean, *invstd, *gamma;       // [channels]; mean and invstd are the row's
+    double *dmean, *dvariance;           // [channels]; by which the row's sums differ
+    double *dgamma, *dbeta;              // [channels]; of one sample each
+    Params params;
+
+    Workspace(Carver& carver, const Sizes& n) {
+        for (double** each : {&sum_dy, &sum_dy_centered_x}) *each = carver.array(n.chunks * n.channels);
+        for (double** each : {&mean, &invstd, &gamma, &dmean, &dvariance, &dgamma, &dbeta})
+            *each = carver.array(n.channels);
+        params = params_of(carver, n.params, true);
+    }
+};
+
+// Channels that hold many values: (N, C, S) and (N, A, C).
+template <class Layout> class Backward {
+public:
+    // layout must be cut, where its tasks share partial sums.
+    Backward(const GroupNormGradArgs& args, const Layout& layout, const KernelTable& table)
+        : a(args),
+          spans(layout),
+          kernel(table.types[int(args.dtype)]),
+          workspaces(scratch, Workspace::Sizes(spans), workspace_count(spans)),
+          each_scratch(round_up_to_line(workspaces.sizes().scratch)),
+          scratch_at(scratch.count(each_scratch * spans.threads)),
+          sums(scratch, spans.shape.C, spans.num_partials) {
+        scratch.take();
+        if (spans.by_steps)
+            for (int64_t span = 0; span < spans.num_spans; ++span) prepare(workspaces[span], span);
     }
 
-    GradFinalizeArgs grad_finalize_args(int64_t w, int64_t P, double count) const {
-        GradFinalizeArgs f{};
-        f.C = f.c1 = P;
-        f.pack = 1;
-        f.chunks = 1;
-        f.sum_dy = at(w, sum_dy);
-        f.sum_dy_centered_x = at(w, sum_dy_centered_x);
-        f.mean = {at(w, piece_mean), 1};
-        f.invstd = {at(w, piece_invstd), 1};
-        f.count = count;
-        f.training = 1;
-        f.dgamma_is_double = f.dbeta_is_double = 1;
-        f.params = params(w);
-        return f;
+    int64_t reduce_tasks() const { return workspaces.sizes().chunks; }
+    int64_t apply_tasks() const { return apply_plan(spans, spans.units_per_span).num_apply_tasks; }
+    int64_t finish_tasks() const { return sums.tasks(); }
+
+    void whole_span(int rank, int64_t span) const {
+        const Workspace w = workspaces[rank];
+        prepare(w, span);
+        for (int64_t chunk = 0; chunk < reduce_tasks(); ++chunk) reduce(w, rank, span, chunk);
+        finalize(w, span);
+        add_to_sums(w, span, 0, spans.shape.C);
+        apply(w, span, 0);  // the only task
+    }
+    void reduce(int rank, int64_t span, int64_t chunk) const { reduce(workspaces[span], rank, span, chunk); }
+    void finalize(int64_t span) const { finalize(workspaces[span], span); }
+    void apply(int64_t span, int64_t task) const { apply(workspaces[span], span, task); }
+    void finish(int64_t task) const {
+        const int64_t c0 = task * sums.channels_per_task, c1 = std::min(c0 + sums.channels_per_task, spans.shape.C);
+        if (spans.by_steps)
+            for (int64_t span = 0; span < spans.num_spans; ++span) add_to_sums(workspaces[span], span, c0, c1);
+        sums.write(a, task);
     }
 
-    // ---- columns and pieces -----------------------------------------------------------------------------------------
+private:
+    // The row's mean and invstd for each of its channels, gamma, and the constants that reduce needs.
+    void prepare(const Workspace& w, int64_t span) const {
+        const int64_t rows = spans.span_rows(span), first = spans.first_row(span), K = spans.channels_per_row;
+        const int64_t C = spans.shape.C, channels = rows * K;
+        for (int64_t r = 0; r < rows; ++r) {
+            std::fill_n(w.mean + r * K, K, a.mean[first + r]);
+            std::fill_n(w.invstd + r * K, K, a.invstd[first + r]);
+        }
+        FinalizeArgs f{};
+        f.C = f.c1 = channels;
+        f.pack = make_grid(spans.channel_shape(spans.span_units(span)), a.dtype).pack;
+        f.mean = {w.mean, 1};
+        f.variance_or_invstd = {w.invstd, 1};
+        f.is_invstd = 1;
+        if (a.gamma.data) {
+            repeat(a.gamma, C, first * K % C, channels, w.gamma);
+            f.gamma = {w.gamma, 1};
+        }
+        f.params = w.params;
+        kernel.finalize(f);
+    }
 
-    void reduce(int rank, int64_t w, int64_t i, int64_t chunk) const {
+    void reduce(const Workspace& w, int rank, int64_t span, int64_t chunk) const {
         GradReduceArgs r{};
-        r.grid = make_grid(spans.piece_shape(spans.held(i)), a.dtype);
-        r.dy = values_of(a.dy, spans, i);
-        r.x = values_of(a.x, spans, i);
-        r.params = params(w);
+        r.grid = make_grid(spans.channel_shape(spans.span_units(span)), a.dtype);
+        r.dy = spans.begin(a.dy, span);
+        r.x = spans.begin(a.x, span);
+        r.params = w.params;
         r.act = activation_args(Activation::none, 0);
         r.chunk = chunk;
         r.c1 = r.grid.C;
-        r.sum_dy = at(w, sum_dy);
-        r.sum_dy_centered_x = at(w, sum_dy_centered_x);
-        r.scratch = mine(scratch, rank, reduce_scratch);
+        r.sum_dy = w.sum_dy;
+        r.sum_dy_centered_x = w.sum_dy_centered_x;
+        r.scratch = scratch.at(scratch_at + rank * each_scratch);
         (r.grid.S > 1 ? kernel.grad_reduce_rows : kernel.grad_reduce_columns)[act_none](r);
     }
 
-    void finalize(int64_t w, int64_t i) const {
-        const int64_t K = spans.K, P = rows(i) * K;
-        GradFinalizeArgs f = grad_finalize_args(w, P, double(spans.piece_size()));
-        f.pack = make_grid(spans.piece_shape(spans.held(i)), a.dtype).pack;
-        f.chunks = chunks;
-        f.dgamma = at(w, row_dgamma);
-        f.dbeta = at(w, row_dbeta);
-        if (a.gamma.data) f.gamma = {at(w, piece_gamma), 1};
+    void finalize(const Workspace& w, int64_t span) const {
+        const int64_t rows = spans.span_rows(span), K = spans.channels_per_row;
+        GradFinalizeArgs f{};
+        f.C = f.c1 = rows * K;
+        f.pack = make_grid(spans.channel_shape(spans.span_units(span)), a.dtype).pack;
+        f.chunks = workspaces.sizes().chunks;
+        f.sum_dy = w.sum_dy;
+        f.sum_dy_centered_x = w.sum_dy_centered_x;
+        f.mean = {w.mean, 1};
+        f.invstd = {w.invstd, 1};
+        if (a.gamma.data) f.gamma = {w.gamma, 1};
         if (K > 1) {
-            for (int64_t r = 0; r < rows(i); ++r) share(w, r * K, P);
-            f.dmean = {at(w, dmean), 1};
-            f.dvariance = {at(w, dvariance), 1};
+            for (int64_t r = 0; r < rows; ++r) differ(w, r * K, rows * K);
+            f.dmean = {w.dmean, 1};
+            f.dvariance = {w.dvariance, 1};
         }
+        f.count = double(spans.channel_size());
+        f.training = 1;
+        f.dgamma = w.dgamma;
+        f.dbeta = w.dbeta;
+        f.dgamma_is_double = f.dbeta_is_double = 1;
+        f.params = w.params;
         kernel.grad_finalize(f);
-        if (!spans.steps) add(w, i, 0, spans.s.C);
     }
 
-    // The sums of span i to those of its samples' parts, channels [c0, c1). Samples must come in order.
-    void add(int64_t w, int64_t i, int64_t c0, int64_t c1) const {
-        const int64_t C = spans.s.C, P = rows(i) * spans.K;
-        int64_t n = row(i) / spans.s.G, c = row(i) * spans.K % C;
-        for (int64_t p = 0; p < P; p += C - c, c = 0, ++n) {
-            const int64_t k = spans.part_of(n), begin = std::max(c, c0), end = std::min({C, c + P - p, c1});
-            const bool opens = n == 0 || spans.part_of(n - 1) != k;
-            const double *dgamma = at(w, row_dgamma) + p, *dbeta = at(w, row_dbeta) + p;
-            double *total_dgamma = part(dgamma_at, k), *total_dbeta = part(dbeta_at, k);
-            for (int64_t at_c = begin; at_c < end; ++at_c) {
-                total_dgamma[at_c] = dgamma[at_c - c] + (opens ? 0 : total_dgamma[at_c]);
-                total_dbeta[at_c] = dbeta[at_c - c] + (opens ? 0 : total_dbeta[at_c]);
+    // dmean and dvariance of the K channels of a row, from channel p of the span on: what the row's sums, taken for n
+    // of its M values, differ by from the channel's own.
+    void differ(const Workspace& w, int64_t p, int64_t channels) const {
+        const double mean = w.mean[p], invstd = w.invstd[p];
+        const double n = double(spans.channel_size()), M = double(spans.row_size);
+        // The kernels centered x at the mean in the compute type, so that sum_dy_centered_x lacks the rest of the mean.
+        const double mean_lo = mean - (a.dtype == DType::float64 ? mean : double(float(mean)));
+        double *dmean = w.dmean + p, *dvariance = w.dvariance + p;
+        const auto gamma = [&](int64_t k) { return a.gamma.data ? w.gamma[p + k] : 1; };
+        double sum_g = 0, sum_g_xhat = 0;
+        for (int64_t k = 0; k < spans.channels_per_row; ++k) {
+            double sum_dy = 0, sum_dy_centered_x = 0;
+            for (int64_t chunk = 0; chunk < reduce_tasks(); ++chunk) {
+                sum_dy += w.sum_dy[chunk * channels + p + k];
+                sum_dy_centered_x += w.sum_dy_centered_x[chunk * channels + p + k];
+            }
+            // The channel's own sums, until the row's are known.
+            dmean[k] = sum_dy;
+            dvariance[k] = (sum_dy_centered_x - mean_lo * sum_dy) * invstd;
+            sum_g += gamma(k) * dmean[k];
+            sum_g_xhat += gamma(k) * dvariance[k];
+        }
+        for (int64_t k = 0; k < spans.channels_per_row; ++k) {
+            dmean[k] = invstd * (gamma(k) * dmean[k] - n * (sum_g / M));
+            dvariance[k] = 0.5 * invstd * invstd * (gamma(k) * dvariance[k] - n * (sum_g_xhat / M));
+        }
+    }
+
+    // Adds the span's channels [c0, c1) to the partial sums of its samples. Samples must come in order: the first of a
+    // partial sum overwrites it.
+    void add_to_sums(const Workspace& w, int64_t span, int64_t c0, int64_t c1) const {
+        const int64_t C = spans.shape.C, first = spans.first_row(span);
+        const int64_t channels = spans.span_rows(span) * spans.channels_per_row;
+        // p: a channel of the span; sample and c: the same channel as the tensor's
+        int64_t sample = first / spans.shape.G, c = first * spans.channels_per_row % C;
+        for (int64_t p = 0; p < channels; p += C - c, c = 0, ++sample) {
+            const int64_t partial = spans.partial_of(sample);
+            const bool is_first = sample == 0 || spans.partial_of(sample - 1) != partial;
+            const double *dgamma = w.dgamma + p, *dbeta = w.dbeta + p;
+            double *dgamma_sum = sums.dgamma(partial), *dbeta_sum = sums.dbeta(partial);
+            const int64_t end = std::min({C, c + channels - p, c1});
+            for (int64_t i = std::max(c, c0); i < end; ++i) {
+                dgamma_sum[i] = dgamma[i - c] + (is_first ? 0 : dgamma_sum[i]);
+                dbeta_sum[i] = dbeta[i - c] + (is_first ? 0 : dbeta_sum[i]);
             }
         }
     }
 
-    // The gradients at the mean and the variance of the K pieces from p on, by which the row's sums replace theirs.
-    void share(int64_t w, int64_t p, int64_t P) const {
-        const double mean = at(w, piece_mean)[p], invstd = at(w, piece_invstd)[p], n = double(spans.piece_size());
-        const double lo = mean - (a.dtype == DType::float64 ? mean : double(float(mean))), M = double(spans.D);
-        auto gamma = [&](int64_t k) { return a.gamma.data ? at(w, piece_gamma)[p + k] : 1; };
-        double sum_g = 0, sum_g_xhat = 0, *dm = at(w, dmean) + p, *dv = at(w, dvariance) + p;
-        for (int64_t k = 0; k < spans.K; ++k) {
-            double s0 = 0, s1 = 0;
-            for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-                s0 += at(w, sum_dy)[chunk * P + p + k];
-                s1 += at(w, sum_dy_centered_x)[chunk * P + p + k];
-            }
-            dm[k] = s0;
-            dv[k] = (s1 - lo * s0) * invstd;
-            sum_g += gamma(k) * dm[k];
-            sum_g_xhat += gamma(k) * dv[k];
-        }
-        for (int64_t k = 0; k < spans.K; ++k) {
-            dm[k] = invstd * (gamma(k) * dm[k] - n * (sum_g / M));
-            dv[k] = 0.5 * invstd * invstd * (gamma(k) * dv[k] - n * (sum_g_xhat / M));
-        }
-    }
-
-    void apply(int64_t w, int64_t i, int64_t unit) const {
-        const Plan plan = spans.apply_plan(spans.held(i));
+    void apply(const Workspace& w, int64_t span, int64_t task) const {
+        const Plan plan = apply_plan(spans, spans.span_units(span));
         GradApplyArgs d{};
         d.grid = plan.apply_grid;
-        d.dy = values_of(a.dy, spans, i);
-        d.x = values_of(a.x, spans, i);
-        d.dx = values_of(a.dx, spans, i);
-        d.params = params(w);
+        d.dy = spans.begin(a.dy, span);
+        d.x = spans.begin(a.x, span);
+        d.dx = spans.begin(a.dx, span);
+        d.params = w.params;
         d.act = activation_args(Activation::none, 0);
         d.stream = plan.stream;
-        d.prefetch_distance = spans.prefetch_distance(i);
-        apply_unit(plan, d, unit, kernel.grad_apply_rows[grad_batch][act_none],
-                   kernel.grad_apply_columns[grad_batch][act_none]);
+        d.prefetch_distance = spans.prefetch_distance(span);
+        const ApplyStep<GradApplyArgs> step{plan, d, kernel.grad_apply_rows[grad_batch][act_none],
+                                            kernel.grad_apply_columns[grad_batch][act_none]};
+        step.task(task);
     }
 
-    // ---- vectors ----------------------------------------------------------------------------------------------------
-
-    RowArgs vector_args(int64_t w, int64_t i, int64_t g, int64_t first, int64_t samples) const {
-        return row_args(spans, g, first, samples, params(w), values_of(a.x, spans, i), values_of(a.dy, spans, i),
-                        values_of(a.dx, spans, i), scratch.at(gamma_at), nullptr);
-    }
-    // Columns [k0, k1) of group g; sums over the samples [first, first + samples) of the span, one block of them.
-    void reduce_block(int64_t w, int64_t i, int64_t unit, int64_t first) const {
-        const int64_t g = unit / chunks, block = unit % chunks, at_row = block * rows(i) + first * spans.groups + g;
-        RowArgs r = vector_args(w, i, g, first, std::min(block_rows, spans.held(i) - first));
-        r.k0 = block * row_block;
-        r.k1 = std::min(spans.K, r.k0 + row_block);
-        r.row_sum = at(w, sum_dy) + at_row;
-        r.row_sum_centered_x = at(w, sum_dy_centered_x) + at_row;
-        r.sum_dy = part(dbeta_at, i) + g * spans.K;
-        r.sum_dy_xhat = part(dgamma_at, i) + g * spans.K;
-        if (first == 0)
-            for (int64_t k = r.k0; k < r.k1; ++k) r.sum_dy[k] = r.sum_dy_xhat[k] = 0;
-        kernel.row_grad_reduce(r);
-    }
-    void finalize_vectors(int64_t w, int64_t i, int64_t first, int64_t samples) const {
-        GradFinalizeArgs f = grad_finalize_args(w, rows(i), double(spans.K));
-        f.c0 = first * spans.groups;
-        f.c1 = f.c0 + samples * spans.groups;
-        f.chunks = chunks;
-        f.dgamma = at(w, row_dgamma);
-        f.dbeta = at(w, row_dbeta);
-        kernel.grad_finalize(f);
-    }
-    void apply_vectors(int64_t w, int64_t i, int64_t first, int64_t samples, int64_t k0, int64_t k1) const {
-        for (int64_t g = 0; g < spans.groups; ++g) {
-            RowArgs r = vector_args(w, i, g, first, samples);
-            r.k0 = k0;
-            r.k1 = std::min(spans.K, k1);
-            r.prefetch_distance = spans.stream && !spans.steps ? samples * spans.values : 0;  // the next block
-            kernel.row_grad_apply(r);
-        }
-    }
-    void whole_span(int64_t w, int64_t i) const {
-        prepare(w, i);
-        for (int64_t first = 0; first < spans.held(i); first += block_rows) {
-            const int64_t samples = std::min(block_rows, spans.held(i) - first);
-            for (int64_t unit = 0; unit < spans.groups * chunks; ++unit) reduce_block(w, i, unit, first);
-            finalize_vectors(w, i, first, samples);
-            apply_vectors(w, i, first, samples, 0, spans.K);
-        }
-    }
-
-    // ---- dgamma and dbeta -------------------------------------------------------------------------------------------
-
-    static constexpr int64_t slice = 64;
-    void finish(int64_t unit) const {
-        const int64_t C = spans.s.C, c0 = unit * slice, n = std::min(slice, C - c0);
-        double dgamma[slice] = {}, dbeta[slice] = {};
-        if (spans.steps && !spans.vectors)
-            for (int64_t i = 0; i < spans.count; ++i) add(i, i, c0, c0 + n);
-        for (int64_t k = 0; k < parts; ++k)
-            for (int64_t c = 0; c < n; ++c) {
-                dgamma[c] += scratch.at(dgamma_at)[k * C + c0 + c];
-                dbeta[c] += scratch.at(dbeta_at)[k * C + c0 + c];
-            }
-        for (int64_t c = 0; c < n; ++c) {
-            put(a.dgamma, c0 + c, dgamma[c]);
-            put(a.dbeta, c0 + c, dbeta[c]);
-        }
-    }
-    static void put(const Vector& v, int64_t c, double value) {
-        if (v.dtype == DType::float64) static_cast<double*>(v.data)[c] = value;
-        else static_cast<float*>(v.data)[c] = float(value);
-    }
-
-    void run() const {
-        const int64_t slices = ceil_div(spans.s.C, slice), part_width = 8192;
-        if (spans.steps)
-            for (int64_t i = 0; i < spans.count; ++i) prepare(i, i);
-        if (!spans.vectors)
-            return run_spans(
-                spans, chunks, spans.apply_plan(1).apply_units, slices,
-                [&](int rank, int64_t w, int64_t i, int64_t chunk) {
-                    if (!spans.steps && chunk == 0) prepare(w, i);
-                    reduce(rank, w, i, chunk);
-                },
-                [&](int64_t w, int64_t i) { finalize(w, i); },
-                [&](int64_t w, int64_t i, int64_t unit) { apply(w, i, unit); }, [&](int64_t u) { finish(u); });
-        run_spans(
-            spans, spans.steps ? spans.groups * chunks : 1, spans.steps ? ceil_div(spans.K, part_width) : 0, slices,
-            [&](int, int64_t w, int64_t i, int64_t unit) {
-                if (!spans.steps) return whole_span(w, i);
-                for (int64_t first = 0; first < spans.held(i); first += block_rows) reduce_block(w, i, unit, first);
-            },
-            [&](int64_t w, int64_t i) {
-                if (spans.steps) finalize_vectors(w, i, 0, spans.held(i));
-            },
-            [&](int64_t w, int64_t i, int64_t unit) {
-                apply_vectors(w, i, 0, spans.held(i), unit * part_width, (unit + 1) * part_width);
-            },
-            [&](int64_t u) { finish(u); });
-    }
+    const GroupNormGradArgs& a;
+    const Layout& spans;
+    const TypeKernels& kernel;
+    Scratch scratch;
+    const Workspaces<Workspace> workspaces;
+    const int64_t each_scratch, scratch_at;  // of the reduce step, for each rank
+    const ParameterSums sums;
 };
+
+template <class Layout> void run(const GroupNormGradArgs& a, Layout spans, const KernelTable& table) {
+    if constexpr (std::is_same_v<Layout, RowNormSpans>) {
+        row_norm_grad(a, spans, table);
+    } else {
+        // With more samples than partial sums, samples that share one must stay with one thread, in order.
+        if (!spans.by_steps && spans.threads > 1 && spans.shape.N > spans.num_partials)
+            spans.cut(std::min<int64_t>(spans.num_partials, tasks_per_thread * spans.threads));
+        run_spans(spans, Backward<Layout>(a, spans, table));
+    }
+}
 
 }  // namespace
 
@@ -292,16 +250,15 @@ void group_norm_grad(const GroupNormGradArgs& a) {
     check(a);
     if (a.shape.size() == 0) {
         for (int64_t c = 0; c < a.shape.C; ++c) {
-            Backward::put(a.dgamma, c, 0);
-            Backward::put(a.dbeta, c, 0);
+            put(a.dgamma, c, 0);
+            put(a.dbeta, c, 0);
         }
         return;
     }
     const IeeeMode mode;
     const KernelTable& table = kernels();
-    const Backward b(a, table);
     record_isa(table);
-    b.run();
+    with_spans(a.shape, a.dtype, 2, [&](const auto& spans) { run(a, spans, table); });
 }
 
 }  // namespace bnfast

@@ -9,93 +9,132 @@ namespace {
 
 using std::int64_t;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+constexpr int64_t KiB = 1 << 10, MiB = 1 << 20;
 
-// Rows of a few or odd channels seen as one, so that K = pack*C fills vectors: multiples of 64 columns below 64
-// channels, of 16 (a cache line of float32) up to 256; above, a partial vector at the end costs under 6 %.
-int64_t rows_seen_as_one(int64_t N, int64_t C) {
+// ---- the grid: shape and dtype alone -------------------------------------------------------------------------------
+
+// How many rows of few or odd channels are joined into one, so that K = pack*C columns fill vectors: K is a multiple of
+// 64 below 64 channels, of 16 (a cache line of float32) up to 256. Above that a partial vector costs less than 6 %.
+int64_t pack_of(int64_t N, int64_t C) {
     int64_t pack = 1;
     if (C < 64) pack = 64 / std::gcd(C, int64_t(64));
     else if (C <= 256) pack = 16 / std::gcd(C, int64_t(16));
-    return N >= 8 * pack ? pack : 1;  // too few packed rows: merging the pack columns would cost more than it saves
+    return N >= 8 * pack ? pack : 1;  // with fewer packed rows, adding up `pack` columns costs more than it saves
 }
 
 Grid rows_grid(Shape s, DType dtype) {
     Grid g{s.N, s.C, s.S, 1, 1, 1, 0, 1, 1};
-    const int64_t block = dtype == DType::float64 ? 2048 : 4096;  // 16 KiB: half of a 32 KiB L1
+    const int64_t block = dtype == DType::float64 ? 2048 : 4096;  // values; 16 KiB: half of a 32 KiB L1
     g.block_width = std::min(s.S, block);
-    // A lane adds at most 64 values in float32: (200000, 1, 2) had a variance wrong by 9e-6 with 2048.
+    // A lane adds at most 64 values in float32. With 2048 the variance of (200000, 1, 2) was wrong by 9e-6.
     g.block_rows = s.S < block ? std::min(s.N, block / std::max<int64_t>(s.S, 64)) : 1;
     g.blocks = ceil_div(s.N, g.block_rows) * ceil_div(s.S, g.block_width);
-    g.chunk_blocks = 64;  // 1 MiB of a channel: C = 1 still splits over threads
+    g.chunk_blocks = 64;  // 1 MiB of a channel, so that even C = 1 is divided among threads
     g.chunks = ceil_div(g.blocks, g.chunk_blocks);
     return g;
 }
 
 Grid columns_grid(Shape s, DType dtype) {
     Grid g{s.N, s.C, 1, 1, 1, 1, 0, 1, 1};
-    g.pack = rows_seen_as_one(s.N, s.C);
-    g.block_rows = dtype == DType::float64 ? 64 : 128;  // 128 rows of 64 columns: 32 KiB
-    const int64_t packed = s.N / g.pack;
-    g.blocks = ceil_div(packed, g.block_rows);
-    // A chunk holds about 256 KiB, but at least 2 blocks: its float64 results stay under 1/16 of what was read.
+    g.pack = pack_of(s.N, s.C);
+    g.block_rows = dtype == DType::float64 ? 64 : 128;  // 128 rows of 64 columns of float32: 32 KiB
+    const int64_t packed_rows = s.N / g.pack;
+    g.blocks = ceil_div(packed_rows, g.block_rows);
+    // A chunk is about 256 KiB, but at least 2 blocks, so that its float64 results stay below 1/16 of what was read.
     const int64_t block_bytes = g.block_rows * g.pack * s.C * item_bytes(dtype);
-    g.chunk_blocks = std::clamp<int64_t>((256 << 10) / block_bytes, 2, 64);
+    g.chunk_blocks = std::clamp<int64_t>(256 * KiB / block_bytes, 2, 64);
     g.chunks = ceil_div(g.blocks, g.chunk_blocks);
     return g;
 }
 
-std::atomic<int64_t> serial_override{-1};
-constexpr int64_t default_serial_bytes = 256 << 10;
+// ---- groups of channels: the schedule ------------------------------------------------------------------------------
+
+struct Grouping {
+    int64_t channels;  // per group
+    bool pays;         // whether going by groups is faster than step by step
+};
+
+// Rows layout: a group takes channels_per_group*S contiguous values out of each of N samples.
+Grouping group_rows(const Plan& plan, int64_t channel_bytes, int64_t item, const Machine& machine) {
+    // With groups of 256 KiB so few values are contiguous that training of 13 to 26 MB took 1.1x the time.
+    constexpr int64_t group_bytes = 2 * MiB;
+    // In cache, less than a contiguous page costs more than a second read: without groups (256, 64, 5, 5) trains in
+    // 0.78x the time, (1000, 16, 4, 4) in 0.82x. Beyond the cache the second read costs more.
+    constexpr int64_t least_contiguous_bytes = 4 * KiB;
+    const Grid& g = plan.grid;
+    const int64_t at_least_groups = tasks_per_thread * plan.threads;
+    const int64_t channels = std::clamp<int64_t>(group_bytes / std::max<int64_t>(channel_bytes, 1), 1,
+                                                 std::max<int64_t>(1, g.C / at_least_groups));
+    const bool fits = channels * channel_bytes <= cache_per_thread(machine, plan.threads);
+    const bool feeds_team = plan.threads == 1 || g.C >= at_least_groups;
+    const bool long_enough = plan.stream || g.N == 1 || channels * g.S * item >= least_contiguous_bytes;
+    return {channels, fits && feeds_team && long_enough};
+}
+
+// Columns layout: a group takes some columns of every row.
+Grouping group_columns(const Plan& plan, int64_t channel_bytes, int64_t item, const Machine& machine) {
+    // The prefetchers need wide groups: with 256 bytes of each row a (1568, 2048) training step took 2.2x the time that
+    // it takes without groups.
+    constexpr int64_t least_width_bytes = 1 * KiB;
+    constexpr int64_t step = 64;  // columns: whole vectors and cache lines for every dtype and instruction set
+    const Grid& g = plan.grid;
+    const int64_t least = std::min<int64_t>(g.C, least_width_bytes / item);
+    // Half of L2 and not the share of L3, because the rows of a group lie apart.
+    const int64_t most = machine.l2 / 2 / std::max<int64_t>(channel_bytes, 1) / step * step;
+    const int64_t channels = std::min({most, round_up(ceil_div(g.C, plan.threads), step), g.C});
+    return {channels, channels >= least && (plan.threads == 1 || g.C >= least * plan.threads)};
+}
+
+// Columns layout with packed rows: channels can't be separated, so that the only group is all of them.
+Grouping group_packed(const Plan& plan, int64_t channel_bytes, const Machine& machine) {
+    return {plan.grid.C, plan.threads == 1 && plan.grid.C * channel_bytes <= machine.l2 / 2};
+}
+
+// Step by step, a reduce task is a chunk of all channels; where the chunks alone can't feed the team, of fewer.
+int64_t channels_per_reduce_task(const Plan& plan) {
+    const Grid& g = plan.grid;
+    const int64_t wanted_tasks = tasks_per_thread * plan.threads;
+    if (plan.threads == 1 || g.pack > 1 || g.chunks >= wanted_tasks) return g.C;
+    const int64_t channels = ceil_div(g.C, ceil_div(wanted_tasks, std::max<int64_t>(1, g.chunks)));
+    return plan.rows ? channels : std::max<int64_t>(64, round_up(channels, 64));
+}
 
 void schedule_groups(Plan& plan, const PlanRequest& request, const Machine& machine) {
     const Grid& g = plan.grid;
-    const int64_t channel = g.N * g.S * item_bytes(request.dtype) * request.inputs;
-    const int threads = plan.threads;
-    if (plan.rows) {
-        // A group: some 2 MiB (with 256 KiB the pieces of memory are so short that 13 to 26 MB took 1.1 times as long),
-        // and at least 4 groups a thread for balance; one channel must fit its share of L3.
-        plan.group = std::clamp<int64_t>((2 << 20) / std::max<int64_t>(channel, 1), 1,
-                                         std::max<int64_t>(1, g.C / (4 * threads)));
-        // In cache pieces below a page cost more than the second read: (256, 64, 5, 5) train 0.78, (1000, 16, 4, 4)
-        // 0.82.
-        const int64_t held = plan.group * channel, piece = plan.group * g.S * item_bytes(request.dtype);
-        plan.by_groups = held <= std::max(machine.l2 / 2, machine.l3 / (2 * threads)) &&
-                         (threads == 1 || g.C >= 4 * threads) && (plan.stream || g.N == 1 || piece >= 4096);
-    } else if (g.pack == 1) {
-        // A group must fit in half of L2, because its rows lie apart, and be 1 KiB wide: with rows of 256 bytes a
-        // (1568, 2048) training step took 2.2 times as long as without groups.
-        const int64_t least = std::min<int64_t>(g.C, 1024 / item_bytes(request.dtype));
-        const int64_t most = machine.l2 / 2 / std::max<int64_t>(channel, 1) / 64 * 64;
-        plan.group = std::min({most, round_up(ceil_div(g.C, threads), 64), g.C});
-        plan.by_groups = plan.group >= least && (threads == 1 || g.C >= least * threads);
-    } else {
-        plan.group = g.C;
-        plan.by_groups = threads == 1 && g.C * channel <= machine.l2 / 2;
-    }
-    if (request.whole_first || request.op == Op::infer) plan.by_groups = false;
-    if (plan.by_groups) return;
-    // Reduce units are chunks, cut by channels too where chunks alone can't feed the team.
-    plan.group = g.C;
-    if (g.chunks < 4 * threads && threads > 1 && g.pack == 1) {
-        const int64_t wanted = ceil_div(4 * threads, std::max<int64_t>(1, g.chunks));
-        plan.group = plan.rows ? ceil_div(g.C, wanted) : std::max<int64_t>(64, round_up(ceil_div(g.C, wanted), 64));
-    }
+    const int64_t item = item_bytes(request.dtype), channel_bytes = g.N * g.S * item * request.inputs;
+    const Grouping grouping = plan.rows     ? group_rows(plan, channel_bytes, item, machine)
+                              : g.pack == 1 ? group_columns(plan, channel_bytes, item, machine)
+                                            : group_packed(plan, channel_bytes, machine);
+    plan.by_groups = grouping.pays && !request.whole_first && request.op != Op::infer;
+    plan.channels_per_group = plan.by_groups ? grouping.channels : channels_per_reduce_task(plan);
+    plan.num_groups = ceil_div(g.C, std::max<int64_t>(1, plan.channels_per_group));
+}
+
+// ---- tasks of finalize and apply -----------------------------------------------------------------------------------
+
+void schedule_finalize(Plan& plan) {
+    const int64_t C = plan.grid.C;
+    // 64 doubles are whole cache lines: no two threads write to the same one.
+    plan.channels_per_finalize_task = std::max<int64_t>(64, round_up(ceil_div(C, plan.threads), 64));
+    plan.num_finalize_tasks = ceil_div(C, plan.channels_per_finalize_task);
 }
 
 void schedule_apply(Plan& plan, const PlanRequest& request) {
     const Grid& g = plan.apply_grid;
-    const int64_t unit_bytes = 128 << 10;
     const int64_t item = item_bytes(request.dtype);
     if (plan.rows) {
-        plan.apply_unit = round_up(unit_bytes / item, 64);
-        plan.apply_units = ceil_div(g.N * g.C * g.S, plan.apply_unit);
+        plan.apply_task_size = round_up(apply_task_bytes / item, 64);
+        plan.num_apply_tasks = ceil_div(g.N * g.C * g.S, plan.apply_task_size);
     } else {
-        plan.apply_unit = std::max<int64_t>(16, unit_bytes / std::max<int64_t>(1, g.pack * g.C * item) / 16 * 16);
-        plan.apply_units = std::max<int64_t>(1, ceil_div(g.N / g.pack, plan.apply_unit));
+        const int64_t rows = apply_task_bytes / std::max<int64_t>(1, g.pack * g.C * item);
+        plan.apply_task_size = std::max<int64_t>(16, rows / 16 * 16);
+        plan.num_apply_tasks = std::max<int64_t>(1, ceil_div(g.N / g.pack, plan.apply_task_size));
     }
 }
+
+std::atomic<int64_t> serial_override{-1};
+// A DenseNet121 step took 189 to 195 ms with thresholds of 256 KiB to 4 MiB and 197 ms on one thread alone.
+constexpr int64_t default_serial_bytes = 256 * KiB;
 
 }  // namespace
 
@@ -116,17 +155,15 @@ Plan make_plan(const PlanRequest& request, const Machine& machine) {
     Plan plan;
     plan.grid = plan.apply_grid = make_grid(request.shape, request.dtype);
     if (request.masked) plan.apply_grid.pack = 1;
-    const Grid& g = plan.grid;
-    plan.rows = g.S > 1;
+    plan.rows = plan.grid.S > 1;
     const int64_t tensor = request.shape.size() * item_bytes(request.dtype);
     plan.threads = threads_for(tensor, request.threads, request.serial_bytes);
     plan.stream = streams(tensor * (request.inputs + request.outputs), machine);
-    plan.prefetch_next = tensor > plan.threads * machine.l2;  // asking costs a quarter of the reduce where x lies in L2
+    // Where x lies in L2, prefetching costs a quarter of the reduce step.
+    plan.prefetch_next = tensor > plan.threads * machine.l2;
     schedule_groups(plan, request, machine);
-    plan.groups = ceil_div(g.C, std::max<int64_t>(1, plan.group));
+    schedule_finalize(plan);
     schedule_apply(plan, request);
-    plan.slice = std::max<int64_t>(64, round_up(ceil_div(g.C, plan.threads), 64));
-    plan.slices = ceil_div(g.C, plan.slice);
     const bool cached = plan.by_groups || tensor * request.inputs <= machine.l3 / 2;
     const int reads = request.op == Op::infer || request.op == Op::moments || cached ? 1 : 2;
     plan.bytes_read = tensor * request.inputs * reads;
@@ -134,10 +171,14 @@ Plan make_plan(const PlanRequest& request, const Machine& machine) {
     return plan;
 }
 
-// Streaming loses while the consumer may still find y in cache: it starts where in- and outputs exceed five eighths of
-// the LLC, for nobody has all of it. Against three quarters gradients of 7 to 8.4 MB took 0.59 to 0.93 of the time,
-// 0.43 to 0.63 on one thread, trainings of 10.5 to 12 MB 0.96 to 1.06 and 0.61 to 0.72, infer 1.06 to 1.13 and 0.52 to
-// 0.68. With half of it a training of 8 MB took 1.26.
+int64_t cache_per_thread(const Machine& machine, int threads) {
+    return std::max(machine.l2 / 2, machine.l3 / (2 * threads));
+}
+
+// Non-temporal stores lose while the consumer may still find y in cache. They start where inputs and outputs exceed
+// five eighths of the LLC, because other processes share the LLC. Compared with three quarters: gradients of 7 to 8.4
+// MB took 0.59 to 0.93x the time (0.43 to 0.63x on one thread), trainings of 10.5 to 12 MB 0.96 to 1.06x (0.61 to
+// 0.72x), infer 1.06 to 1.13x (0.52 to 0.68x). With a half, a training of 8 MB took 1.26x.
 bool streams(int64_t bytes, const Machine& machine) { return bytes > machine.l3 / 8 * 5; }
 
 int threads_for(int64_t tensor_bytes, int threads, int64_t serial) {

@@ -1,11 +1,12 @@
-// The plan of one call: a pure function of shape, dtype, threads and cache sizes; it touches no data.
+// The plan of one call: a pure function of shape, dtype, thread count and cache sizes. It touches no data.
 //
-// The grid decides the order of summation, so it comes from shape and dtype alone (make_grid sees nothing else). The
-// schedule (who does what, in which order, through which stores) may depend on the machine: it can't change a bit.
-//   by_groups: each thread reduces, finalizes and applies one group of channels at a time, which stays in cache between
-//              the steps: one read and one write of memory.
-//   otherwise: all chunks are reduced, the team meets, finalizes, meets, and applies: the last-read part of x is still
-//              cached and is applied first, the rest is read again.
+// The grid fixes the order of summation, and with it the bits, so it depends on shape and dtype alone: make_grid gets
+// nothing else. The schedule (which thread does what, in which order, with which stores) may depend on the machine,
+// because it changes no bit. There are two schedules:
+//   by groups     A thread reduces, finalizes and applies one group of channels at a time. The group stays in cache
+//                 between the steps, so memory is read once and written once.
+//   step by step  The team reduces all chunks, finalizes all channels, then applies. Apply starts with the part of x
+//                 that was read last and is still cached; the rest is read from memory a second time.
 #pragma once
 #include <cstdint>
 
@@ -19,24 +20,31 @@ enum class Op { train, infer, grad, moments };
 
 int item_bytes(DType dtype);
 
-// (N, C, S) without extents that merge: C = 1 is one long row; S = 1 or N = 1 stay as they are.
+constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+constexpr std::int64_t round_up(std::int64_t a, std::int64_t b) { return ceil_div(a, b) * b; }
+
+// (N, C, S) with the extents merged that can be: C = 1 becomes one long row. S = 1 and N = 1 stay as they are.
 Shape canonical(Shape shape);
 Grid make_grid(Shape shape, DType dtype);
 
+// A task is what Team::for_each hands to a thread at once.
 struct Plan {
     Grid grid{};        // of the reduce step
-    Grid apply_grid{};  // the same but for weighted gradients (pack 1)
-    bool rows = false;  // the rows layout
+    Grid apply_grid{};  // of the apply step: the same, except that weighted gradients have pack 1
+    bool rows = false;  // rows layout, otherwise columns
     bool by_groups = false;
     bool stream = false;         // non-temporal stores
-    bool prefetch_next = false;  // moments: prefetch the next block while one is read
+    bool prefetch_next = false;  // reduce prefetches the next block while it reads one
     int threads = 1;
-    std::int64_t group = 1, groups = 1;              // channels a group
-    std::int64_t apply_unit = 1, apply_units = 1;    // rows: values; columns: packed rows
-    std::int64_t slice = 1, slices = 1;              // channels per finalize slice
-    std::int64_t bytes_read = 0, bytes_written = 0;  // of memory beyond the caches, as the plan expects
+    std::int64_t channels_per_group = 1, num_groups = 1;
+    std::int64_t apply_task_size = 1, num_apply_tasks = 1;  // rows: values; columns: packed rows
+    std::int64_t channels_per_finalize_task = 1, num_finalize_tasks = 1;
+    std::int64_t bytes_read = 0, bytes_written = 0;  // expected memory traffic beyond the caches
 
-    std::int64_t group_end(std::int64_t g) const { return (g + 1) * group < grid.C ? (g + 1) * group : grid.C; }
+    std::int64_t group_end(std::int64_t g) const {
+        const std::int64_t end = (g + 1) * channels_per_group;
+        return end < grid.C ? end : grid.C;
+    }
 };
 
 struct PlanRequest {
@@ -45,18 +53,26 @@ struct PlanRequest {
     Op op = Op::train;
     int threads = 1;
     bool masked = false;
-    bool whole_first = false;        // every statistic before any output (NanPolicy::raise)
+    bool whole_first = false;        // no output before every statistic is known (NanPolicy::raise)
     int inputs = 1, outputs = 1;     // tensors of x's size that the apply step reads and writes
-    std::int64_t serial_bytes = -1;  // tensors below this run on one thread; -1: the measured default
+    std::int64_t serial_bytes = -1;  // smaller tensors run on one thread; -1: the measured default
 };
 Plan make_plan(const PlanRequest& request, const Machine& machine);
 
-// Whether a call that reads and writes so many bytes stores past the caches.
+// The bytes that each of `threads` may expect to find again in cache: half of its L2, or its share of half the L3.
+std::int64_t cache_per_thread(const Machine& machine, int threads);
+
+// Whether a call that reads and writes so many bytes uses non-temporal stores.
 bool streams(std::int64_t bytes, const Machine& machine);
 
 int threads_for(std::int64_t tensor_bytes, int threads, std::int64_t serial_bytes);  // 1 below serial_bytes
 
-void set_serial_bytes(std::int64_t bytes);  // tests only; -1: the default
+void set_serial_bytes(std::int64_t bytes);  // tests only; -1: the measured default
 std::int64_t serial_bytes();
+
+// The least number of tasks per thread: a thread that is done takes over others' tasks, so the team waits for at most a
+// fourth of one thread's work.
+constexpr int tasks_per_thread = 4;
+constexpr std::int64_t apply_task_bytes = 128 << 10;  // of x: two threads get four tasks each from 1 MiB on
 
 }  // namespace bnfast

@@ -1,14 +1,15 @@
-// Group, instance and layer norm: x as spans, contiguous pieces that are normalized without looking at one another.
+// Group, instance and layer norm: how x is divided into spans, which are normalized independently of one another.
 //
-//   columns  a span is one sample, (A, C): the columns kernels reduce and apply it, a group is K of its columns
-//   pieces   a span is some rows (sample, group) of K pieces of S values: moments of rows of D = K*S values, then
-//            the rows kernels with constants for every piece
-//   vectors  a span is some samples whose channels are single values (S = 1): row_norm.inl.h
-// Either a thread takes a span through reduce, finalize and apply while it lies in cache (1 read and 1 write of
-// memory), or, where spans are few or large, all are reduced, then finalized, then applied, in units that threads
-// share. A span's size changes no bit, except for gradients of vectors, where it is a function of the shape. Sums over
-// samples are taken in at most 64 parts, which the shape alone decides: stretches are what one thread takes in order,
-// of whole parts each.
+// A row is one norm group of one sample: row_size values with one mean and one variance. A unit is a row or a sample,
+// as the layout needs it; a span is some consecutive units; a task is what one thread takes at once: mostly one span.
+//
+//   ChannelsFirstSpans  (N, C, S)  unit: a row; its channels are S contiguous values each
+//   ChannelsLastSpans   (N, A, C)  unit: a sample, an A by C matrix; a channel is a column
+//   RowNormSpans        (N, C)     unit: a sample; a channel is a single value
+//
+// A thread takes a span through reduce, finalize and apply while the span lies in cache, so memory is read once and
+// written once. Where spans are few or large (by_steps), the team reduces all of them, then finalizes, then applies.
+// How many units a span holds changes no bit; row norm's gradient, where it would, derives it from the shape alone.
 #pragma once
 #include <algorithm>
 #include <type_traits>
@@ -17,180 +18,177 @@
 
 namespace bnfast {
 
+// What the layouts have in common. Each layout adds:
+//   Shape row_shape(units)        what the moments kernels see of so many units: rows are channels
+//   int64_t columns_per_row()     the channels of row_shape that together are one row; 1: each is a row
+//   Shape channel_shape(units)    what the apply and gradient kernels see: each channel of each sample is a channel
+//   int64_t channel_size()        values of one channel of one sample
+// RowNormSpans has no channel_shape and channel_size, because it has apply and gradient kernels of its own.
 struct Spans {
-    GroupShape s;
-    DType dtype;
-    bool columns = false, vectors = false, steps = false, stream = false;
-    int threads = 1;
-    std::int64_t K = 1, D = 1;                        // pieces (values, of vectors) and values of a row
-    std::int64_t values = 1, pieces = 1, groups = 1;  // of the smallest span: a sample, or of pieces a row
-    std::int64_t least = 0, height = 1, count = 0;    // how many of those there are, how many a span holds; spans
-    std::int64_t parts = 1, stretches = 0, each = 1;  // spans a stretch; without stretches each is alone
-    std::int64_t starts[65]{};                        // of stretches
+    static constexpr std::int64_t max_partials = 64;
+    static constexpr std::int64_t span_bytes = 128 << 10;  // of the inputs: small beside any L2
 
-    Spans(GroupShape shape, DType type, int inputs) : s(shape), dtype(type) {
-        if (s.C == 1) s = {s.N, 1, 1, s.A * s.S, 1};
-        K = s.C / s.G;
-        D = s.A * K * s.S;
-        columns = s.A != 1;
-        vectors = !columns && s.S == 1 && K > 1;
-        least = columns || vectors ? s.N : s.N * s.G;
-        parts = std::min<std::int64_t>(s.N, 64);
-        groups = columns || vectors ? s.G : 1;
-        pieces = groups * K;
-        values = groups * D;
-        const std::int64_t tensor = s.size() * item_bytes(dtype);
+    GroupShape shape;
+    DType dtype;
+    std::int64_t channels_per_row, row_size;
+    std::int64_t num_units, rows_per_unit, unit_size;  // unit_size: values
+    std::int64_t units_per_span = 1, num_spans = 0;
+    std::int64_t spans_per_task = 1;
+    std::int64_t num_partials;  // partial sums over samples, of dgamma and dbeta; the shape alone decides
+    int threads;
+    bool stream;    // non-temporal stores
+    bool by_steps;  // the team shares each span
+
+    // inputs: tensors of x's size that are read.
+    Spans(GroupShape s, DType type, int inputs, std::int64_t units, std::int64_t rows)
+        : shape(s),
+          dtype(type),
+          channels_per_row(s.C / s.G),
+          row_size(s.A * channels_per_row * s.S),
+          num_units(units),
+          rows_per_unit(rows),
+          unit_size(rows * row_size),
+          num_partials(std::min(s.N, max_partials)) {
+        const std::int64_t tensor = s.size() * item_bytes(dtype), unit_bytes = unit_size * item_bytes(dtype) * inputs;
         threads = threads_for(tensor, get_num_threads(), serial_bytes());
         stream = streams(tensor * (inputs + 1), machine());
-        const std::int64_t bytes = values * item_bytes(dtype) * inputs, few = 4 * threads;
-        const std::int64_t cache = std::max(machine().l2 / 2, machine().l3 / (2 * threads));
-        steps = threads > 1 && (least < few || bytes > cache);
-        set_height(columns || steps
-                       ? 1
-                       : std::clamp<std::int64_t>((128 << 10) / bytes, 1, std::max<std::int64_t>(1, least / few)));
+        const std::int64_t wanted_tasks = tasks_per_thread * threads;
+        by_steps = threads > 1 && (units < wanted_tasks || unit_bytes > cache_per_thread(machine(), threads));
+        set_units_per_span(by_steps ? 1
+                                    : std::clamp<std::int64_t>(span_bytes / unit_bytes, 1,
+                                                               std::max<std::int64_t>(1, units / wanted_tasks)));
     }
-    void set_height(std::int64_t h) {
-        height = h;
-        count = (least + h - 1) / h;
+
+    void set_units_per_span(std::int64_t units) {
+        units_per_span = units;
+        num_spans = ceil_div(num_units, units);
     }
-    // Stretches of about the same length; their last spans may hold nothing.
-    void cut(std::int64_t n) {
+
+    // Makes tasks of whole partial sums, for sums over samples that must be added in order: a thread walks its task's
+    // spans in order, and no other thread adds to the same partial sum. Tasks and spans come out about equally long.
+    //
+    // Example: 100 samples of 2 rows (200 units), 64 partials, 8 tasks, at most 10 units per span. Task k begins with
+    // partial 8*k, that is sample 8*k*100/64: 0, 12, 25, 37, 50, 62, 75, 87. In units: 0, 24, 50, 74, 100, ... The
+    // longest task has 26 units and needs 3 spans; 9 units per span suffice for it. So there are 24 spans: 9, 9 and 6
+    // units in task 0, 9, 9 and 8 in task 1. If a short task left its last span without units, span_units() would be
+    // at most 0.
+    void cut(std::int64_t tasks) {
         std::int64_t longest = 0;
-        stretches = n;
-        for (std::int64_t k = 0; k <= stretches; ++k) {
-            starts[k] = k * parts / stretches * s.N / parts * (least / s.N);
-            if (k) longest = std::max(longest, starts[k] - starts[k - 1]);
+        cut_ = true;
+        for (std::int64_t k = 0; k <= tasks; ++k) {
+            const std::int64_t partial = k * num_partials / tasks, sample = partial * shape.N / num_partials;
+            starts_[k] = sample * (num_units / shape.N);
+            if (k) longest = std::max(longest, starts_[k] - starts_[k - 1]);
         }
-        each = (longest + height - 1) / height;
-        height = (longest + each - 1) / each;
-        each = (longest + height - 1) / height;
-        count = stretches * each;
+        units_per_span = ceil_div(longest, ceil_div(longest, units_per_span));
+        spans_per_task = ceil_div(longest, units_per_span);
+        num_spans = tasks * spans_per_task;
     }
-    std::int64_t part_of(std::int64_t n) const { return (parts * (n + 1) - 1) / s.N; }
-    std::int64_t first(std::int64_t i) const { return stretches ? starts[i / each] + i % each * height : i * height; }
-    std::int64_t held(std::int64_t i) const {
-        return std::min(height, (stretches ? starts[i / each + 1] : least) - first(i));
+    std::int64_t num_tasks() const { return num_spans / spans_per_task; }
+    std::int64_t partial_of(std::int64_t sample) const { return (num_partials * (sample + 1) - 1) / shape.N; }
+
+    std::int64_t first_unit(std::int64_t span) const {
+        if (!cut_) return span * units_per_span;
+        return starts_[span / spans_per_task] + span % spans_per_task * units_per_span;
     }
-    // How far ahead the next span lies, to be asked for while this one is written; 0 where that gains nothing.
-    std::int64_t prefetch_distance(std::int64_t i) const { return stream && !steps && !columns ? held(i) * values : 0; }
-    std::int64_t workspaces() const { return steps ? count : threads; }
-
-    // A row's values lie apart. Where they don't the rows kernels reduce them: one group's statistics have the same
-    // bits whether parameters make columns of its sample or none do.
-    bool scattered() const { return columns && s.G > 1; }
-    // What the kernels of batch norm see of a span of h: rows that are channels, then pieces that are.
-    Shape rows(std::int64_t h) const { return scattered() ? Shape{s.A, s.C, 1} : Shape{1, h * groups, D}; }
-    Shape piece_shape(std::int64_t h) const { return columns ? Shape{s.A, s.C, 1} : Shape{1, h * pieces, s.S}; }
-    std::int64_t piece_size() const { return columns ? s.A : s.S; }
-
-    // For apply_unit: the elementwise step over the pieces of a span of h.
-    Plan apply_plan(std::int64_t h) const {
-        Plan plan;
-        plan.apply_grid = make_grid(piece_shape(h), dtype);
-        const Grid& g = plan.apply_grid;
-        plan.rows = g.S > 1;
-        plan.stream = stream;
-        const std::int64_t all = plan.rows ? h * values : std::max<std::int64_t>(1, g.N / g.pack);
-        const std::int64_t unit = (128 << 10) / item_bytes(dtype) / (plan.rows ? 1 : g.pack * g.C);
-        plan.apply_unit = steps ? std::max<std::int64_t>(64, unit / 64 * 64) : all;
-        plan.apply_units = (all + plan.apply_unit - 1) / plan.apply_unit;
-        return plan;
+    std::int64_t span_units(std::int64_t span) const {
+        const std::int64_t end = cut_ ? starts_[span / spans_per_task + 1] : num_units;
+        return std::min(units_per_span, end - first_unit(span));
     }
-};
+    std::int64_t first_row(std::int64_t span) const { return first_unit(span) * rows_per_unit; }
+    std::int64_t span_rows(std::int64_t span) const { return span_units(span) * rows_per_unit; }
 
-// reduce(rank, workspace, span, unit), finalize(workspace, span), apply(workspace, span, unit), then finish(unit).
-template <class Reduce, class Finalize, class Apply, class Finish>
-void run_spans(const Spans& spans, std::int64_t reduce_units, std::int64_t apply_units, std::int64_t finish_units,
-               Reduce reduce, Finalize finalize, Apply apply, Finish finish) {
-    parallel(spans.threads, [&](Team& team) {
-        if (spans.steps) {
-            team.for_each(spans.count * reduce_units, false, [&](std::int64_t i) {
-                reduce(team.rank, i / reduce_units, i / reduce_units, i % reduce_units);
-            });
-            team.for_each(spans.count, false, [&](std::int64_t i) { finalize(i, i); });
-            team.for_each(spans.count * apply_units, true,
-                          [&](std::int64_t i) { apply(i / apply_units, i / apply_units, i % apply_units); });
-        } else {
-            team.for_each(spans.count / spans.each, false, [&](std::int64_t k) {
-                const std::int64_t end = (k + 1) * spans.each;
-                for (std::int64_t i = k * spans.each; i < end && spans.held(i) > 0; ++i) {
-                    for (std::int64_t u = 0; u < reduce_units; ++u) reduce(team.rank, team.rank, i, u);
-                    finalize(team.rank, i);
-                    for (std::int64_t u = 0; u < apply_units; ++u) apply(team.rank, i, u);
-                }
-            });
-        }
-        if (finish_units) team.for_each(finish_units, false, finish);
-    });
-}
-
-// Arrays of doubles that each workspace has, and then each rank.
-class Workspaces {
-public:
-    std::int64_t array(std::int64_t doubles) {
-        const std::int64_t at = each_;
-        each_ += round_up_to_line(doubles);
-        return at;
+    // How far ahead of this span the next one lies, so that apply prefetches it; 0 where that gains nothing.
+    std::int64_t prefetch_distance(std::int64_t span) const {
+        return stream && !by_steps ? span_units(span) * unit_size : 0;
     }
-    void count(Scratch& scratch, std::int64_t workspaces) { at_ = scratch.count(each_ * workspaces); }
-    double* operator()(const Scratch& scratch, std::int64_t workspace, std::int64_t array) const {
-        return scratch.at(at_ + workspace * each_ + array);
+
+    // Where the span begins in a tensor of x's shape.
+    template <class Pointer> Pointer* begin(Pointer* tensor, std::int64_t span) const {
+        using Byte = std::conditional_t<std::is_const_v<Pointer>, const char, char>;
+        return static_cast<Byte*>(tensor) + first_unit(span) * unit_size * item_bytes(dtype);
     }
 
 private:
-    std::int64_t each_ = 0, at_ = 0;
+    bool cut_ = false;
+    std::int64_t starts_[max_partials + 1]{};  // first units of the tasks, after cut
 };
 
-inline double value_of(const ConstVector& v, std::int64_t i, double absent) {
-    if (!v.data) return absent;
-    return v.dtype == DType::float64 ? static_cast<const double*>(v.data)[i]
-                                     : double(static_cast<const float*>(v.data)[i]);
-}
+struct ChannelsFirstSpans : Spans {
+    ChannelsFirstSpans(GroupShape s, DType type, int inputs) : Spans(s, type, inputs, s.N * s.G, 1) {}
+    Shape row_shape(std::int64_t units) const { return {1, units, row_size}; }
+    std::int64_t columns_per_row() const { return 1; }
+    Shape channel_shape(std::int64_t units) const { return {1, units * channels_per_row, shape.S}; }
+    std::int64_t channel_size() const { return shape.S; }
+};
 
-// The span's first value.
-template <class P> P* values_of(P* tensor, const Spans& spans, std::int64_t i) {
-    using Byte = std::conditional_t<std::is_const_v<P>, const char, char>;
-    return static_cast<Byte*>(tensor) + spans.first(i) * spans.values * item_bytes(spans.dtype);
-}
-
-// Group g of the samples [first, first + rows) of a span of vectors that starts at x.
-inline RowArgs row_args(const Spans& spans, std::int64_t g, std::int64_t first, std::int64_t rows, const Params& params,
-                        const void* x, const void* dy, void* y, const double* gamma, const double* beta) {
-    const std::int64_t item = item_bytes(spans.dtype), compute = spans.dtype == DType::float64 ? 8 : 4;
-    const std::int64_t C = spans.s.C, G = spans.s.G, K = spans.K;
-    auto tensor = [&](const void* p) { return p ? static_cast<const char*>(p) + (first * C + g * K) * item : nullptr; };
-    auto constant = [&](void* p) { return p ? static_cast<char*>(p) + (first * G + g) * compute : nullptr; };
-    auto column = [&](const double* p) { return p ? reinterpret_cast<const char*>(p) + g * K * compute : nullptr; };
-    RowArgs a{};
-    a.x = tensor(x);
-    a.dy = tensor(dy);
-    a.y = const_cast<char*>(tensor(y));
-    a.rows = rows;
-    a.stride = C;
-    a.k1 = K;
-    a.constant_step = G;
-    a.params = {constant(params.mean_hi), constant(params.scale),    constant(params.shift),
-                constant(params.mean_dy), constant(params.dx_slope), constant(params.dx_offset)};
-    a.gamma = column(gamma);
-    a.beta = column(beta);
-    a.stream = spans.stream;
-    return a;
-}
-
-// n values of a vector of C, from the given one on and round.
-inline void repeat(const ConstVector& v, std::int64_t C, std::int64_t from, std::int64_t n, double* to) {
-    for (std::int64_t i = 0, c = from; i < n; ++i) {
-        to[i] = value_of(v, c, 1);
-        if (++c == C) c = 0;
+struct ChannelsLastSpans : Spans {
+    ChannelsLastSpans(GroupShape s, DType type, int inputs) : Spans(s, type, inputs, s.N, s.G) {
+        set_units_per_span(1);  // the columns kernels take one matrix
     }
+    // The values of a single norm group are contiguous. They are reduced as one row, because without gamma and beta the
+    // same array comes as (N, C, S): its statistics must have the same bits.
+    Shape row_shape(std::int64_t) const { return shape.G > 1 ? Shape{shape.A, shape.C, 1} : Shape{1, 1, row_size}; }
+    std::int64_t columns_per_row() const { return shape.G > 1 ? channels_per_row : 1; }
+    Shape channel_shape(std::int64_t) const { return {shape.A, shape.C, 1}; }
+    std::int64_t channel_size() const { return shape.A; }
+};
+
+struct RowNormSpans : Spans {
+    RowNormSpans(GroupShape s, DType type, int inputs) : Spans(s, type, inputs, s.N, s.G) {}
+    Shape row_shape(std::int64_t units) const { return {1, units * rows_per_unit, row_size}; }
+    std::int64_t columns_per_row() const { return 1; }
+};
+
+// Calls visit with the spans of the layout that the shape asks for.
+template <class Visit> void with_spans(GroupShape s, DType dtype, int inputs, Visit visit) {
+    if (s.C == 1) s = {s.N, 1, 1, s.A * s.S, 1};
+    if (s.A != 1) visit(ChannelsLastSpans(s, dtype, inputs));
+    else if (s.S == 1 && s.C > s.G) visit(RowNormSpans(s, dtype, inputs));
+    else visit(ChannelsFirstSpans(s, dtype, inputs));
 }
 
-// A vector in the compute type, for the kernels of vectors.
-inline void convert(const ConstVector& v, std::int64_t C, double absent, DType dtype, double* to) {
-    for (std::int64_t c = 0; c < C; ++c) {
-        if (dtype == DType::float64) to[c] = value_of(v, c, absent);
-        else reinterpret_cast<float*>(to)[c] = float(value_of(v, c, absent));
-    }
+// The apply step over the channels of a span of so many units.
+template <class Layout> Plan apply_plan(const Layout& spans, std::int64_t units) {
+    Plan plan;
+    plan.apply_grid = make_grid(spans.channel_shape(units), spans.dtype);
+    const Grid& g = plan.apply_grid;
+    plan.rows = g.S > 1;
+    plan.stream = spans.stream;
+    const std::int64_t all = plan.rows ? units * spans.unit_size : std::max<std::int64_t>(1, g.N / g.pack);
+    const std::int64_t size = apply_task_bytes / item_bytes(spans.dtype) / (plan.rows ? 1 : g.pack * g.C);
+    plan.apply_task_size = spans.by_steps ? std::max<std::int64_t>(64, size / 64 * 64) : all;
+    plan.num_apply_tasks = ceil_div(all, plan.apply_task_size);
+    return plan;
+}
+
+// The driver of group norm's calls. Steps is a struct with these members:
+//
+//   void whole_span(int rank, int64_t span)                   all steps of a span, in the workspace of this rank
+//   void reduce(int rank, int64_t span, int64_t task)         by_steps: a task of a span, in the span's own workspace
+//   void finalize(int64_t span)
+//   void apply(int64_t span, int64_t task)
+//   void finish(int64_t task)                                 after all spans
+//   int64_t reduce_tasks(), apply_tasks(), finish_tasks()     the number of tasks: per span, per span, per call
+template <class Steps> void run_spans(const Spans& spans, const Steps& steps) {
+    parallel(spans.threads, [&](Team& team) {
+        if (spans.by_steps) {
+            const std::int64_t reduce_tasks = steps.reduce_tasks(), apply_tasks = steps.apply_tasks();
+            team.for_each(spans.num_spans * reduce_tasks, false,
+                          [&](std::int64_t i) { steps.reduce(team.rank, i / reduce_tasks, i % reduce_tasks); });
+            team.for_each(spans.num_spans, false, [&](std::int64_t span) { steps.finalize(span); });
+            team.for_each(spans.num_spans * apply_tasks, true,
+                          [&](std::int64_t i) { steps.apply(i / apply_tasks, i % apply_tasks); });
+        } else {
+            team.for_each(spans.num_tasks(), false, [&](std::int64_t task) {
+                const std::int64_t end = (task + 1) * spans.spans_per_task;
+                for (std::int64_t span = task * spans.spans_per_task; span < end && spans.span_units(span) > 0; ++span)
+                    steps.whole_span(team.rank, span);
+            });
+        }
+        if (const std::int64_t tasks = steps.finish_tasks())
+            team.for_each(tasks, false, [&](std::int64_t task) { steps.finish(task); });
+    });
 }
 
 }  // namespace bnfast

@@ -1,5 +1,5 @@
-// The plan is pure: its grid comes from shape and dtype alone, and whatever the schedule, each value is reduced, each
-// channel finalized and each value applied exactly once. No data is touched, so shapes may be huge.
+// The plan is pure: its grid depends on shape and dtype alone. Under every schedule each value is reduced once, each
+// channel finalized once and each value applied once. No data is touched, so shapes may be huge.
 #include <doctest/doctest.h>
 
 #include <algorithm>
@@ -116,13 +116,13 @@ TEST_CASE("blocks and chunks cover each value of a channel once") {
                             for (int64_t p = 0; p < g.pack; ++p) mark(i * g.pack + p, 0);
                     }
                 }
-            for (int64_t n = g.N - g.N % g.pack; n < g.N && g.S == 1; ++n) mark(n, 0);  // fill no packed row
+            for (int64_t n = g.N - g.N % g.pack; n < g.N && g.S == 1; ++n) mark(n, 0);  // too few for a packed row
             CHECK(g.N * g.S == shape.per_channel());
             CHECK(std::all_of(seen.begin(), seen.end(), [](int count) { return count == 1; }));
         }
 }
 
-TEST_CASE("a block of a channel fits in an L1, a chunk's results are few beside what was read") {
+TEST_CASE("a block of a channel fits in an L1, and a chunk's results are small beside what was read") {
     for (const auto& list : {shapes(), std::vector<Shape>(std::begin(huge_shapes), std::end(huge_shapes))})
         for (Shape shape : list)
             for (DType dtype : all_dtypes) {
@@ -133,24 +133,26 @@ TEST_CASE("a block of a channel fits in an L1, a chunk's results are few beside 
                 CHECK(block * item_bytes(dtype) <= 32 << 10);
                 CHECK(g.blocks > (g.chunks - 1) * g.chunk_blocks);
                 CHECK(g.blocks <= g.chunks * g.chunk_blocks);
-                // two doubles a channel and chunk
+                // two doubles per channel and chunk
                 if (g.chunks > 1) CHECK(g.chunks * 16 <= shape.per_channel() * item_bytes(dtype) / 8);
             }
 }
 
-TEST_CASE("huge shapes: every count stays positive and in step") {
+TEST_CASE("huge shapes: every count stays positive and consistent") {
     for (Shape shape : huge_shapes)
         for (DType dtype : all_dtypes)
             each_plan(shape, dtype, [&](const PlanRequest& r, const Plan& p) {
                 const Grid& g = p.grid;
                 const Grid& a = p.apply_grid;
                 const int64_t whole = p.rows ? g.N * g.C * g.S : a.N / a.pack;
-                const bool fine = g.N * g.C * g.S == shape.size() && g.chunks > 0 && g.chunk_blocks > 0 &&
-                                  p.group > 0 && p.groups * p.group >= g.C && (p.groups - 1) * p.group < g.C &&
-                                  p.slices * p.slice >= g.C && (p.slices - 1) * p.slice < g.C && p.apply_unit > 0 &&
-                                  p.apply_units * p.apply_unit >= whole && (p.apply_units - 1) * p.apply_unit < whole &&
-                                  p.threads == r.threads && p.stream && p.bytes_written > 0 &&
-                                  p.bytes_read >= shape.size() * item_bytes(dtype) * r.inputs;
+                const bool fine =
+                    g.N * g.C * g.S == shape.size() && g.chunks > 0 && g.chunk_blocks > 0 && p.channels_per_group > 0 &&
+                    p.num_groups * p.channels_per_group >= g.C && (p.num_groups - 1) * p.channels_per_group < g.C &&
+                    p.num_finalize_tasks * p.channels_per_finalize_task >= g.C &&
+                    (p.num_finalize_tasks - 1) * p.channels_per_finalize_task < g.C && p.apply_task_size > 0 &&
+                    p.num_apply_tasks * p.apply_task_size >= whole &&
+                    (p.num_apply_tasks - 1) * p.apply_task_size < whole && p.threads == r.threads && p.stream &&
+                    p.bytes_written > 0 && p.bytes_read >= shape.size() * item_bytes(dtype) * r.inputs;
                 INFO(text(shape, dtype));
                 CHECK(fine);
             });
@@ -158,15 +160,43 @@ TEST_CASE("huge shapes: every count stays positive and in step") {
 
 namespace {
 
-// Runs the driver of all calls with steps that only take notes.
-struct Notes {
-    std::vector<std::atomic<int>> reduced, finalized, applied;
-    std::atomic<bool> in_order{true};
-    explicit Notes(const Grid& g)
-        : reduced(std::size_t(g.chunks * g.C)), finalized(std::size_t(g.C)), applied(std::size_t(g.N * g.C * g.S)) {}
+// Steps that only count what run_steps asks for.
+class CountingSteps {
+public:
+    explicit CountingSteps(const Plan& p)
+        : plan_(p),
+          reduced_(std::size_t(p.grid.chunks * p.grid.C)),
+          finalized_(std::size_t(p.grid.C)),
+          applied_(std::size_t(p.grid.N * p.grid.C * p.grid.S)) {}
 
-    void run(const Plan& plan) {
-        const Grid &g = plan.grid, &a = plan.apply_grid;
+    void reduce(int, int64_t chunk, int64_t c0, int64_t c1) {
+        for (int64_t c = c0; c < c1; ++c) ++reduced_[std::size_t(chunk * plan_.grid.C + c)];
+    }
+    void finalize(int64_t c0, int64_t c1) {
+        for (int64_t c = c0; c < c1; ++c) {
+            for (int64_t chunk = 0; chunk < plan_.grid.chunks; ++chunk)
+                if (reduced_[std::size_t(chunk * plan_.grid.C + c)] != 1) in_order_ = false;
+            ++finalized_[std::size_t(c)];
+        }
+    }
+    bool proceed() const { return true; }
+    void apply_group(int64_t c0, int64_t c1) {
+        with_apply([&](const auto& step) { step.group(c0, c1); });
+    }
+    void apply_task(int64_t task) {
+        with_apply([&](const auto& step) { step.task(task); });
+    }
+
+    bool all_once() const {
+        auto once = [](const std::vector<std::atomic<int>>& counts) {
+            return std::all_of(counts.begin(), counts.end(), [](const std::atomic<int>& n) { return n == 1; });
+        };
+        return in_order_ && once(reduced_) && once(finalized_) && once(applied_);
+    }
+
+private:
+    template <class Call> void with_apply(Call call) {
+        const Grid &g = plan_.grid, &a = plan_.apply_grid;
         auto rows = [&](const ApplyArgs& args) {
             for (int64_t i = args.begin; i < args.end; ++i) apply(i, i / g.S % g.C);
         };
@@ -177,33 +207,16 @@ struct Notes {
         };
         ApplyArgs args{};
         args.grid = a;
-        run_steps(
-            plan,
-            [&](int, int64_t k, int64_t c0, int64_t c1) {
-                for (int64_t c = c0; c < c1; ++c) ++reduced[std::size_t(k * g.C + c)];
-            },
-            [&](int64_t c0, int64_t c1) {
-                for (int64_t c = c0; c < c1; ++c) {
-                    for (int64_t k = 0; k < g.chunks; ++k)
-                        if (reduced[std::size_t(k * g.C + c)] != 1) in_order = false;
-                    ++finalized[std::size_t(c)];
-                }
-            },
-            [] { return true; }, [&](int64_t c0, int64_t c1) { apply_group(plan, args, c0, c1, rows, columns); },
-            [&](int64_t u) { apply_unit(plan, args, u, rows, columns); });
+        call(ApplyStep{plan_, args, rows, columns});
     }
-    bool all_once() const {
-        auto once = [](const std::vector<std::atomic<int>>& counts) {
-            return std::all_of(counts.begin(), counts.end(), [](const std::atomic<int>& n) { return n == 1; });
-        };
-        return in_order && once(reduced) && once(finalized) && once(applied);
+    void apply(int64_t i, int64_t c) {
+        if (finalized_[std::size_t(c)] != 1) in_order_ = false;
+        ++applied_[std::size_t(i)];
     }
 
-private:
-    void apply(int64_t i, int64_t c) {
-        if (finalized[std::size_t(c)] != 1) in_order = false;
-        ++applied[std::size_t(i)];
-    }
+    const Plan& plan_;
+    std::vector<std::atomic<int>> reduced_, finalized_, applied_;
+    std::atomic<bool> in_order_{true};
 };
 
 }  // namespace
@@ -218,13 +231,13 @@ TEST_CASE("each chunk is reduced, each channel then finalized, each value then a
                     for (bool masked : {false, true}) {
                         const Plan plan = make_plan(request_of(shape, dtype, Op::grad, threads, masked), *m);
                         (plan.by_groups ? by_groups : by_steps) += 1;
-                        Notes notes(plan.grid);
-                        notes.run(plan);
+                        CountingSteps steps(plan);
+                        run_steps(plan, steps);
                         INFO(text(shape, dtype) << " threads " << threads << " masked " << masked);
-                        CHECK(notes.all_once());
+                        CHECK(steps.all_once());
                     }
     }
-    CHECK(by_groups > 100);  // both schedules were met
+    CHECK(by_groups > 100);  // both schedules occurred
     CHECK(by_steps > 100);
 }
 
@@ -237,20 +250,20 @@ TEST_CASE("weighted gradients apply unpacked, and reduce by the same grid") {
     CHECK(masked.apply_grid.pack == 1);
 }
 
-TEST_CASE("one read of memory where a group of channels fits in cache, two where not") {
+TEST_CASE("memory is read once if a group of channels fits in cache, otherwise twice") {
     const auto bytes = [](const Plan& p, Shape s) { return double(p.bytes_read) / double(s.size() * 4); };
     for (int threads : {1, 2, 8}) {
         const Shape first{32, 256, 56 * 56};  // 103 MB, a channel 401 KiB: fits in its share of 32 MiB
         Plan p = make_plan(request_of(first, DType::float32, Op::train, threads), usual_machine());
         CHECK(p.by_groups);
-        CHECK(p.group * 32 * 56 * 56 * 4 <= std::max(usual_machine().l2 / 2, usual_machine().l3 / (2 * threads)));
+        CHECK(p.channels_per_group * 32 * 56 * 56 * 4 <= cache_per_thread(usual_machine(), threads));
         CHECK(bytes(p, first) == 1);
         CHECK(p.bytes_written == first.size() * 4);
         PlanRequest raise = request_of(first, DType::float32, Op::train, threads);
         raise.whole_first = true;  // every statistic before any output
         CHECK(bytes(make_plan(raise, usual_machine()), first) == 2);
 
-        const Shape last{32 * 56 * 56, 256, 1};  // 64 columns are 25 MB apart from L2
+        const Shape last{32 * 56 * 56, 256, 1};  // 64 columns are 25 MB: more than L2
         p = make_plan(request_of(last, DType::float32, Op::train, threads), usual_machine());
         CHECK_FALSE(p.by_groups);
         CHECK(bytes(p, last) == 2);
@@ -260,7 +273,7 @@ TEST_CASE("one read of memory where a group of channels fits in cache, two where
         const Shape dense{32, 4096, 1};  // 512 KiB in all
         CHECK(bytes(make_plan(request_of(dense, DType::float32, Op::train, threads), usual_machine()), dense) == 1);
     }
-    const Shape wide{1, 8, 10000000};  // a channel of 40 MB fits nowhere
+    const Shape wide{1, 8, 10000000};  // a channel of 40 MB fits in no cache
     CHECK(bytes(make_plan(request_of(wide, DType::float32, Op::train, 2), usual_machine()), wide) == 2);
 }
 
@@ -272,14 +285,14 @@ TEST_CASE("a group never exceeds the caches it was made for") {
                 for (const Machine* m : {&small_machine(), &usual_machine()}) {
                     const Plan q = make_plan(r, *m);
                     const int64_t channel = shape.per_channel() * item_bytes(dtype) * r.inputs;
-                    const int64_t held = std::min(q.group, q.grid.C) * channel;
-                    if (q.by_groups) CHECK(held <= std::max(m->l2 / 2, m->l3 / (2 * q.threads)));
+                    const int64_t held = std::min(q.channels_per_group, q.grid.C) * channel;
+                    if (q.by_groups) CHECK(held <= cache_per_thread(*m, q.threads));
                 }
             });
 }
 
-TEST_CASE("stores stream where in- and outputs exceed five eighths of the last cache, and only there") {
-    const int64_t fit = usual_machine().l3 / 8 * 5 / 8;  // values of float32 whose x and y just do not exceed them
+TEST_CASE("stores stream exactly where inputs and outputs exceed five eighths of the last-level cache") {
+    const int64_t fit = usual_machine().l3 / 8 * 5 / 8;  // float32 values; x and y together just fit
     for (int64_t S : {fit - 1, fit, fit + 1, 2 * fit}) {
         const PlanRequest r = request_of({1, 1, S}, DType::float32, Op::train, 2);
         CHECK(make_plan(r, usual_machine()).stream == (8 * S > usual_machine().l3 * 5 / 8));
@@ -290,7 +303,7 @@ TEST_CASE("stores stream where in- and outputs exceed five eighths of the last c
     CHECK_FALSE(make_plan(request_of({8, 3, 1}, DType::float32, Op::train, 1), usual_machine()).stream);
 }
 
-TEST_CASE("of a last-level cache 4 MiB a processor are counted on, and 32 in any case") {
+TEST_CASE("usable last-level cache: 4 MiB per processor, at least 32 MiB of what is reported") {
     constexpr int64_t MiB = 1 << 20;
     CHECK(usable_llc_bytes(8 * MiB, 2) == 8 * MiB);
     CHECK(usable_llc_bytes(260 * MiB, 2) == 32 * MiB);  // a guest's view of a socket

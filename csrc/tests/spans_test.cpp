@@ -1,0 +1,85 @@
+// Group norm's spans: each unit (a row or a sample) lies in one span, and tasks that are cut hold whole partial sums.
+#include <doctest/doctest.h>
+
+#include <algorithm>
+
+#include "cases.h"
+#include "cpu/spans.h"
+
+using namespace bnfast;
+using namespace bnfast::test;
+
+namespace {
+
+using std::int64_t;
+
+const GroupShape group_shapes[] = {{1, 1, 6, 35, 3},    {100, 1, 4, 9, 2},   {700, 1, 12, 30, 4},  {65, 1, 1, 3000, 1},
+                                   {9, 35, 6, 1, 3},    {130, 49, 8, 1, 1},  {3, 9000, 64, 1, 64}, {5000, 1, 24, 1, 4},
+                                   {70, 1, 5000, 1, 1}, {2, 1, 300000, 1, 1}};
+
+template <class Check> void each_spans(Check check) {
+    for (const GroupShape& shape : group_shapes)
+        for (DType dtype : all_dtypes)
+            for (int threads : {1, 2, 7}) {
+                const Settings settings("baseline", threads);
+                with_spans(shape, dtype, 2, [&](auto spans) {
+                    INFO(Case{{shape.N * shape.A, shape.C, shape.S}, dtype}.text() << " threads " << threads);
+                    check(spans);
+                });
+            }
+}
+
+// Each unit is in one span, and no span without units precedes one that has some in its task.
+bool covers_units(const Spans& spans) {
+    std::vector<int> seen(std::size_t(spans.num_units), 0);
+    for (int64_t task = 0; task < spans.num_tasks(); ++task)
+        for (int64_t k = 0; k < spans.spans_per_task && spans.span_units(task * spans.spans_per_task + k) > 0; ++k) {
+            const int64_t span = task * spans.spans_per_task + k, first = spans.first_unit(span);
+            if (spans.span_units(span) > spans.units_per_span) return false;
+            for (int64_t u = first; u < first + spans.span_units(span); ++u) ++seen.at(std::size_t(u));
+        }
+    return std::all_of(seen.begin(), seen.end(), [](int count) { return count == 1; });
+}
+
+}  // namespace
+
+TEST_CASE("spans hold each unit once, cut or not") {
+    each_spans([](auto spans) {
+        CHECK(spans.num_units * spans.unit_size == spans.shape.size());
+        CHECK(covers_units(spans));
+        for (int64_t tasks : {int64_t(1), int64_t(8), spans.num_partials}) {
+            if (tasks > spans.num_partials) continue;
+            auto cut = spans;
+            cut.cut(tasks);
+            CHECK(cut.num_tasks() == tasks);
+            CHECK(covers_units(cut));
+        }
+    });
+}
+
+TEST_CASE("cut makes tasks of whole partial sums") {
+    each_spans([](auto spans) {
+        const int64_t per_sample = spans.num_units / spans.shape.N;
+        for (int64_t tasks : {int64_t(3), spans.num_partials}) {
+            if (tasks > spans.num_partials) continue;
+            spans.cut(tasks);
+            for (int64_t task = 1; task < tasks; ++task) {
+                const int64_t first = spans.first_unit(task * spans.spans_per_task), sample = first / per_sample;
+                CHECK(first % per_sample == 0);
+                CHECK(spans.partial_of(sample) == spans.partial_of(sample - 1) + 1);
+            }
+        }
+    });
+}
+
+TEST_CASE("the example at Spans::cut") {
+    ChannelsFirstSpans spans({100, 1, 4, 9, 2}, DType::float32, 2);
+    spans.set_units_per_span(10);
+    spans.cut(8);
+    CHECK(spans.num_units == 200);
+    CHECK(spans.num_spans == 24);
+    const int64_t firsts[] = {0, 24, 50, 74, 100, 124, 150, 174};
+    for (int64_t task = 0; task < 8; ++task) CHECK(spans.first_unit(task * 3) == firsts[task]);
+    const int64_t units[] = {9, 9, 6, 9, 9, 8};
+    for (int64_t span = 0; span < 6; ++span) CHECK(spans.span_units(span) == units[span]);
+}
