@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 import re
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -120,3 +121,26 @@ def test_a_performance_page_has_an_introduction_and_full_tables(path):
 def test_every_performance_page_is_listed():
     index = (DOCS / "performance" / "README.md").read_text()
     assert {name for name in re.findall(r"\]\(([\w-]+\.md)\)", index)} == {path.name for path in TOPICS}
+
+
+def test_the_sketch_of_a_torch_bridge_computes_what_torch_does(need):
+    torch = need("torch")
+    (page,) = [path for path in DECISIONS if path.stem.endswith("five-functions-per-framework")]
+    sketch: dict[str, Any] = {}
+    exec(compile(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)[0], page.name, "exec"), sketch)
+    options = SimpleNamespace(axis=1, epsilon=1e-3)
+    options._asdict = lambda: {"axis": 1, "epsilon": 1e-3, "activation": None, "negative_slope": 0.2}
+    torch.manual_seed(0)
+    x, weights = torch.randn(8, 5, 4, 4, requires_grad=True), torch.randn(8, 5, 4, 4)
+    gamma, beta = (torch.rand(5, requires_grad=True) for _ in range(2))
+    mean, variance = torch.zeros(5), torch.ones(5)
+    batch = SimpleNamespace(x=x, gamma=gamma, beta=beta)
+    y, *moving = sketch["train_step"](batch, (mean, variance), 0.9, options, correction=1)
+    ours = [y, *torch.autograd.grad((y * weights).sum(), (x, gamma, beta)), *moving]
+    z = torch.nn.functional.batch_norm(x, mean, variance, gamma, beta, True, 0.1, 1e-3)
+    theirs = [z, *torch.autograd.grad((z * weights).sum(), (x, gamma, beta)), mean, variance]
+    ours += [sketch["moments"](x, None, options)[0], sketch["infer"](x, gamma, beta, mean, variance, options)]
+    theirs += [x.mean((0, 2, 3)).double()]
+    theirs += [torch.nn.functional.batch_norm(x, mean, variance, gamma, beta, False, 0.0, 1e-3)]
+    for actual, wanted in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5)

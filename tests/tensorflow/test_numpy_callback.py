@@ -106,9 +106,10 @@ def test_a_graph_brings_the_memory_of_whole_tensors(masked: bool) -> None:
     run(x, residual)
     gc.collect()
     bnfast.clear_memory()
+    others = bnfast.memory_statistics()["in_use_bytes"]  # what earlier tests of this process still hold
     y, dx, dresidual = run(x, residual)
     memory = bnfast.memory_statistics()
-    assert memory["held_bytes"] + memory["in_use_bytes"] < x.shape[0] * x.shape[1] * 4
+    assert memory["held_bytes"] + memory["in_use_bytes"] - others < x.shape[0] * x.shape[1] * 4
     forward = bnfast.batch_norm_train(x, np.ones(64), np.zeros(64), residual=residual, activation="relu")
     backward = bnfast.batch_norm_grad(
         *(np.ones((512, 64), "f"), x, forward.mean, forward.invstd, np.ones(64), np.zeros(64)),

@@ -19,10 +19,10 @@ import tensorflow as tf
 from .._arguments import checks
 from ..tensorflow.axes import Axes
 from ..tensorflow.batch import Batch, Options, parameter
+from ..tensorflow.mode import Mode
 from ..tensorflow.training import adjustment as adjustments
 from ..tensorflow.training import ghosts
 from ..tensorflow.training import renorm as renorms
-from ..tensorflow.training.mode import Mode
 from ..tensorflow.training.step import Policy, step
 
 __all__ = ["batch_normalization"]

@@ -22,8 +22,8 @@ from . import group_norm_reference as reference
 from . import numpy_callback
 from .batch import compute_dtype
 from .group_norm_reference import Norm
+from .mode import may_train
 from .numpy_callback import USUAL_BATCH
-from .training.mode import may_train
 
 __all__ = ["Norm", "accepts", "normalize"]
 

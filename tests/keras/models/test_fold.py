@@ -216,7 +216,7 @@ def test_the_folded_model_loads_without_bnfast(tmp_path: Path) -> None:
 
 def test_check_says_what_differs(monkeypatch: pytest.MonkeyPatch) -> None:
     model = chain((6,), layers.Dense(4), Keras())
-    right = bnfast.keras.models.foldable.Linear.after  # type: ignore[attr-defined]
+    right = bnfast.keras.models.foldable.FoldableLayer.after  # type: ignore[attr-defined]
     monkeypatch.setattr(
         bnfast.keras.models.foldable.Linear,
         "after",

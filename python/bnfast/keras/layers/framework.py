@@ -11,10 +11,10 @@ import keras
 from ...tensorflow import conditional, group_norm, weight_norm
 from ...tensorflow.axes import Axes
 from ...tensorflow.batch import Batch, Options, as_input, parameter
+from ...tensorflow.mode import Mode, is_training, may_train
 from ...tensorflow.op import BRIDGES
 from ...tensorflow.training import adjustment, ghosts, renorm
 from ...tensorflow.training.core import NAN_POLICIES
-from ...tensorflow.training.mode import Mode, is_training, may_train
 from ...tensorflow.training.step import Policy, step
 from ...tensorflow.training.synchronized import replicas
 

@@ -17,7 +17,7 @@ from .classes import OURS, check_model
 from .compiled import carry_over
 from .fusion import Finder, Fusion, layer_of
 from .graph_copy import Bundle, Replacement, clone, is_graph, layers, name_scopes, operations, paired, rebuild, transfer
-from .inplace import become, forget_functions
+from .inplace import convert_layer_inplace, reset_compiled_functions
 from .patch import uses_bnfast
 from .report import norms, report, why_unchanged
 
@@ -79,8 +79,8 @@ def accelerate(
     words = {} if bridge == "auto" else {"bridge": bridge}
     if inplace:
         for norm, ours in [(norm, _plain(norm, finder, words)) for norm in swapped]:  # all, or an error
-            become(norm, ours)
-        forget_functions(model)
+            convert_layer_inplace(norm, ours)
+        reset_compiled_functions(model)
     else:
         model = _accelerated(model, swapped, finder, words)
     if verbose:
@@ -112,7 +112,7 @@ def _accelerated(model: Any, swapped: list[Any], finder: Finder, words: dict[str
         if isinstance(original, keras.layers.Layer) and id(original) in copy.of:
             for old, inner in zip(layers(original), layers(copy.of[id(original)]), strict=True):
                 if id(old) in chosen:
-                    become(inner, clone(inner, BatchNormalization, **words))
+                    convert_layer_inplace(inner, clone(inner, BatchNormalization, **words))
     variables = copy.variables(operations(model))
     variables.update((id(a), b) for norm, ours in new for a, b in paired(norm, ours))
     carry_over(model, copy.model, variables)

@@ -1,19 +1,19 @@
-"""`fold(model)`: the model for inference, its batch norms gone into the weights of the layers beside them.
+"""`fold(model)`: the model for inference, with its batch norms folded into the weights of neighbouring layers.
 
     a = gamma/sqrt(moving_variance + epsilon), b = beta - a*moving_mean, per channel
     layer -> BN:    a*(x @ kernel + bias) + b  =  x @ (kernel*a) + (bias*a + b)
     BN -> layer:    (a*x + b) @ kernel + bias  =  x @ (a*kernel) + (bias + b @ kernel)
-    BN -> ReLU -> layer:      relu(a*x + b)    =  a*max(x, -b/a) + b, and what is linear in it goes into the layer;
-                                                  min where a < 0, and ReLU6 is both
+    BN -> ReLU -> layer:      relu(a*x + b)    =  a*max(x, -b/a) + b; the affine part goes into the layer; min where
+                                                  a < 0, and both for ReLU6
 
-The last two are exact only where every output sees the whole kernel: Dense, and convolutions that don't pad. Arithmetic
-is float64, rounded once to the dtype of the layer's weights (linear.py). The model given is only read.
+The last two are exact only where every output sees the whole kernel: Dense, and convolutions without padding. The
+arithmetic is float64, rounded once to the dtype of the layer's weights (foldable.py). The given model is only read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -21,7 +21,7 @@ import numpy as np
 from ..layers import activation as activations
 from ..layers.batch_norm import KERAS, BatchNormalization
 from ..layers.batch_norm_add import BatchNormalizationAdd
-from .foldable import Affine, Linear, channel_axis, values
+from .foldable import Affine, FoldableLayer, channel_axis, values
 from .fusion import layer_of
 from .graph_copy import (
     Graph,
@@ -29,9 +29,9 @@ from .graph_copy import (
     calls,
     clone,
     graphs,
+    has_default_arguments,
     is_graph,
     layers,
-    nothing_else,
     only_input,
     operations,
     rebuild,
@@ -40,43 +40,48 @@ from .graph_copy import (
 from .patch import PatchedBatchNormalization
 
 NORMS = (KERAS, BatchNormalization, PatchedBatchNormalization, BatchNormalizationAdd)
-MOST = {"relu": np.inf, "relu6": 6.0}
-TOLERANCE = {"float16": 2e-2, "bfloat16": 1e-1}  # of check; others 1e-5
+UPPER_LIMIT = {"relu": np.inf, "relu6": 6.0}
+TOLERANCE = {"float16": 2e-2, "bfloat16": 1e-1}  # of `check`; other dtypes 1e-5
 
 
-def fold(model: Any, *, check: bool = False) -> Any:
+def fold(model: Any, *, check: bool = False, verbose: bool = False) -> Any:
     """A copy of the model for inference in which batch norms are folded into the layers before or after them.
 
-    Folds keras.layers.BatchNormalization and bnfast's into the layer before: Dense, Conv1D/2D/3D, DepthwiseConv1D/2D,
-    SeparableConv1D/2D, Conv1D/2D/3DTranspose with a linear activation, whose output goes nowhere else and whose
-    channels lie along the batch norm's axis; or into the one after: Dense, and the convolutions that pad nothing. In
-    Functional models that compute in float32 or float64 a ReLU or ReLU6 may stand between it and the layer after: it
-    becomes keras.ops.maximum (and minimum) with a limit for each channel.
-    Shared layers, and batch norms called in training mode, stay as they are. An activation fused into bnfast's layer
-    stays behind as a layer of its name. The copy computes what `model(x, training=False)` does, to rounding. It isn't
-    compiled, folded layers have biases and lose their weights' regularizers and constraints, and where everything
-    folded it holds Keras's own layers and operations only.
+    A batch norm (keras.layers.BatchNormalization or bnfast's) is folded into the layer before it if that is Dense,
+    Conv1D/2D/3D, DepthwiseConv1D/2D, SeparableConv1D/2D or Conv1D/2D/3DTranspose with a linear activation, if the
+    layer's output goes nowhere else, and if its channels lie along the batch norm's axis. Otherwise it is folded into
+    the layer after it, if that is Dense or a convolution without padding. In Functional models that compute in float32
+    or float64, a ReLU or ReLU6 may stand between the batch norm and the layer after: it becomes keras.ops.maximum (and
+    minimum) with one limit per channel.
+
+    Shared layers, and batch norms that are called in training mode, stay. An activation that was fused into bnfast's
+    layer stays as a layer of that name. The copy computes what `model(x, training=False)` does, up to rounding. It is
+    not compiled; folded layers have biases and lose the regularizers and constraints of their weights. If everything
+    folds, the copy holds only Keras's own layers and operations.
 
     Args:
-        model: a built Functional or Sequential model; models nested in it are folded too. It is never changed.
-        check: run both on random input, and raise if an output differs by more than 1e-5 times its largest absolute
-            value, or more than 1e-5 where that is below 1 (float16 2e-2, bfloat16 1e-1).
+        model: a built Functional or Sequential model. Models nested in it are folded, too. It is never changed.
+        check: run both models on random input, and raise if an output differs by more than 1e-5 times its largest
+            absolute value, or by more than 1e-5 if that is below 1 (float16 2e-2, bfloat16 1e-1).
+        verbose: print what became of each batch norm: the layer it was folded into, or why it stays.
 
     Raises:
-        TypeError: model is no Keras model.
-        ValueError: model isn't built, is subclassed, or has no batch norm; the check failed.
+        TypeError: model is not a Keras model.
+        ValueError: model isn't built, is subclassed, or has no batch norm; or the check failed.
 
     Source: Jacob et al. 2018, arXiv:1712.05877, section 3.2.
     """
     _validate(model)
     folding = Folding(model)
     copy = rebuild(model, folding.plan).model
-    for linear, new in folding.folded:
-        new.set_weights(linear.weights())
+    for foldable, new in folding.folded:
+        new.set_weights(foldable.weights())
     for activation, new in folding.left:
         transfer(activation, new)
     if check:
         _check(model, copy)
+    if verbose:
+        print("\n".join(f"{name}: {outcome}" for name, outcome in folding.outcomes.items()))
     return copy
 
 
@@ -94,124 +99,211 @@ def _validate(model: Any) -> None:
         raise ValueError(f"model has no batch norm to fold. Received: {model.name}")
 
 
-class Folding:
-    """What becomes of a model's layers: the plan for `rebuild`, and whose values go into what it put in.
+class Candidate(NamedTuple):
+    """One way to fold a batch norm."""
 
-    folded: layers with new weights, each with the layer that will have them.
-    left:   activations that were part of a batch norm, each with the layer of its own that they become.
+    foldable: FoldableLayer  # the layer, with the weights that it would have
+    replaces_norm: Replacement  # what stays of the batch norm: the sum and the activation that are fused into it
+    limit: tuple[Any, Any] | None = None  # a ReLU of the model, and the function that takes its place
+    before: bool = False  # whether the layer precedes the batch norm
+
+
+class Call(NamedTuple):
+    """One call of a batch norm in a graph."""
+
+    graph: Graph
+    node: Any
+    affine: Affine
+    axis: int
+    rank: int
+    rest: Replacement  # the layers for the sum and the activation that are fused into it
+
+    @property
+    def norm(self) -> Any:
+        return self.node.operation
+
+
+class Folding:
+    """What becomes of a model's layers: the plan for `rebuild`, and the values for the layers that it adds.
+
+    folded:   layers with new weights, each with the layer that will have them
+    left:     activations that were part of a batch norm, each with the layer that they become
+    outcomes: by the name of each batch norm, the layer it was folded into, or why it stays
     """
 
     def __init__(self, model: Any) -> None:
         self.plan: dict[int, Replacement] = {}
         self.left: list[tuple[Any, Any]] = []
-        self._linears: dict[int, Linear] = {}  # by id of the layer, and of every batch norm that is part of it by now
+        self.outcomes: dict[str, str] = {}
+        self._into: dict[int, str] = {}  # by id of a folded batch norm, the name of the layer
+        self._foldables: dict[int, FoldableLayer] = {}  # by id of the layer, and of every batch norm folded into it
         self._calls = calls(model)
         self._taken = {operation.name for operation in operations(model)}
-        training = _called_in_training(model)
-        usual = [graph for graph in graphs(model) if id(graph.model) not in training]
-        norms = [(graph, node) for graph in usual for node in graph.nodes if type(node.operation) in NORMS]
-        for graph, node in norms:
-            if self._once(node) and isinstance(node.operation.axis, int):  # not several axes
-                self._fold(graph, node)
+        in_training = _called_in_training(model)
+        for graph in graphs(model):
+            for node in graph.nodes:
+                if type(node.operation) in NORMS:
+                    reason = "its model is called in training mode" if id(graph.model) in in_training else None
+                    found = reason or self._fold(graph, node)
+                    self.outcomes[node.operation.name] = f"stays, because {found}" if found else self._where(node)
 
     @property
-    def folded(self) -> list[tuple[Linear, Any]]:
-        linears = {id(linear.layer): linear for linear in self._linears.values()}
-        return [(linear, self.plan[key][0]) for key, linear in linears.items()]
+    def folded(self) -> list[tuple[FoldableLayer, Any]]:
+        foldables = {id(foldable.layer): foldable for foldable in self._foldables.values()}
+        return [(foldable, self.plan[key][0]) for key, foldable in foldables.items()]
 
-    def _once(self, node: Any) -> bool:
+    def _where(self, node: Any) -> str:
+        return f"folded into {self._into[id(node.operation)]}"
+
+    def _is_called_once(self, node: Any) -> bool:
         return len(self._calls[id(node.operation)]) == 1
 
-    def _fold(self, graph: Graph, node: Any) -> None:
-        norm, x = node.operation, _normalized(node)
-        affine = _affine(norm)
-        if x is None or affine is None or norm.activity_regularizer is not None:
-            return
-        rest = _rest(norm)
-        if rest and not nothing_else(node):  # the activation takes no training=False
-            return
-        axis = norm.axis % len(x.shape)
-        before, after = graph.producer(x), graph.follower(node)
-        if before is not None and graph.follower(before) is node:
-            linear = self._beside(before, norm, len(x.shape), axis)
-            if linear is not None and _plain_output(linear.layer) and self._commit(linear.after(affine)):
-                self._drop(norm, rest, linear.layer)
-                return
-        if after is not None and not rest:
-            linear = self._beside(after, norm, len(x.shape), axis)
-            if linear is not None and not linear.pads and self._commit(linear.before(affine)):
-                self._drop(norm, (), None)
-                return
-        self._limit(graph, node, affine, axis)
+    def _fold(self, graph: Graph, node: Any) -> str | None:
+        """Folds one batch norm into the first layer that accepts it; why it stays, or None."""
+        call = self._call(graph, node)
+        if isinstance(call, str):
+            return call
+        reasons = []
+        for attempt in (self._into_before, self._into_after, self._through_relu):
+            candidate = attempt(call)
+            if isinstance(candidate, str):
+                reasons.append(candidate)
+            elif not all(np.isfinite(array).all() for array in candidate.foldable.weights()):
+                reasons.append(f"the weights of {candidate.foldable.layer.name} would not be finite")
+            else:
+                self._commit(call, candidate)
+                return None
+        return "; ".join(dict.fromkeys(reasons))
 
-    def _limit(self, graph: Graph, node: Any, affine: Affine, axis: int) -> None:
-        """BN -> ReLU -> layer, the ReLU a layer or op of its own or part of the batch norm."""
-        norm, relu, rank = node.operation, node, len(node.outputs[0].shape)
+    def _call(self, graph: Graph, node: Any) -> Call | str:
+        """The call as far as every way of folding needs it, or why none applies."""
+        norm, x = node.operation, _normalized(node)
+        if not self._is_called_once(node):
+            return "it is shared"
+        if not isinstance(norm.axis, int):
+            return "it has several axes"
+        if x is None:
+            return "it is called in training mode or with other arguments"
+        if norm.activity_regularizer is not None:
+            return "it has an activity regularizer"
+        affine = _affine(norm)
+        if affine is None:
+            return "it normalizes with the batch's statistics, or variance + epsilon isn't positive"
+        rest = _rest(norm)
+        if rest and not has_default_arguments(node):
+            return "its activation can't take the arguments of the call"
+        return Call(graph, node, affine, norm.axis % len(x.shape), len(x.shape), rest)
+
+    def _into_before(self, call: Call) -> Candidate | str:
+        """layer -> BN."""
+        before = call.graph.producer(_normalized(call.node))
+        if before is None or call.graph.sole_consumer(before) is not call.node:
+            return "the layer before it is read elsewhere, too"
+        foldable = self._foldable(before, call)
+        if isinstance(foldable, str):
+            return foldable
+        if not _has_linear_output(foldable.layer):
+            return f"{foldable.layer.name} has an activation or an activity regularizer"
+        return Candidate(foldable.after(call.affine), call.rest, before=True)
+
+    def _into_after(self, call: Call) -> Candidate | str:
+        """BN -> layer."""
+        after = call.graph.sole_consumer(call.node)
+        if call.rest:
+            return "an activation or a sum is fused into it"
+        if after is None:
+            return "its output is read by several layers or is an output of the model"
+        foldable = self._unpadded(after, call)
+        return foldable if isinstance(foldable, str) else Candidate(foldable.before(call.affine), ())
+
+    def _through_relu(self, call: Call) -> Candidate | str:
+        """BN -> ReLU -> layer. The ReLU is a layer, an operation, or part of the batch norm."""
+        graph, norm, relu = call.graph, call.norm, call.node
         if isinstance(norm, BatchNormalizationAdd) or isinstance(graph.model, keras.Sequential):
-            return  # no layer of Keras's has such limits, and a Sequential holds layers only
+            return "a ReLU after a sum, or in a Sequential model, can't become per-channel limits"
         if norm.compute_dtype not in ("float32", "float64"):
-            return  # half types would round them too coarsely
+            return f"{norm.compute_dtype} would round the limits too coarsely"
         activation = getattr(norm, "activation", None)
         if activation in (None, keras.activations.linear):
-            relu = graph.follower(node)
-            if relu is None or only_input(relu) is None or not self._once(relu):
-                return
+            relu = graph.sole_consumer(call.node)
+            if relu is None or only_input(relu) is None or not self._is_called_once(relu):
+                return "no ReLU of its own follows it"
             activation = layer_of(relu.operation, norm)
         if getattr(relu.outputs[0], "_keras_mask", None) is not None:
-            return  # layers pass masks on, keras.ops don't
-        fused, after = activations.fuse(activation, norm.compute_dtype), graph.follower(relu)
-        if fused is None or fused.activation not in MOST or after is None:
-            return
-        linear = self._beside(after, norm, rank, axis)
-        if linear is None or linear.pads:
-            return
-        names = self._names(relu.operation.name)  # a fused ReLU is the batch norm's
-        clip, rest = _clip(affine, MOST[fused.activation], norm.compute_dtype, rank - 1 - axis, names)
-        if clip is not None and self._commit(linear.before(rest)):
-            self._drop(norm, (), None)
-            self.plan[id(relu.operation)] = (clip,)
+            return "keras.ops, unlike layers, don't pass its mask on"
+        fused, after = activations.fuse(activation, norm.compute_dtype), graph.sole_consumer(relu)
+        if fused is None or fused.activation not in UPPER_LIMIT:
+            return "no ReLU or ReLU6 follows it"
+        if after is None:
+            return "the output of its ReLU is read by several layers or is an output of the model"
+        foldable = self._unpadded(after, call)
+        if isinstance(foldable, str):
+            return foldable
+        clip, rest = _clip(
+            call.affine,
+            UPPER_LIMIT[fused.activation],
+            norm.compute_dtype,
+            call.rank - 1 - call.axis,
+            self._two_names(relu.operation.name),
+        )
+        if isinstance(clip, str):
+            return clip
+        return Candidate(foldable.before(rest), (), (relu.operation, clip))
 
-    def _names(self, name: str) -> tuple[str, str]:
-        """For two operations in the place of one of this name, the last of which keeps it."""
+    def _two_names(self, name: str) -> tuple[str, str]:
+        """Names for two operations that replace one of this name; the last one keeps it."""
         first = f"{name}_low"
         while first in self._taken:
             first += "_"
         self._taken.add(first)
         return first, name
 
-    def _beside(self, node: Any, norm: Any, rank: int, axis: int) -> Linear | None:
-        """The weights of the layer called there, where the batch norm's channels are its own."""
-        linear = self._linears.get(id(node.operation))
-        if linear is None and Linear.takes(node.operation) and self._once(node) and only_input(node) is not None:
-            linear = Linear(node.operation)
-        if linear is None or linear.layer.compute_dtype != norm.compute_dtype:
-            return None
-        return linear if channel_axis(linear.layer, rank) == axis else None
+    def _unpadded(self, node: Any, call: Call) -> FoldableLayer | str:
+        """The layer called there, if every output sees its whole kernel."""
+        foldable = self._foldable(node, call)
+        if not isinstance(foldable, str) and foldable.pads:
+            return f"{foldable.layer.name} pads its inputs"
+        return foldable
 
-    def _commit(self, linear: Linear) -> bool:
-        """Take these as the layer's weights, if they are finite in its dtype."""
-        if not all(np.isfinite(array).all() for array in linear.weights()):
-            return False
-        layer = linear.layer
+    def _foldable(self, node: Any, call: Call) -> FoldableLayer | str:
+        """The weights of the layer called there, if the batch norm's channels are its channels; else why not."""
+        layer = node.operation
+        foldable = self._foldables.get(id(layer))
+        if foldable is None:
+            if not FoldableLayer.accepts(layer):
+                return f"{layer.name} is no Dense or convolution layer of Keras's"
+            if not self._is_called_once(node) or only_input(node) is None:
+                return f"{layer.name} is shared or called with other arguments"
+            foldable = FoldableLayer(layer)
+        if foldable.layer.compute_dtype != call.norm.compute_dtype:
+            return f"{layer.name} computes in another dtype"
+        if channel_axis(foldable.layer, call.rank) != call.axis:
+            return f"the channels of {layer.name} lie along another axis"
+        return foldable
+
+    def _commit(self, call: Call, candidate: Candidate) -> None:
+        """Enters the candidate into the plan."""
+        layer, norm = candidate.foldable.layer, call.norm
         if id(layer) not in self.plan:
             penalties = {name: None for name in layer.get_config() if name.endswith(("_regularizer", "_constraint"))}
             penalties.pop("activity_regularizer", None)
             self.plan[id(layer)] = (clone(layer, use_bias=True, **penalties),)
-        for key in (id(layer), *(key for key, known in self._linears.items() if known.layer is layer)):
-            self._linears[key] = linear
-        return True
-
-    def _drop(self, norm: Any, rest: Replacement, into: Any) -> None:
-        self.plan[id(norm)] = rest
-        if into is not None and not rest:  # a batch norm that follows this one follows that layer now
-            self._linears[id(norm)] = self._linears[id(into)]
+        for key in (id(layer), *(key for key, known in self._foldables.items() if known.layer is layer)):
+            self._foldables[key] = candidate.foldable
+        self.plan[id(norm)] = candidate.replaces_norm
+        if candidate.before and not call.rest:  # a batch norm that follows this one now follows that layer
+            self._foldables[id(norm)] = candidate.foldable
         activation = getattr(norm, "activation", None)
-        if rest and isinstance(activation, keras.layers.Layer):
-            self.left.append((activation, rest[-1]))
+        if candidate.replaces_norm and isinstance(activation, keras.layers.Layer):
+            self.left.append((activation, candidate.replaces_norm[-1]))
+        if candidate.limit is not None:
+            operation, clip = candidate.limit
+            self.plan[id(operation)] = (clip,)
+        self._into[id(norm)] = layer.name
 
 
 def _called_in_training(model: Any) -> set[int]:
-    """ids of the nested models called with training=True, and of those in them: they use the batch's moments."""
+    """The ids of nested models called with training=True, and of models in them: they use the batch's moments."""
     found: set[int] = set()
     for graph in graphs(model):
         for node in graph.nodes:
@@ -222,7 +314,7 @@ def _called_in_training(model: Any) -> set[int]:
 
 
 def _normalized(node: Any) -> Any:
-    """The tensor that a call of a batch norm normalizes, None where it may do so with its own moments."""
+    """The tensor that a call of a batch norm normalizes; None if it may use the batch's moments."""
     args, kwargs = node.arguments.args, node.arguments.kwargs
     if len(args) != 1 or kwargs.get("training") or set(kwargs) - {"training", "mask"}:
         return None
@@ -230,7 +322,7 @@ def _normalized(node: Any) -> Any:
 
 
 def _affine(norm: Any) -> Affine | None:
-    """a and b of y = a*x + b, in float64; None where the variance allows none, or the batch's is used in inference."""
+    """a and b of y = a*x + b in float64; None if variance + epsilon <= 0, or inference uses the batch's statistics."""
     if getattr(norm, "use_batch_statistics", None):
         return None
     mean, variance = values(norm.moving_mean), values(norm.moving_variance) + norm.epsilon
@@ -242,49 +334,56 @@ def _affine(norm: Any) -> Affine | None:
 
 def _clip(
     affine: Affine, most: float, dtype: str, trailing: int, names: tuple[str, str]
-) -> tuple[Callable[[Any], Any] | None, Affine]:
-    """clip and a', b' with min(max(a*x + b, 0), most) = a'*clip(x) + b', x with that many axes after its channels.
+) -> tuple[Callable[[Any], Any] | str, Affine]:
+    """clip, a' and b' with min(max(a*x + b, 0), most) = a'*clip(x) + b'; or why there is no such clip.
 
-    None where a zero would be off by more than 1e-5, because it is now the difference of two numbers like b; or where a
-    limit nearly overflows in dtype, because then a vanishes.
+    There is none if a zero would be off by more than 1e-5, because it becomes the difference of two numbers of the size
+    of b; if a limit nearly overflows in dtype, because a then vanishes; or if every channel is constant.
+
+    Args:
+        trailing: the number of axes of x after its channel axis.
     """
     a, b = affine
     constant, precision = a == 0, np.finfo(dtype)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         zero, top = (np.where(constant, 0, (y - b) / a) for y in (0, most))
     largest = np.abs([zero, top] if most < np.inf else [zero]).max(initial=0)
-    if np.abs(b).max(initial=0) > 2e-6 / float(precision.eps) or largest > float(precision.max) ** 0.8:
-        return None, affine
+    if np.abs(b).max(initial=0) > 2e-6 / float(precision.eps):
+        return "its beta is too large to cancel exactly", affine
+    if largest > float(precision.max) ** 0.8:
+        return f"a limit of its ReLU nearly overflows {dtype}", affine
     low = np.where(constant, -np.inf, np.where(a > 0, zero, top)).astype(dtype).reshape(-1, *[1] * trailing)
     high = np.where(constant, np.inf, np.where(a > 0, top, zero)).astype(dtype).reshape(-1, *[1] * trailing)
     limits = [pair for pair in ((keras.ops.maximum, low), (keras.ops.minimum, high)) if np.isfinite(pair[1]).any()]
     bounds = [(op, np.clip(y, precision.min, precision.max)) for op, y in limits]  # JSON has no infinity
+    if not bounds:
+        return "all its channels are constant", affine
 
     def clip(x: Any) -> Any:
         for (op, limit), name in zip(bounds, names[-len(bounds) :], strict=True):
             x = op(x, limit)
-            x._keras_history.operation.name = name  # the automatic one may be another operation's
+            x._keras_history.operation.name = name  # the automatic name may be another operation's
         return x
 
-    return clip if bounds else None, Affine(a, np.where(constant, np.clip(b, 0, most), b))
+    return clip, Affine(a, np.where(constant, np.clip(b, 0, most), b))
 
 
 def _rest(norm: Any) -> Replacement:
-    """The layers that do what else was fused into a batch norm: the sum, the activation."""
-    activation, words = getattr(norm, "activation", None), {"name": norm.name, "dtype": norm.dtype_policy}
+    """The layers for the sum and the activation that are fused into a batch norm."""
+    activation, kwargs = getattr(norm, "activation", None), {"name": norm.name, "dtype": norm.dtype_policy}
     rest: list[Any] = []
     if isinstance(activation, keras.layers.Layer):
         rest = [clone(activation, name=norm.name)]
     elif activation not in (None, keras.activations.linear):
-        rest = [keras.layers.Activation(activation, **words)]
+        rest = [keras.layers.Activation(activation, **kwargs)]
     if isinstance(norm, BatchNormalizationAdd):
         rest.insert(
-            0, keras.layers.Add(**{**words, "name": norm.replaces.get("add", f"{norm.name}_add")} if rest else words)
+            0, keras.layers.Add(**{**kwargs, "name": norm.replaces.get("add", f"{norm.name}_add")} if rest else kwargs)
         )
     return tuple(rest)
 
 
-def _plain_output(layer: Any) -> bool:
+def _has_linear_output(layer: Any) -> bool:
     return layer.activation in (None, keras.activations.linear) and layer.activity_regularizer is None
 
 
@@ -304,9 +403,9 @@ def _check(model: Any, copy: Any) -> None:
 
 
 def _random(tensor: Any, rng: np.random.Generator) -> np.ndarray:
-    """A batch of 4 for a model input; other unknown extents are 64, integers 0 or 1."""
+    """Random values for a model input: a batch of 4; other unknown extents are 64; integers are 0 or 1."""
     if tensor.dtype == "string":
-        raise ValueError(f"check makes numbers only. Received: an input of strings, {tensor.name}")
+        raise ValueError(f"check can make only numbers. Received: an input of strings, {tensor.name}")
     first, *rest = tensor.shape
     shape = (first or 4, *(extent or 64 for extent in rest))
     kind = keras.backend.standardize_dtype(tensor.dtype)

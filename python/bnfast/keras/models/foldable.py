@@ -1,10 +1,10 @@
-"""The weights of Dense and convolution layers as float64, and what y -> a*y + b before or after does to them.
+"""The weights of Dense and convolution layers in float64, and their change by y -> a*y + b before or after the layer.
 
     after    a, b per output channel:  kernel*a, bias*a + b
     before   a, b per input channel:   kernel*a over the inputs, bias + what the kernel makes of the constant b
 
-`before` holds where every output sees the whole kernel: Dense, and convolutions that pad nothing. Kernels, k being the
-spatial extents: Dense (in, out); Conv (*k, in/groups, out); Conv transpose (*k, out, in); DepthwiseConv (*k, in,
+`before` is exact where every output sees the whole kernel: Dense, and convolutions without padding. Kernel shapes, with
+spatial extents k: Dense (in, out); Conv (*k, in/groups, out); Conv transpose (*k, out, in); DepthwiseConv (*k, in,
 multiplier), output channel in*multiplier + m; SeparableConv that depthwise one, then (*1, in*multiplier, out).
 """
 
@@ -24,7 +24,7 @@ KINDS = (keras.layers.Dense, *CONVOLUTIONS, *TRANSPOSES, *DEPTHWISE, *SEPARABLE)
 
 
 class Affine(NamedTuple):
-    """y = a*x + b, an entry a channel."""
+    """y = a*x + b, with one a and b per channel."""
 
     a: np.ndarray
     b: np.ndarray
@@ -35,8 +35,8 @@ def values(variable: Any) -> np.ndarray:
     return np.asarray(keras.ops.convert_to_numpy(variable)).astype(np.float64)
 
 
-class Linear:
-    """A built layer of KINDS and weights for it, at first its own. Nothing here changes the layer."""
+class FoldableLayer:
+    """A built layer of KINDS and weights for it, initially its own. The layer itself is never changed."""
 
     def __init__(self, layer: Any) -> None:
         self.layer = layer
@@ -46,8 +46,8 @@ class Linear:
         self.bias = values(layer.bias) if layer.use_bias else np.zeros(self._outputs)
 
     @staticmethod
-    def takes(layer: Any) -> bool:
-        """Whether this is a layer whose weights are what they seem: no subclass, quantization or LoRA."""
+    def accepts(layer: Any) -> bool:
+        """Whether the layer computes with exactly these weights: no subclass, quantization or LoRA."""
         return (
             type(layer) in KINDS
             and layer.built
@@ -64,25 +64,25 @@ class Linear:
 
     @property
     def pads(self) -> bool:
-        """Whether some output sees less than the whole kernel, so that a constant input gives no constant output."""
+        """Whether some output sees only a part of the kernel, so that a constant input gives an output that varies."""
         layer = self.layer
         if isinstance(layer, keras.layers.Dense):
             return False
         return isinstance(layer, TRANSPOSES) or (layer.padding != "valid" and any(k != 1 for k in layer.kernel_size))
 
-    def after(self, affine: Affine) -> Linear:
-        """With y -> a*y + b on the outputs."""
+    def after(self, affine: Affine) -> FoldableLayer:
+        """The weights with y -> a*y + b applied to the outputs."""
         a = affine.a
         if isinstance(self.layer, DEPTHWISE):
             a = a.reshape(self.kernels[-1].shape[-2:])
         kernel = self.kernels[-1] * (a[:, None] if isinstance(self.layer, TRANSPOSES) else a)
         return self._with([*self.kernels[:-1], kernel], self.bias * affine.a + affine.b)
 
-    def before(self, affine: Affine) -> Linear:
-        """With x -> a*x + b on the inputs; not for a layer that pads."""
+    def before(self, affine: Affine) -> FoldableLayer:
+        """The weights with x -> a*x + b applied to the inputs; not for a layer that pads."""
         first, rest = self.kernels[0], self.kernels[1:]
         a, b = (self._over_inputs(channels) for channels in affine)
-        shift = (first * b).sum(tuple(range(first.ndim - 2)))  # spatial extents are gone: (in, out) or (in, multiplier)
+        shift = (first * b).sum(tuple(range(first.ndim - 2)))  # without spatial extents: (in, out) or (in, multiplier)
         if rest:
             shift = shift.reshape(-1) @ rest[0].reshape(-1, rest[0].shape[-1])
         elif isinstance(self.layer, DEPTHWISE):
@@ -91,25 +91,25 @@ class Linear:
             shift = shift.sum(0)
         return self._with([first * a, *rest], self.bias + shift)
 
-    def _with(self, kernels: list[np.ndarray], bias: np.ndarray) -> Linear:
+    def _with(self, kernels: list[np.ndarray], bias: np.ndarray) -> FoldableLayer:
         other = copy(self)
         other.kernels, other.bias = kernels, bias
         return other
 
     def _over_inputs(self, channels: np.ndarray) -> np.ndarray:
-        """Per input channel -> broadcastable to the last two axes of the first kernel."""
+        """Values per input channel, in a shape that broadcasts to the last two axes of the first kernel."""
         if isinstance(self.layer, CONVOLUTIONS) and self.layer.groups > 1:
             groups = self.layer.groups  # output channel o sees the inputs of group o // (out/groups)
             return np.repeat(channels.reshape(groups, -1).T, self.kernels[0].shape[-1] // groups, axis=1)
         return channels[:, None]
 
     def weights(self) -> list[np.ndarray]:
-        """Kernels and bias in the dtype of the layer's variables, in its order."""
+        """Kernels and bias in the dtype and the order of the layer's variables."""
         dtype = keras.ops.convert_to_numpy(self.layer.variables[0]).dtype
-        with np.errstate(over="ignore"):  # the caller looks for infinities
+        with np.errstate(over="ignore"):  # the caller checks for infinities
             return [array.astype(dtype) for array in (*self.kernels, self.bias)]
 
 
 def channel_axis(layer: Any, rank: int) -> int:
-    """The axis of its channels, of inputs as of outputs."""
+    """The channel axis of the layer's inputs and outputs."""
     return 1 if getattr(layer, "data_format", "channels_last") == "channels_first" else rank - 1

@@ -54,7 +54,7 @@ class Finder:
             return "it is called with more than its input"
         if norm.activity_regularizer is not None:
             return "it has an activity regularizer, which sees its output"
-        followers = [graph.follower(node) for graph, node in calls]
+        followers = [graph.sole_consumer(node) for graph, node in calls]
         if None in followers:
             return "its output is used more than once or is an output of the model"
         following = followers[0].operation
@@ -71,7 +71,11 @@ class Finder:
         name = None
         for graph, node in self._calls.get(id(norm), []):
             before = graph.producer(node.input_tensors[0])
-            if before is None or graph.follower(before) is not node or not getattr(before.operation, "use_bias", False):
+            if (
+                before is None
+                or graph.sole_consumer(before) is not node
+                or not getattr(before.operation, "use_bias", False)
+            ):
                 return None
             name = before.operation.name
         return name
@@ -93,7 +97,7 @@ class Finder:
         elif any(tensor.dtype != norm.compute_dtype for tensor in tensors):
             return f"{add.name} has another dtype"
         self._taken.add(id(add))
-        after = graph.follower(following)
+        after = graph.sole_consumer(following)
         last = after.operation if after is not None else None
         if last is not None and (len(self._calls[id(last)]) > 1 or layer_of(last, norm) is None):
             last = None

@@ -4,7 +4,7 @@ The model given is only read: everything is cloned by config, and values are cop
 
     for graph in graphs(model):            # the model itself and each model nested in it as a layer, once each
         for node in graph.nodes:           # one call of one operation, in the order of the data
-            node.operation, only_input(node), graph.producer(tensor), graph.follower(node)
+            node.operation, only_input(node), graph.producer(tensor), graph.sole_consumer(node)
     calls(model)[id(operation)]            # all its nodes, over all graphs: more than one for a shared layer
 
 Copying it with a plan, {id(operation): replacement}; what is not in the plan is cloned:
@@ -74,7 +74,7 @@ class Graph:
         """The node whose output this is, None for a model input."""
         return self._producers.get(id(tensor))
 
-    def follower(self, node: Any) -> Any:
+    def sole_consumer(self, node: Any) -> Any:
         """The node that takes this one's only output, where none other does and it is no output of the model."""
         if len(node.outputs) != 1 or id(node.outputs[0]) in self._outputs:
             return None
@@ -91,7 +91,7 @@ def only_input(node: Any) -> Any:
     return args[0] if all(v is None or (name == "mask" and v is mask) for name, v in kwargs.items()) else None
 
 
-def nothing_else(node: Any) -> bool:
+def has_default_arguments(node: Any) -> bool:
     """Whether what the operation was given besides its inputs is nothing, or what Keras adds itself."""
     return only_input(node) is not None or all(v is None for v in keras.tree.flatten(node.arguments.kwargs))
 
@@ -199,7 +199,7 @@ def _copy_functional(model: Any, replacement: Callable[[Any], Replacement]) -> A
         values[id(tensor)] = clone(tensor._keras_history.operation).output
     for node in graph.nodes:
         args, kwargs = node.arguments.fill_in(values)
-        if nothing_else(node):  # a replacement may not take the mask=None that Keras gave
+        if has_default_arguments(node):  # a replacement may not take the mask=None that Keras gave
             kwargs = {}
         with name_scopes(node.operation):
             for step in replacement(node.operation):

@@ -14,7 +14,7 @@ _ARGUMENTS = ("activation", "bridge", "replaces")
 _SIGNATURE = ("_call_signature", "call_signature_parameters", "_call_has_training_arg", "_call_has_context_arg")
 
 
-def become(layer: Any, other: Any) -> None:
+def convert_layer_inplace(layer: Any, other: Any) -> None:
     """Give a built layer the class of `other`, which was made from its config."""
     for name in _ARGUMENTS:
         if hasattr(other, name):
@@ -28,7 +28,7 @@ def become(layer: Any, other: Any) -> None:
     layer.__class__ = type(other)
 
 
-def forget_functions(model: Any) -> None:
+def reset_compiled_functions(model: Any) -> None:
     """Drop what was traced with the layers' old classes; and XLA, where layers came that it has no kernel for."""
     model.train_function = model.test_function = model.predict_function = None
     if model.compiled:

@@ -20,7 +20,7 @@ from ..layers.framework import renorm
 from .classes import OURS, RELATIVES, check_model
 from .compiled import carry_over
 from .graph_copy import Graph, Replacement, assign, clone, graphs, is_graph, layers, operations, paired, rebuild
-from .inplace import become, forget_functions
+from .inplace import convert_layer_inplace, reset_compiled_functions
 
 
 def to_keras(model: Any, *, inplace: bool = False) -> Any:
@@ -47,8 +47,8 @@ def to_keras(model: Any, *, inplace: bool = False) -> Any:
         for layer in ours:
             _alone(layer)
         for layer, keras_layer in [(layer, _norm(layer, layer.name)) for layer in ours]:  # all, or an error
-            become(layer, keras_layer)
-        forget_functions(model)
+            convert_layer_inplace(layer, keras_layer)
+        reset_compiled_functions(model)
         return model
     if not is_graph(model):
         raise ValueError(
@@ -76,7 +76,7 @@ def _copied(model: Any, ours: list[Any]) -> Any:
         if isinstance(original, keras.layers.Layer) and id(original) in copy.of:
             for inner in list(layers(copy.of[id(original)])):
                 if _is_ours(inner):
-                    become(inner, _norm(inner, inner.name))
+                    convert_layer_inplace(inner, _norm(inner, inner.name))
     variables = copy.variables(operations(model))
     variables.update((id(old), new) for old, new in pairs)
     carry_over(model, copy.model, variables)

@@ -19,9 +19,9 @@ import tensorflow as tf
 
 from .. import ops, reference
 from ..batch import Batch, Options, mask_varies_by_channel
+from ..mode import Mode
 from . import adjustment, average, bias, ghosts, renorm, synchronized
 from .core import CoreStep, Finish, State, Transform
-from .mode import Mode
 
 __all__ = ["Policy", "step"]
 

@@ -22,8 +22,8 @@ import tensorflow as tf
 
 from .. import ops, reference
 from ..batch import Batch, Options, mask_varies_by_channel
+from ..mode import Mode
 from .core import CoreStep, State, update_valid
-from .mode import Mode
 
 
 class Moments(NamedTuple):
