@@ -218,7 +218,7 @@ def test_check_says_what_differs(monkeypatch: pytest.MonkeyPatch) -> None:
     model = chain((6,), layers.Dense(4), Keras())
     right = bnfast.keras.models.foldable.FoldableLayer.after  # type: ignore[attr-defined]
     monkeypatch.setattr(
-        bnfast.keras.models.foldable.Linear,
+        bnfast.keras.models.foldable.FoldableLayer,
         "after",
         lambda self, affine: right(self, affine._replace(b=affine.b + 1e-2)),
     )
