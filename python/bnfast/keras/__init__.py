@@ -1,7 +1,7 @@
-"""bnfast.keras: the Keras 3 layer (TensorFlow backend) over bnfast's kernels.
+"""bnfast.keras: Keras 3 layers (TensorFlow backend) on bnfast's kernels, and functions of whole models.
 
-This file is the table of contents. The layer is `BatchNormalization`; `bridge` holds the TensorFlow ops under it, and
-`norms` those under its relatives.
+This file is the table of contents. `layers/` has the layers, `models/` the functions; bnfast.tensorflow, which never
+imports Keras, has what they compute.
 """
 
 try:
@@ -9,7 +9,7 @@ try:
     import tensorflow as _tensorflow
 except ModuleNotFoundError as error:
     if error.name not in ("keras", "tensorflow"):
-        raise  # something else is missing (the package of another Keras backend, say): its own message is the clearer
+        raise  # another package is missing (that of another Keras backend, say): its own message is clearer
     raise ImportError(
         f'bnfast.keras needs TensorFlow and Keras 3, and {error.name} is not installed: pip install "bnfast[demo]" '
         "(or tensorflow-cpu)"

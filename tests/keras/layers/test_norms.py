@@ -186,7 +186,7 @@ def test_frozen_layers_pass_gradients_on(way: str, rng: Any) -> None:
 def test_no_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a kernel writes is what the next op reads, in graph and in eager mode."""
     seen: list[tuple[int, int]] = []
-    function = bnfast.layer_norm
+    function = bnfast.functional.layer_norm
 
     def pointer(array: Any) -> int:
         return int(array.__array_interface__["data"][0])
@@ -196,7 +196,7 @@ def test_no_copies(monkeypatch: pytest.MonkeyPatch) -> None:
         seen.append((pointer(x), pointer(result.y)))
         return result
 
-    monkeypatch.setattr(bnfast, "layer_norm", layer_norm)
+    monkeypatch.setattr(bnfast.functional, "layer_norm", layer_norm)
     layer, x = LayerNormalization(), tf.random.normal((16, 64, 64, 64), seed=1)
     layer.build(x.shape)
 

@@ -1,10 +1,10 @@
-"""`patch()`: scripts that say keras.layers.BatchNormalization get bnfast's layer; `unpatch()` takes that back.
+"""`patch()`: scripts that use keras.layers.BatchNormalization get bnfast's layer; `unpatch()` undoes it.
 
-While the patch is on, every attribute of a keras.* or tensorflow.* module that was Keras's class is
-`PatchedBatchNormalization`, and so is the class that Keras finds under "keras.layers.BatchNormalization" when it reads
-a config. Names a script bound before (`from keras.layers import BatchNormalization`) stay what they were.
-Unpatching restores whatever module attribute still is the patched class, wherever it was imported to.
-Layers keep the class they were made with: one made under the patch trains on bnfast's kernels afterwards too.
+While the patch is in force, every attribute of a keras.* or tensorflow.* module that was Keras's class is
+`PatchedBatchNormalization`. So is the class that Keras finds under "keras.layers.BatchNormalization" in a config. Names
+that a script bound earlier (`from keras.layers import BatchNormalization`) keep their value. Unpatching restores
+every module attribute that still is the patched class, in any module. A layer keeps the class it was made with: one
+made under the patch trains on bnfast's kernels afterwards, too.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from ..layers.framework import may_train, renorm
 
 API_NAME = "keras.layers.BatchNormalization"
 OWNERS = ("keras", "tensorflow")  # the packages whose names are replaced
-MOST_NAMES = 3  # layers named behind a reason
+MOST_NAMES = 3  # layers named per reason
 
 _lock = threading.RLock()
 
 
 @dataclass
 class Entry:
-    """What became of one layer made under the patch."""
+    """The state of one layer that was made under the patch."""
 
     name: str
-    reason: str | None  # why it runs Keras's own code; None where it is ours
-    bridge: str | None = None  # what it trained on, once it has
+    reason: str | None  # why it runs Keras's own code; None if it uses bnfast
+    bridge: str | None = None  # the bridge of its last training call; None before one
 
     @property
     def state(self) -> str:
@@ -53,7 +53,7 @@ made: list[Entry] = []  # every layer made under a patch, in order
 
 
 class _LikeKeras(type(KERAS)):  # type: ignore[misc]
-    """isinstance and issubclass against the patched class answer as against Keras's, older layers included."""
+    """isinstance and issubclass treat the patched class like Keras's, so that they accept older layers, too."""
 
     def __instancecheck__(cls, instance: Any) -> bool:
         if cls is PatchedBatchNormalization:
@@ -67,10 +67,10 @@ class _LikeKeras(type(KERAS)):  # type: ignore[misc]
 
 
 class PatchedBatchNormalization(BatchNormalization, metaclass=_LikeKeras):
-    """What keras.layers.BatchNormalization is while the patch is on: Keras's arguments, Keras's config.
+    """The value of keras.layers.BatchNormalization while the patch is in force, with Keras's arguments and config.
 
-    It is saved under Keras's name, so files load where bnfast isn't installed. What bnfast's layer doesn't take
-    (renorm with synchronized, another backend) runs Keras's own code, and `entry.reason` says why.
+    It is saved under Keras's name, so files load without bnfast. Arguments that bnfast's layer doesn't support (renorm
+    with synchronized, another backend) make it run Keras's own code; `entry.reason` then says why.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -107,12 +107,12 @@ class PatchedBatchNormalization(BatchNormalization, metaclass=_LikeKeras):
 
 
 PatchedBatchNormalization.__name__ = PatchedBatchNormalization.__qualname__ = KERAS.__name__  # default layer names
-# Under which name a layer of this class is saved: true of every one of them, patched or not by then.
+# The name under which a layer of this class is saved, also after unpatch().
 api_export.REGISTERED_OBJS_TO_NAMES[PatchedBatchNormalization] = API_NAME
 
 
 def _unsupported(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """Why bnfast's layer doesn't take these arguments of Keras's, or None where it does."""
+    """Why bnfast's layer doesn't support these arguments of Keras's layer, or None if it does."""
     if keras.backend.backend() != "tensorflow":
         return f"Keras runs on {keras.backend.backend()}"
     try:
@@ -129,7 +129,11 @@ def _unsupported(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         epsilon = float(given.get("epsilon", 1e-3))
         if not (epsilon >= 0 and math.isfinite(epsilon)):
             return "epsilon negative or not finite"
-    except (TypeError, ValueError, NotImplementedError) as error:  # arguments that Keras refuses, in its own words
+    except (
+        TypeError,
+        ValueError,
+        NotImplementedError,
+    ) as error:  # arguments that Keras itself rejects, with its own message
         return str(error)
     return None
 
@@ -140,7 +144,7 @@ def _bridge(ours: BatchNormalization) -> str:
 
 
 class Patch:
-    """What patch() returns: as a context manager it ends the patch, if this call was the one that began it."""
+    """The result of patch(). As a context manager it ends the patch, if that call began it."""
 
     def __init__(self, began: bool) -> None:
         self._began = began
@@ -156,17 +160,17 @@ class Patch:
 
 
 def patch() -> Patch:
-    """Give bnfast's layer to all code that names Keras's BatchNormalization from now on, until `unpatch()`.
+    """Give bnfast's layer to all code that uses Keras's BatchNormalization from now on, until `unpatch()`.
 
-    Reaches keras.layers, tf.keras.layers, `from ... import BatchNormalization` after this call, keras.applications, and
-    configs and files being loaded. May be called again without effect. Also a context manager:
+    This covers keras.layers, tf.keras.layers, `from ... import BatchNormalization` after this call, keras.applications,
+    and configs and files that are loaded. A second call has no effect. The result is a context manager:
 
         with bnfast.keras.patch():
             model = keras.applications.MobileNetV2(weights=None)
 
-    Models built under the patch keep bnfast's layer after it; their files and configs name Keras's. Arguments that
-    bnfast's layer doesn't support (renorm with synchronized, a backend other than TensorFlow) give Keras's own
-    behaviour. Code compiled with `tf.function(jit_compile=True)` can't hold bnfast's layer: XLA has no kernel for it.
+    Models built under the patch keep bnfast's layer afterwards; their files and configs name Keras's. With arguments
+    that bnfast's layer doesn't support (renorm with synchronized, a backend other than TensorFlow) the layer behaves as
+    Keras's. Code compiled with `tf.function(jit_compile=True)` can't use bnfast's layer: XLA has no kernel for it.
     """
     with _lock:
         began = not is_patched()
@@ -179,9 +183,9 @@ def patch() -> Patch:
 
 
 def unpatch() -> None:
-    """Undo `patch()`: every module attribute that is the patched class is Keras's own again. No effect without one.
+    """Undo `patch()`: every module attribute that is the patched class becomes Keras's again. No effect if not patched.
 
-    Layers and models made meanwhile stay as they are, and work.
+    Layers and models that were made under the patch keep working as they are.
     """
     with _lock:
         api_export.REGISTERED_NAMES_TO_OBJS[API_NAME] = KERAS
@@ -220,7 +224,7 @@ def uses_bnfast(obj: Any) -> bool:
 
 
 def summary() -> str:
-    """How many layers made under a patch trained on which bridge, and what runs Keras's own code and why."""
+    """How many layers made under a patch trained on which bridge, and which run Keras's own code, and why."""
     if not made:
         return "no batch norm was made"
     states = Counter(entry.state for entry in made)
@@ -233,11 +237,11 @@ def summary() -> str:
 
 
 def _namespaces() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every loaded module's name and __dict__, without waking lazy ones."""
+    """The name and __dict__ of every loaded module, without triggering lazy imports."""
     for name, module in list(sys.modules.items()):
         try:
             namespace = object.__getattribute__(module, "__dict__")
-        except AttributeError:  # None, or whatever else people put there
+        except AttributeError:  # sys.modules may hold None or any other object
             continue
         if isinstance(namespace, dict):
             yield name, namespace

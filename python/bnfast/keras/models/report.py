@@ -1,10 +1,10 @@
-"""What became of a model's batch norms: one row each, read off the layers themselves, so also of a model from a file.
+"""The state of a model's batch norms, one row per layer, read from the layers: so it works for loaded models, too.
 
-state   "bnfast", followed by what is fused into it ("bnfast + relu", "bnfast + add", "bnfast + add + relu"), or
-        "keras": Keras's own code, or another's
-bridge  how TensorFlow reaches the kernels: "numpy_function" or "op"; "" where the state is "keras"
-reason  why the state is "keras", or why nothing is fused into it; "" otherwise
-removed names of the layers that this one stands for
+state   "bnfast", followed by what is fused into the layer ("bnfast + relu", "bnfast + add", "bnfast + add + relu"), or
+        "keras": the layer runs Keras's own code, or that of a derived class
+bridge  how TensorFlow calls the kernels: "numpy_function" or "op"; "" if the state is "keras"
+reason  why the state is "keras", or why nothing is fused into the layer; "" otherwise
+removed the names of the layers that this one replaces
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .patch import PatchedBatchNormalization, uses_bnfast
 
 @dataclass(frozen=True)
 class Row:
-    """One batch norm, by its name, or by its path where another one has that name too."""
+    """One batch norm, identified by its name, or by its path if several have that name."""
 
     name: str
     state: str
@@ -38,14 +38,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """All batch norms of a model, in the order of its data; str() is a table."""
+    """All batch norms of a model, in the order of the data flow. str() gives a table."""
 
     model: str
     rows: tuple[Row, ...]
 
     @property
     def removed(self) -> dict[str, str]:
-        """{name of a layer that went: name of the one that does its work}."""
+        """{name of a layer that was removed: name of the layer that does its work}."""
         return {name: row.name for row in self.rows for name in row.removed}
 
     @property
@@ -53,7 +53,7 @@ class Report:
         return tuple(row for row in self.rows if row.state == "keras")
 
     def __str__(self) -> str:
-        heads = ("layer", "state", "bridge", "stands for", "reason")
+        heads = ("layer", "state", "bridge", "replaces", "reason")
         rows = [(row.name, row.state, row.bridge, ", ".join(row.removed), row.reason) for row in self.rows]
         widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
         lines = ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in (heads, *rows)]
@@ -72,7 +72,7 @@ def report(model: Any) -> Report:
 
 
 def norms(model: Any) -> Iterator[Any]:
-    """Every batch norm, Keras's or derived from it."""
+    """Every batch norm: Keras's class and classes derived from it."""
     return (layer for layer in layers(model) if isinstance(layer, KERAS))
 
 
@@ -94,15 +94,15 @@ def _row(name: str, layer: Any, finder: Finder) -> Row:
 def _bridge(layer: Any) -> str:
     try:
         return op.choose(layer.bridge)
-    except RuntimeError:  # the op was asked for and can't be had: training will say why
+    except RuntimeError:  # the op was asked for and can't be loaded: training will raise the reason
         return str(layer.bridge)
 
 
 def why_unchanged(layer: Any, shape: tuple[int | None, ...] | None, bridge: str = "auto") -> str | None:
-    """Why `accelerate` leaves this batch norm as it is, None where it doesn't. shape: its input's, None if unknown."""
+    """Why `accelerate` leaves this batch norm unchanged, or None. shape: that of its input, None if unknown."""
     kind = type(layer)
     if kind not in (KERAS, PatchedBatchNormalization):
-        return f"{kind.__name__} is a class of its own: what it computes is not known"
+        return f"{kind.__name__} is a class of its own: what it computes is unknown"
     if getattr(layer, "renorm", False) and layer.synchronized:
         return "renorm=True with synchronized=True is not supported"
     if layer.dtype_policy.quantization_mode is not None:
@@ -115,10 +115,11 @@ def why_unchanged(layer: Any, shape: tuple[int | None, ...] | None, bridge: str 
 
 
 def worth_it(layer: Any, shape: tuple[int | None, ...] | None, bridge: str) -> str | None:
-    """Why this layer would be slower on bnfast than on Keras's own code, by measurement; None where it wouldn't.
+    """Why this layer would be slower on bnfast than on Keras's own code, by measurement; or None.
 
-    Through the TensorFlow op none is: (8, 32) takes 0.83 of Keras's time. Where that can't be had, a callback each way
-    costs 0.13 ms more than Keras's ops do on little data: (32, 300) 2.1 times, 256 KiB 1.1 times, 512 KiB 0.55 times.
+    Through the TensorFlow op no layer is slower: (8, 32) takes 0.83x Keras's time. If the op can't be loaded, a
+    callback each way costs 0.13 ms more than Keras's ops on little data: (32, 300) takes 2.1x Keras's time, 256 KiB
+    1.1x, 512 KiB 0.55x.
     """
     if shape is None or None in shape[1:] or op_library.wanted(bridge) != "auto" or op.status()[0]:
         return None

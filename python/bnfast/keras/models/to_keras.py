@@ -1,9 +1,9 @@
-"""`to_keras(model)`: the way back from `accelerate`, to a model of Keras's layers alone, which loads without bnfast.
+"""`to_keras(model)`: the inverse of `accelerate`; a model with only Keras's layers, which loads without bnfast.
 
-Layer, group and instance norms, which `accelerate` never makes, become Keras's too.
-A fused layer is taken apart again: batch norm, Add, activation, under the names that it stands for (its `replaces`).
-Of one written by hand, BatchNormalization(activation=...), the name stays with the batch norm, or with the activation
-where that is an output of the model, whose names stay; the other is called NAME_bn, NAME_add or NAME_activation.
+Layer, group and instance norms, which `accelerate` never makes, become Keras's, too. A fused layer is split into batch
+norm, Add and activation, with the names of the layers that it replaces (its `replaces`). For a layer written by hand,
+BatchNormalization(activation=...), the batch norm keeps the name; if it is an output of the model, whose names must not
+change, the activation keeps it. The others are called NAME_bn, NAME_add or NAME_activation.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from .inplace import convert_layer_inplace, reset_compiled_functions
 
 
 def to_keras(model: Any, *, inplace: bool = False) -> Any:
-    """A model with the same weights, names and outputs and with Keras's own norms; export and convert this one.
+    """A model with the same weights, names and outputs and with Keras's own norms. Use it to export and convert.
 
     Args:
         model: a built Functional or Sequential model with layers of bnfast's. It is not changed.
-        inplace: True changes the model given and returns it, as in `accelerate`: for subclassed models.
+        inplace: True changes the given model and returns it, as in `accelerate`. Subclassed models need this.
 
     Returns:
         The new model, compiled if the model was, as in `accelerate`.
 
     Raises:
         TypeError, RuntimeError: as `accelerate`.
-        ValueError: the model has no layer of bnfast's or isn't built; it is subclassed and inplace isn't True; in place
-            or inside a layer of another kind, a batch norm has an activation or an Add fused into it; one has an
-            argument that Keras's layer lacks (momentum=None, correction=1, several axes ...).
+        ValueError: the model has no layer of bnfast's or isn't built; it is subclassed and inplace isn't True; an
+            activation or an Add is fused into a batch norm that is converted in place or lies inside a layer of another
+            kind; a batch norm has an argument that Keras's layer lacks (momentum=None, correction=1, several axes ...).
     """
     check_model(model, "to_keras")
     ours = [layer for layer in layers(model) if _is_ours(layer)]
@@ -46,7 +46,9 @@ def to_keras(model: Any, *, inplace: bool = False) -> Any:
     if inplace:
         for layer in ours:
             _alone(layer)
-        for layer, keras_layer in [(layer, _norm(layer, layer.name)) for layer in ours]:  # all, or an error
+        for layer, keras_layer in [
+            (layer, _norm(layer, layer.name)) for layer in ours
+        ]:  # all are made before one changes
             convert_layer_inplace(layer, keras_layer)
         reset_compiled_functions(model)
         return model
@@ -62,7 +64,7 @@ def _copied(model: Any, ours: list[Any]) -> Any:
     in_graphs = {id(operation) for operation in operations(model)}
     outputs = {id(node.operation) for graph in graphs(model) for node in _output_nodes(graph)}
     plan: dict[int, Replacement] = {}
-    parts: list[tuple[Any, list[Any]]] = []  # (layer of ours, its batch norm and, if that is a layer, its activation)
+    parts: list[tuple[Any, list[Any]]] = []  # (our layer; its batch norm and, if it is a layer, its activation)
     for layer in ours:
         if id(layer) in in_graphs:
             new, plan[id(layer)] = _apart(layer, id(layer) in outputs)
@@ -95,7 +97,7 @@ def _is_ours(layer: Any) -> bool:
 def _alone(layer: Any) -> None:
     if isinstance(layer, BatchNormalizationAdd) or not _linear(layer):
         raise ValueError(
-            f"layer {layer.path or layer.name} has an activation or an Add fused into it: no way back in place"
+            f"layer {layer.path or layer.name} has an activation or an Add fused into it: not convertible in place"
         )
 
 
@@ -106,22 +108,22 @@ def _linear(layer: Any) -> bool:
 
 
 def _norm(layer: Any, name: str) -> Any:
-    """Keras's layer for this one, unbuilt."""
+    """The unbuilt layer of Keras's for this one."""
     if type(layer) in RELATIVES:
-        kind, words = RELATIVES[type(layer)]
-        return clone(layer, kind, name=name, **words)
+        kind, kwargs = RELATIVES[type(layer)]
+        return clone(layer, kind, name=name, **kwargs)
     return clone(layer, KERAS, name=name, activation=..., bridge=..., fused=..., replaces=...)
 
 
 def _pairs(layer: Any, norm: Any, activation: Any = None) -> list[tuple[Any, Any]]:
-    """(variable, its counterpart) of a layer and its parts."""
+    """(variable, its counterpart) for a layer and its parts."""
     names = ("gamma", "beta", "moving_mean", "moving_variance", *renorm.NAMES)
     own = [(getattr(layer, name), getattr(norm, name)) for name in names if getattr(norm, name, None) is not None]
     return [*own, *([] if activation is None else paired(layer.activation, activation))]
 
 
 def _apart(layer: Any, is_output: bool) -> tuple[list[Any], Replacement]:
-    """The batch norm and, if that is a layer, the activation; and what does the work of this layer."""
+    """The batch norm and, if it is a layer, the activation; and the steps that replace the layer."""
     has_add, linear = isinstance(layer, BatchNormalizationAdd), _linear(layer)
     if not has_add and linear:
         norm = _norm(layer, layer.name)
@@ -135,7 +137,7 @@ def _apart(layer: Any, is_output: bool) -> tuple[list[Any], Replacement]:
         add_name = last if linear else names.get("add") or f"{layer.name}_add"
         add = keras.layers.Add(name=add_name, dtype=layer.dtype_policy)
         order = slice(None, None, -1 if names.get("place") else 1)
-        steps.append(lambda tensors, **words: add([norm(tensors[0], **_first(words)), tensors[1]][order]))
+        steps.append(lambda tensors, **kwargs: add([norm(tensors[0], **_first(kwargs)), tensors[1]][order]))
     else:
         steps.append(norm)
     if linear:
@@ -146,6 +148,6 @@ def _apart(layer: Any, is_output: bool) -> tuple[list[Any], Replacement]:
     return [norm], (*steps, keras.layers.Activation(layer.activation, name=last, dtype=layer.dtype_policy))
 
 
-def _first(words: dict[str, Any]) -> dict[str, Any]:
-    """Call arguments for the batch norm alone: of a list of masks, x's."""
-    return {name: word[0] if isinstance(word, (list, tuple)) else word for name, word in words.items()}
+def _first(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The call arguments for the batch norm alone: from a list of masks, that of x."""
+    return {name: word[0] if isinstance(word, (list, tuple)) else word for name, word in kwargs.items()}
