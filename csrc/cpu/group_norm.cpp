@@ -11,7 +11,7 @@
 namespace bnfast {
 
 void merge_rows(const KernelTable& table, const RowMoments::Sizes& sizes, std::int64_t rows, const RowMoments& m) {
-    const std::int64_t chunks = sizes.chunks, K = sizes.columns_per_row, all = chunks * sizes.lanes;
+    const std::int64_t chunks = sizes.grid.chunks, C = sizes.grid.C, K = sizes.columns_per_row, all = chunks * C;
     if (K == 1) {
         table.merge({rows, chunks, 0, rows, m.count, m.center, m.offset, m.m2, m.mean, m.variance});
         return;
@@ -20,8 +20,7 @@ void merge_rows(const KernelTable& table, const RowMoments::Sizes& sizes, std::i
     for (double* p : {m.center, m.offset, m.m2})
         for (std::int64_t chunk = 0; chunk < chunks; ++chunk)
             for (std::int64_t g = 0; g < rows; ++g)
-                for (std::int64_t k = 0; k < K; ++k)
-                    p[all + (chunk * K + k) * rows + g] = p[chunk * sizes.lanes + g * K + k];
+                for (std::int64_t k = 0; k < K; ++k) p[all + (chunk * K + k) * rows + g] = p[chunk * C + g * K + k];
     for (std::int64_t i = 0; i < chunks * K; ++i) m.count[chunks + i] = m.count[i / K];
     table.merge(
         {rows, chunks * K, 0, rows, m.count + chunks, m.center + all, m.offset + all, m.m2 + all, m.mean, m.variance});
@@ -41,13 +40,13 @@ GroupShape canonical_of(const GroupNormArgs& a) {
 struct Workspace {
     struct Sizes {
         RowMoments::Sizes rows;
+        Grid grid;         // of the channels of a full span
         int64_t channels;  // of all samples in the span
-        int64_t params;    // one packed row of channels
-        template <class Layout> explicit Sizes(const Layout& spans) : rows(spans) {
-            const Grid grid = make_grid(spans.channel_shape(spans.units_per_span), spans.dtype);
-            channels = rows.rows * spans.channels_per_row;
-            params = grid.pack * grid.C;
-        }
+        template <class Layout>
+        explicit Sizes(const Layout& spans)
+            : rows(spans),
+              grid(make_grid(spans.channel_shape(spans.units_per_span), spans.dtype)),
+              channels(rows.rows * spans.channels_per_row) {}
     };
     RowMoments rows;
     double *mean, *variance, *gamma, *beta, *invstd;  // [channels]
@@ -55,7 +54,7 @@ struct Workspace {
 
     Workspace(Carver& carver, const Sizes& n) : rows(carver, n.rows) {
         for (double** each : {&mean, &variance, &gamma, &beta, &invstd}) *each = carver.array(n.channels);
-        params = params_of(carver, n.params, false);
+        carve(params, carver, n.grid.pack * n.grid.C, false);
     }
 };
 
@@ -68,13 +67,15 @@ public:
           table(t),
           kernel(t.types[int(args.dtype)]),
           workspaces(scratch, Workspace::Sizes(spans), workspace_count(spans)),
-          each_scratch(round_up_to_line(reduce_scratch(spans))),
+          each_scratch(round_up_to_line(workspaces.sizes().rows.reduce_scratch())),
           scratch_at(scratch.count(each_scratch * spans.threads)) {
         scratch.take();
     }
 
-    int64_t reduce_tasks() const { return workspaces.sizes().rows.chunks; }
-    int64_t apply_tasks() const { return apply_plan(spans, spans.units_per_span).num_apply_tasks; }
+    int64_t reduce_tasks() const { return workspaces.sizes().rows.grid.chunks; }
+    int64_t apply_tasks() const {
+        return apply_plan(spans, spans.units_per_span, workspaces.sizes().grid).num_apply_tasks;
+    }
     int64_t finish_tasks() const { return 0; }
 
     void whole_span(int rank, int64_t span) const {
@@ -89,8 +90,11 @@ public:
     void finish(int64_t) const {}
 
 private:
+    Grid grid_of(int64_t span) const { return channel_grid(spans, span, workspaces.sizes().grid); }
+
     void reduce(const Workspace& w, int rank, int64_t span, int64_t chunk) const {
-        reduce_rows(spans, kernel, a.x, span, chunk, w.rows, scratch.at(scratch_at + rank * each_scratch));
+        const Grid grid = row_grid(spans, span, workspaces.sizes().rows.grid);
+        reduce_rows(spans, grid, kernel, a.x, span, chunk, w.rows, scratch.at(scratch_at + rank * each_scratch));
     }
 
     void finalize(const Workspace& w, int64_t span) const {
@@ -103,7 +107,7 @@ private:
         }
         FinalizeArgs f{};
         f.C = f.c1 = channels;
-        f.pack = make_grid(spans.channel_shape(spans.span_units(span)), a.dtype).pack;
+        f.pack = grid_of(span).pack;
         f.mean = {w.mean, 1};
         f.variance_or_invstd = {w.variance, 1};
         if (a.gamma.data) {
@@ -125,9 +129,10 @@ private:
     }
 
     void apply(const Workspace& w, int64_t span, int64_t task) const {
-        const Plan plan = apply_plan(spans, spans.span_units(span));
+        const Grid grid = grid_of(span);
+        const Plan plan = apply_plan(spans, spans.span_units(span), grid);
         ApplyArgs y{};
-        y.grid = plan.apply_grid;
+        y.grid = grid;
         y.x = spans.begin(a.x, span);
         y.y = spans.begin(a.y, span);
         y.params = w.params;

@@ -52,12 +52,14 @@ private:
 // A workspace for each span where the team shares them, otherwise for each thread.
 inline std::int64_t workspace_count(const Spans& spans) { return spans.by_steps ? spans.num_spans : spans.threads; }
 
-inline Params params_of(Carver& carver, std::int64_t values, bool gradient) {
-    Params p{};
-    for (void** each : {&p.mean_hi, &p.scale, &p.shift}) *each = carver.array(values);
-    if (gradient)
-        for (void** each : {&p.mean_dy, &p.dx_slope, &p.dx_offset}) *each = carver.array(values);
-    return p;
+// In place: returned and copied, the loads would wait for the stores, which was 4 % of a call of 1 us.
+inline void carve(Params& p, Carver& carver, std::int64_t values, bool gradient) {
+    p.mean_hi = carver.array(values);
+    p.scale = carver.array(values);
+    p.shift = carver.array(values);
+    p.mean_dy = gradient ? carver.array(values) : nullptr;
+    p.dx_slope = gradient ? carver.array(values) : nullptr;
+    p.dx_offset = gradient ? carver.array(values) : nullptr;
 }
 
 // ---- gamma and beta ------------------------------------------------------------------------------------------------
@@ -84,34 +86,34 @@ inline void repeat(const ConstVector& v, std::int64_t C, std::int64_t first, std
 
 struct RowMoments {
     struct Sizes {
-        std::int64_t rows, lanes, chunks;  // a lane is what the moments kernels take for a channel
-        std::int64_t columns_per_row;      // lanes that are one row
+        Grid grid;                     // of a full span; its channels are rows or, in channels last, columns
+        std::int64_t rows;             // in a span
+        std::int64_t columns_per_row;  // channels of the grid that together are one row
         template <class Layout>
         explicit Sizes(const Layout& spans)
-            : rows(spans.units_per_span * spans.rows_per_unit), columns_per_row(spans.columns_per_row()) {
-            const Grid grid = make_grid(spans.row_shape(spans.units_per_span), spans.dtype);
-            lanes = grid.C;
-            chunks = grid.chunks;
-        }
+            : grid(make_grid(spans.row_shape(spans.units_per_span), spans.dtype)),
+              rows(spans.units_per_span * spans.rows_per_unit),
+              columns_per_row(spans.columns_per_row()) {}
+        std::int64_t reduce_scratch() const { return grid.pack > 1 ? 4 * grid.pack * grid.C : 0; }  // doubles
     };
-    double *count, *center, *offset, *m2;  // [chunks] and [chunks][lanes]; if columns_per_row > 1, the same regrouped
+    double *count, *center, *offset, *m2;  // [chunks] and [chunks][C]; if columns_per_row > 1, the same regrouped
     double *mean, *variance;               // [rows]
 
     RowMoments(Carver& carver, const Sizes& n) {
         const bool regroups = n.columns_per_row > 1;
-        count = carver.array(n.chunks * (regroups ? 1 + n.columns_per_row : 1));
-        for (double** each : {&center, &offset, &m2}) *each = carver.array(n.chunks * n.lanes * (regroups ? 2 : 1));
+        const std::int64_t chunks = n.grid.chunks;
+        count = carver.array(chunks * (regroups ? 1 + n.columns_per_row : 1));
+        for (double** each : {&center, &offset, &m2}) *each = carver.array(chunks * n.grid.C * (regroups ? 2 : 1));
         for (double** each : {&mean, &variance}) *each = carver.array(n.rows);
     }
 };
 
-// The moments of one chunk of a span.
-template <class Layout>
-void reduce_rows(const Layout& spans, const TypeKernels& kernel, const void* x, std::int64_t span, std::int64_t chunk,
-                 const RowMoments& to, double* scratch) {
+// The moments of one chunk of a span, whose rows have the grid `grid`.
+inline void reduce_rows(const Spans& spans, const Grid& grid, const TypeKernels& kernel, const void* x,
+                        std::int64_t span, std::int64_t chunk, const RowMoments& to, double* scratch) {
     ReduceArgs r{};
     r.prefetch_next = spans.stream;
-    r.grid = make_grid(spans.row_shape(spans.span_units(span)), spans.dtype);
+    r.grid = grid;
     r.x = spans.begin(x, span);
     r.chunk = chunk;
     r.c1 = r.grid.C;
@@ -121,11 +123,6 @@ void reduce_rows(const Layout& spans, const TypeKernels& kernel, const void* x, 
     r.m2 = to.m2;
     r.scratch = scratch;
     (r.grid.S > 1 ? kernel.reduce_rows : kernel.reduce_columns)[0](r);
-}
-// The doubles that reduce_rows needs as scratch.
-template <class Layout> std::int64_t reduce_scratch(const Layout& spans) {
-    const Grid grid = make_grid(spans.row_shape(spans.units_per_span), spans.dtype);
-    return grid.pack > 1 ? 4 * grid.pack * grid.C : 0;
 }
 
 // Mean and variance of the first `rows` rows.

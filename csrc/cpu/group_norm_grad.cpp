@@ -32,17 +32,13 @@ using std::int64_t;
 
 struct Workspace {
     struct Sizes {
+        Grid grid;         // of the channels of a full span
         int64_t channels;  // of all samples in the span
-        int64_t chunks;    // of the reduce step
-        int64_t params;    // one packed row of channels
-        int64_t scratch;   // doubles that reduce needs
-        template <class Layout> explicit Sizes(const Layout& spans) {
-            const Grid grid = make_grid(spans.channel_shape(spans.units_per_span), spans.dtype);
-            channels = spans.units_per_span * spans.rows_per_unit * spans.channels_per_row;
-            chunks = grid.chunks;
-            params = grid.pack * grid.C;
-            scratch = grid.pack > 1 ? 2 * params : 0;
-        }
+        template <class Layout>
+        explicit Sizes(const Layout& spans)
+            : grid(make_grid(spans.channel_shape(spans.units_per_span), spans.dtype)),
+              channels(spans.units_per_span * spans.rows_per_unit * spans.channels_per_row) {}
+        int64_t reduce_scratch() const { return grid.pack > 1 ? 2 * grid.pack * grid.C : 0; }  // doubles
     };
     double *sum_dy, *sum_dy_centered_x;  // reduce's results, [chunks][channels]
     double *mean, *invstd, *gamma;       // [channels]; mean and invstd are the row's
@@ -51,10 +47,10 @@ struct Workspace {
     Params params;
 
     Workspace(Carver& carver, const Sizes& n) {
-        for (double** each : {&sum_dy, &sum_dy_centered_x}) *each = carver.array(n.chunks * n.channels);
+        for (double** each : {&sum_dy, &sum_dy_centered_x}) *each = carver.array(n.grid.chunks * n.channels);
         for (double** each : {&mean, &invstd, &gamma, &dmean, &dvariance, &dgamma, &dbeta})
             *each = carver.array(n.channels);
-        params = params_of(carver, n.params, true);
+        carve(params, carver, n.grid.pack * n.grid.C, true);
     }
 };
 
@@ -67,7 +63,7 @@ public:
           spans(layout),
           kernel(table.types[int(args.dtype)]),
           workspaces(scratch, Workspace::Sizes(spans), workspace_count(spans)),
-          each_scratch(round_up_to_line(workspaces.sizes().scratch)),
+          each_scratch(round_up_to_line(workspaces.sizes().reduce_scratch())),
           scratch_at(scratch.count(each_scratch * spans.threads)),
           sums(scratch, spans.shape.C, spans.num_partials) {
         scratch.take();
@@ -75,8 +71,10 @@ public:
             for (int64_t span = 0; span < spans.num_spans; ++span) prepare(workspaces[span], span);
     }
 
-    int64_t reduce_tasks() const { return workspaces.sizes().chunks; }
-    int64_t apply_tasks() const { return apply_plan(spans, spans.units_per_span).num_apply_tasks; }
+    int64_t reduce_tasks() const { return workspaces.sizes().grid.chunks; }
+    int64_t apply_tasks() const {
+        return apply_plan(spans, spans.units_per_span, workspaces.sizes().grid).num_apply_tasks;
+    }
     int64_t finish_tasks() const { return sums.tasks(); }
 
     void whole_span(int rank, int64_t span) const {
@@ -98,6 +96,8 @@ public:
     }
 
 private:
+    Grid grid_of(int64_t span) const { return channel_grid(spans, span, workspaces.sizes().grid); }
+
     // The row's mean and invstd for each of its channels, gamma, and the constants that reduce needs.
     void prepare(const Workspace& w, int64_t span) const {
         const int64_t rows = spans.span_rows(span), first = spans.first_row(span), K = spans.channels_per_row;
@@ -108,7 +108,7 @@ private:
         }
         FinalizeArgs f{};
         f.C = f.c1 = channels;
-        f.pack = make_grid(spans.channel_shape(spans.span_units(span)), a.dtype).pack;
+        f.pack = grid_of(span).pack;
         f.mean = {w.mean, 1};
         f.variance_or_invstd = {w.invstd, 1};
         f.is_invstd = 1;
@@ -122,7 +122,7 @@ private:
 
     void reduce(const Workspace& w, int rank, int64_t span, int64_t chunk) const {
         GradReduceArgs r{};
-        r.grid = make_grid(spans.channel_shape(spans.span_units(span)), a.dtype);
+        r.grid = grid_of(span);
         r.dy = spans.begin(a.dy, span);
         r.x = spans.begin(a.x, span);
         r.params = w.params;
@@ -139,8 +139,8 @@ private:
         const int64_t rows = spans.span_rows(span), K = spans.channels_per_row;
         GradFinalizeArgs f{};
         f.C = f.c1 = rows * K;
-        f.pack = make_grid(spans.channel_shape(spans.span_units(span)), a.dtype).pack;
-        f.chunks = workspaces.sizes().chunks;
+        f.pack = grid_of(span).pack;
+        f.chunks = reduce_tasks();
         f.sum_dy = w.sum_dy;
         f.sum_dy_centered_x = w.sum_dy_centered_x;
         f.mean = {w.mean, 1};
@@ -209,9 +209,10 @@ private:
     }
 
     void apply(const Workspace& w, int64_t span, int64_t task) const {
-        const Plan plan = apply_plan(spans, spans.span_units(span));
+        const Grid grid = grid_of(span);
+        const Plan plan = apply_plan(spans, spans.span_units(span), grid);
         GradApplyArgs d{};
-        d.grid = plan.apply_grid;
+        d.grid = grid;
         d.dy = spans.begin(a.dy, span);
         d.x = spans.begin(a.x, span);
         d.dx = spans.begin(a.dx, span);

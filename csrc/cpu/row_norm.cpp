@@ -58,8 +58,9 @@ struct ForwardWorkspace {
     RowMoments rows;
     double* invstd;  // [rows]
     Params params;   // [rows]
-    ForwardWorkspace(Carver& carver, const Sizes& n)
-        : rows(carver, n), invstd(carver.array(n.rows)), params(params_of(carver, n.rows, false)) {}
+    ForwardWorkspace(Carver& carver, const Sizes& n) : rows(carver, n), invstd(carver.array(n.rows)) {
+        carve(params, carver, n.rows, false);
+    }
 };
 
 class Forward {
@@ -70,7 +71,7 @@ public:
           table(t),
           kernel(t.types[int(args.dtype)]),
           workspaces(scratch, ForwardWorkspace::Sizes(spans), workspace_count(spans)),
-          each_scratch(round_up_to_line(reduce_scratch(spans))),
+          each_scratch(round_up_to_line(workspaces.sizes().reduce_scratch())),
           scratch_at(scratch.count(each_scratch * spans.threads)),
           gamma_at(scratch.count(spans.shape.C)),
           beta_at(scratch.count(spans.shape.C)) {
@@ -79,7 +80,7 @@ public:
         convert(a.beta, spans.shape.C, 0, a.dtype, scratch.at(beta_at));
     }
 
-    int64_t reduce_tasks() const { return workspaces.sizes().chunks; }
+    int64_t reduce_tasks() const { return workspaces.sizes().grid.chunks; }
     int64_t apply_tasks() const { return ceil_div(spans.row_size, apply_width); }
     int64_t finish_tasks() const { return 0; }
 
@@ -100,7 +101,8 @@ private:
     static constexpr int64_t apply_width = 32768;  // values of each row per task: 128 KiB of float32
 
     void reduce(const ForwardWorkspace& w, int rank, int64_t span, int64_t chunk) const {
-        reduce_rows(spans, kernel, a.x, span, chunk, w.rows, scratch.at(scratch_at + rank * each_scratch));
+        const Grid grid = row_grid(spans, span, workspaces.sizes().grid);
+        reduce_rows(spans, grid, kernel, a.x, span, chunk, w.rows, scratch.at(scratch_at + rank * each_scratch));
     }
     void finalize(const ForwardWorkspace& w, int64_t span) const {
         const int64_t rows = spans.span_rows(span), first = spans.first_row(span);
@@ -150,7 +152,7 @@ struct BackwardWorkspace {
     BackwardWorkspace(Carver& carver, const Sizes& n) {
         for (double** each : {&row_sum, &row_sum_centered_x}) *each = carver.array(n.row_blocks * n.rows);
         for (double** each : {&dgamma, &dbeta}) *each = carver.array(n.rows);
-        params = params_of(carver, n.rows, true);
+        carve(params, carver, n.rows, true);
     }
 };
 
