@@ -32,9 +32,9 @@ template <class Workspace> class Workspaces {
 public:
     using Sizes = typename Workspace::Sizes;
     Workspaces(Scratch& scratch, const Sizes& sizes, std::int64_t count) : scratch_(scratch), sizes_(sizes) {
-        Carver carver(nullptr);
-        Workspace counted(carver, sizes);
-        each_ = carver.size();
+        Carver counter(nullptr);
+        Workspace(counter, sizes);
+        each_ = counter.size();
         offset_ = scratch.count(each_ * count);
     }
     Workspace operator[](std::int64_t i) const {

@@ -42,7 +42,7 @@ struct Workspace {
     };
     double *sum_dy, *sum_dy_centered_x;  // reduce's results, [chunks][channels]
     double *mean, *invstd, *gamma;       // [channels]; mean and invstd are the row's
-    double *dmean, *dvariance;           // [channels]; by which the row's sums differ
+    double *dmean, *dvariance;           // [channels]; see set_differences
     double *dgamma, *dbeta;              // [channels]; of one sample each
     Params params;
 
@@ -147,7 +147,7 @@ private:
         f.invstd = {w.invstd, 1};
         if (a.gamma.data) f.gamma = {w.gamma, 1};
         if (K > 1) {
-            for (int64_t r = 0; r < rows; ++r) differ(w, r * K, rows * K);
+            for (int64_t r = 0; r < rows; ++r) set_differences(w, r * K, rows * K);
             f.dmean = {w.dmean, 1};
             f.dvariance = {w.dvariance, 1};
         }
@@ -160,9 +160,9 @@ private:
         kernel.grad_finalize(f);
     }
 
-    // dmean and dvariance of the K channels of a row, from channel p of the span on: what the row's sums, taken for n
-    // of its M values, differ by from the channel's own.
-    void differ(const Workspace& w, int64_t p, int64_t channels) const {
+    // dmean and dvariance of the K channels of the row that begins at channel p of the span: the channel's own sums,
+    // less the n/M of the row's sums that fall to it.
+    void set_differences(const Workspace& w, int64_t p, int64_t channels) const {
         const double mean = w.mean[p], invstd = w.invstd[p];
         const double n = double(spans.channel_size()), M = double(spans.row_size);
         // The kernels centered x at the mean in the compute type, so that sum_dy_centered_x lacks the rest of the mean.
