@@ -38,6 +38,21 @@ class Batch(NamedTuple):
         return {name: getattr(self, name) for name in PRIMALS if getattr(self, name) is not None}
 
 
+class GradientInputs(NamedTuple):
+    """What a backward pass reads. mean to dvariance are vectors of shape (C,)."""
+
+    dy: tf.Tensor
+    x: tf.Tensor
+    mean: tf.Tensor
+    invstd: tf.Tensor
+    gamma: tf.Tensor
+    beta: tf.Tensor
+    dmean: tf.Tensor  # upstream gradients of the statistics
+    dvariance: tf.Tensor
+    mask: tf.Tensor | None = None
+    y: tf.Tensor | None = None  # the output of a forward pass with residual and activation; no other gradient needs it
+
+
 def as_input(inputs: Any) -> tf.Tensor:
     """inputs as a tensor that the kernels accept: integers and booleans become float32, as in Keras.
 

@@ -11,61 +11,45 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from .batch import Options, compute_dtype, per_channel
+from .batch import Batch, Options, compute_dtype, per_channel
 from .reference import activate
 
 
-def infer(
-    x: tf.Tensor,
-    gamma: tf.Tensor | None,
-    beta: tf.Tensor | None,
-    moving_mean: tf.Tensor,
-    moving_variance: tf.Tensor,
-    options: Options,
-    residual: tf.Tensor | None = None,
-) -> tf.Tensor:
-    """y in the shape and dtype of x. gamma, beta and moving_* have shape (C,) and any float dtype."""
+def infer(batch: Batch, moving: tuple[tf.Tensor, tf.Tensor], options: Options) -> tf.Tensor:
+    """y in the shape and dtype of x. gamma, beta and the moving mean and variance have shape (C,) and any float dtype.
+
+    The mask of the batch is ignored.
+    """
+    x = batch.x
     fused = x.shape.rank == 4 and options.axis % 4 == 3 and x.dtype != tf.float64
-    normalize = _fused if fused else _unfused
-    y = normalize(x, gamma, beta, moving_mean, moving_variance, options)
-    return activate(y if residual is None else y + residual, options)
+    y = (_fused if fused else _unfused)(batch, moving, options)
+    return activate(y if batch.residual is None else y + batch.residual, options)
 
 
-def _fused(
-    x: tf.Tensor,
-    gamma: tf.Tensor | None,
-    beta: tf.Tensor | None,
-    mean: tf.Tensor,
-    variance: tf.Tensor,
-    options: Options,
-) -> tf.Tensor:
+def _fused(batch: Batch, moving: tuple[tf.Tensor, tf.Tensor], options: Options) -> tf.Tensor:
     # The raw op: tf.compat.v1.nn.fused_batch_norm silently raises an epsilon below 1.001e-5 to that value.
-    mean = tf.cast(mean, tf.float32)
+    mean, variance = (tf.cast(statistic, tf.float32) for statistic in moving)
     return tf.raw_ops.FusedBatchNormV3(
-        x=x,
-        scale=tf.ones_like(mean) if gamma is None else tf.cast(gamma, tf.float32),
-        offset=tf.zeros_like(mean) if beta is None else tf.cast(beta, tf.float32),
+        x=batch.x,
+        scale=tf.ones_like(mean) if batch.gamma is None else tf.cast(batch.gamma, tf.float32),
+        offset=tf.zeros_like(mean) if batch.beta is None else tf.cast(batch.beta, tf.float32),
         mean=mean,
-        variance=tf.cast(variance, tf.float32),
+        variance=variance,
         epsilon=options.epsilon,
         is_training=False,
     ).y
 
 
-def _unfused(
-    x: tf.Tensor,
-    gamma: tf.Tensor | None,
-    beta: tf.Tensor | None,
-    mean: tf.Tensor,
-    variance: tf.Tensor,
-    options: Options,
-) -> tf.Tensor:
+def _unfused(batch: Batch, moving: tuple[tf.Tensor, tf.Tensor], options: Options) -> tf.Tensor:
+    def vector(values: tf.Tensor | None) -> tf.Tensor | None:
+        return None if values is None else per_channel(values, batch.x, options.axis)
+
     y = tf.nn.batch_normalization(
-        tf.cast(x, compute_dtype(x)),
-        mean=per_channel(mean, x, options.axis),
-        variance=per_channel(variance, x, options.axis),
-        offset=None if beta is None else per_channel(beta, x, options.axis),
-        scale=None if gamma is None else per_channel(gamma, x, options.axis),
+        tf.cast(batch.x, compute_dtype(batch.x)),
+        mean=vector(moving[0]),
+        variance=vector(moving[1]),
+        offset=vector(batch.beta),
+        scale=vector(batch.gamma),
         variance_epsilon=options.epsilon,
     )
-    return tf.cast(y, x.dtype)
+    return tf.cast(y, batch.x.dtype)

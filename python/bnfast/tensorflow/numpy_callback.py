@@ -24,7 +24,7 @@ from .. import _core
 from ..functional.batch_norm import batch_norm_grad, batch_norm_train
 from ..functional.batch_norm import moments as batch_moments
 from . import reference
-from .batch import PRIMALS, Batch, Options, compute_dtype
+from .batch import PRIMALS, Batch, GradientInputs, Options, compute_dtype
 
 Function = Callable[..., Sequence[np.ndarray]]
 Direct = Callable[[list[str], Function], Function]
@@ -112,22 +112,10 @@ def moments(x: tf.Tensor, mask: tf.Tensor | None, options: Options) -> tuple[tf.
     return mean, variance
 
 
-def gradient(
-    dy: tf.Tensor,
-    x: tf.Tensor,
-    mean: tf.Tensor,
-    invstd: tf.Tensor,
-    gamma: tf.Tensor,
-    beta: tf.Tensor,
-    dmean: tf.Tensor,
-    dvariance: tf.Tensor,
-    mask: tf.Tensor | None,
-    y: tf.Tensor | None,
-    options: Options,
-) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor | None]:
-    saved = {"mean": mean, "invstd": invstd, **_present(mask=mask)}
-    upstream = {"dy": dy, "dmean": dmean, "dvariance": dvariance}
-    primals = _present(x=x, gamma=gamma, beta=beta, y=y)
+def gradient(inputs: GradientInputs, options: Options) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor | None]:
+    saved = {"mean": inputs.mean, "invstd": inputs.invstd, **_present(mask=inputs.mask)}
+    upstream = {"dy": inputs.dy, "dmean": inputs.dmean, "dvariance": inputs.dvariance}
+    primals = _present(x=inputs.x, gamma=inputs.gamma, beta=inputs.beta, y=inputs.y)
     dx, dgamma, dbeta, *dresidual = _gradient({**upstream, **primals}, saved, options)
     return dx, dgamma, dbeta, dresidual[0] if dresidual else None
 

@@ -24,7 +24,7 @@ import tensorflow as tf
 
 from .. import _core
 from . import op_library, reference
-from .batch import Batch, Options, compute_dtype
+from .batch import Batch, GradientInputs, Options, compute_dtype
 
 BRIDGES = op_library.BRIDGES
 
@@ -152,30 +152,19 @@ def moments(x: tf.Tensor, mask: tf.Tensor | None, options: Options) -> tuple[tf.
     return mean, variance
 
 
-def gradient(
-    dy: tf.Tensor,
-    x: tf.Tensor,
-    mean: tf.Tensor,
-    invstd: tf.Tensor,
-    gamma: tf.Tensor,
-    beta: tf.Tensor,
-    dmean: tf.Tensor,
-    dvariance: tf.Tensor,
-    mask: tf.Tensor | None,
-    y: tf.Tensor | None,
-    options: Options,
-) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor | None]:
+def gradient(inputs: GradientInputs, options: Options) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor | None]:
     """`ops.gradient`."""
+    mask, y = inputs.mask, inputs.y
     result = _load().ops.bnfast_grad(
-        dy=dy,
-        x=x,
-        saved=tf.stack([mean, invstd]),
-        gamma=[gamma],
-        beta=[beta],
-        mask=[] if mask is None else [_weights(mask, x, options.axis)],
+        dy=inputs.dy,
+        x=inputs.x,
+        saved=tf.stack([inputs.mean, inputs.invstd]),
+        gamma=[inputs.gamma],
+        beta=[inputs.beta],
+        mask=[] if mask is None else [_weights(mask, inputs.x, options.axis)],
         y=[] if y is None else [y],
         parameter_type=tf.float64,
-        statistics=[dmean, dvariance],
+        statistics=[inputs.dmean, inputs.dvariance],
         **_attributes(options),
     )
     return result.dx, result.dgamma, result.dbeta, None if y is None else result.dresidual[0]

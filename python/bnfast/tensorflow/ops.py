@@ -19,7 +19,7 @@ from typing import Protocol
 import tensorflow as tf
 
 from . import numpy_callback, op
-from .batch import Batch, Options
+from .batch import Batch, GradientInputs, Options
 from .inference import infer
 
 __all__ = ["gradient", "infer", "moments", "train", "train_step"]
@@ -49,18 +49,7 @@ class Bridge(Protocol):
     def moments(self, x: tf.Tensor, mask: tf.Tensor | None, options: Options) -> tuple[tf.Tensor, tf.Tensor]: ...
 
     def gradient(
-        self,
-        dy: tf.Tensor,
-        x: tf.Tensor,
-        mean: tf.Tensor,
-        invstd: tf.Tensor,
-        gamma: tf.Tensor,
-        beta: tf.Tensor,
-        dmean: tf.Tensor,
-        dvariance: tf.Tensor,
-        mask: tf.Tensor | None,
-        y: tf.Tensor | None,
-        options: Options,
+        self, inputs: GradientInputs, options: Options
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor | None]: ...
 
 
@@ -115,27 +104,11 @@ def moments(
 
 
 def gradient(
-    dy: tf.Tensor,
-    x: tf.Tensor,
-    mean: tf.Tensor,
-    invstd: tf.Tensor,
-    gamma: tf.Tensor,
-    beta: tf.Tensor,
-    dmean: tf.Tensor,
-    dvariance: tf.Tensor,
-    *,
-    mask: tf.Tensor | None = None,
-    y: tf.Tensor | None = None,
-    options: Options = _DEFAULT,
-    bridge: str = "auto",
+    inputs: GradientInputs, options: Options = _DEFAULT, bridge: str = "auto"
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor | None]:
     """(dx, dgamma, dbeta, dresidual) for xhat = (x - mean)*invstd with any mean and invstd; dresidual only with y.
 
     Do not differentiate this function; only the gradients of `train` and `train_step` support it. Its derivative would
-    be the one that belongs to x's own mean and invstd.
-
-    Args:
-        mean, invstd, gamma, beta, dmean, dvariance: float64 of shape (C,).
-        y: the output of a forward pass that had a residual and an activation. No other gradient needs it.
+    be the one that belongs to x's own mean and invstd. The vectors of `inputs` are float64.
     """
-    return _choose(bridge).gradient(dy, x, mean, invstd, gamma, beta, dmean, dvariance, mask, y, options)
+    return _choose(bridge).gradient(inputs, options)

@@ -21,6 +21,15 @@ from .batch import PRIMALS, Batch, Options, compute_dtype, per_channel
 Merge = Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor, tf.Tensor]]
 
 
+def add_affine(
+    xhat: tf.Tensor, gamma: tf.Tensor | None, beta: tf.Tensor | None, residual: tf.Tensor | None, axis: int
+) -> tf.Tensor:
+    """gamma*xhat + beta + residual in the dtype of xhat, which is a compute dtype; absent ones are None."""
+    y = xhat if gamma is None else xhat * per_channel(gamma, xhat, axis)
+    y = y if beta is None else y + per_channel(beta, xhat, axis)
+    return y if residual is None else y + tf.cast(residual, y.dtype)
+
+
 def activate(y: tf.Tensor, options: Options) -> tf.Tensor:
     """The fused activation as a TensorFlow op."""
     if options.activation is None:
@@ -83,13 +92,7 @@ def train(
         mean, variance, total = (per_channel(t, x, options.axis) for t in merge(*own))
     shifted = variance + options.epsilon
     invstd = tf.where(shifted > 0, tf.math.rsqrt(tf.where(shifted > 0, shifted, 1)), 0)
-    y = (values - mean) * invstd
-    if gamma is not None:
-        y *= per_channel(gamma, x, options.axis)
-    if beta is not None:
-        y += per_channel(beta, x, options.axis)
-    if residual is not None:
-        y += tf.cast(residual, y.dtype)
+    y = add_affine((values - mean) * invstd, gamma, beta, residual, options.axis)
     mean, variance, total = (tf.cast(tf.reshape(t, [-1]), tf.float64) for t in (mean, variance, total))
     y = activate(y, options) if slopes is None else y * slopes
     return tf.cast(y, x.dtype), mean, variance, total

@@ -9,14 +9,14 @@ core step has computed xhat in the dtype of x: one more pass over memory per ope
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
 
 from ..axes import Axes
-from ..batch import Batch, Options, compute_dtype, per_channel
-from ..reference import activate
+from ..batch import Batch, compute_dtype
+from ..reference import activate, add_affine
 from .core import CoreStep, Finish, State
 
 Adjustment = Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
@@ -62,29 +62,13 @@ def draw_merged(adjustment: Adjustment, x: tf.Tensor, axes: Axes) -> list[tf.Ten
 
 def transform(core: CoreStep, draw: Callable[[], Any]) -> tuple[CoreStep, Finish]:
     """xhat from the core step; the scale and offset, gamma, beta, residual and activation after it."""
-    batch, options = core.batch, core.options
+    x, gamma, beta, mask, residual = core.batch
+    options = core.options
 
     def finish(xhat: tf.Tensor, state: State) -> tuple[tf.Tensor, State]:
-        return apply(xhat, draw(), batch.gamma, batch.beta, batch.residual, options), state
+        scale, bias = draw()
+        adjusted = tf.cast(xhat, scale.dtype) * scale + bias
+        y = activate(add_affine(adjusted, gamma, beta, residual, options.axis), options)
+        return tf.cast(y, xhat.dtype), state
 
-    return core._replace(batch=Batch(batch.x, mask=batch.mask), options=options._replace(activation=None)), finish
-
-
-def apply(
-    xhat: tf.Tensor,
-    drawn: Sequence[tf.Tensor],
-    gamma: tf.Tensor | None,
-    beta: tf.Tensor | None,
-    residual: tf.Tensor | None,
-    options: Options,
-) -> tf.Tensor:
-    """y in the shape and dtype of xhat."""
-    scale, bias = drawn
-    y = tf.cast(xhat, scale.dtype) * scale + bias
-    if gamma is not None:
-        y *= per_channel(gamma, xhat, options.axis)
-    if beta is not None:
-        y += per_channel(beta, xhat, options.axis)
-    if residual is not None:
-        y += tf.cast(residual, y.dtype)
-    return tf.cast(activate(y, options), xhat.dtype)
+    return core._replace(batch=Batch(x, mask=mask), options=options._replace(activation=None)), finish

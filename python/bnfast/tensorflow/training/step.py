@@ -65,10 +65,10 @@ def step(
     for transform in _transforms(policy, mode, draw):
         core, finish = transform(core)
         finishes.append(finish)
+    moving = core.state["moving_mean"], core.state["moving_variance"]
     if mode.use_batch:
         by_channel = mask_varies_by_channel(core.batch.mask, core.options)
         train_step = reference.train_step if by_channel else partial(ops.train_step, bridge=core.bridge)
-        moving = core.state["moving_mean"], core.state["moving_variance"]
         y, mean, variance = train_step(
             core.batch,
             moving,
@@ -79,7 +79,8 @@ def step(
         )
         new = {**core.state, "moving_mean": mean, "moving_variance": variance}
     else:
-        y, new = _infer(core), _updated(core, policy) if mode.update else state
+        y = ops.infer(core.batch, moving, core.options)
+        new = _updated(core, policy) if mode.update else state
     for finish in reversed(finishes):
         y, new = finish(y, new)
     return y, new if mode.update else state
@@ -102,11 +103,6 @@ def _transforms(policy: Policy, mode: Mode, draw: Callable[[], Any] | None) -> I
             yield average.blend
         if policy.absorbs_bias:
             yield bias.transform
-
-
-def _infer(core: CoreStep) -> tf.Tensor:
-    x, gamma, beta, _, residual = core.batch
-    return ops.infer(x, gamma, beta, core.state["moving_mean"], core.state["moving_variance"], core.options, residual)
 
 
 def _updated(core: CoreStep, policy: Policy) -> State:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from .. import ops, reference
-from ..batch import Batch, Options, mask_varies_by_channel
+from ..batch import Batch, GradientInputs, Options, mask_varies_by_channel
 from ..mode import Mode
 from .core import CoreStep, State, update_valid
 
@@ -65,7 +65,7 @@ def step(core: CoreStep, mode: Mode) -> tuple[tf.Tensor, State]:
     use_batch, update = mode.use_batch, mode.update
 
     def frozen() -> tf.Tensor:
-        return ops.infer(x, gamma, beta, *moving, options, residual)
+        return ops.infer(core.batch, moving, options)
 
     if mask_varies_by_channel(mask, options):
         y, *merged = reference.train(x, gamma, beta, mask, options, residual, _merge)
@@ -153,7 +153,7 @@ def _normalize(core: CoreStep, statistics: ReplicaStatistics) -> tf.Tensor:
             return ops.train_step(corrected, (zeros, zeros), 0.0, kernel_options, core.bridge)[0]
 
         def frozen() -> tf.Tensor:
-            return ops.infer(given.x, gamma, beta, used.mean, used.variance, options, given.residual)
+            return ops.infer(given._replace(gamma=gamma, beta=beta), (used.mean, used.variance), options)
 
         def backward(dy: tf.Tensor) -> Any:
             return _gradient(dy, y, core._replace(batch=given), statistics)
@@ -181,16 +181,18 @@ def _gradient(dy: tf.Tensor, y: tf.Tensor, core: CoreStep, statistics: ReplicaSt
     def backward(*values: tf.Tensor) -> Any:
         given = dict(zip(tensors, values, strict=True))
         gamma, beta = _affine(batch._replace(gamma=given.get("gamma"), beta=given.get("beta")), mean)
-        common = given["dy"], given["x"], mean, invstd, gamma, beta
-        kwargs: dict[str, Any] = {"y": given.get("y"), "options": options, "bridge": core.bridge}
-        _, dgamma, dbeta, _ = ops.gradient(*common, zeros, zeros, **kwargs)
+        inputs = GradientInputs(
+            given["dy"], given["x"], mean, invstd, gamma, beta, zeros, zeros, mask=None, y=given.get("y")
+        )
+        _, dgamma, dbeta, _ = ops.gradient(inputs, options, core.bridge)
         all_dgamma, all_dbeta = tf.unstack(tf.add_n(_gather([dgamma, dbeta])))
         # The kernel computes dx from its own sums and W; dmean and dvariance turn these into those of all replicas.
         share = tf.math.divide_no_nan(statistics.own.total, statistics.used.total)
         factor = gamma * invstd
         dmean = factor * (dbeta - share * all_dbeta)
         dvariance = 0.5 * factor * invstd * (dgamma - share * all_dgamma)
-        dx, _, _, dresidual = ops.gradient(*common, dmean, dvariance, mask=mask, **kwargs)
+        inputs = inputs._replace(dmean=dmean, dvariance=dvariance, mask=mask)
+        dx, _, _, dresidual = ops.gradient(inputs, options, core.bridge)
         results = {"x": dx, "gamma": dgamma, "beta": dbeta, "y": dresidual}
 
         def derivative(*cotangents: tf.Tensor) -> Any:
