@@ -8,6 +8,7 @@ import sample_data
 import tolerances
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy_reference import central_differences
 
 
 def check_grad(x, dy, axis, gamma=None, beta=None, *, training=True, mask=None, moving=None, **options):
@@ -113,20 +114,6 @@ def test_gradients_of_the_statistics(shape, axis, masked, dtype):
     assert np.array_equal(frozen.dx, with_both.dx)
 
 
-def numeric(f, a, h=1e-6):
-    """Central differences of the scalar f with respect to every entry of a."""
-    d = np.zeros_like(a)
-    for i in np.ndindex(a.shape):
-        keep = a[i]
-        a[i] = keep + h
-        up = f()
-        a[i] = keep - h
-        down = f()
-        a[i] = keep
-        d[i] = (up - down) / (2 * h)
-    return d
-
-
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("activation", sample_data.ACTIVATIONS)
@@ -156,7 +143,9 @@ def test_agrees_with_finite_differences(shape, axis, activation, masked, trainin
     )
     result = bnfast.batch_norm_grad(c, x, mean, invstd, gamma, beta, training=training, **fused, **extra)
     for name, a in (("dx", x), ("dgamma", gamma), ("dbeta", beta), ("dresidual", residual)):
-        np.testing.assert_allclose(getattr(result, name), numeric(loss, a), rtol=1e-6, atol=2e-7, err_msg=name)
+        np.testing.assert_allclose(
+            getattr(result, name), central_differences(loss, a), rtol=1e-6, atol=2e-7, err_msg=name
+        )
 
 
 @pytest.mark.parametrize("dtype", sample_data.DTYPES)

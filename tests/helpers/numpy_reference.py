@@ -218,3 +218,17 @@ def layer_norm(x, gamma=None, beta=None, *, axes=(-1,), epsilon=1e-3, dy=None):
         others = tuple(i for i in range(dy.ndim) if i not in axes)
         results += [normalized_gradient(gamma * dy, xhat, invstd, axes), (dy * xhat).sum(others), dy.sum(others)]
     return results
+
+
+def central_differences(f, a, h=1e-6):
+    """Central differences of the scalar f with respect to every entry of a."""
+    d = np.zeros_like(a)
+    for i in np.ndindex(a.shape):
+        keep = a[i]
+        a[i] = keep + h
+        up = f()
+        a[i] = keep - h
+        down = f()
+        a[i] = keep
+        d[i] = (up - down) / (2 * h)
+    return d

@@ -59,6 +59,15 @@ def vector(name: str, value: Any, axes: Axes, required: bool = False) -> Array |
     return array
 
 
+def grad_vectors(axes: Axes, mean: Any, invstd: Any, **optional: Any) -> dict[str, Array | None]:
+    """The vectors of a gradient, by name: the required statistics, then the optional ones."""
+    required = {"mean": mean, "invstd": invstd}
+    return {
+        **{name: vector(name, value, axes, required=True) for name, value in required.items()},
+        **{name: vector(name, value, axes) for name, value in optional.items()},
+    }
+
+
 def moving_vector(name: str, value: Any, axes: Axes) -> Array | None:
     """A moving statistic. It must be an ndarray, because a conversion could not be updated in place."""
     if value is None:

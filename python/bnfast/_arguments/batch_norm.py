@@ -13,7 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from .array_checks import check_disjoint, like, mask_weights, moving_vector, optional_mask, output, tensor, vector
+from .array_checks import (
+    check_disjoint,
+    grad_vectors,
+    like,
+    mask_weights,
+    moving_vector,
+    optional_mask,
+    output,
+    tensor,
+    vector,
+)
 from .axes import Axes
 from .checks import ACTIVATIONS, NAN_POLICIES, boolean, check_correction, choice, real
 
@@ -140,14 +150,7 @@ def grad(
     x = tensor("x", x)
     axes = Axes.of(axis, x)
     dy = like("dy", tensor("dy", dy), "x", x)
-    vectors = {
-        "mean": vector("mean", mean, axes, required=True),
-        "invstd": vector("invstd", invstd, axes, required=True),
-        "gamma": vector("gamma", gamma, axes),
-        "beta": vector("beta", beta, axes),
-        "dmean": vector("dmean", dmean, axes),
-        "dvariance": vector("dvariance", dvariance, axes),
-    }
+    vectors = grad_vectors(axes, mean, invstd, gamma=gamma, beta=beta, dmean=dmean, dvariance=dvariance)
     weights = mask_weights(mask, x, axes)
     activation = choice("activation", activation, ACTIVATIONS)
     negative_slope = real("negative_slope", negative_slope)

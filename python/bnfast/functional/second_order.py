@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .._arguments import checks
-from .._arguments.array_checks import like, mask_weights, tensor, vector
+from .._arguments.array_checks import grad_vectors, like, mask_weights, tensor
 from .._arguments.arrays import Array
 from .._arguments.axes import Axes
 from .batch_norm import batch_norm_grad, batch_norm_infer
@@ -110,14 +110,7 @@ def batch_norm_grad_grad(
     """
     x = tensor("x", x)
     axes = Axes.of(axis, x)
-    vectors = {
-        "mean": vector("mean", mean, axes, required=True),
-        "invstd": vector("invstd", invstd, axes, required=True),
-        "gamma": vector("gamma", gamma, axes),
-        "beta": vector("beta", beta, axes),
-        "ddgamma": vector("ddgamma", ddgamma, axes),
-        "ddbeta": vector("ddbeta", ddbeta, axes),
-    }
+    vectors = grad_vectors(axes, mean, invstd, gamma=gamma, beta=beta, ddgamma=ddgamma, ddbeta=ddbeta)
     if residual is None and ddresidual is not None:
         raise ValueError(f"ddresidual must be None without a residual. Received: {type(ddresidual).__name__}")
     tensors: dict[str, Any] = {"ddx": tensor("ddx", ddx), "dy": tensor("dy", dy)}
