@@ -130,6 +130,18 @@ void merge_rows(const KernelTable& table, const RowMoments::Sizes& sizes, std::i
 
 // ---- backward: dgamma and dbeta ------------------------------------------------------------------------------------
 
+// The finalize step in training mode: dgamma and dbeta in float64, and the parameters of apply, go to the workspace.
+template <class Workspace>
+void finalize_grad(const TypeKernels& kernel, GradFinalizeArgs f, std::int64_t count, const Workspace& w) {
+    f.count = double(count);
+    f.training = 1;
+    f.dgamma = w.dgamma;
+    f.dbeta = w.dbeta;
+    f.dgamma_is_double = f.dbeta_is_double = 1;
+    f.params = w.params;
+    kernel.grad_finalize(f);
+}
+
 // Partial sums over samples, in float64, added up in order at the end. Which samples a partial sum takes depends on the
 // shape alone, so the thread count changes no bit.
 class ParameterSums {

@@ -151,13 +151,7 @@ private:
             f.dmean = {w.dmean, 1};
             f.dvariance = {w.dvariance, 1};
         }
-        f.count = double(spans.channel_size());
-        f.training = 1;
-        f.dgamma = w.dgamma;
-        f.dbeta = w.dbeta;
-        f.dgamma_is_double = f.dbeta_is_double = 1;
-        f.params = w.params;
-        kernel.grad_finalize(f);
+        finalize_grad(kernel, f, spans.channel_size(), w);
     }
 
     // dmean and dvariance of the K channels of the row that begins at channel p of the span: the channel's own sums,

@@ -259,13 +259,7 @@ private:
         f.sum_dy_centered_x = w.row_sum_centered_x;
         f.mean = {a.mean + spans.first_row(span), 1};
         f.invstd = {a.invstd + spans.first_row(span), 1};
-        f.count = double(spans.row_size);
-        f.training = 1;
-        f.dgamma = w.dgamma;
-        f.dbeta = w.dbeta;
-        f.dgamma_is_double = f.dbeta_is_double = 1;
-        f.params = w.params;
-        kernel.grad_finalize(f);
+        finalize_grad(kernel, f, spans.row_size, w);
     }
     void apply(const BackwardWorkspace& w, int64_t span, int64_t first, int64_t samples, int64_t k0, int64_t k1) const {
         for (int64_t g = 0; g < spans.shape.G; ++g) {

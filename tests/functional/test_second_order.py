@@ -56,13 +56,7 @@ def test_agrees_with_torch(need, shape, axis, activation, training, dtype):
 
     fused = {"activation": activation, "negative_slope": 0.3, "residual": residual, "ddresidual": ddresidual}
     ours = bnfast.batch_norm_grad_grad(
-        ddx,
-        dy,
-        x,
-        mean,
-        invstd,
-        gamma,
-        beta,
+        *(ddx, dy, x, mean, invstd, gamma, beta),
         ddgamma=ddgamma,
         ddbeta=ddbeta,
         axis=axis,
@@ -135,13 +129,7 @@ def test_several_axes(axis, activation):
     fused = {"activation": activation, "negative_slope": 0.2}
     mean, invstd = statistics(x, axis, mask=mask.reshape([x.shape[i] for i in range(3) if i not in axes]))
     ours = bnfast.batch_norm_grad_grad(
-        ddx,
-        dy,
-        x,
-        mean,
-        invstd,
-        gamma,
-        beta,
+        *(ddx, dy, x, mean, invstd, gamma, beta),
         ddgamma=ddgamma,
         ddbeta=ddbeta,
         residual=residual,
