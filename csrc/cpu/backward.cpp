@@ -1,5 +1,6 @@
-// Backward: the pre-activation's constants -> reduce (sum_dy, sum_dy_centered_x) -> finalize (dgamma, dbeta) -> apply
-// (dx).
+// Backward pass over (N, C, S): finalize (constants of the pre-activation, which the gate recomputes) -> reduce
+// (sum_dy, sum_dy_centered_x) -> grad_finalize (dgamma, dbeta and the constants of dx) -> apply (dx, dresidual). The
+// formulas are in kernels/backward.inl.h.
 #include <algorithm>
 
 #include "check.h"
@@ -10,7 +11,7 @@ namespace {
 
 using std::int64_t;
 
-// Summed weights of a channel: in order, so that it is the same in every call.
+// The sum of a channel's weights, added in order, so that every call gets the same bits.
 double total_weight(const GradArgs& a) {
     const int64_t M = a.shape.per_channel();
     if (!a.mask) return double(M);
@@ -21,7 +22,7 @@ double total_weight(const GradArgs& a) {
     return total;
 }
 
-// What the gate reads beside x, for the reduce and the apply step alike.
+// The activation's gate, for the reduce and the apply step alike: y or, without y, the residual.
 template <class Args> void set_gate(Args& args, const GradArgs& a) {
     args.gate_input = a.y ? a.y : a.residual;
     args.gate_input_is_y = a.y != nullptr;
@@ -32,7 +33,7 @@ struct GradReduction {
     Plan plan;
     const TypeKernels& kernels;
     GradReduceArgs args{};
-    int64_t each_scratch, sum_dy_at, sum_dy_centered_x_at, scratch_at;
+    int64_t scratch_per_thread, sum_dy_at, sum_dy_centered_x_at, scratch_at;
 
     GradReduction(const Plan& p, const TypeKernels& k, const GradArgs& a, Scratch& scratch) : plan(p), kernels(k) {
         const Grid& g = plan.grid;
@@ -40,10 +41,10 @@ struct GradReduction {
         args.dy = a.dy;
         args.x = a.x;
         set_gate(args, a);
-        each_scratch = g.pack > 1 ? round_up_to_line(2 * g.pack * g.C) : 0;
+        scratch_per_thread = g.pack > 1 ? round_up_to_line(2 * g.pack * g.C) : 0;
         sum_dy_at = scratch.count(g.chunks * g.C);
         sum_dy_centered_x_at = scratch.count(g.chunks * g.C);
-        scratch_at = scratch.count(each_scratch * plan.threads);
+        scratch_at = scratch.count(scratch_per_thread * plan.threads);
     }
     void place(const Scratch& scratch, const Params& params) {
         args.sum_dy = scratch.at(sum_dy_at);
@@ -56,7 +57,7 @@ struct GradReduction {
         r.chunk = k;
         r.c0 = c0;
         r.c1 = c1;
-        r.scratch += rank * each_scratch;
+        r.scratch += rank * scratch_per_thread;
         (plan.rows ? kernels.grad_reduce_rows : kernels.grad_reduce_columns)[act](r);
     }
 };

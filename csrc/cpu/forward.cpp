@@ -1,5 +1,9 @@
-// Forward: reduce -> finalize -> apply, then the moving statistics. infer is finalize -> apply, moments is reduce
-// alone.
+// Forward pass over (N, C, S).
+//
+//   train    reduce (mean, variance) -> finalize (scale, shift) -> apply (y), then the moving statistics
+//   infer    finalize -> apply, with the moving statistics
+//   moments  reduce alone
+// With NanPolicy::raise nothing is written to y or the moving statistics before all statistics are known to be finite.
 #include <algorithm>
 #include <cmath>
 
@@ -11,12 +15,12 @@ namespace {
 
 using std::int64_t;
 
-// Reduce's arguments, results and scratch.
+// The reduce step's arguments, results and scratch memory.
 struct Reduction {
     Plan plan;
     const TypeKernels& kernels;
     ReduceArgs args{};
-    int64_t each_scratch, count_at, center_at, offset_at, m2_at, scratch_at;
+    int64_t scratch_per_thread, count_at, center_at, offset_at, m2_at, scratch_at;
 
     Reduction(const Plan& p, const TypeKernels& k, const void* x, const void* mask, Scratch& scratch)
         : plan(p), kernels(k) {
@@ -25,12 +29,12 @@ struct Reduction {
         args.x = x;
         args.mask = mask;
         args.prefetch_next = plan.prefetch_next;
-        each_scratch = g.pack > 1 || mask ? round_up_to_line(4 * g.pack * g.C) : 0;
+        scratch_per_thread = g.pack > 1 || mask ? round_up_to_line(4 * g.pack * g.C) : 0;
         count_at = scratch.count(g.chunks * plan.num_groups);
         center_at = scratch.count(g.chunks * g.C);
         offset_at = scratch.count(g.chunks * g.C);
         m2_at = scratch.count(g.chunks * g.C);
-        scratch_at = scratch.count(each_scratch * plan.threads);
+        scratch_at = scratch.count(scratch_per_thread * plan.threads);
     }
     void place(const Scratch& scratch) {
         args.count = scratch.at(count_at);
@@ -45,14 +49,14 @@ struct Reduction {
         a.c0 = c0;
         a.c1 = c1;
         a.count += counts_of(c0);
-        a.scratch += rank * each_scratch;
+        a.scratch += rank * scratch_per_thread;
         (plan.rows ? kernels.reduce_rows : kernels.reduce_columns)[a.mask != nullptr](a);
     }
     MergeArgs merge(int64_t c0, int64_t c1, double* mean, double* variance) const {
         const double* count = args.count + (plan.by_groups ? counts_of(c0) : 0);
         return {args.grid.C, args.grid.chunks, c0, c1, count, args.center, args.offset, args.m2, mean, variance};
     }
-    // Every group counts for itself (the counts are equal), so that none waits for another.
+    // Each group writes its own (equal) counts, so no synchronization is needed.
     int64_t counts_of(int64_t c0) const { return c0 / plan.channels_per_group * args.grid.chunks; }
     double total() const {
         double n = 0;

@@ -30,7 +30,7 @@ std::int64_t parse_size(const std::string& text) {  // "32K", "1024K", "32M"
     return unit == 'K' ? n << 10 : unit == 'M' ? n << 20 : n;
 }
 
-// sysfs before sysconf: under a hypervisor sysconf can report the host's L3 (384 MiB seen where sysfs says 32).
+// Tried before sysconf, which can report the host's L3 under a hypervisor (384 MiB where sysfs has 32 MiB).
 std::int64_t sysfs_cache(int level) {
     for (int i = 0; i < 8; ++i) {
         const std::string dir = "/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(i) + "/";
@@ -50,14 +50,14 @@ std::int64_t sysconf_cache(int level) {
 #endif
 }
 
-// BNFAST_L2_BYTES and the like come first, for machines that misreport. They may change speed, never bits.
-std::int64_t cache_bytes(int level, const char* variable, std::int64_t otherwise, std::int64_t most) {
+// The environment variable overrides what the machine reports, which may be wrong. It affects speed, never bits.
+std::int64_t cache_bytes(int level, const char* variable, std::int64_t fallback, std::int64_t limit) {
     if (const char* forced = std::getenv(variable)) {
         if (const std::int64_t n = std::strtoll(forced, nullptr, 10); n > 0) return n;
     }
     std::int64_t n = sysfs_cache(level);
     if (n <= 0) n = sysconf_cache(level);
-    return n > 0 ? std::min(n, most) : otherwise;
+    return n > 0 ? std::min(n, limit) : fallback;
 }
 
 int affinity_threads() {
@@ -68,7 +68,7 @@ int affinity_threads() {
     return std::max(1u, std::thread::hardware_concurrency());
 }
 
-// The quota in processors: cgroup v2's cpu.max ("max 100000" or "150000 100000"), then v1's; 0 where there is none.
+// The CPU quota in processors, 0 if there is none. cgroup v2: cpu.max ("max 100000" or "150000 100000"); then v1.
 double quota_threads() {
     const std::string v2 = first_line("/sys/fs/cgroup/cpu.max");
     if (const auto space = v2.find(' '); space != std::string::npos && v2.rfind("max", 0) != 0)
@@ -78,7 +78,7 @@ double quota_threads() {
     return quota > 0 && period > 0 ? quota / period : 0;
 }
 
-// cgroup v2's memory.max ("max" or bytes), v1's memory.limit_in_bytes (huge where there is none).
+// cgroup v2: memory.max ("max" or bytes). v1: memory.limit_in_bytes (a huge number if there is no limit).
 std::int64_t usable_memory() {
     std::int64_t bytes = 0;
 #if defined(_SC_PHYS_PAGES) && defined(_SC_PAGESIZE)
@@ -91,7 +91,7 @@ std::int64_t usable_memory() {
     return bytes;
 }
 
-Machine look() {
+Machine detect() {
     Machine m;
     const int affinity = affinity_threads();
     const double quota = quota_threads();
@@ -115,7 +115,7 @@ std::int64_t usable_llc_bytes(std::int64_t bytes, int processors) {
 }
 
 const Machine& machine() {
-    static const Machine m = look();
+    static const Machine m = detect();
     return m;
 }
 

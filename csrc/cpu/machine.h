@@ -1,4 +1,4 @@
-// What this machine gives a process: cache sizes, memory and usable processors. Read once.
+// What the machine offers this process: cache sizes, memory and usable processors. Read once, at the first call.
 #pragma once
 #include <cstdint>
 #include <string>
@@ -6,15 +6,16 @@
 namespace bnfast {
 
 struct Machine {
-    std::int64_t l1d = 32 << 10, l2 = 1 << 20, l3 = 8 << 20;  // bytes a core, a core, and counted on of the shared
+    std::int64_t l1d = 32 << 10, l2 = 1 << 20, l3 = 8 << 20;  // bytes: L1d and L2 per core; usable shared L3
     int threads = 1;                                          // min(affinity, cgroup quota)
     std::string threads_reason;
-    std::int64_t memory = 0;  // bytes: min(physical, cgroup limit); 0: unknown
+    std::int64_t memory = 0;  // bytes: min(physical memory, cgroup limit); 0: unknown
 };
 const Machine& machine();
 
-// What `processors` can count on of a last-level cache of `bytes`: 4 MiB each, and 32 MiB in any case. A guest is told
-// of its socket's whole cache (2 processors, 260 MiB), where others' data lie.
+// The part of a last-level cache of `bytes` that a process on `processors` may expect to use: at most
+// max(32 MiB, 4 MiB per processor). A virtual machine reports the L3 of the whole socket (2 processors, 260 MiB), which
+// it shares with other guests.
 std::int64_t usable_llc_bytes(std::int64_t bytes, int processors);
 
 }  // namespace bnfast

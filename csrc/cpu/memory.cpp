@@ -22,8 +22,8 @@ namespace {
 
 constexpr std::size_t huge = std::size_t(2) << 20;
 
-// Sizes go up in steps of 1/8, so that a block serves requests of nearly its size: at most 12.5 % is wasted.
-std::size_t class_of(std::size_t bytes) {
+// Block sizes grow in steps of 1/8, so that a block can serve requests of similar sizes; at most 12.5 % is wasted.
+std::size_t size_class(std::size_t bytes) {
     if (bytes > std::size_t(PTRDIFF_MAX) / 32) throw std::bad_alloc();
     bytes = std::max<std::size_t>(bytes, 64);
     std::size_t step = 64;
@@ -31,8 +31,9 @@ std::size_t class_of(std::size_t bytes) {
     return (bytes + step - 1) / step * step;
 }
 
-// What may be kept: a quarter of what this process may use. A training step's outputs must all fit or every step pays
-// for fresh pages: ResNet50 at batch 16 through numpy_function keeps 950 MB, and took 1.26 times as long with 512 MiB.
+// A quarter of the usable memory. All outputs of a training step must fit, otherwise every step allocates fresh pages:
+// ResNet50 at batch 16 through numpy_function keeps 950 MB, and took 1.26x the time with a limit of 512 MiB
+// (docs/performance/memory-and-allocator.md).
 std::int64_t default_limit() {
     const std::int64_t least = std::int64_t(512) << 20;
     return std::max(least, machine().memory / 4);
@@ -40,21 +41,21 @@ std::int64_t default_limit() {
 
 struct Kept {
     void* block;
-    std::int64_t since;  // when it was given back, in such events
+    std::int64_t since;  // number of the release
 };
 
-// Guarded by `mutex`, all of it.
+// `mutex` guards every member.
 struct Pool {
     std::mutex mutex;
-    std::unordered_map<void*, std::size_t> size_of;            // every block handed out or kept
-    std::map<std::size_t, std::deque<Kept>> kept;              // by class, the oldest first
+    std::unordered_map<void*, std::size_t> size_of;            // every block in use or kept
+    std::map<std::size_t, std::deque<Kept>> kept;              // by size, the oldest first
     std::int64_t held = 0, in_use = 0, reused = 0, fresh = 0;  // bytes, bytes, calls, calls
-    std::int64_t most_in_use = 0, events = 0;
+    std::int64_t peak_in_use = 0, events = 0;
     std::int64_t limit = default_limit();
 
-    // Moves the blocks that were kept longest to `gone`, until no more than `most` bytes are kept.
-    void shed(std::int64_t most, std::vector<void*>& gone) {
-        while (held > most) {
+    // Moves the blocks that were kept longest to `evicted`, until at most `limit_bytes` are kept.
+    void evict(std::int64_t limit_bytes, std::vector<void*>& evicted) {
+        while (held > limit_bytes) {
             auto oldest = kept.end();
             for (auto it = kept.begin(); it != kept.end(); ++it)
                 if (oldest == kept.end() || it->second.front().since < oldest->second.front().since) oldest = it;
@@ -63,7 +64,7 @@ struct Pool {
             held -= std::int64_t(oldest->first);
             if (oldest->second.empty()) kept.erase(oldest);
             size_of.erase(block);
-            gone.push_back(block);
+            evicted.push_back(block);
         }
     }
 };
@@ -83,7 +84,7 @@ void* allocate(std::size_t bytes) {
     void* block = nullptr;
     const std::size_t alignment = bytes >= huge ? huge : 64;
     if (posix_memalign(&block, alignment, bytes) != 0) {
-        clear_memory();  // what is kept may be what the system lacks
+        clear_memory();  // give back what the pool keeps, and try again
         if (posix_memalign(&block, alignment, bytes) != 0) throw std::bad_alloc();
     }
 #if defined(__linux__)
@@ -100,8 +101,8 @@ void free_all(const std::vector<void*>& blocks) {
 
 void* acquire_block(std::size_t bytes) {
     Pool& p = pool();
-    const std::size_t size = class_of(bytes);
-    std::vector<void*> gone;
+    const std::size_t size = size_class(bytes);
+    std::vector<void*> evicted;
     {
         const std::lock_guard<std::mutex> lock(p.mutex);
         if (const auto found = p.kept.find(size); found != p.kept.end()) {
@@ -110,28 +111,28 @@ void* acquire_block(std::size_t bytes) {
             if (found->second.empty()) p.kept.erase(found);
             p.held -= std::int64_t(size);
             p.in_use += std::int64_t(size);
-            p.most_in_use = std::max(p.most_in_use, p.in_use);
+            p.peak_in_use = std::max(p.peak_in_use, p.in_use);
             ++p.reused;
             return block;
         }
-        // Blocks of sizes that nobody asks for any more make room: kept and in use, all stay within twice what was once
-        // in use. 5/4 shed blocks that the other half of a training step takes (MobileNetV2: 130 of 260 fresh a step,
-        // twice the time in the kernel), with no lower peak.
-        p.shed(std::max<std::int64_t>(0, p.most_in_use * 2 - p.in_use - std::int64_t(size)), gone);
+        // Evict blocks of sizes that are no longer requested: kept and used bytes together stay within twice the peak
+        // of the used bytes. A factor of 5/4 evicted blocks that the other half of a training step needs (MobileNetV2:
+        // 130 of 260 blocks fresh per step, 2x the system time) and did not lower the peak.
+        p.evict(std::max<std::int64_t>(0, p.peak_in_use * 2 - p.in_use - std::int64_t(size)), evicted);
     }
-    free_all(gone);
+    free_all(evicted);
     void* block = allocate(size);
     const std::lock_guard<std::mutex> lock(p.mutex);
     p.size_of[block] = size;
     p.in_use += std::int64_t(size);
-    p.most_in_use = std::max(p.most_in_use, p.in_use);
+    p.peak_in_use = std::max(p.peak_in_use, p.in_use);
     ++p.fresh;
     return block;
 }
 
 void release_block(void* block) noexcept {
     Pool& p = pool();
-    std::vector<void*> gone;
+    std::vector<void*> evicted;
     {
         const std::lock_guard<std::mutex> lock(p.mutex);
         const std::size_t size = p.size_of.at(block);
@@ -139,13 +140,13 @@ void release_block(void* block) noexcept {
         if (std::int64_t(size) <= p.limit) {
             p.kept[size].push_back({block, p.events++});
             p.held += std::int64_t(size);
-            p.shed(p.limit, gone);
-        } else {  // it alone is too much: no reason to part with the others
+            p.evict(p.limit, evicted);
+        } else {  // larger than the limit: free it and keep the others
             p.size_of.erase(block);
-            gone.push_back(block);
+            evicted.push_back(block);
         }
     }
-    free_all(gone);
+    free_all(evicted);
 }
 
 MemoryStatistics memory_statistics() {
@@ -156,24 +157,24 @@ MemoryStatistics memory_statistics() {
 
 void clear_memory() {
     Pool& p = pool();
-    std::vector<void*> gone;
+    std::vector<void*> evicted;
     {
         const std::lock_guard<std::mutex> lock(p.mutex);
-        p.shed(0, gone);
-        p.most_in_use = p.in_use;
+        p.evict(0, evicted);
+        p.peak_in_use = p.in_use;
     }
-    free_all(gone);
+    free_all(evicted);
 }
 
 void set_memory_limit(std::int64_t bytes) {
     Pool& p = pool();
-    std::vector<void*> gone;
+    std::vector<void*> evicted;
     {
         const std::lock_guard<std::mutex> lock(p.mutex);
         p.limit = std::max<std::int64_t>(0, bytes);
-        p.shed(p.limit, gone);
+        p.evict(p.limit, evicted);
     }
-    free_all(gone);
+    free_all(evicted);
 }
 
 double* thread_scratch(std::size_t doubles) {

@@ -1,6 +1,8 @@
-// Memory of outputs and of scratch. Output blocks are 64-byte aligned (TensorFlow adopts such arrays without a copy),
-// advised for huge pages above 2 MiB, and kept for reuse when given back, so that a second call of the same size meets
-// no page faults (about 1.45 us a 4 KiB page). The pool is bounded, survives fork, and is never destroyed, because the
+// Memory for outputs and scratch.
+//
+// Output blocks are 64-byte aligned, so that TensorFlow adopts them without a copy; blocks of 2 MiB and more ask the
+// system for huge pages. A released block is kept for reuse: a call of the same size then has no page faults, which
+// cost about 1.45 us per 4 KiB page. The pool has a size limit and works after fork. It is never destroyed, because the
 // last owner of a block may outlive the interpreter.
 #pragma once
 #include <cstddef>
@@ -15,12 +17,13 @@ struct MemoryStatistics {
     std::int64_t held_bytes, limit_bytes, in_use_bytes, reused, fresh;
 };
 MemoryStatistics memory_statistics();
-void clear_memory();                        // gives every block that nobody uses back to the system
-void set_memory_limit(std::int64_t bytes);  // of the blocks kept for reuse
+void clear_memory();                        // returns all unused blocks to the system
+void set_memory_limit(std::int64_t bytes);  // limit of the blocks kept for reuse
 
-constexpr std::int64_t round_up_to_line(std::int64_t doubles) { return (doubles + 7) / 8 * 8; }  // 64 bytes
+// To whole cache lines of 64 bytes, so that arrays of different threads share none.
+constexpr std::int64_t round_up_to_line(std::int64_t doubles) { return (doubles + 7) / 8 * 8; }
 
-// Scratch of the calling thread, reused from call to call; grows only. Valid until the next call on the same thread.
+// The calling thread's scratch buffer. It only grows, and is valid until the next call on the same thread.
 double* thread_scratch(std::size_t doubles);
 
 }  // namespace bnfast

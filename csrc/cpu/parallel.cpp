@@ -53,7 +53,7 @@ void set_fp_mode(unsigned mode) {
 
 namespace {
 #if defined(__x86_64__)
-constexpr unsigned ieee_mode = 0x1f80;  // every exception masked, to nearest, denormals kept
+constexpr unsigned ieee_mode = 0x1f80;  // all exceptions masked, round to nearest, denormals kept
 #else
 constexpr unsigned ieee_mode = 0;
 #endif
@@ -78,47 +78,47 @@ void relax() {
 #endif
 }
 
-// Keeps workers off the processor that their caller runs on. Left alone, Linux (6.18, a KVM guest) often woke a worker
-// on its caller's processor with the other one idle, where it waited for a time slice: 4.5 ms for a job of 0.3 ms.
-class KeepAway {
+// Keeps workers off their caller's processor. Linux (6.18, KVM guest) often woke a worker there although another
+// processor was idle; the worker then waited for a time slice, and a job of 0.3 ms took 4.5 ms.
+class WorkerAffinity {
 public:
 #if defined(__linux__)
-    explicit KeepAway(int workers) : tids_(new std::atomic<pid_t>[std::size_t(workers)]()), workers_(workers) {
+    explicit WorkerAffinity(int workers) : tids_(new std::atomic<pid_t>[std::size_t(workers)]()), workers_(workers) {
         if (sched_getaffinity(0, sizeof allowed_, &allowed_) != 0) CPU_ZERO(&allowed_);
     }
     void join(int worker) { tids_[worker].store(pid_t(syscall(SYS_gettid))); }
-    void from_caller() {
+    void avoid_caller() {
         const int cpu = sched_getcpu();
-        if (cpu < 0 || cpu == kept_off_ || CPU_COUNT(&allowed_) < 2) return;
+        if (cpu < 0 || cpu == avoided_ || CPU_COUNT(&allowed_) < 2) return;
         cpu_set_t others = allowed_;
         CPU_CLR(cpu, &others);
         for (int i = 0; i < workers_; ++i)
             if (const pid_t tid = tids_[i].load()) sched_setaffinity(tid, sizeof others, &others);
-        kept_off_ = cpu;
+        avoided_ = cpu;
     }
 
 private:
     cpu_set_t allowed_;
     const std::unique_ptr<std::atomic<pid_t>[]> tids_;
     const int workers_;
-    int kept_off_ = -1;
+    int avoided_ = -1;
 #else
-    explicit KeepAway(int) {}
+    explicit WorkerAffinity(int) {}
     void join(int) {}
-    void from_caller() {}
+    void avoid_caller() {}
 #endif
 };
 
 using Clock = std::chrono::steady_clock;
 constexpr std::chrono::microseconds idle_spin{20};
 
-// Workers, the job they are asked to join, and how they wait. OpenMP makes the threads: one host thread, which never
-// returns, opens one region and its members wait for jobs here rather than in libgomp, whose idle threads spin for
-// milliseconds. Never destroyed: workers sleep in it until the process ends.
+// The workers, the current job, and how workers wait for one. OpenMP creates the threads: a host thread opens a
+// parallel region that never ends, and its members wait for jobs here instead of in libgomp, whose idle threads spin
+// for milliseconds. A pool is never destroyed, because its workers sleep in it until the process ends.
 class Pool {
 public:
     explicit Pool(int workers)
-        : workers_(workers), counters_(new Counter[std::size_t(Team::steps * (workers + 2))]), away_(workers) {
+        : workers_(workers), counters_(new Counter[std::size_t(Team::steps * (workers + 2))]), affinity_(workers) {
         std::thread([this] {
 #pragma omp parallel num_threads(workers_)
             this->work();
@@ -126,7 +126,7 @@ public:
     }
     int workers() const { return workers_; }
 
-    // Runs body with at most size members; returns how many there were.
+    // Runs body with at most `size` members and returns how many took part.
     int run(int size, void (*body)(void*, Team&), void* context, bool full) {
         for (int i = 0; i < Team::steps * (size + 1); ++i) counters_[i].value.store(0, std::memory_order_relaxed);
         body_ = body;
@@ -137,7 +137,7 @@ public:
         members_.store(job << shift | 1, std::memory_order_release);
         posted_.store(job);
         if (sleeping_.load() > 0) {
-            away_.from_caller();
+            affinity_.avoid_caller();
             {
                 const std::lock_guard<std::mutex> lock(mutex_);
             }
@@ -147,10 +147,10 @@ public:
         Team team(0, size, counters_.get());
         body(context, team);
         const int joined = int(members_.exchange(job << shift | closed, std::memory_order_acq_rel) & closed);
-        while (left_.load(std::memory_order_acquire) < joined - 1) relax();  // all steps are done: they are leaving
+        while (left_.load(std::memory_order_acquire) < joined - 1) relax();  // the items are done, so this is short
         return joined;
     }
-    void stop() {  // workers leave when they next look; the pool itself stays
+    void stop() {  // workers leave when they next wait for a job
         stopped_.store(true);
         {
             const std::lock_guard<std::mutex> lock(mutex_);
@@ -159,20 +159,21 @@ public:
     }
 
 private:
-    // members_: the job, and how many have joined it, in one word, so that nobody joins another job than he looked at.
+    // members_: the job's number and how many have joined it, packed into one atomic, so that a worker joins only the
+    // job it observed.
     static constexpr int shift = 16;
     static constexpr std::uint64_t closed = (1 << shift) - 1;
 
     void work() {
         const IeeeMode mode;
-        away_.join(omp_get_thread_num());
+        affinity_.join(omp_get_thread_num());
         for (std::uint64_t seen = 0; wait_for_job(seen);) {
             std::uint64_t now = members_.load(std::memory_order_acquire);
             while (int(now & closed) < size_ &&
                    !members_.compare_exchange_weak(now, now + 1, std::memory_order_acq_rel)) {
             }
             seen = now >> shift;
-            if (int(now & closed) >= size_) continue;  // over, or the team is complete
+            if (int(now & closed) >= size_) continue;  // the job is over or its team complete
             Team team(int(now & closed), size_, counters_.get());
             body_(context_, team);
             left_.fetch_add(1, std::memory_order_release);
@@ -194,7 +195,7 @@ private:
 
     const int workers_;
     const std::unique_ptr<Counter[]> counters_;
-    KeepAway away_;
+    WorkerAffinity affinity_;
     void (*body_)(void*, Team&) = nullptr;
     void* context_ = nullptr;
     std::atomic<int> size_{0}, left_{0}, sleeping_{0};
@@ -207,12 +208,12 @@ private:
 std::atomic<int> requested{0};  // 0: the machine's default
 std::atomic<bool> busy{false};  // a job is running
 std::atomic<bool> full_team{false};
-Pool* pool = nullptr;  // touched by the holder of busy alone
+Pool* pool = nullptr;  // guarded by busy
 thread_local int team_size_seen = 1;
 thread_local bool inside = false;
 
 #if defined(__linux__) || defined(__APPLE__)
-const int registered = pthread_atfork(nullptr, nullptr, [] {  // a child has none of the workers
+const int registered = pthread_atfork(nullptr, nullptr, [] {  // the child has no workers
     pool = nullptr;
     busy.store(false);
 });
@@ -225,7 +226,7 @@ Pool* pool_for(int workers) {
         pool = nullptr;
         pool = new Pool(workers);
     } catch (const std::bad_alloc&) {
-    } catch (const std::system_error&) {  // the system gives no more threads: the caller works alone
+    } catch (const std::system_error&) {  // no more threads available: the caller works alone
     }
     return pool;
 }
@@ -248,7 +249,7 @@ const char* parallel_engine() {
 void Team::wait_for(const std::atomic<std::int64_t>& value, std::int64_t goal) {
     for (int i = 0; value.load(std::memory_order_acquire) < goal; ++i) {
         if (i < 4096) relax();
-        else std::this_thread::sleep_for(std::chrono::microseconds(20));  // who has the item may need this processor
+        else std::this_thread::sleep_for(std::chrono::microseconds(20));  // frees the processor for who has the item
     }
 }
 

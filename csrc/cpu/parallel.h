@@ -1,14 +1,15 @@
-// The one place that runs threads. A job is a body that every member of a team runs; the work inside it comes from
-// for_each, which hands out the items of a fixed grid, so that no result depends on who took which.
+// The only code that runs threads. parallel(threads, body) runs `body` on every member of a team. The members share
+// work through Team::for_each, which hands out the items of a fixed grid, so no result depends on which member took
+// which.
 //
-// - The caller is the team's first member and starts at once; OpenMP's threads join as they wake. A step waits for its
-//   items, never for a member: a worker that another pool keeps off its processor costs nothing but its help.
-// - One job at a time in the process: a caller that finds one running (or is inside one) runs its body alone. So the OS
-//   threads are those of one team, however many host threads call (libgomp alone gives each caller a team of its own).
-// - Idle workers spin for 20 us, then sleep. A forked child starts a team of its own.
-// - Every member runs with round to nearest and without flush to zero, whatever the caller's mode (TensorFlow's threads
-//   come with FTZ set).
-// - The body must not throw, and what it does outside for_each is done by every member.
+// - The caller is the first member and starts at once; workers join as they wake. A step waits for its items, not for
+//   members, so a worker that gets no processor costs nothing but its help.
+// - One job at a time per process: a caller that meets a running job, or is inside one, runs its body alone. The OS
+//   threads are those of one team, however many host threads call; libgomp alone gives each caller a team of its own.
+// - Idle workers spin for 20 us, then sleep. A forked child starts a new team.
+// - Members run with round to nearest and without flush to zero, whatever the caller's mode (TensorFlow's threads flush
+//   to zero).
+// - The body must not throw. What it does outside for_each, every member does.
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -17,14 +18,14 @@
 namespace bnfast {
 
 int get_num_threads();
-void set_num_threads(int threads);  // 0: back to the machine's default
-int last_team_size();               // members of the calling thread's last job
-void set_full_team(bool wait);      // tests only: a job begins when the whole team is there
+void set_num_threads(int threads);  // 0: the machine's default
+int last_team_size();               // how many members took part in the calling thread's last job
+void set_full_team(bool wait);      // tests only: a job starts when all members have joined
 const char* parallel_engine();
 
 unsigned fp_mode();  // the calling thread's floating-point control register
 void set_fp_mode(unsigned mode);
-class IeeeMode {  // to nearest, denormals kept; the thread's own mode comes back at the end
+class IeeeMode {  // scope with round to nearest and denormals; the destructor restores the thread's mode
 public:
     IeeeMode();
     ~IeeeMode();
@@ -41,12 +42,12 @@ struct alignas(64) Counter {
 
 class Team {
 public:
-    static constexpr int steps = 4;  // for_each calls in a body, at most
-    const int rank, size;            // this member, and how many there may be
+    static constexpr int steps = 4;  // the most for_each calls per body
+    const int rank, size;            // this member's number, and the most members
 
-    // Calls item(i) once for each i in [0, n), by whoever is there; returns when all are done. Each member starts with
-    // its own share and then takes from the others'; backwards: a share is walked from its end, where the step before
-    // left the caches warm.
+    // Calls item(i) once for each i in [0, n) and returns when all calls are done. Each member starts with its own
+    // share and then takes items from the others' shares. With `backwards` a share is processed from its end, which the
+    // step before touched last and which is still in cache.
     template <class Item> void for_each(std::int64_t n, bool backwards, Item&& item) {
         if (size == 1) {
             for (std::int64_t i = 0; i < n; ++i) item(backwards ? n - 1 - i : i);
@@ -68,7 +69,7 @@ public:
     Team(int rank_, int size_, Counter* counters) : rank(rank_), size(size_), counters_(counters) {}
 
 private:
-    Counter* const counters_;  // [steps][size + 1]: what is taken of each share, then what is done
+    Counter* const counters_;  // [steps][size + 1]: items taken from each share, then items done
     int step_ = 0;
     static void wait_for(const std::atomic<std::int64_t>& value, std::int64_t goal);
 };

@@ -23,7 +23,7 @@ std::vector<const KernelTable*> usable_tables() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("bmi2"))
         tables.push_back(&avx512_kernels);
-    // Every processor with AVX2 has F16C too (Haswell, Excavator and later).
+    // AVX2 implies F16C: every processor with AVX2 has it (Haswell, Excavator and later).
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) tables.push_back(&avx2_kernels);
 #endif
     tables.push_back(&baseline_kernels);
@@ -39,7 +39,7 @@ std::string joined(const std::vector<std::string>& names) {
 struct Choice {
     std::vector<const KernelTable*> tables = usable_tables();
     const KernelTable* at_load = tables.front();
-    std::string reason = "the best that this processor runs", error;
+    std::string reason = "best of this processor", error;
     std::atomic<const KernelTable*> now{nullptr};
 
     const KernelTable* find(const std::string& name) const {
@@ -60,7 +60,7 @@ struct Choice {
         if (wanted && *wanted) {
             if (const KernelTable* table = find(wanted)) {
                 at_load = table;
-                reason = "BNFAST_ISA asks for it";
+                reason = "set by BNFAST_ISA";
             } else {
                 error = refusal("BNFAST_ISA", wanted);
             }

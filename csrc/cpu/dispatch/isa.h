@@ -1,5 +1,5 @@
-// Which kernel table runs, and why: an ordered list, best first; the environment's BNFAST_ISA, read once at load, or a
-// test's set_isa may take another that this processor can run.
+// Chooses the kernel table. The tables that this processor supports are listed best first, and the first one runs.
+// The environment variable BNFAST_ISA, read once at load, can name another one; so can set_isa, in tests.
 #pragma once
 #include <string>
 #include <vector>
@@ -9,12 +9,12 @@
 namespace bnfast {
 
 const KernelTable& kernels();
-std::string isa_reason();
+std::string isa_reason();                // why kernels() was chosen at load
 std::vector<std::string> usable_isas();  // best first
-void set_isa(const std::string& name);   // tests only; "" goes back to what load chose; std::invalid_argument
-std::string isa_of_environment_error();  // empty, or why BNFAST_ISA can't be honoured
+void set_isa(const std::string& name);  // tests only; "" restores the choice made at load; throws std::invalid_argument
+std::string isa_of_environment_error();  // empty, or why BNFAST_ISA can't be used
 
-const char* last_isa();  // what the calling thread's last call ran on: the table's own word
+const char* last_isa();  // the isa of the table that the calling thread's last call used
 void record_isa(const KernelTable& table);
 
 }  // namespace bnfast

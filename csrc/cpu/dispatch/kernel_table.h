@@ -1,10 +1,12 @@
-// What an instruction set must provide: one table of plain functions over plain structs.
+// The interface that every instruction set implements: one table of plain functions over plain structs.
 //
-// Layouts: "rows" (S > 1: a channel is N contiguous rows of S values) and "columns" (S = 1: a channel is a column of a
-// matrix of N rows). In columns, `pack` consecutive rows are seen as one row of K = pack*C columns, so that few or odd
-// channels fill whole vectors; pack belongs to the grid, because it decides the order of summation.
-// All functions are noexcept, allocate nothing, start no threads. Ranges are half open. C headers only: this file is
-// read by kernel translation units (see kernels/simd.inl.h).
+// Layouts. rows (S > 1): a channel is N contiguous rows of S values. columns (S = 1): x is a matrix of N rows, and a
+// channel is one of its columns. In the columns layout `pack` consecutive rows are treated as one packed row of
+// K = pack*C columns, so that few or odd channels fill whole vectors. pack is part of the grid, because it fixes the
+// order of summation.
+//
+// The functions are noexcept, allocate nothing, start no threads and write only the outputs in their arguments. Ranges
+// are half open. Kernel translation units include this file, so it may include C headers only (kernels/simd.inl.h).
 #pragma once
 #include <stdint.h>
 
@@ -13,33 +15,34 @@ namespace bnfast {
 enum KernelActivation { act_none = 0, act_relu = 1, act_leaky = 2, act_count = 3 };  // relu6 is relu with a bound of 6
 enum GradMode { grad_batch = 0, grad_weighted = 1, grad_frozen = 2, grad_mode_count = 3 };
 
-// The reduction grid: a function of shape and dtype alone (plan.cpp), so it may decide bits.
+// The reduction grid. It fixes the order of summation, and with it the bits, so plan.cpp derives it from shape and
+// dtype alone.
 struct Grid {
     int64_t N, C, S;
-    int64_t pack;         // columns: rows seen as one; 1 in the rows layout
-    int64_t block_rows;   // rows: rows of one channel in a block (>= 1); columns: packed rows in a block
-    int64_t block_width;  // rows: values of a row in a block (<= S); columns: unused
-    int64_t blocks;       // blocks in all (each a slice of every channel)
-    int64_t chunk_blocks, chunks;
+    int64_t pack;                  // columns: rows per packed row; rows: 1
+    int64_t block_rows;            // rows: rows of one channel per block (>= 1); columns: packed rows per block
+    int64_t block_width;           // rows: values per row of a block (<= S); columns: unused
+    int64_t blocks;                // in total; each covers a part of every channel
+    int64_t chunk_blocks, chunks;  // blocks per chunk, and chunks; a reduce call handles one chunk
 };
 
-// Per-channel constants in the compute type T (float, or double for float64 x), each of pack*C values.
+// Per-channel constants in the compute type T (float, or double for float64 x): pack*C values each.
 struct Params {
     void *mean_hi, *scale, *shift;         // pre-activation: (x - mean_hi)*scale + shift
     void *mean_dy, *dx_slope, *dx_offset;  // dx = scale*(g - mean_dy) + (dx_slope*(x - mean_hi) + dx_offset)
 };
 
 struct ActivationArgs {
-    double bound, negative_slope;  // relu: min(z, bound); leaky: z > 0 ? z : z*negative_slope
+    double bound, negative_slope;  // relu: min(z, bound), NaN for no bound; leaky: z > 0 ? z : z*negative_slope
 };
 
-struct ReduceArgs {  // moments of one chunk, channels [c0, c1)
+struct ReduceArgs {  // moments of one chunk over channels [c0, c1)
     Grid grid;
     const void *x, *mask;
     int64_t chunk, c0, c1;
-    int prefetch_next;                     // whether the next block is prefetched while one is read
-    double *count, *center, *offset, *m2;  // count: [chunks], the same for every channel; the rest [chunks][C]
-    double* scratch;                       // 4*pack*C doubles of this thread's own, where pack > 1 or mask
+    int prefetch_next;                     // prefetch the next block while reading one
+    double *count, *center, *offset, *m2;  // count: [chunks], equal for all channels; others: [chunks][C]
+    double* scratch;                       // 4*pack*C doubles per thread, needed if pack > 1 or with a mask
 };
 
 struct ApplyArgs {
@@ -48,21 +51,21 @@ struct ApplyArgs {
     void* y;
     Params params;
     ActivationArgs act;
-    int stream;                 // non-temporal stores where y is aligned
-    int64_t begin, end;         // rows: flat range of values; columns: packed rows
-    int64_t c0, c1;             // columns: range of packed columns (0, K unless a channel group is applied)
-    int64_t prefetch_distance;  // rows: in values; 0 disables prefetching
+    int stream;                 // non-temporal stores, if y is aligned
+    int64_t begin, end;         // rows: range of flat indices; columns: of packed rows
+    int64_t c0, c1;             // columns: range of packed columns; [0, K), or one group of channels
+    int64_t prefetch_distance;  // rows layout: in values; 0 disables prefetching
 };
 
 struct GradReduceArgs {
     Grid grid;
-    const void *dy, *x, *gate_input;  // gate_input: residual or, where gate_input_is_y, the forward's y; null: neither
-    int gate_input_is_y;
-    Params params;  // mean_hi, scale, shift
+    const void *dy, *x, *gate_input;  // gate_input: see gate_input_is_y; null: the gate reads x alone
+    int gate_input_is_y;              // 1: the forward's y; 0: the residual
+    Params params;                    // mean_hi, scale, shift
     ActivationArgs act;
     int64_t chunk, c0, c1;
-    double *sum_dy, *sum_dy_centered_x;  // [chunks][C]; sum of g and of g*(x - mean_hi)
-    double* scratch;                     // 2*pack*C doubles, where pack > 1
+    double *sum_dy, *sum_dy_centered_x;  // [chunks][C]: sum of g, sum of g*(x - mean_hi)
+    double* scratch;                     // 2*pack*C doubles per thread, needed if pack > 1
 };
 
 struct GradApplyArgs {
@@ -76,7 +79,7 @@ struct GradApplyArgs {
     int64_t begin, end, c0, c1, prefetch_distance;
 };
 
-struct ParamVector {  // (C,) float or double; null data: absent
+struct ParamVector {  // (C,) float32 or float64; null data: absent
     const void* data;
     int is_double;
 };
@@ -84,9 +87,9 @@ struct ParamVector {  // (C,) float or double; null data: absent
 struct FinalizeArgs {  // channels [c0, c1) of C
     int64_t C, pack, c0, c1;
     ParamVector mean, variance_or_invstd, gamma, beta;
-    int is_invstd;  // whether variance_or_invstd is invstd
+    int is_invstd;  // 1: variance_or_invstd holds invstd
     double epsilon;
-    double* invstd;  // written where not null
+    double* invstd;  // output; may be null
     Params params;
 };
 
@@ -101,9 +104,9 @@ struct GradFinalizeArgs {
     Params params;
 };
 
-struct MergeArgs {  // chunk results of channels [c0, c1), merged in chunk order
+struct MergeArgs {  // merges the chunk results of channels [c0, c1), in chunk order
     int64_t C, chunks, c0, c1;
-    const double *count, *center, *offset, *m2;  // a chunk's mean is center + offset
+    const double *count, *center, *offset, *m2;  // the mean of a chunk is center + offset
     double *mean_out, *variance_out;
 };
 
@@ -116,18 +119,18 @@ struct MovingArgs {
     int skip_non_finite;
 };
 
-constexpr int64_t row_block = 2048;  // columns of a row that are summed together
+constexpr int64_t row_block = 2048;  // columns per block of a row; a row_grad_reduce call handles one
 
-// `rows` rows, `stride` values apart, columns [k0, k1) of each; row i has the constants at i*constant_step.
+// Columns [k0, k1) of `rows` rows, which are `stride` values apart. Row i has its constants at index i*constant_step.
 struct RowArgs {
     const void *x, *dy;
     void* y;  // or dx
     int64_t rows, stride, k0, k1, constant_step;
     int64_t prefetch_distance;  // in values; 0 disables prefetching
     Params params;
-    const void *gamma, *beta;              // by column, in the compute type
-    double *row_sum, *row_sum_centered_x;  // of dy*gamma and dy*gamma*(x - mean_hi), at i*constant_step
-    double *sum_dy, *sum_dy_xhat;          // by column; added to
+    const void *gamma, *beta;              // per column, in the compute type
+    double *row_sum, *row_sum_centered_x;  // sums of t = dy*gamma and t*(x - mean_hi), at i*constant_step
+    double *sum_dy, *sum_dy_xhat;          // per column; the call adds to them
     int stream;
 };
 
@@ -148,9 +151,9 @@ struct TypeKernels {
 };
 
 struct KernelTable {
-    const char* isa;                             // set by the translation unit from the compiler's own macros
+    const char* isa;                             // its name; the translation unit checks the compiler flags
     TypeKernels types[4];                        // indexed by DType
-    double (*merge)(const MergeArgs&) noexcept;  // returns the summed count
+    double (*merge)(const MergeArgs&) noexcept;  // returns the total count
     void (*update_moving)(const MovingArgs&) noexcept;
 };
 

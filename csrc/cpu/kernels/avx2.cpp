@@ -1,3 +1,4 @@
+// AVX2 with FMA and F16C: 32-byte vectors.
 #define BNFAST_VBYTES 32
 #include "table.inl.h"
 #if !defined(__AVX2__) || !defined(__FMA__) || !defined(__F16C__) || defined(__AVX512F__)

@@ -1,11 +1,15 @@
-// Backward: reduce (sum_dy, sum_dy_centered_x), finalize (dgamma, dbeta and dx's constants), apply (dx).
+// Backward: finalize (dgamma, dbeta and the constants of dx) and apply (dx). backward_stats.inl.h has the reduce step.
 //
-//   g  = dy, gated by the activation at the recomputed pre-activation (nothing is stored by the forward pass), or at y
-//   dbeta = sum g;  dgamma = sum g*xhat = (sum g*(x - mean_hi) - mean_lo*sum g)*invstd
-//   dx = scale*(g - mean_dy) + (dx_slope*(x - mean_hi) + dx_offset)      batch statistics, W = M or the summed weights:
-//        mean_dy = sum g/W,  dx_slope = -scale*invstd*dgamma/W + 2*dvariance/W,
-//        dx_offset   = dmean/W - dx_slope*mean_lo - (what rounding mean_dy left)*scale
-//   weighted: dx_i = scale*(g - w_i*mean_dy) + w_i*(dx_slope*(x - mean_hi) + dx_offset);  frozen: dx = scale*g
+//   g       = the upstream gradient dy times the activation's derivative, at the recomputed pre-activation or at y;
+//             the forward pass stores nothing for it
+//   dbeta   = sum(g)
+//   dgamma  = sum(g*xhat) = (sum(g*(x - mean_hi)) - mean_lo*sum(g))*invstd
+//   dx      = scale*(g - mean_dy) + (dx_slope*(x - mean_hi) + dx_offset), with W = M or the sum of the weights:
+//             mean_dy = sum(g)/W,  dx_slope = -scale*invstd*dgamma/W + 2*dvariance/W,
+//             dx_offset = dmean/W - dx_slope*mean_lo - (rounding error of mean_dy)*scale
+//   weighted: dx_i = scale*(g - w_i*mean_dy) + w_i*(dx_slope*(x - mean_hi) + dx_offset)
+//   frozen:   dx = scale*g
+// dresidual, if given, is g.
 #pragma once
 #include "backward_stats.inl.h"
 #include "normalize.inl.h"
@@ -26,7 +30,7 @@ template <class X, int mode, int act> void grad_apply_rows(const GradApplyArgs& 
     auto w = static_cast<const T*>(a.mask);
     const T bound = T(a.act.bound), slope = T(a.act.negative_slope);
     constexpr bool frozen = mode == grad_frozen, gated = act != act_none, reads_x = !frozen || gated;
-    const Params p = a.params;  // a copy, or every vector that is stored might have changed it
+    const Params p = a.params;  // a copy, because the compiler assumes that each store may change `a`
     auto constants_of = [&](int64_t c) {
         auto constant = [c](void* values) { return X::splat(static_cast<const T*>(values)[c]); };
         if (frozen) return Constants<V>{constant(p.mean_hi), constant(p.scale), constant(p.shift), {}, {}, {}};
@@ -36,7 +40,7 @@ template <class X, int mode, int act> void grad_apply_rows(const GradApplyArgs& 
     const int64_t prefetch_distance = a.prefetch_distance;
     with_flags(a.stream && mode != grad_weighted, gated && gate_input, [&](auto stream, auto has_gate_input) {
         auto step = [&](int64_t i, int n, auto whole, const auto& k, V weight) {
-            const auto& [m, sc, sh, mdy, sx, lv] = k;
+            const auto& [mean_hi, scale, shift, mean_dy, dx_slope, dx_offset] = k;
             if (prefetch_distance) {
                 prefetch(x + i + prefetch_distance);
                 prefetch(dy + i + prefetch_distance);
@@ -44,14 +48,15 @@ template <class X, int mode, int act> void grad_apply_rows(const GradApplyArgs& 
             const V xi = reads_x ? load_some<X>(x + i, n, whole) : V{};
             V grad = load_some<X>(dy + i, n, whole);
             if (gated) {
-                V z = pre_activation(xi, m, sc, sh);
+                V z = pre_activation(xi, mean_hi, scale, shift);
                 if (has_gate_input.value) z = gated_by(z, load_some<X>(gate_input + i, n, whole), a.gate_input_is_y);
                 grad = gate<act>(z, grad, bound, slope);
                 if (has_gate_input.value && dres) store_some<X>(dres + i, grad, n, whole, No{});
             }
-            V out = sc * grad;
-            if (mode == grad_batch) out = sc * (grad - mdy) + (sx * (xi - m) + lv);
-            if (mode == grad_weighted) out = sc * (grad - weight * mdy) + weight * (sx * (xi - m) + lv);
+            V out = scale * grad;
+            if (mode == grad_batch) out = scale * (grad - mean_dy) + (dx_slope * (xi - mean_hi) + dx_offset);
+            if (mode == grad_weighted)
+                out = scale * (grad - weight * mean_dy) + weight * (dx_slope * (xi - mean_hi) + dx_offset);
             store_some<X>(dx + i, out, n, whole, stream);
         };
         if (mode != grad_weighted) {
@@ -60,7 +65,7 @@ template <class X, int mode, int act> void grad_apply_rows(const GradApplyArgs& 
             if (stream.value) fence_streams();
             return;
         }
-        const int64_t S_ = a.grid.S, C = a.grid.C;  // row by row, because w (N, S) begins again with every row
+        const int64_t S_ = a.grid.S, C = a.grid.C;  // row by row, because all channels of a sample share one row of w
         for (int64_t i = a.begin, row = i / S_; i < a.end; ++row) {
             const int64_t stop = (row + 1) * S_ < a.end ? (row + 1) * S_ : a.end;
             const auto k = constants_of(row % C);
@@ -74,8 +79,7 @@ template <class X, int mode, int act> void grad_apply_rows(const GradApplyArgs& 
 
 // ---- columns --------------------------------------------------------------------------------------------------------
 
-// With weights the caller gives a grid of pack 1 (apply is elementwise, its grid decides no bits): row r has weight
-// w[r].
+// With weights the grid has pack 1, so that row r has weight w[r]. Apply is elementwise: its grid changes no bits.
 template <class X, int mode, int act> void grad_apply_columns(const GradApplyArgs& a) noexcept {
     using S = typename X::S;
     using T = typename X::T;
@@ -95,11 +99,11 @@ template <class X, int mode, int act> void grad_apply_columns(const GradApplyArg
             [&](int64_t r, int64_t k, int n, auto whole) {
                 const int64_t at = r * K + k;
                 auto constant = [&](void* p) { return load_some<P>(static_cast<const T*>(p) + k, n, whole); };
-                const V sc = constant(a.params.scale), m = reads_x ? constant(a.params.mean_hi) : V{};
+                const V scale = constant(a.params.scale), mean_hi = reads_x ? constant(a.params.mean_hi) : V{};
                 const V xi = reads_x ? load_some<X>(x + at, n, whole) : V{};
                 V grad = load_some<X>(dy + at, n, whole);
                 if (gated) {
-                    V z = pre_activation(xi, m, sc, constant(a.params.shift));
+                    V z = pre_activation(xi, mean_hi, scale, constant(a.params.shift));
                     if (has_gate_input.value)
                         z = gated_by(z, load_some<X>(gate_input + at, n, whole), a.gate_input_is_y);
                     grad = gate<act>(z, grad, bound, slope);
@@ -107,11 +111,12 @@ template <class X, int mode, int act> void grad_apply_columns(const GradApplyArg
                 }
                 V out;
                 if (frozen) {
-                    out = sc * grad;
+                    out = scale * grad;
                 } else {
-                    const V of_x = constant(a.params.dx_slope) * (xi - m) + constant(a.params.dx_offset);
-                    const V mdy = constant(a.params.mean_dy), weight = mode == grad_weighted ? X::splat(w[r]) : V{};
-                    out = mode == grad_weighted ? sc * (grad - weight * mdy) + weight * of_x : sc * (grad - mdy) + of_x;
+                    const V x_term = constant(a.params.dx_slope) * (xi - mean_hi) + constant(a.params.dx_offset);
+                    const V mean_dy = constant(a.params.mean_dy), weight = mode == grad_weighted ? X::splat(w[r]) : V{};
+                    out = mode == grad_weighted ? scale * (grad - weight * mean_dy) + weight * x_term
+                                                : scale * (grad - mean_dy) + x_term;
                 }
                 store_some<X>(dx + at, out, n, whole, stream);
             },

@@ -1,5 +1,5 @@
-// Backward's reduce: sum g and sum g*(x - mean_hi) of one chunk (backward.inl.h has the maths). One pass, in the lanes
-// and the order of the forward statistics of the same layout.
+// The reduce step of the backward pass: sum(g) and sum(g*(x - mean_hi)) of one chunk, in one pass. Lanes and order are
+// those of the forward statistics of the same layout. backward.inl.h has the formulas.
 #pragma once
 #include "normalize.inl.h"
 #include "stats_rows.inl.h"
@@ -7,20 +7,20 @@
 namespace bnfast {
 namespace {
 
-// What the sums over columns read, at their first column. The constants: one value a column.
+// The inputs of the sums over columns, each pointing to its first column. The constants have one value per column.
 template <class X> struct GradColumns {
     const typename X::S *dy, *x, *gate_input;
     bool gate_input_is_y;
     const typename X::T *mean_hi, *scale, *shift;
     int64_t rows, stride, width;
-    int64_t prefetch_rows, next;  // prefetch distance in rows, 0 disables; values from this tile to the next
+    int64_t prefetch_rows, next_tile;  // prefetch distance in rows, 0: none; values from this tile to the next one
 };
 
 template <class T, int64_t columns> struct alignas(64) GradTile {
     T s0[columns], s1[columns];
 };
 
-// Leaves the two sums of every column.
+// Computes both sums of every column.
 template <class X, int act, class Tile, class HasGateInput>
 BNFAST_INLINE void grad_column_sums(const GradColumns<X>& a, const ActivationArgs& args, Tile& t, HasGateInput) {
     using T = typename X::T;
@@ -31,8 +31,8 @@ BNFAST_INLINE void grad_column_sums(const GradColumns<X>& a, const ActivationArg
         store_vector(t.s0 + k, V{});
         store_vector(t.s1 + k, V{});
     });
-    // Adds eight rows from r on, or one, of one vector of columns; asks for what lies `far` ahead.
-    auto add = [&](auto eight, int64_t r, int64_t k, int n, auto whole, int64_t far) {
+    // Adds eight rows from r on, or one, of one vector of columns. Prefetches `distance` values ahead, 0: not.
+    auto add = [&](auto eight, int64_t r, int64_t k, int n, auto whole, int64_t distance) {
         constexpr int R = decltype(eight)::value ? 8 : 1;
         const V m = load_some<P>(a.mean_hi + k, n, whole);
         const V sc = act != act_none ? load_some<P>(a.scale + k, n, whole) : V{};
@@ -40,9 +40,9 @@ BNFAST_INLINE void grad_column_sums(const GradColumns<X>& a, const ActivationArg
         V g[8], gx[8];
         BNFAST_UNROLL for (int i = 0; i < R; ++i) {
             const int64_t j = (r + i) * a.stride + k;
-            if (far) {
-                prefetch(a.x + j + far);
-                prefetch(a.dy + j + far);
+            if (distance) {
+                prefetch(a.x + j + distance);
+                prefetch(a.dy + j + distance);
             }
             const V value = load_some<X>(a.x + j, n, whole);
             g[i] = load_some<X>(a.dy + j, n, whole);
@@ -59,9 +59,9 @@ BNFAST_INLINE void grad_column_sums(const GradColumns<X>& a, const ActivationArg
     by_eights(
         a.rows,
         [&](int64_t r) {
-            const int64_t beyond = r + a.prefetch_rows < a.rows ? 0 : a.next - a.rows * a.stride;
-            const int64_t far = a.prefetch_rows ? a.prefetch_rows * a.stride + beyond : 0;
-            across<X>(a.width, [&](int64_t k, int n, auto whole) { add(Yes{}, r, k, n, whole, far); });
+            const int64_t beyond = r + a.prefetch_rows < a.rows ? 0 : a.next_tile - a.rows * a.stride;
+            const int64_t distance = a.prefetch_rows ? a.prefetch_rows * a.stride + beyond : 0;
+            across<X>(a.width, [&](int64_t k, int n, auto whole) { add(Yes{}, r, k, n, whole, distance); });
         },
         [&](int64_t r) { across<X>(a.width, [&](int64_t k, int n, auto whole) { add(No{}, r, k, n, whole, 0); }); });
 }
@@ -93,7 +93,7 @@ template <class X> BNFAST_INLINE GradColumns<X> grad_columns(const GradReduceArg
 
 // ---- rows -----------------------------------------------------------------------------------------------------------
 
-// One block of rows shorter than the lanes, as columns (stats_short_rows.inl.h).
+// One block of rows of at most 64 values, processed as columns (stats_short_rows.inl.h).
 template <class X, int act>
 BNFAST_INLINE void grad_short_rows(const GradReduceArgs& a, const RowBlock& k, double* sum_dy,
                                    double* sum_dy_centered_x) {
@@ -186,10 +186,11 @@ template <class X, int act> void grad_reduce_columns(const GradReduceArgs& a) no
             columns.rows = rows;
             columns.stride = K;
             columns.width = end - k < tile_columns ? end - k : tile_columns;
-            // 8 KiB of x and of dy ahead, at least the next eight rows: x has been out of the caches since the forward.
+            // 8 KiB ahead in x and in dy, at least eight rows. Always, because x has left the caches since the forward
+            // pass (docs/performance/gradient.md).
             const int64_t row = columns.width * int64_t(sizeof(typename X::S));
             columns.prefetch_rows = row >= 1024 ? 8 : row >= 512 ? 16 : 32;
-            columns.next = k + columns.width < end ? columns.width : rows * K + k0 - k;
+            columns.next_tile = k + columns.width < end ? columns.width : rows * K + k0 - k;
             GradTile<typename X::T, tile_columns> t;
             grad_column_sums<X, act>(columns, a.act, t);
             for (int64_t j = 0; j < columns.width; ++j) {

@@ -1,4 +1,4 @@
-// x86-64 as the ABI guarantees it (SSE2); on aarch64 the same 16-byte vectors are NEON.
+// The instructions that every processor of the architecture has: SSE2 on x86-64, NEON on aarch64. 16-byte vectors.
 #define BNFAST_VBYTES 16
 #include "table.inl.h"
 #if defined(__AVX__)

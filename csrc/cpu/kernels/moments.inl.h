@@ -1,27 +1,28 @@
-// Reduce: moments of one chunk, in one read of memory.
+// Reduce: the mean and M2 (sum of squared deviations) of one chunk, in one read of memory.
 //
-// A block is at most 32 KiB. sum(x - x0) over a sample of it, x0 its first valid value, gives a center c near its mean;
-// then d = x - c gives sum(d) and sum(d*d) of all of it, in L1 or on its way there. In float64:
-//   mean_b = c + sum(d)/n,   M2_b = sum(d*d) - sum(d)^2/n  (clamped at 0)
-// Where c is more than a standard deviation off (2*sum(d)^2 > n*sum(d*d)), so that M2_b would lose more than a bit, its
-// sums are made again with c = mean_b: of 64 values in random order a few columns in a million, of 128 none; the values
-// decide, and nothing else. Blocks are merged in order by Chan's formula, on means kept as center + offset: the center
-// is the first block's, and the difference of two means loses no digits of float64 to a large one. x - x0 and x - c are
-// exact or nearly so at any offset, so the offset costs no digits; a constant channel has d = 0 and M2 exactly 0. With
-// weights w every sum takes w.
+// Per block of at most 32 KiB, with x0 its first valid value:
+//   1. A quarter of the values (all of fewer than 64) gives a center near the mean: c = x0 + sum(x - x0)/count.
+//   2. All values give sum(d) and sum(d*d), d = x - c, from L1:
+//      mean_b = c + sum(d)/n,   M2_b = sum(d*d) - sum(d)^2/n, at least 0, in float64.
+//   3. If c is more than a standard deviation off, 2*sum(d)^2 > n*sum(d*d), M2_b would lose more than one bit: repeat
+//      step 2 with c = mean_b. In random order: a few columns of 64 values per million, none of 128.
+// Chan's formula merges blocks in order. Means are kept as center + offset, center being the first block's, so that the
+// difference of two large means loses no float64 digits. x - x0 and x - c are (nearly) exact, so a large offset of the
+// data costs no digits, and a constant channel has d = 0 and M2 = 0. A mask multiplies every term by its weight.
 #pragma once
 #include "simd.inl.h"
 
 namespace bnfast {
 namespace {
 
-// Every fourth row of columns, every fourth 64 lanes of a row. A full first pass: 1.2 to 1.4 times the time in cache.
+// Step 1 reads every fourth row (columns) or every fourth group of 64 lanes (rows). Reading all of the block takes 1.2x
+// to 1.4x the time in cache.
 constexpr int64_t sample_step = 4;
 BNFAST_INLINE int64_t sample_step_of(int64_t values) { return values < 64 ? 1 : sample_step; }
 BNFAST_INLINE int64_t sampled(int64_t count, int64_t step) { return (count + step - 1) / step; }
 
 struct BlockMoments {
-    double n, center, offset, m2;  // the mean is center + offset
+    double n, center, offset, m2;  // mean = center + offset
 };
 
 template <class T> BNFAST_INLINE BlockMoments block_moments(double n, T c, T sum_d, T sum_dd) {
@@ -33,14 +34,14 @@ template <class T> BNFAST_INLINE BlockMoments block_moments(double n, T c, T sum
 template <class T> BNFAST_INLINE T finite_or_zero(T t) { return t - t == T(0) ? t : T(0); }
 template <class V> BNFAST_INLINE V finite_or(V v, V other) { return v - v == V{} ? v : other; }
 
-// Of a scalar or of a vector; false of NaN.
+// Whether step 3 is needed. For scalars or vectors; false for NaN.
 template <class V> BNFAST_INLINE auto center_is_off(V n, V sum_d, V sum_dd) {
-    const V part = sum_d * (sum_d / n);  // in this order nothing overflows or vanishes that sum_dd survives
+    const V part = sum_d * (sum_d / n);  // this order over- or underflows only if sum_dd does
     return part + part > sum_dd;
 }
 
-// One block with weights, n their sum and sample that of the sample: deviations(c, of the sample) and squares(c) are
-// sums of w*(x - c) and w*(x - c)^2.
+// Moments of one block with weights. n and sample: the sums of all weights and of those in the sample.
+// deviations(c, of the sample or of all) returns the sum of w*(x - c), squares(c) that of w*(x - c)^2.
 template <class T, class Deviations, class Squares>
 BNFAST_INLINE BlockMoments weighted_moments(T n, T sample, T x0, Deviations deviations, Squares squares) {
     T c = finite_or<T>(x0 + deviations(x0, true) * (sample > T(0) ? T(1) / sample : T(0)), x0);
@@ -53,7 +54,7 @@ BNFAST_INLINE BlockMoments weighted_moments(T n, T sample, T x0, Deviations devi
     return block_moments(double(n), c, sum_d, sum_dd);
 }
 
-// Chan: na values take in nb.
+// Chan's formula: merges nb values into na.
 struct Merge {
     double first, r, q;  // r = nb/n, q = na*nb/n
     BNFAST_INLINE Merge(double na, double nb) {
@@ -75,7 +76,7 @@ BNFAST_INLINE int64_t chunk_end(const Grid& g, int64_t chunk) {
     return end < g.blocks ? end : g.blocks;
 }
 
-// ---- chunk results into (C,) ---------------------------------------------------------------------------------------
+// ---- chunk results to (C,) ------------------------------------------------------------------------------------------
 
 double merge_chunks(const MergeArgs& a) noexcept {
     double total = 0;

@@ -1,16 +1,17 @@
-// Finalize and apply: y = activation((x - mean_hi)*scale + shift + residual).
+// Forward: finalize and apply, y = activation((x - mean_hi)*scale + shift + residual), and the moving statistics.
 //
-// mean = mean_hi + mean_lo, mean_hi its nearest value of the compute type: x - mean_hi loses no digits at large
-// offsets, and mean_lo goes into shift = beta - mean_lo*gamma*invstd, computed in float64. M = 1: x - mean_hi = 0 and
-// y = beta exactly. invstd = 1/sqrt(variance + epsilon), 0 where that sum is 0, so that nothing becomes 0*inf.
+// mean = mean_hi + mean_lo, mean_hi being the mean rounded to the compute type, so that x - mean_hi loses no digits at
+// large offsets. scale = gamma*invstd and shift = beta - mean_lo*scale are computed in float64. invstd =
+// 1/sqrt(variance + epsilon), or 0 if that sum is 0, which avoids 0*inf. A channel of one value has x - mean_hi = 0, so
+// y = beta.
 #pragma once
 #include "simd.inl.h"
 
 namespace bnfast {
 namespace {
 
-// Of the channels [c, c + n). Loops of their own: a choice for each value of five vectors kept the gradient's finalize
-// scalar.
+// Loads n values from channel c on as doubles. One loop per case: a choice per value kept grad_finalize scalar
+// (docs/performance/gradient.md).
 BNFAST_INLINE void params(const ParamVector& p, int64_t c, int64_t n, double absent, double* to) {
     if (!p.data)
         for (int64_t i = 0; i < n; ++i) to[i] = absent;
@@ -20,7 +21,7 @@ BNFAST_INLINE void params(const ParamVector& p, int64_t c, int64_t n, double abs
         for (int64_t i = 0; i < n; ++i) to[i] = double(static_cast<const float*>(p.data)[c + i]);
 }
 
-// Per-channel constants repeat for each of the `pack` rows seen as one.
+// Copies the constants of channels [c0, c1) to each of the other pack - 1 rows of a packed row.
 template <class T> BNFAST_INLINE void repeat(void* values, int64_t C, int64_t pack, int64_t c0, int64_t c1) {
     T* v = static_cast<T*>(values);
     for (int64_t p = 1; p < pack; ++p) memcpy(v + p * C + c0, v + c0, size_t(c1 - c0) * sizeof(T));
@@ -30,7 +31,7 @@ template <class X> void finalize(const FinalizeArgs& a) noexcept {
     using T = typename X::T;
     T *mean_hi = static_cast<T*>(a.params.mean_hi), *scale = static_cast<T*>(a.params.scale),
       *shift = static_cast<T*>(a.params.shift);
-    constexpr int64_t step = 64;  // in pieces of 64 channels, so that each loop is plain enough to vectorize
+    constexpr int64_t step = 64;  // 64 channels at a time, in loops simple enough to be vectorized
     for (int64_t c0 = a.c0; c0 < a.c1; c0 += step) {
         const int64_t n = a.c1 - c0 < step ? a.c1 - c0 : step;
         double mean[step], invstd[step], gamma[step], beta[step];
@@ -61,23 +62,24 @@ template <class X> void finalize(const FinalizeArgs& a) noexcept {
     repeat<T>(shift, a.C, a.pack, a.c0, a.c1);
 }
 
-// The one pre-activation: forward and the gate of backward call it, so they agree to the bit.
+// The forward pass and the gate of the backward pass both call it, so they agree to the bit.
 template <class V> BNFAST_INLINE V pre_activation(V x, V mean_hi, V scale, V shift) {
     return (x - mean_hi) * scale + shift;
 }
-// What the gate looks at where the forward added a residual: z, or y in its place, whose sign and bound are those of z.
+// The gate's input if the forward pass added a residual: z + residual or, in its place, y, which has the same sign and
+// bound.
 template <class V> BNFAST_INLINE V gated_by(V z, V gate_input, bool gate_input_is_y) {
     return gate_input_is_y ? gate_input : z + gate_input;
 }
 
-// ---- rows: a flat range of values; every row has one channel's constants -------------------------------------------
+// ---- rows: a range of flat indices; each row of S values has the constants of one channel ---------------------------
 
-// Params of one channel, in every lane; of several channels where their rows meet in a vector.
+// The constants of each lane: of one channel or, in a vector that crosses row ends, of several.
 template <class V> struct Constants {
     V mean_hi, scale, shift, mean_dy, dx_slope, dx_offset;
 };
 
-// a before lane l, b from it on.
+// Lanes below l from a, the others from b.
 template <class V> BNFAST_INLINE Constants<V> joined(const Constants<V>& a, const Constants<V>& b, int l) {
     decltype(V{} < V{}) lane;
     BNFAST_UNROLL for (int i = 0; i < int(sizeof(V) / sizeof(V{}[0])); ++i) lane[i] = i;
@@ -86,16 +88,17 @@ template <class V> BNFAST_INLINE Constants<V> joined(const Constants<V>& a, cons
             before ? a.mean_dy : b.mean_dy, before ? a.dx_slope : b.dx_slope, before ? a.dx_offset : b.dx_offset};
 }
 
-// step(offset, values, Yes: a whole vector, constants) over the values [begin, end). Vectors lie as those of y do,
-// whole ones aligned, and reach over the ends of rows: with a masked vector at the end of each 7x7 took 1.4 times as
-// long.
+// Calls step(offset, count, Yes for a whole vector, constants) over the values [begin, end). Vectors are aligned like y
+// and cross row ends: a masked vector at the end of each row took 1.4x the time for 7x7. The lambda is kept because
+// the alternatives are slower with GCC 12: 7x7 inference on AVX-512 took 1.1x with a cursor struct and 1.15x with the
+// lambda's body in the loop.
 template <class X, class Of, class Step>
 BNFAST_INLINE void over_rows(const Grid g, const typename X::S* y, int64_t begin, int64_t end, Of constants_of,
                              Step step) {
     constexpr int64_t item = sizeof(typename X::S);
     int64_t c = begin / g.S % g.C, row_end = (begin / g.S + 1) * g.S;
     auto k = constants_of(c);
-    auto where_rows_meet = [&](int64_t i, int n, auto whole) {
+    auto cross_row_end = [&](int64_t i, int n, auto whole) {
         auto mixed = k;
         while (row_end < i + n) {
             const int l = int(row_end - i);
@@ -110,14 +113,14 @@ BNFAST_INLINE void over_rows(const Grid g, const typename X::S* y, int64_t begin
         const int64_t room = X::W - int64_t(reinterpret_cast<uintptr_t>(y + i) / item % X::W);
         const int n = int(room < end - i ? room : end - i);
         if (n < X::W) {
-            where_rows_meet(i, n, No{});
+            cross_row_end(i, n, No{});
             i += n;
             continue;
         }
         const int64_t stop = row_end < end ? row_end : end;
         for (; i + X::W <= stop; i += X::W) step(i, X::W, Yes{}, k);
         if (i + X::W > end) continue;
-        where_rows_meet(i, X::W, Yes{});
+        cross_row_end(i, X::W, Yes{});
         i += X::W;
     }
 }
@@ -146,30 +149,32 @@ template <class X, int act> void apply_rows(const ApplyArgs& a) noexcept {
     });
 }
 
-// ---- columns: row by row, in the order of memory; the constants come from L1 ---------------------------------------
-// Several rows at a time would load the constants once for all of them, and is 1.3x faster in L2, but 1.3x to 1.9x
-// slower beyond (12 MB, 2 to 8 rows): that many streams of reads and writes are more than the prefetchers follow.
+// ---- columns: row by row, in memory order ---------------------------------------------------------------------------
+// The constants are loaded from L1 for every row. Sharing the loads among 2 to 8 rows is 1.3x as fast in L2 but takes
+// 1.3x to 1.9x the time at 12 MB, because the prefetchers don't follow that many streams
+// (docs/performance/apply-and-stores.md).
 
 template <class X> BNFAST_INLINE bool may_stream(const void* y, int64_t K, int64_t c0) {
     constexpr int64_t line = 64 / int64_t(sizeof(typename X::S));
     return reinterpret_cast<uintptr_t>(y) % 64 == 0 && K % line == 0 && c0 % line == 0;
 }
 
-// Rows from here on go by tiles of half of it where that gains: the constants of a row (3 to 6 vectors) would not stay
-// in L1 until the next. No prefetcher follows such pieces, so each is asked for a row before. (512, 3072) in cache:
-// infer 0.68, grad 0.87 of the time; a streamed forward loses (1.1 to 1.3 at 100 MB), so it goes row by row.
+// Rows of this many columns or more are processed in tiles of half of it, because the constants of a whole row (3 to 6
+// vectors) don't stay in L1 until the next row. Hardware prefetchers don't follow tiles, so each row of a tile is
+// prefetched one row ahead. (512, 3072) in cache: infer 0.68x, grad 0.87x. A streamed forward pass is not tiled: 1.1x
+// to 1.3x at 100 MB.
 constexpr int64_t wide_row = 2048;
 
-// step(row, column, columns in the vector, Yes: a whole vector) over rows [begin, end), columns [c0, c1); with `tiled`
-// coming(row, column, columns) a row before.
-template <class X, class Step, class Coming>
+// Calls step(row, column, count, Yes for a whole vector) over rows [begin, end) and columns [c0, c1). If `tiled`, calls
+// prefetch_tile(row, column, count) one row ahead.
+template <class X, class Step, class PrefetchTile>
 BNFAST_INLINE void over_columns(int64_t begin, int64_t end, int64_t c0, int64_t c1, bool tiled, Step step,
-                                Coming coming) {
+                                PrefetchTile prefetch_tile) {
     const int64_t tile = tiled ? wide_row / 2 : c1 - c0;
     for (int64_t t = c0; t < c1; t += tile) {
         const int64_t stop = t + tile < c1 ? t + tile : c1;
         for (int64_t r = begin; r < end; ++r) {
-            if (tiled) coming(r + 1, t, stop - t);
+            if (tiled) prefetch_tile(r + 1, t, stop - t);
             int64_t k = t;
             for (; k + 4 * X::W <= stop; k += 4 * X::W) {
                 BNFAST_UNROLL for (int i = 0; i < 4; ++i) step(r, k + i * X::W, X::W, Yes{});
@@ -210,7 +215,7 @@ template <class X, int act> void apply_columns(const ApplyArgs& a) noexcept {
     });
 }
 
-// ---- moving statistics ---------------------------------------------------------------------------------------------
+// ---- moving statistics ----------------------------------------------------------------------------------------------
 
 template <class T> BNFAST_INLINE void update(void* moving, const double* batch, const MovingArgs& a, double factor) {
     T* m = static_cast<T*>(moving);

@@ -1,13 +1,11 @@
-// Rows of K values whose statistics belong to the row, gamma and beta to the place in it: layer norm over trailing
-// axes, group norm where a channel is one value. (Channels of many values are pieces of rows, with constants of their
-// own: apply_rows and apply_columns do those.)
+// Rows of K values with statistics per row and gamma and beta per column: layer norm over trailing axes, and group norm
+// if each channel of a sample is one value (S = 1). For channels of more values see apply_rows and apply_columns.
 //
 //   y  = ((x - mean_hi)*scale + shift)*gamma + beta,  scale = invstd, shift = -mean_lo*invstd
-//   t  = dy*gamma;  dx = scale*(t - mean_dy) + (dx_slope*(x - mean_hi) + dx_offset), constants from grad_finalize on
-//   the sums
-//        of t and t*(x - mean_hi) over the row
-// The sums of a row have the 64 lanes and the blocks of 2048 values; those of a column add the rows of a block in order
-// in the compute type, and block to block in float64.
+//   t  = dy*gamma,  dx = scale*(t - mean_dy) + (dx_slope*(x - mean_hi) + dx_offset)
+//        grad_finalize makes the constants of dx from the row's sums of t and t*(x - mean_hi)
+// A row's sums use the 64 lanes, in blocks of row_block values. A column's sums add the rows of a block in order in the
+// compute type, and the blocks in float64.
 #pragma once
 #include "normalize.inl.h"
 #include "stats_rows.inl.h"
@@ -15,7 +13,7 @@
 namespace bnfast {
 namespace {
 
-// step(column, columns in the vector, whole) over [k0, k1).
+// Calls step(column, count, whole) for each vector of [k0, k1).
 template <class X, class Step> BNFAST_INLINE void along(int64_t k0, int64_t k1, Step step) {
     int64_t k = k0;
     for (; k + 4 * X::W <= k1; k += 4 * X::W) {
@@ -25,7 +23,7 @@ template <class X, class Step> BNFAST_INLINE void along(int64_t k0, int64_t k1, 
     if (k < k1) step(k, int(k1 - k), No{});
 }
 
-template <class X> struct RowConstant {  // of row i, in every lane
+template <class X> struct RowConstant {  // one value per row; [i] has the value of row i in every lane
     const typename X::T* at;
     int64_t step;
     BNFAST_INLINE RowConstant(const void* p, const RowArgs& a)
@@ -56,7 +54,7 @@ template <class X> void row_apply(const RowArgs& a) noexcept {
     });
 }
 
-// At most row_block columns; adds to sum_dy and sum_dy_xhat of the columns, leaves those of the rows.
+// At most row_block columns. Adds to the columns' sum_dy and sum_dy_xhat; writes the rows' sums.
 template <class X> void row_grad_reduce(const RowArgs& a) noexcept {
     using S = typename X::S;
     using T = typename X::T;
@@ -110,14 +108,14 @@ template <class X> void row_grad_apply(const RowArgs& a) noexcept {
         for (int64_t i = 0; i < a.rows; ++i) {
             auto x = static_cast<const S*>(a.x) + i * a.stride, dy = static_cast<const S*>(a.dy) + i * a.stride;
             auto dx = static_cast<S*>(a.y) + i * a.stride;
-            const V m = mean_hi[i], s = scale[i], mdy = mean_dy[i], sx = dx_slope[i], lv = dx_offset[i];
+            const V m = mean_hi[i], s = scale[i], mdy = mean_dy[i], slope = dx_slope[i], offset = dx_offset[i];
             along<X>(a.k0, a.k1, [&](int64_t k, int n, auto whole) {
                 if (a.prefetch_distance) {
                     prefetch(x + k + a.prefetch_distance);
                     prefetch(dy + k + a.prefetch_distance);
                 }
                 const V t = load_some<X>(dy + k, n, whole) * load_some<P>(gamma + k, n, whole);
-                const V out = s * (t - mdy) + (sx * (load_some<X>(x + k, n, whole) - m) + lv);
+                const V out = s * (t - mdy) + (slope * (load_some<X>(x + k, n, whole) - m) + offset);
                 store_some<X>(dx + k, out, n, whole, stream);
             });
         }

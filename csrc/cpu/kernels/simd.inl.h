@@ -1,9 +1,9 @@
-// Vectors of one instruction set's full width, and how each dtype is loaded, stored and rounded.
+// SIMD vectors of the instruction set's full width, and the loads, stores and conversions of each dtype.
 //
-// Included once by each ISA's translation unit, which defines BNFAST_VBYTES (16, 32 or 64). Everything here has
-// internal linkage, and only C headers come in, so that the linker can't give this unit's code to another processor.
-// The bits never depend on the width: sums run over 64 virtual lanes (64/W vectors) and one fixed tree, conversions
-// round to nearest even, and a*b + c is never contracted (-ffp-contract=off).
+// The translation unit of each ISA includes this file once and defines BNFAST_VBYTES (16, 32 or 64). Everything here
+// has internal linkage, and only C headers are included, so that the linker can't give this unit's code to a processor
+// that lacks its instructions. Results never depend on the vector width: sums run over 64 virtual lanes (64/W vectors)
+// and one fixed tree, conversions round to nearest even, and a*b + c is never contracted (-ffp-contract=off).
 #pragma once
 #include <stdint.h>
 #include <string.h>
@@ -19,7 +19,7 @@
 namespace bnfast {
 namespace {
 
-constexpr int lanes = 64;  // virtual lanes of a sum, whatever the hardware's width
+constexpr int lanes = 64;  // virtual lanes of a sum, for every vector width
 
 typedef float F32v __attribute__((vector_size(BNFAST_VBYTES)));
 typedef double F64v __attribute__((vector_size(BNFAST_VBYTES)));
@@ -34,7 +34,7 @@ template <class V> BNFAST_INLINE void store_vector(void* p, V v) {
     typedef V Unaligned __attribute__((aligned(1), may_alias));
     *static_cast<Unaligned*>(p) = v;
 }
-// Past the caches; p aligned to the vector. Elsewhere than on x86-64: an ordinary store.
+// Non-temporal store; p is aligned to the vector. Outside x86-64: an ordinary store.
 template <class V> BNFAST_INLINE void stream_vector(void* p, V v) {
 #if defined(__AVX512F__) && BNFAST_VBYTES == 64
     if constexpr (sizeof(V) == 64) return _mm512_stream_si512(static_cast<__m512i*>(p), (__m512i)v);
@@ -49,14 +49,14 @@ template <class V> BNFAST_INLINE void stream_vector(void* p, V v) {
     store_vector(p, v);
 }
 
-// After streaming, before anyone else may read: a later ordinary store could overtake streamed ones.
+// Needed between streaming stores and a later store that publishes the data, which could overtake them.
 BNFAST_INLINE void fence_streams() {
 #if defined(__x86_64__)
     _mm_sfence();
 #endif
 }
 
-// 16 to 32 bits and back (the upper halves are zero). GCC 12 takes the generic conversion apart into halves.
+// 16 to 32 bits and back (the upper halves are zero). Intrinsics, because GCC 12 splits the generic conversion in two.
 BNFAST_INLINE U32v widen(U16h v) {
 #if BNFAST_VBYTES == 64 && defined(__AVX512F__)
     return (U32v)_mm512_cvtepu16_epi32((__m256i)v);
@@ -70,18 +70,18 @@ BNFAST_INLINE U16h narrow(U32v v) {
 #if BNFAST_VBYTES == 64 && defined(__AVX512F__)
     return (U16h)_mm512_cvtepi32_epi16((__m512i)v);
 #elif BNFAST_VBYTES == 32 && defined(__AVX2__)
-    const __m256i packed = _mm256_packus_epi32((__m256i)v, (__m256i)v);  // each half twice within its 128 bits
+    const __m256i packed = _mm256_packus_epi32((__m256i)v, (__m256i)v);  // duplicates each half within its 128 bits
     return (U16h)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
 #else
     return __builtin_convertvector(v, U16h);
 #endif
 }
 
-// Asks for a line into L2. While a block is read again from L1 nothing else would come from memory; with the next block
-// on its way a channels_last training step of 103 MB takes 7.0 ms instead of 8.6, of 26 MB 1.26 instead of 1.46 (two
-// threads). The address may lie beyond the array.
+// Prefetches a cache line into L2. The address may lie beyond the array. Used while a block is read again from L1, when
+// the memory bus would otherwise be idle: channels_last training takes 0.81x at 103 MB and 0.86x at 26 MB
+// (docs/performance/reduce-channels-last.md).
 BNFAST_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
-// Reads n values for nothing but the hardware's prefetchers, which follow loads.
+// Loads n values and discards them, for the hardware prefetchers, which follow loads only.
 template <class S> BNFAST_INLINE void touch(const S* p, int n) {
     for (int k = 0; k < n; k += 64 / int(sizeof(S))) static_cast<void>(*static_cast<const volatile S*>(p + k));
 }
@@ -99,8 +99,8 @@ template <class To, class From> BNFAST_INLINE To bits_as(From v) {
     return r;
 }
 
-// a - b, as a*1 - b where the ISA has it: the same rounding, so the same bits, but on the pipes that multiply. Sums
-// keep the adders busy; with both kinds of pipe moments of 512 KiB in L2 take 13.3 us instead of 16.5 on Zen 4.
+// a - b, computed as a*1 - b if the ISA has FMA: the rounding and the bits are the same, but the subtraction runs on
+// the multiply pipes while the sums use the add pipes. Moments of 512 KiB in L2 take 0.81x on Zen 4.
 template <class V> BNFAST_INLINE V minus(V a, V b) {
 #if BNFAST_VBYTES == 64 && defined(__AVX512F__)
     if constexpr (sizeof(a[0]) == 4) return (V)_mm512_fmsub_ps((__m512)a, _mm512_set1_ps(1), (__m512)b);
@@ -113,10 +113,10 @@ template <class V> BNFAST_INLINE V minus(V a, V b) {
 #endif
 }
 
-// ---- storage types: S in memory, T and V in registers ------------------------------------------------------------
+// ---- storage types: S in memory, T and V in registers ---------------------------------------------------------------
 
-// Each type gives load and pack (registers to the stored bits); the rest follows from them here, and is replaced where
-// the ISA has masked instructions.
+// Each dtype defines load and pack (registers to stored bits). The other operations are derived from them here, and
+// replaced if the ISA has masked instructions.
 template <class Self, class Stored, class Compute, class Vector, class Packed> struct Storage {
     using S = Stored;
     using T = Compute;
@@ -124,10 +124,10 @@ template <class Self, class Stored, class Compute, class Vector, class Packed> s
     static constexpr int W = BNFAST_VBYTES / sizeof(T);
     static constexpr int NV = lanes / W;
 
-    static BNFAST_INLINE V splat(T t) { return t - V{}; }  // minus, so that -0 stays -0
+    static BNFAST_INLINE V splat(T t) { return t - V{}; }  // a subtraction, so that -0 stays -0
     static BNFAST_INLINE void store(S* p, V v) { store_vector<Packed>(p, Self::pack(v)); }
     static BNFAST_INLINE void stream(S* p, V v) { stream_vector<Packed>(p, Self::pack(v)); }
-    // The first n < W values; the other lanes hold pad.
+    // Loads the first n < W values; the other lanes get pad.
     static BNFAST_INLINE V load_partial(const S* p, int n, V pad) {
         S some[W] = {};
         T value[W], padded[W];
@@ -190,7 +190,7 @@ struct Float64 : Storage<Float64, double, double, F64v, F64v> {
 
 struct BFloat16 : Storage<BFloat16, uint16_t, float, F32v, U16h> {
     static BNFAST_INLINE V load(const S* p) { return bits_as<V>(widen(load_vector<U16h>(p)) << 16); }
-    static BNFAST_INLINE U16h pack(V v) {  // to nearest even, by integers: the same on every ISA
+    static BNFAST_INLINE U16h pack(V v) {  // to nearest even, in integer arithmetic: equal on every ISA
         const U32v b = bits_as<U32v>(v);
         const U32v rounded = b + (0x7fffu + ((b >> 16) & 1u));
 #if BNFAST_VBYTES == 64 && defined(__AVX512F__)
@@ -246,7 +246,7 @@ struct Float16 : Storage<Float16, uint16_t, float, F32v, U16h> {
     static BNFAST_INLINE U16h pack(V v) {
         const U32v b = bits_as<U32v>(v), a = b & 0x7fffffffu;
         const U32v normal = (a + 0xfffu + ((a >> 13) & 1u) - 0x38000000u) >> 13;
-        const U32v tiny = bits_as<U32v>(bits_as<V>(a) + 0.5f) - 0x3f000000u;  // ulp(0.5) is float16's smallest value
+        const U32v tiny = bits_as<U32v>(bits_as<V>(a) + 0.5f) - 0x3f000000u;  // ulp(0.5) is the smallest float16
         U32v r = a < 0x38800000u ? tiny : normal;
         r = a >= 0x47800000u ? U32v{} + 0x7c00u : r;
         r = a > 0x7f800000u ? U32v{} + 0x7e00u : r;
@@ -255,7 +255,7 @@ struct Float16 : Storage<Float16, uint16_t, float, F32v, U16h> {
 #endif
 };
 
-template <class T> struct ComputeStorage;  // parameters and weights lie in the compute type
+template <class T> struct ComputeStorage;  // of parameters and weights, which are stored in the compute type
 template <> struct ComputeStorage<float> {
     using type = Float32;
 };
@@ -263,7 +263,7 @@ template <> struct ComputeStorage<double> {
     using type = Float64;
 };
 
-// ---- flags known at compile time: the loops are compiled for each case, so that no vector asks ----------------------
+// ---- flags as types: a loop is compiled for each case, so that there is no branch per vector ------------------------
 
 struct Yes {
     static constexpr bool value = true;
@@ -282,13 +282,13 @@ BNFAST_INLINE void store_some(typename X::S* p, typename X::V v, int n, Whole, S
     else X::store(p, v);
 }
 
-// f(Yes or No, Yes or No)
+// Calls f with each flag as Yes{} or No{}.
 template <class F> BNFAST_INLINE void with_flags(bool a, bool b, F f) {
     if (a) b ? f(Yes{}, Yes{}) : f(Yes{}, No{});
     else b ? f(No{}, Yes{}) : f(No{}, No{});
 }
 
-// ---- the fixed tree over 64 virtual lanes: lane l takes l+32, l+16, ..., l+1 --------------------------------------
+// ---- the fixed tree over 64 virtual lanes: lane l adds lane l+32, then l+16, ..., l+1 -------------------------------
 
 BNFAST_INLINE float sum_vector(F32v v) {
 #if defined(__x86_64__)
@@ -322,11 +322,11 @@ template <class X> BNFAST_INLINE typename X::T sum_lanes(typename X::V (&v)[X::N
     return sum_vector(v[0]);
 }
 
-// ---- activation: one text for forward and for the gate of backward -------------------------------------------------
+// ---- activation, and its gate in the backward pass ------------------------------------------------------------------
 
-// bound is NaN for plain relu: it compares false, so nothing is bounded.
+// bound: 6 for relu6, NaN for relu. Every comparison with NaN is false, so relu has no bound.
 template <int act, class V, class T> BNFAST_INLINE V activate(V z, T bound, T negative_slope) {
-    if (act == act_relu) return z <= T(0) ? V{} : (z > bound ? bound - V{} : z);  // NaN fails both: it stays
+    if (act == act_relu) return z <= T(0) ? V{} : (z > bound ? bound - V{} : z);  // NaN fails both: it passes through
     if (act == act_leaky) return z > T(0) ? z : z * negative_slope;
     return z;
 }

@@ -1,27 +1,27 @@
-// Reduce in the columns layout: every column has a sum of its own (moments.inl.h has the maths).
+// Reduce in the columns layout: one sum per column. moments.inl.h has the formulas.
 #pragma once
 #include "moments.inl.h"
 
 namespace bnfast {
 namespace {
 
-// A sum over the rows of a block takes eight rows at a time, as a tree, then the rows that are left one by one. The
-// eight share the load and store of their column's sum. A block's columns go by tiles, whose sums stay in L1 and whose
-// rows (128 x 4 KiB) stay in L2 for the second pass.
+// A column's sum adds eight rows at a time, as a tree, then the remaining rows one by one: eight rows share one load
+// and store of the sum. Columns are processed in tiles, so that the sums stay in L1 and the rows of a block (128 x 4
+// KiB) in L2 for the second pass.
 constexpr int64_t tile_columns = 1024;
 
 template <class V> BNFAST_INLINE V sum_of_eight(const V (&v)[8]) {
     return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
 }
 
-// step(column, columns in the vector, whole) over [0, width).
+// Calls step(column, count, whole) for each vector of [0, width).
 template <class X, class Step> BNFAST_INLINE void across(int64_t width, Step step) {
     int64_t k = 0;
     for (; k + X::W <= width; k += X::W) step(k, X::W, Yes{});
     if (k < width) step(k, int(width - k), No{});
 }
 
-// eight(row) and one(row) over the rows of a block.
+// Calls eight(row) for each eight rows of a block, then one(row) for each of the rest.
 template <class Eight, class One> BNFAST_INLINE void by_eights(int64_t rows, Eight eight, One one) {
     int64_t r = 0;
     for (; r + 8 <= rows; r += 8) eight(r);
@@ -32,7 +32,7 @@ template <class T, int64_t columns = tile_columns> struct alignas(64) ColumnTile
     T center[columns], s1[columns], s2[columns];
 };
 
-// The first pass over one tile or its sample: s1 = sum(x - center).
+// First pass, over one tile or its sample: s1 = sum(x - center).
 template <class X, class Tile>
 BNFAST_INLINE void sum_deviations(const typename X::S* x, int64_t rows, int64_t stride, int64_t width, Tile& t) {
     using V = typename X::V;
@@ -56,11 +56,11 @@ BNFAST_INLINE void sum_deviations(const typename X::S* x, int64_t rows, int64_t 
         });
 }
 
-// The second: s1 = sum(d), s2 = sum(d*d), d = x - center. next: how far ahead the tile lies that comes after this one,
-// to be asked for; 0: nothing is asked for.
+// Second pass: s1 = sum(d), s2 = sum(d*d), d = x - center. prefetch_distance: values from this tile to the next one; 0
+// disables prefetching.
 template <class X, class Tile, class WithPrefetch>
-BNFAST_INLINE void sum_squares(const typename X::S* x, int64_t rows, int64_t stride, int64_t width, int64_t next,
-                               Tile& t, WithPrefetch with_prefetch) {
+BNFAST_INLINE void sum_squares(const typename X::S* x, int64_t rows, int64_t stride, int64_t width,
+                               int64_t prefetch_distance, Tile& t, WithPrefetch with_prefetch) {
     using V = typename X::V;
     auto at = [&](int64_t r, int64_t k, int n, auto whole) { return load_some<X>(x + r * stride + k, n, whole); };
     across<X>(width, [&](int64_t k, int, auto) {
@@ -74,7 +74,7 @@ BNFAST_INLINE void sum_squares(const typename X::S* x, int64_t rows, int64_t str
                 const V c = load_vector<V>(t.center + k);
                 V d[8];
                 BNFAST_UNROLL for (int i = 0; i < 8; ++i) {
-                    if (with_prefetch.value) prefetch(x + (r + i) * stride + k + next);
+                    if (with_prefetch.value) prefetch(x + (r + i) * stride + k + prefetch_distance);
                     d[i] = minus(at(r + i, k, n, whole), c);
                 }
                 store_vector(t.s1 + k, load_vector<V>(t.s1 + k) + sum_of_eight(d));
@@ -92,13 +92,13 @@ BNFAST_INLINE void sum_squares(const typename X::S* x, int64_t rows, int64_t str
 }
 
 template <class X, class Tile>
-BNFAST_INLINE void sum_squares(const typename X::S* x, int64_t rows, int64_t stride, int64_t width, int64_t next,
-                               Tile& t) {
-    if (next) sum_squares<X>(x, rows, stride, width, next, t, Yes{});
-    else sum_squares<X>(x, rows, stride, width, next, t, No{});
+BNFAST_INLINE void sum_squares(const typename X::S* x, int64_t rows, int64_t stride, int64_t width,
+                               int64_t prefetch_distance, Tile& t) {
+    if (prefetch_distance) sum_squares<X>(x, rows, stride, width, prefetch_distance, t, Yes{});
+    else sum_squares<X>(x, rows, stride, width, prefetch_distance, t, No{});
 }
 
-// Whether a column had a center that was off; all that had have their mean now.
+// Sets the center of each column that needs step 3 to its mean. Returns whether there was one.
 template <class X> BNFAST_INLINE bool move_centers(int64_t rows, int64_t width, ColumnTile<typename X::T>& t) {
     using T = typename X::T;
     using V = typename X::V;
@@ -113,10 +113,10 @@ template <class X> BNFAST_INLINE bool move_centers(int64_t rows, int64_t width, 
     return sum_vector(moved) > T(0);
 }
 
-// Leaves center, sum(d) and sum(d*d) of every column of one tile.
+// Computes center, sum(d) and sum(d*d) of every column of one tile.
 template <class X>
-BNFAST_INLINE void column_moments(const typename X::S* x, int64_t rows, int64_t stride, int64_t width, int64_t next,
-                                  ColumnTile<typename X::T>& t) {
+BNFAST_INLINE void column_moments(const typename X::S* x, int64_t rows, int64_t stride, int64_t width,
+                                  int64_t prefetch_distance, ColumnTile<typename X::T>& t) {
     using T = typename X::T;
     using V = typename X::V;
     across<X>(width, [&](int64_t k, int n, auto whole) {
@@ -129,12 +129,12 @@ BNFAST_INLINE void column_moments(const typename X::S* x, int64_t rows, int64_t 
         const V x0 = load_vector<V>(t.center + k);
         store_vector(t.center + k, finite_or(x0 + load_vector<V>(t.s1 + k) * inv, x0));
     });
-    sum_squares<X>(x, rows, stride, width, next, t);
+    sum_squares<X>(x, rows, stride, width, prefetch_distance, t);
     if (move_centers<X>(rows, width, t)) sum_squares<X>(x, rows, stride, width, 0, t);
 }
 
-// Weighted, one column at a time: row r has weight w[r*w_stride]. Every sum has the order of column_moments, so
-// all-ones weights give the same bits.
+// One column with weights: row r has weight w[r*w_stride]. The sums have the order of column_moments, so weights of 1
+// give the same bits.
 template <class X>
 BNFAST_INLINE BlockMoments weighted_column(const typename X::S* x, const typename X::T* w, int64_t rows, int64_t stride,
                                            int64_t w_stride) {
@@ -164,7 +164,7 @@ BNFAST_INLINE BlockMoments weighted_column(const typename X::S* x, const typenam
         [&](T c) { return sum(1, [&](int64_t r) { return weighted(r, (value(r) - c) * (value(r) - c)); }); });
 }
 
-struct ColumnState {  // running moments of packed columns; counts only where weights make them differ
+struct ColumnState {  // running moments of packed columns; count is used with weights only
     double *center, *offset, *m2, *count;
 };
 
@@ -175,8 +175,8 @@ BNFAST_INLINE void merge_block(const typename X::S* x, int64_t rows, int64_t str
     ColumnTile<typename X::T> tile;
     for (int64_t k = k0; k < k1; k += tile_columns) {
         const int64_t width = k1 - k < tile_columns ? k1 - k : tile_columns;
-        const int64_t next = !prefetch_next ? 0 : k + width < k1 ? width : rows * stride + k0 - k;
-        column_moments<X>(x + k, rows, stride, width, next, tile);
+        const int64_t prefetch_distance = !prefetch_next ? 0 : k + width < k1 ? width : rows * stride + k0 - k;
+        column_moments<X>(x + k, rows, stride, width, prefetch_distance, tile);
         for (int64_t j = 0; j < width; ++j) {
             const BlockMoments m = block_moments(double(rows), tile.center[j], tile.s1[j], tile.s2[j]);
             merge.into(state.center[k + j], state.offset[k + j], state.m2[k + j], m);
@@ -194,7 +194,7 @@ BNFAST_INLINE void merge_weighted_block(const typename X::S* x, const typename X
     }
 }
 
-// A chunk's packed rows [first, end) and, in the last chunk, the N % pack rows that fill no packed row.
+// The packed rows [first, end) of a chunk. The last chunk also has the N % pack rows that don't fill a packed row.
 struct ColumnChunk {
     int64_t first, end, tail;
     BNFAST_INLINE ColumnChunk(const Grid& g, int64_t chunk) {

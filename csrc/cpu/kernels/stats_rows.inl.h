@@ -1,4 +1,5 @@
-// Reduce in the rows layout: 64 virtual lanes run over the rows of one channel's block (moments.inl.h has the maths).
+// Reduce in the rows layout: the 64 virtual lanes run along the rows of one channel's block. moments.inl.h has the
+// formulas.
 #pragma once
 #include "moments.inl.h"
 #include "stats_short_rows.inl.h"
@@ -6,21 +7,22 @@
 namespace bnfast {
 namespace {
 
-// One channel's `rows` rows of `len` values, `stride` apart.
+// A block is `rows` rows of `len` values of one channel, `stride` values apart.
 
-// What of a row fills no 64 lanes: whole vectors, then `left` values. Known before the rows are walked, so that masks
-// and branches are the same for all of them.
+// Body: full groups of 64 lanes. Row tail, the values after the body: `whole` vectors, then `left` values. Computed
+// once per block, so that masks and branches are the same for all its rows.
 template <class X> struct RowShape {
     int64_t body;
     int whole, left;
     BNFAST_INLINE explicit RowShape(int64_t len)
         : body(len / lanes * lanes), whole(int(len % lanes) / X::W), left(int(len % lanes) % X::W) {}
-    BNFAST_INLINE int64_t in_sample() const {  // values of over_sample
+    BNFAST_INLINE int64_t in_sample() const {  // how many values over_sample reads
         return body ? sampled(body / lanes, sample_step) * lanes : whole * X::W + left;
     }
 };
 
-// full(vector, offset) for every whole vector of a row, in lane order, then partial(vector, offset, values).
+// Calls full(vector, offset) for every whole vector of a row, in lane order, then partial(vector, offset, count) for
+// the rest. `vector` is the vector's place among the 64 lanes.
 template <class X, class Full, class Partial>
 BNFAST_INLINE void over_row(const RowShape<X>& row, Full full, Partial partial, int64_t from = 0) {
     for (int64_t i = from; i < row.body; i += lanes) {
@@ -32,7 +34,8 @@ BNFAST_INLINE void over_row(const RowShape<X>& row, Full full, Partial partial, 
     }
 }
 
-// The sample of a row: every fourth 64 lanes, all of a shorter one. left_out(offset): 64 lanes of the others.
+// The sample of a row: every fourth group of 64 lanes, or the whole row if it is shorter than one. left_out(offset) is
+// called for each group that is skipped.
 template <class X, class Full, class Partial, class LeftOut>
 BNFAST_INLINE void over_sample(const RowShape<X>& row, Full full, Partial partial, LeftOut left_out) {
     if (!row.body) return over_row(row, full, partial);
@@ -44,8 +47,8 @@ BNFAST_INLINE void over_sample(const RowShape<X>& row, Full full, Partial partia
     }
 }
 
-// sums of full(offset) and partial(offset, values) over a row, into the lanes: four 64 lanes at a time as a tree, which
-// makes a fourth of the roundings.
+// Adds full(offset) and partial(offset, count) over a row to the lanes s. Four groups of 64 lanes are added as a tree,
+// which has a fourth of the roundings.
 template <class X, class Sum, class Full, class Partial>
 BNFAST_INLINE void add_row(const RowShape<X>& row, Sum (&s)[X::NV], Full full, Partial partial) {
     int64_t i = 0;
@@ -67,10 +70,10 @@ template <class V> struct Squares {
     BNFAST_INLINE void operator+=(const Squares& b) { *this = *this + b; }
 };
 
-// sum(d) and sum(d*d), d = x - c, over a block.
+// sum(d) and sum(d*d) over a block, d = x - c.
 template <class X>
 BNFAST_INLINE Squares<typename X::T> squares_of_rows(const typename X::S* x, int64_t rows, const RowShape<X>& row,
-                                                     int64_t stride, typename X::T c, int64_t next) {
+                                                     int64_t stride, typename X::T c, int64_t prefetch_distance) {
     using V = typename X::V;
     const V cv = X::splat(c);
     Squares<V> s[X::NV];
@@ -79,7 +82,7 @@ BNFAST_INLINE Squares<typename X::T> squares_of_rows(const typename X::S* x, int
         add_row(
             row, s,
             [&](int64_t i) {
-                if (next) prefetch(p + next + i);
+                if (prefetch_distance) prefetch(p + prefetch_distance + i);
                 return Squares<V>::of(minus(X::load(p + i), cv));
             },
             [&](int64_t i, int left) { return Squares<V>::of(minus(X::load_partial(p + i, left, cv), cv)); });
@@ -92,10 +95,10 @@ BNFAST_INLINE Squares<typename X::T> squares_of_rows(const typename X::S* x, int
     return {sum_lanes<X>(d), sum_lanes<X>(dd)};
 }
 
-// next: how far ahead lies what is to be asked for; 0: nothing is.
+// prefetch_distance: in values; 0 disables prefetching.
 template <class X>
 BNFAST_INLINE BlockMoments block_of_rows(const typename X::S* x, int64_t rows, int64_t len, int64_t stride,
-                                         int64_t next) {
+                                         int64_t prefetch_distance) {
     using T = typename X::T;
     using V = typename X::V;
     const T x0 = finite_or_zero(X::load_partial(x, 1, V{})[0]);
@@ -108,12 +111,12 @@ BNFAST_INLINE BlockMoments block_of_rows(const typename X::S* x, int64_t rows, i
             row, [&](int v, int64_t i) { s[v] += minus(X::load(p + i), shift); },
             [&](int v, int64_t i, int left) { s[v] += minus(X::load_partial(p + i, left, shift), shift); },
             [&](int64_t i) {
-                if (next) touch(p + i, lanes);
-            });  // above the caches, train: 0.95 of the time
+                if (prefetch_distance) touch(p + i, lanes);
+            });  // 0.95x for training above the cache
     }
     const T n = T(rows * len);
     T c = finite_or<T>(x0 + sum_lanes<X>(s) * (T(1) / T(rows * row.in_sample())), x0);
-    Squares<T> sums = squares_of_rows<X>(x, rows, row, stride, c, next);
+    Squares<T> sums = squares_of_rows<X>(x, rows, row, stride, c, prefetch_distance);
     if (center_is_off(n, sums.d, sums.dd)) {
         c = finite_or<T>(c + sums.d * (T(1) / n), c);
         sums = squares_of_rows<X>(x, rows, row, stride, c, 0);
@@ -121,7 +124,7 @@ BNFAST_INLINE BlockMoments block_of_rows(const typename X::S* x, int64_t rows, i
     return block_moments(double(n), c, sums.d, sums.dd);
 }
 
-// The weighted twin: w has the row length, its own stride. All-ones weights give the same bits.
+// The same with weights, whose rows have the same length and a stride of their own. Weights of 1 give the same bits.
 template <class X>
 BNFAST_INLINE BlockMoments weighted_block_of_rows(const typename X::S* x, const typename X::T* w, int64_t rows,
                                                   int64_t len, int64_t stride, int64_t w_stride) {
@@ -168,7 +171,7 @@ BNFAST_INLINE BlockMoments weighted_block_of_rows(const typename X::S* x, const 
         });
 }
 
-// Which part of channel c a block of the rows layout holds.
+// The part of a channel that block b holds: rows from n on, values from s on.
 struct RowBlock {
     int64_t n, s, rows, len;
     BNFAST_INLINE RowBlock(const Grid& g, int64_t b) {
@@ -187,13 +190,13 @@ template <class X, int masked> void reduce_rows(const ReduceArgs& a) noexcept {
     auto w = static_cast<const typename X::T*>(a.mask);
     double *center = a.center + a.chunk * g.C, *offset = a.offset + a.chunk * g.C, *m2 = a.m2 + a.chunk * g.C;
     for (int64_t c = a.c0; c < a.c1; ++c) center[c] = offset[c] = m2[c] = 0;
-    // A sample's channels lie side by side: [c0, c1) are `group` values, after which the next rows are read.
+    // Per sample the channels [c0, c1) are `group` contiguous values; after those the next rows are read.
     const int64_t group = (a.c1 - a.c0) * g.S, next_rows = g.block_rows * CS - group;
     const int64_t per_row = (g.S + g.block_width - 1) / g.block_width, last = chunk_end(g, a.chunk);
     double count = 0;
     for (int64_t b = a.chunk * g.chunk_blocks, end; b < last; b = end) {
         end = (b / per_row + 1) * per_row < last ? (b / per_row + 1) * per_row : last;
-        const RowBlock k(g, b);  // the first of those that lie in the same rows
+        const RowBlock k(g, b);  // the first block of these rows; [b, end) cover them
         double n = count;
         auto merge = [&](int64_t c, const BlockMoments& m) {
             Merge(n, m.n).into(center[c], offset[c], m2[c], m);
@@ -202,8 +205,8 @@ template <class X, int masked> void reduce_rows(const ReduceArgs& a) noexcept {
         if (!masked && by_short_rows(g)) {
             over_short_tiles(g.S, a.c0, a.c1, [&](int64_t c0, int64_t channels) {
                 const int64_t far = channels * g.S;
-                const int64_t next = !a.prefetch_next ? 0 : c0 + channels < a.c1 ? far : far + next_rows;
-                short_row_moments<X>(x + k.n * CS + c0 * g.S, k.rows, CS, g.S, channels, next,
+                const int64_t prefetch_distance = !a.prefetch_next ? 0 : c0 + channels < a.c1 ? far : far + next_rows;
+                short_row_moments<X>(x + k.n * CS + c0 * g.S, k.rows, CS, g.S, channels, prefetch_distance,
                                      [&](int64_t c, const BlockMoments& m) { merge(c0 + c, m); });
             });
             count += double(k.rows * g.S);
@@ -219,10 +222,10 @@ template <class X, int masked> void reduce_rows(const ReduceArgs& a) noexcept {
                                                    : weighted_block_of_rows<X>(x + at, weights, k.rows, len, CS, g.S));
                     continue;
                 }
-                // Two blocks ahead: with one, its last values weren't there when its sample was read.
+                // Two blocks ahead. With one, its last values had not arrived when its sample was read.
                 const int64_t far = 2 * g.block_width, beyond = (c - a.c0) * g.S + s + far >= group;
-                const int64_t next = !a.prefetch_next ? 0 : beyond ? far + next_rows : far;
-                n += merge(c, block_of_rows<X>(x + at, k.rows, len, CS, next));
+                const int64_t prefetch_distance = !a.prefetch_next ? 0 : beyond ? far + next_rows : far;
+                n += merge(c, block_of_rows<X>(x + at, k.rows, len, CS, prefetch_distance));
             }
         }
         count = n;

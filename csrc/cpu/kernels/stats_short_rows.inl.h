@@ -1,29 +1,30 @@
-// Reduce in the rows layout where rows are shorter than the 64 lanes: the rows of a block, S values of every channel of
-// a tile, are columns that lie side by side, so that vectors stay full and loads aligned; S columns make a channel.
-// Moments of (32, 2048, 7, 7), rows of 196 bytes: 0.55 of the time that row by row with a masked fourth vector takes.
+// Reduce in the rows layout for rows of at most 64 values (S <= lanes): a tile of channels is processed as adjacent
+// columns, S of them per channel, so that vectors stay full and loads aligned. Moments of (32, 2048, 7, 7), whose rows
+// have 196 bytes, take 0.55x the time of going row by row with a masked fourth vector
+// (docs/performance/reduce-channels-first.md).
 #pragma once
 #include "stats_columns.inl.h"
 
 namespace bnfast {
 namespace {
 
-constexpr int64_t short_columns = 1024;  // 16 channels of 7x7 make whole cache lines, 20 fill a tile
+constexpr int64_t short_columns = 1024;  // 20 channels of 7x7 fit; a tile takes 16, which are whole cache lines
 
-// Whether the blocks of this grid go by columns: a property of the grid alone, because it decides the order of sums.
+// Whether blocks of this grid are processed as columns. Depends on the grid alone, because it fixes the order of sums.
 BNFAST_INLINE bool by_short_rows(const Grid& g) { return g.S <= lanes && g.block_rows >= 8; }
 
-// tile(first channel, channels, next): [c0, c1) in tiles of at most short_columns columns.
+// Calls tile(first channel, number of channels) for [c0, c1) in tiles of at most short_columns columns.
 template <class Tile> BNFAST_INLINE void over_short_tiles(int64_t S, int64_t c0, int64_t c1, Tile tile) {
     const int64_t most = short_columns / S, step = most >= 16 ? most / 16 * 16 : most;
     for (int64_t c = c0; c < c1; c += step) tile(c, c1 - c < step ? c1 - c : step);
 }
 
-// S equal values; writes up to a vector more, into the channel that must be written next.
+// Writes `value` S times, and up to a vector beyond: channels must be written in ascending order.
 template <class X> BNFAST_INLINE void splat_row(typename X::T* to, int64_t S, typename X::T value) {
     for (int64_t k = 0; k < S; k += X::W) store_vector(to + k, X::splat(value));
 }
 
-// The sum of S <= 64 column sums, by the tree over 64 lanes.
+// Adds S <= 64 column sums with the tree over 64 lanes.
 template <class X> BNFAST_INLINE typename X::T sum_row(const typename X::T* p, int64_t S) {
     using Sums = typename ComputeStorage<typename X::T>::type;
     typename X::V v[X::NV];
@@ -36,10 +37,10 @@ template <class X> BNFAST_INLINE typename X::T sum_row(const typename X::T* p, i
     return sum_lanes<X>(v);
 }
 
-// result(channel of the tile, its block moments) for `channels` channels of one block. next: as in sum_squares.
+// Calls result(channel of the tile, moments) for the channels of one block. prefetch_distance: as in sum_squares.
 template <class X, class Result>
 BNFAST_INLINE void short_row_moments(const typename X::S* x, int64_t rows, int64_t stride, int64_t S, int64_t channels,
-                                     int64_t next, Result result) {
+                                     int64_t prefetch_distance, Result result) {
     using T = typename X::T;
     ColumnTile<T, short_columns + X::W> t;
     T x0[short_columns];
@@ -53,7 +54,7 @@ BNFAST_INLINE void short_row_moments(const typename X::S* x, int64_t rows, int64
     const T inv = T(1) / T(sampled(rows, step) * S);
     for (int64_t c = 0; c < channels; ++c) x0[c] = finite_or<T>(x0[c] + sum_row<X>(t.s1 + c * S, S) * inv, x0[c]);
     for (int64_t c = 0; c < channels; ++c) splat_row<X>(t.center + c * S, S, x0[c]);
-    sum_squares<X>(x, rows, stride, width, next, t);
+    sum_squares<X>(x, rows, stride, width, prefetch_distance, t);
     const T n = T(rows * S);
     bool again = false;
     for (int64_t c = 0; c < channels; ++c) {
@@ -70,7 +71,8 @@ BNFAST_INLINE void short_row_moments(const typename X::S* x, int64_t rows, int64
         result(c, block_moments(double(n), x0[c], sum_row<X>(t.s1 + c * S, S), sum_row<X>(t.s2 + c * S, S)));
 }
 
-// One channel with weights w (S a row). Every sum has the order of the above, so all-ones weights give the same bits.
+// One channel with weights w, S per row. The sums have the order of short_row_moments, so weights of 1 give the same
+// bits.
 template <class X>
 BNFAST_INLINE BlockMoments weighted_short_rows(const typename X::S* x, const typename X::T* w, int64_t rows, int64_t S,
                                                int64_t stride) {

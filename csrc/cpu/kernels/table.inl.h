@@ -1,4 +1,5 @@
-// The one table a translation unit exports: every kernel of its instruction set.
+// The kernel table: all that the translation unit of an instruction set exports. Instantiates every kernel for every
+// dtype.
 #pragma once
 #include "backward.inl.h"
 #include "normalize.inl.h"
