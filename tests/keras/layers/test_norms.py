@@ -144,9 +144,9 @@ def test_second_order(kind: Any, shape: Any, words: Any, way: str, rng: np.rando
         else:
             wide, over, extents = x, [2, 3], [1, 6, 1, 1]
         gamma, beta = (tf.reshape(w, extents) if tf.is_tensor(w) else w for w in (gamma, beta))
-        centred = wide - tf.reduce_mean(wide, over, keepdims=True)
-        variance = tf.reduce_mean(centred * centred, over, keepdims=True)
-        return tf.reshape(gamma * centred * (variance + ours.epsilon) ** -0.5 + beta, x.shape)
+        centered = wide - tf.reduce_mean(wide, over, keepdims=True)
+        variance = tf.reduce_mean(centered * centered, over, keepdims=True)
+        return tf.reshape(gamma * centered * (variance + ours.epsilon) ** -0.5 + beta, x.shape)
 
     def twice(function: Any, weights: list[Any]) -> Any:
         sources = [x, dy, *weights]
