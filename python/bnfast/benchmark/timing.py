@@ -40,7 +40,7 @@ PIECE_SECONDS = 2e-3  # the calls of one timed piece take about this long
 MAX_CALLS = 200  # per piece
 MIN_ROUNDS, MAX_ROUNDS = 5, 15  # if the number of rounds is not given
 ROUNDS_SECONDS = 2.0  # after this time no round beyond MIN_ROUNDS starts
-CACHED_BYTES = 64 << 20  # no cache holds a larger tensor, whatever ran before
+CACHED_BYTES = 64 << 20  # a larger tensor is in no cache, so no untimed call is needed
 TASKS = Path("/proc/self/task")  # the threads of this process
 
 
@@ -171,7 +171,7 @@ def _measurements(peer: Peer, calls: Calls, modes: set[str]) -> list[Measurement
         "reused": calls.reused,
         "warm": calls.fresh if peer.uses_malloc and allocator.available() else None,
     }
-    if peer.name == "copy":  # measured in one mode, whatever `modes` says: every case needs it
+    if peer.name == "copy":  # always measured, and only in this mode: every case needs it
         by_mode, modes = {"reused": calls.reused}, {"reused"}
     return [Measurement(peer.name, mode, call) for mode, call in by_mode.items() if mode in modes and call is not None]
 

@@ -95,7 +95,9 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print, write."""
-    require("rich", *(["matplotlib"] if arguments.out else []), extra="demo")
+    require("rich", extra="demo")
+    if arguments.out:
+        require("matplotlib", extra="demo")
     _reject_other_mode(arguments)
     if arguments.model is None:
         return _run_shapes(arguments)
