@@ -46,7 +46,9 @@ class Entry:
     def state(self) -> str:
         if self.reason is not None:
             return "on Keras's own layer"
-        return f"trained on {self.bridge}" if self.bridge else "never trained"
+        if self.bridge is None:
+            return "never trained"
+        return "trained on " + ("bnfast's TensorFlow op" if self.bridge == "op" else self.bridge)
 
 
 made: list[Entry] = []  # every layer made under a patch, in order
