@@ -1,4 +1,4 @@
-"""The fixtures of tests that need TensorFlow."""
+"""Makes the fixtures of the tests that need TensorFlow visible in this folder."""
 
 from tensorflow_fixtures import each_bridge, rng
 

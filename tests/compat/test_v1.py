@@ -1,4 +1,4 @@
-"""bnfast.compat.v1.batch_normalization against tf_keras's function of the same arguments, in TF 1's graph mode."""
+"""bnfast.compat.v1.batch_normalization against tf_keras's function with the same arguments, in TF 1's graph mode."""
 
 import inspect
 import subprocess
@@ -19,7 +19,7 @@ KEYS = v1.GraphKeys
 
 @pytest.fixture
 def theirs(need: Callable[[str], Any]) -> Any:
-    """tf_keras's function; it isn't tf.compat.v1.layers while the tests' Keras is Keras 3."""
+    """tf_keras's function. tf.compat.v1.layers is not available, because the tests run with Keras 3."""
     need("tf_keras")
     from tf_keras.src.legacy_tf_layers import normalization
 
@@ -50,7 +50,7 @@ CASES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     ),
 }
 
-SETTINGS = [  # tf_keras's own function fails at the ones left out
+SETTINGS = [  # without those at which tf_keras's function fails
     (case, tensor, dtype)
     for case in CASES
     for tensor in (False, True)
@@ -59,8 +59,8 @@ SETTINGS = [  # tf_keras's own function fails at the ones left out
 ]
 
 
-def run(function: Any, shape: Any, words: dict[str, Any], *, tensor: bool, dtype: str, resource: bool = True) -> Any:
-    """Names and values of everything that a program can see of the function, over three steps and an inference."""
+def run(function: Any, shape: Any, kwargs: dict[str, Any], *, tensor: bool, dtype: str, resource: bool = True) -> Any:
+    """Names and values of everything that a program sees of the function, over three training steps and inference."""
     rng = np.random.default_rng(3)
     graph = tf.Graph()
     with graph.as_default(), v1.Session(graph=graph) as session:
@@ -73,7 +73,7 @@ def run(function: Any, shape: Any, words: dict[str, Any], *, tensor: bool, dtype
                 "moving_mean_initializer": v1.constant_initializer(0.3),
                 "moving_variance_initializer": v1.constant_initializer(2.0),
             }
-            y = function(x, training=training, momentum=0.75, epsilon=0.01, **start, **words)
+            y = function(x, training=training, momentum=0.75, epsilon=0.01, **start, **kwargs)
         named = {variable.name: variable for variable in v1.global_variables()}
         graded = [variable for name, variable in named.items() if "moving" not in name and "renorm" not in name]
         weight = tf.constant(rng.normal(size=shape), dtype)
@@ -86,7 +86,7 @@ def run(function: Any, shape: Any, words: dict[str, Any], *, tensor: bool, dtype
         values: list[Any] = []
         for _ in range(3):
             feed: dict[Any, Any] = {x: rng.normal(1, 2, shape)} | ({training: True} if tensor else {})
-            values += [session.run([y, *gradients], feed)]  # moves nothing, by hand or otherwise
+            values += [session.run([y, *gradients], feed)]  # updates no statistics
             session.run(updates, feed)
             values += [session.run(list(named.values()))]
         if tensor:
@@ -100,9 +100,9 @@ def run(function: Any, shape: Any, words: dict[str, Any], *, tensor: bool, dtype
 @pytest.mark.usefixtures("each_bridge")
 @pytest.mark.parametrize(("case", "tensor", "dtype"), SETTINGS)
 def test_equals_tf_keras(theirs: Any, case: str, tensor: bool, dtype: str) -> None:
-    shape, words = CASES[case]
-    seen, values = run(batch_normalization, shape, words, tensor=tensor, dtype=dtype)
-    wanted_seen, wanted = run(theirs, shape, words, tensor=tensor, dtype=dtype)
+    shape, kwargs = CASES[case]
+    seen, values = run(batch_normalization, shape, kwargs, tensor=tensor, dtype=dtype)
+    wanted_seen, wanted = run(theirs, shape, kwargs, tensor=tensor, dtype=dtype)
     assert seen == wanted_seen
     assert len(values) == len(wanted)
     tolerance = 1e-6 if dtype == "float64" else 2e-5  # tf.layers rounds momentum and epsilon to float32
@@ -113,10 +113,10 @@ def test_equals_tf_keras(theirs: Any, case: str, tensor: bool, dtype: str) -> No
 @pytest.mark.usefixtures("each_bridge")
 @pytest.mark.parametrize("case", ["rank 2", "renorm"])
 def test_reference_variables(case: str) -> None:
-    """TF 1's own variables, which assignments change in place (tf_keras's function fails with them here)."""
-    shape, words = CASES[case]
+    """TF 1's reference variables, which assignments change in place. tf_keras's function fails with them here."""
+    shape, kwargs = CASES[case]
     ours, wanted = (
-        run(batch_normalization, shape, words, tensor=True, dtype="float64", resource=resource)[1]
+        run(batch_normalization, shape, kwargs, tensor=True, dtype="float64", resource=resource)[1]
         for resource in (False, True)
     )
     for actual, right in zip(ours, wanted, strict=True):
@@ -145,11 +145,11 @@ def test_scopes(theirs: Any) -> None:
 def test_signature(theirs: Any) -> None:
     ours, wanted = (inspect.signature(function).parameters for function in (batch_normalization, theirs))
     assert list(ours) == list(wanted)
-    plain = [name for name in wanted if not name.endswith("_initializer")]
-    assert [ours[name].default for name in plain] == [wanted[name].default for name in plain]
+    names = [name for name in wanted if not name.endswith("_initializer")]
+    assert [ours[name].default for name in names] == [wanted[name].default for name in names]
 
 
-def test_two_uses_in_one_run_both_count() -> None:
+def test_two_calls_in_one_run_both_update() -> None:
     with tf.Graph().as_default(), v1.Session() as session:
         for value in (1.0, 3.0):
             x = tf.fill([4, 1], value)
@@ -157,11 +157,12 @@ def test_two_uses_in_one_run_both_count() -> None:
         session.run(v1.global_variables_initializer())
         session.run(v1.get_collection(KEYS.UPDATE_OPS))
         mean = session.run(v1.global_variables()[2])[0]
-    assert mean in (2.0, 1.75, 1.25)  # both took the 0 before, or one the other's 0.5 or 1.5; never one alone
+    # both started from 0, or one from the other's result, 0.5 or 1.5; a single update would give 0.5 or 1.5
+    assert mean in (2.0, 1.75, 1.25)
 
 
 @pytest.mark.usefixtures("each_bridge")
-def test_control_dependencies_move_the_statistics() -> None:
+def test_control_dependencies_update_the_statistics() -> None:
     x = np.random.default_rng(0).normal(3, 1, (16, 4)).astype("f")
     with tf.Graph().as_default(), v1.Session() as session:
         y = batch_normalization(tf.constant(x), momentum=0.5, training=True)
@@ -192,8 +193,8 @@ def test_renorm_clipping_may_be_tensors() -> None:
 def test_constraints_names_and_float16() -> None:
     with tf.Graph().as_default(), v1.Session() as session:
         x = tf.constant(np.random.default_rng(2).normal(size=(16, 4)), tf.float16)
-        words: dict[str, Any] = {"gamma_constraint": "non_neg", "beta_initializer": "ones", "gamma_regularizer": "l2"}
-        y = batch_normalization(x, training=True, **words)
+        kwargs: dict[str, Any] = {"gamma_constraint": "non_neg", "beta_initializer": "ones", "gamma_regularizer": "l2"}
+        y = batch_normalization(x, training=True, **kwargs)
         gamma, beta = v1.trainable_variables()
         session.run(v1.global_variables_initializer())
         value, shift, loss = session.run([y, beta, v1.get_collection(KEYS.REGULARIZATION_LOSSES)[0]])
@@ -205,7 +206,7 @@ def test_constraints_names_and_float16() -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "match", "words"),
+    ("error", "match", "kwargs"),
     [
         (ValueError, "momentum must be in", {"momentum": 1.5}),
         (ValueError, "epsilon must be finite", {"epsilon": -1.0}),
@@ -218,11 +219,11 @@ def test_constraints_names_and_float16() -> None:
         (ValueError, "adjustment must be None", {"adjustment": adjust, "virtual_batch_size": 2}),
     ],
 )
-def test_errors(error: Any, match: str, words: dict[str, Any]) -> None:
+def test_errors(error: Any, match: str, kwargs: dict[str, Any]) -> None:
     with tf.Graph().as_default():
         x = tf.ones([4, 3])
         with pytest.raises(error, match=match):
-            batch_normalization(x, **words)
+            batch_normalization(x, **kwargs)
         assert not v1.global_variables()
         with pytest.raises(TypeError, match="inputs must be of a float dtype"):
             batch_normalization(tf.constant([[1]]))
@@ -235,7 +236,7 @@ def test_eager_execution_is_an_error() -> None:
 
 @pytest.mark.usefixtures("each_bridge")
 def test_with_tensorflow_1_behavior() -> None:
-    """Reference variables and TF 1's control flow, for the whole process."""
+    """disable_v2_behavior(): reference variables and TF 1's control flow in the whole process."""
     code = """
 import tensorflow as tf, numpy as np
 v1 = tf.compat.v1

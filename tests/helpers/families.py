@@ -1,11 +1,11 @@
-"""The keras.applications families at their smallest: one member each, small inputs, weights like a trained model's."""
+"""One small model per keras.applications family: small inputs, and weights like those of a trained model."""
 
 from typing import Any
 
 import keras
 import numpy as np
 
-# name -> (extent of the square input, other arguments)
+# name: (height and width of the input, further arguments)
 FAMILIES: dict[str, tuple[int, dict[str, Any]]] = {
     "DenseNet121": (32, {}),
     "EfficientNetB0": (32, {}),
@@ -21,14 +21,15 @@ FAMILIES: dict[str, tuple[int, dict[str, Any]]] = {
     "Xception": (71, {}),
 }
 WITHOUT_BATCH_NORM = {"ConvNeXtTiny": (32, {}), "VGG16": (32, {})}
-EVERY_RUN = ("MobileNetV2", "ResNet50")  # the others under the marker `families`
+EVERY_RUN = ("MobileNetV2", "ResNet50")  # the others run under the marker `families`
 
 
 def build(name: str) -> Any:
-    extent, words = (FAMILIES | WITHOUT_BATCH_NORM)[name]
+    """The model, with random batch norm weights, so that a norm that is left out changes the output."""
+    extent, kwargs = (FAMILIES | WITHOUT_BATCH_NORM)[name]
     kind = getattr(keras.applications, name)
     keras.utils.set_random_seed(1)
-    model = kind(weights=None, include_top=False, pooling="avg", input_shape=(extent, extent, 3), **words)
+    model = kind(weights=None, include_top=False, pooling="avg", input_shape=(extent, extent, 3), **kwargs)
     rng = np.random.default_rng(2)
     for layer in model.layers:
         if isinstance(layer, keras.layers.BatchNormalization):

@@ -1,4 +1,4 @@
-"""Chains of layers around a batch norm, and how a folded model is compared."""
+"""Chains of layers around a batch norm, and the check that a folded model computes the same."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,8 +22,8 @@ def fresh_names() -> None:
 RANGES = {"gamma": (0.5, 1.5), "beta": (-0.5, 0.5), "moving_mean": (-0.5, 0.5), "moving_variance": (0.3, 2.0)}
 
 
-def stir(model: Any, kernels: tuple[float, float] | None = (-1.0, 1.0)) -> Any:
-    """Give every weight a value that shows."""
+def randomize(model: Any, kernels: tuple[float, float] | None = (-1.0, 1.0)) -> Any:
+    """Give every weight random values, so that an error in folding changes the output."""
     rng = np.random.default_rng(7)
     for weight in model.weights:
         if ends := RANGES.get(weight.name, kernels):
@@ -35,8 +35,11 @@ def norms(model: Any) -> list[str]:
     return [layer.name for layer in all_layers(model) if isinstance(layer, Keras)]
 
 
-def agrees(model: Any, kept: list[str] | tuple[str, ...] = ()) -> Any:
-    """The folded model: it computes the same, has these batch norms left, and the original is as it was."""
+def check_fold(model: Any, kept: list[str] | tuple[str, ...] = ()) -> Any:
+    """Fold `model` and return the result, after checking it.
+
+    It must compute the same, `kept` must be its remaining batch norms, and the original must be unchanged.
+    """
     before, config = [np.array(w) for w in model.get_weights()], model.to_json()
     folded = fold(model, check=True)
     assert norms(folded) == list(kept)
@@ -48,11 +51,11 @@ def agrees(model: Any, kept: list[str] | tuple[str, ...] = ()) -> Any:
 
 
 def chain(shape: tuple[int, ...], *steps: Any, dtype: str = "float32") -> Any:
-    """A model of these steps, one after the other."""
+    """A Functional model of these layers in sequence, with random weights."""
     x = inputs = layers.Input(shape, dtype=dtype)
     for step in steps:
         x = step(x)
-    return stir(keras.Model(inputs, x, name="chain"))
+    return randomize(keras.Model(inputs, x, name="chain"))
 
 
 AFTER: dict[str, tuple[int, Callable[[], Any]]] = {
@@ -60,8 +63,8 @@ AFTER: dict[str, tuple[int, Callable[[], Any]]] = {
     "Dense on images": (2, lambda: layers.Dense(4, use_bias=False)),
     "Conv1D": (1, lambda: layers.Conv1D(4, 3, activation="relu")),
     "Conv2D": (2, lambda: layers.Conv2D(4, 3, strides=2, use_bias=False)),
-    "Conv2D in groups": (2, lambda: layers.Conv2D(4, 3, groups=2)),
-    "Conv2D of one pixel": (2, lambda: layers.Conv2D(4, 1, padding="same")),
+    "grouped Conv2D": (2, lambda: layers.Conv2D(4, 3, groups=2)),
+    "Conv2D 1x1": (2, lambda: layers.Conv2D(4, 1, padding="same")),
     "Conv3D": (3, lambda: layers.Conv3D(4, 2)),
     "DepthwiseConv1D": (1, lambda: layers.DepthwiseConv1D(3, depth_multiplier=2)),
     "DepthwiseConv2D": (2, lambda: layers.DepthwiseConv2D(3, depth_multiplier=2, use_bias=False)),

@@ -1,4 +1,4 @@
-"""Small Keras models with batch norms, and how two of them are compared."""
+"""Small Keras models with batch norms, and a comparison of two models' predictions."""
 
 from typing import Any
 
@@ -14,6 +14,7 @@ KERAS = keras.layers.BatchNormalization
 
 
 def randomize(model: Any) -> Any:
+    """Give every weight random values, so that a weight that is lost or swapped changes the output."""
     rng = np.random.default_rng(7)
     weights = [(w.path, w.shape) for w in model.weights]
     model.set_weights([rng.normal(0, 0.2, s) if "kernel" in path else rng.uniform(0.5, 1.5, s) for path, s in weights])
@@ -21,11 +22,12 @@ def randomize(model: Any) -> Any:
 
 
 def states(model: Any) -> dict[str, str]:
+    """{name of a batch norm: its state in report(model)}."""
     return {row.name: row.state for row in report(model).rows}
 
 
-def quiet(model: Any, **words: Any) -> Any:
-    return accelerate(model, verbose=False, **words)
+def quiet(model: Any, **kwargs: Any) -> Any:
+    return accelerate(model, verbose=False, **kwargs)
 
 
 def same_predictions(model: Any, other: Any, *shapes: tuple[int, ...]) -> None:
@@ -37,14 +39,14 @@ def same_predictions(model: Any, other: Any, *shapes: tuple[int, ...]) -> None:
 
 
 def residual_net(dtype: str = "float32", compiled: Any = None, add: Any = None, **norm: Any) -> Any:
-    """conv, BN, ReLU; a block with two BNs into one Add; one with an identity shortcut; a head."""
+    """A small ResNet: a stem, a block with BNs on both inputs of its Add, a block with an identity shortcut, a head."""
     inputs = keras.Input((8, 8, 3), dtype=dtype, name="image")
-    words = {"dtype": dtype, "use_bias": False}
-    x = L.Conv2D(4, 3, padding="same", name="conv0", **words)(inputs)
+    kwargs = {"dtype": dtype, "use_bias": False}
+    x = L.Conv2D(4, 3, padding="same", name="conv0", **kwargs)(inputs)
     x = L.ReLU(name="relu0", dtype=dtype)(KERAS(name="bn0", momentum=0.9, dtype=dtype, **norm)(x))
     for i in (1, 2):
-        y = KERAS(name=f"bn{i}", dtype=dtype, **norm)(L.Conv2D(4, 3, padding="same", name=f"conv{i}", **words)(x))
-        shortcut = KERAS(name="bn1s", dtype=dtype, **norm)(L.Conv2D(4, 1, name="conv1s", **words)(x)) if i == 1 else x
+        y = KERAS(name=f"bn{i}", dtype=dtype, **norm)(L.Conv2D(4, 3, padding="same", name=f"conv{i}", **kwargs)(x))
+        shortcut = KERAS(name="bn1s", dtype=dtype, **norm)(L.Conv2D(4, 1, name="conv1s", **kwargs)(x)) if i == 1 else x
         total = add(shortcut, y) if add else L.Add(name=f"add{i}", dtype=dtype)([shortcut, y])
         x = L.Activation("relu", name=f"out{i}", dtype=dtype)(total)
     x = L.Dense(5, name="head", dtype=dtype)(L.GlobalAveragePooling2D(dtype=dtype)(x))

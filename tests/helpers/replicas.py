@@ -1,8 +1,8 @@
-"""What the replicas of test_synchronized.py run: python replicas.py mirrored|worker FOLDER.
+"""The program that test_synchronized.py starts for its replicas: python replicas.py mirrored|worker FOLDER.
 
-mirrored: two replicas on two logical CPUs of this process; worker: one of the workers that TF_CONFIG names. A case is a
-whole batch and where it is cut; test_synchronized.py makes the same one for a single process. Results go to
-FOLDER/found.pickle.
+"mirrored" runs two replicas on two logical CPUs of this process, "worker" is one worker of the cluster in TF_CONFIG.
+A case is a batch, cut into two parts at several places; test_synchronized.py computes the same batch in one process.
+Results are written to FOLDER/found.pickle.
 """
 
 import faulthandler
@@ -18,9 +18,9 @@ import numpy as np
 import tensorflow as tf
 from bnfast.keras import BatchNormalization, BatchNormalizationAdd
 
-SECONDS = 120  # a replica that waits for another one waits for ever
+SECONDS = 120  # timeout: a replica whose peer is gone would wait for ever
 RELU = {"activation": "relu"}
-# name: shape, arguments of the layer, what else there is in the batch
+# name: (shape, arguments of the layer, what the batch holds besides x); full_batch takes its seed from the sorted names
 CASES = {
     "channels_last": ((13, 5, 3, 6), RELU, ()),
     "channels_first": ((9, 7, 8), {"axis": 1, "activation": "leaky_relu", "correction": 1}, ("residual",)),
@@ -39,30 +39,26 @@ CASES = {
     "without_epsilon": ((16, 5, 3), {"epsilon": 0.0}, ("mask",)),
     "moving_only": ((10, 4), {"use_batch_statistics": False, **RELU}, ()),
 }
-TENSOR = (
-    "channels_first",
-    "masked",
-    "mask_by_channel",
-    "also_in_inference",
-    "moving_only",
-)  # `training` as a tensor too
-WORKERS = ("channels_last", "channels_first", "masked", "alone")  # one process a replica: what is the same there
+# cases that also run with `training` as a tensor
+TENSOR_CASES = ("channels_first", "masked", "mask_by_channel", "also_in_inference", "moving_only")
+# cases that also run with one process per replica
+WORKER_CASES = ("channels_last", "channels_first", "masked", "alone")
 
 
-def whole(name):
-    """The batch in one piece, by argument; entries that are None aren't there."""
-    shape, words, more = CASES[name]
+def full_batch(name):
+    """The whole batch, by argument name; None marks an argument that the case does not use."""
+    shape, kwargs, more = CASES[name]
     rng = np.random.default_rng(sorted(CASES).index(name))
-    dtype = {"float64": "float64", "mixed_float16": "float16"}.get(words.get("dtype"), "float32")
+    dtype = {"float64": "float64", "mixed_float16": "float16"}.get(kwargs.get("dtype"), "float32")
     wide = "float64" if dtype == "float64" else "float32"
     x = rng.normal(rng.uniform(-1, 1), rng.uniform(0.5, 2), shape) + (1e4 if "offset" in more else 0)
-    x[: len(x) // 3] += 1  # replicas differ
+    x[: len(x) // 3] += 1  # so that the replicas have different statistics
     batch = {"x": x.astype(dtype), "weights": rng.normal(size=shape).astype(wide), "residual": None, "mask": None}
     if "residual" in more:
         batch["residual"] = rng.normal(size=shape).astype(dtype)
     if "mask" in more:
         batch["mask"] = rng.uniform(size=shape[:-1]) < 0.6
-        batch["mask"][: len(x) // 2] = False  # all of a first half
+        batch["mask"][: len(x) // 2] = False  # the whole first half: the first replica has no value
     if "attached" in more:
         batch["mask"] = rng.uniform(size=shape[:-1]) < 0.6
     if "nothing" in more:
@@ -73,16 +69,16 @@ def whole(name):
 
 
 def cuts(name):
-    """Where the second replica's samples begin: about the middle, after the first sample, before it."""
+    """First sample of the second replica: near the middle; 1; and 0, where the first replica gets an empty batch."""
     samples = CASES[name][0][0]
     return [samples // 2, 1, 0]
 
 
-def made(name, **words):
-    """The layer of a case, built, with weights of its own."""
+def built_layer(name, **kwargs):
+    """The built layer of a case, with random weights."""
     shape, arguments, more = CASES[name]
     kind = BatchNormalizationAdd if "residual" in more else BatchNormalization
-    layer = kind(**{"momentum": 0.9, **arguments, **words})
+    layer = kind(**{"momentum": 0.9, **arguments, **kwargs})
     layer.build([shape, shape] if "residual" in more else shape)
     rng = np.random.default_rng(7)
     layer.set_weights([(rng.uniform(0.5, 2, w.shape) if w.ndim else w).astype(w.dtype) for w in layer.get_weights()])
@@ -103,7 +99,7 @@ def results(layer, batch, training=True):
 
 
 def second_order(layer, batch, training=True):
-    """The gradients of sum(dx**2 * weights), dx that of a loss which isn't linear in y."""
+    """The gradients of sum(dx**2 * weights), where dx is the gradient of sum(y**3): not linear in y."""
     x, gamma = batch["x"], layer.gamma.value
     with tf.GradientTape() as outer:
         outer.watch(x)
@@ -114,21 +110,21 @@ def second_order(layer, batch, training=True):
     return dict(zip(("dx", "dgamma"), outer.gradient(outcome, [x, gamma]), strict=True))
 
 
-def in_one(name, function=results, *more):
-    """What one process makes of a case without `synchronized`: results and state, as numpy arrays."""
-    layer = made(name)
-    batch = {key: None if a is None else tf.constant(a) for key, a in whole(name).items()}
+def one_process_results(name, function=results, *more):
+    """The results and the layer state of a case in one process without `synchronized`, as NumPy arrays."""
+    layer = built_layer(name)
+    batch = {key: None if a is None else tf.constant(a) for key, a in full_batch(name).items()}
     found = tf.function(lambda *more: function(layer, batch, *more), autograph=False)(*more)
     return {key: value.numpy() for key, value in found.items()} | {
         w.name: w.numpy() for w in layer.non_trainable_weights
     }
 
 
-def in_replicas(strategy, name, function=results, *more, eager=False):
-    """The same for each cut from the replicas of this process: lists of arrays, in order. One trace for all cuts."""
+def replica_results(strategy, name, function=results, *more, eager=False):
+    """Results and layer state per cut; each is a list of arrays, ordered by replica. All cuts share one trace."""
     with strategy.scope():
-        layer = made(name, synchronized=True)
-    batch, samples, weights, found = whole(name), CASES[name][0][0], layer.get_weights(), []
+        layer = built_layer(name, synchronized=True)
+    batch, samples, weights, found = full_batch(name), CASES[name][0][0], layer.get_weights(), []
 
     def replica(cut, *more):
         first = tf.equal(tf.distribute.get_replica_context().replica_id_in_sync_group, 0)
@@ -148,32 +144,33 @@ def in_replicas(strategy, name, function=results, *more, eager=False):
     return found
 
 
-def model(kind, **words):
-    """One layer of `kind` between two others, in float64, compiled."""
+def model(kind, **kwargs):
+    """A compiled float64 model: one layer of `kind` between two dense layers."""
     keras.utils.set_random_seed(3)
     wide = {"dtype": "float64"}
-    layers = [keras.layers.Dense(6, **wide), kind(momentum=0.8, **wide, **words), keras.layers.Dense(1, **wide)]
+    layers = [keras.layers.Dense(6, **wide), kind(momentum=0.8, **wide, **kwargs), keras.layers.Dense(1, **wide)]
     net = keras.Sequential([keras.Input((4,), **wide), *layers])
     net.compile(keras.optimizers.SGD(0.05, momentum=0.9), keras.losses.MeanSquaredError(dtype="float64"))
     return net
 
 
 def samples():
+    """Inputs and targets for `fit_weights_and_losses` and `custom_loop_weights`."""
     rng = np.random.default_rng(5)
     return rng.normal(2, 3, (48, 4)), rng.normal(size=(48, 1))
 
 
-def fitted(kind, **words):
+def fit_weights_and_losses(kind, **kwargs):
     """Weights and losses after two epochs of fit, in batches of 16."""
-    net = model(kind, **words)
+    net = model(kind, **kwargs)
     history = net.fit(*samples(), batch_size=16, epochs=2, shuffle=False, verbose=0)
     return [*net.get_weights(), np.array(history.history["loss"])]
 
 
-def looped(strategy, **words):
-    """Weights after six steps of a loop of one's own; of each batch of 16 the first replica takes 5, the other 11."""
+def custom_loop_weights(strategy, **kwargs):
+    """Weights after six steps of a custom loop. Of 16 samples per batch the first replica takes 5, the second 11."""
     with strategy.scope():
-        net = model(BatchNormalization, **words)
+        net = model(BatchNormalization, **kwargs)
         net.optimizer.build(net.trainable_weights)
     x, targets = (tf.constant(a) for a in samples())
 
@@ -201,25 +198,26 @@ def outcome(call, *args):
 
 
 def main(where, folder):
-    faulthandler.dump_traceback_later(SECONDS, exit=True)  # a hang says where
+    faulthandler.dump_traceback_later(SECONDS, exit=True)  # on a hang, print where
     if where == "mirrored":
         (cpu,) = tf.config.list_physical_devices("CPU")
         tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
         strategy, names = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]), CASES
     else:
-        strategy, names = tf.distribute.MultiWorkerMirroredStrategy(), WORKERS
+        strategy, names = tf.distribute.MultiWorkerMirroredStrategy(), WORKER_CASES
     assert strategy.num_replicas_in_sync == 2
-    found = {"looped": looped(strategy, synchronized=True)}
-    found |= {name: in_replicas(strategy, name) for name in names}
-    found["eager"] = in_replicas(strategy, "masked", eager=True)
+    found = {"looped": custom_loop_weights(strategy, synchronized=True)}
+    found |= {name: replica_results(strategy, name) for name in names}
+    found["eager"] = replica_results(strategy, "masked", eager=True)
     if where == "mirrored":
         for flag in (True, False):
-            found |= {(name, flag): in_replicas(strategy, name, results, tf.constant(flag)) for name in TENSOR}
-        found["second order"] = in_replicas(strategy, "second_order", second_order)
-        found["refused"] = outcome(in_replicas, strategy, "second_order", second_order, tf.constant(True))
+            for name in TENSOR_CASES:
+                found[name, flag] = replica_results(strategy, name, results, tf.constant(flag))
+        found["second order"] = replica_results(strategy, "second_order", second_order)
+        found["refused"] = outcome(replica_results, strategy, "second_order", second_order, tf.constant(True))
         with strategy.scope():
-            found["fit"] = fitted(BatchNormalization, synchronized=True)
-            found["keras"] = fitted(keras.layers.BatchNormalization, synchronized=True)
+            found["fit"] = fit_weights_and_losses(BatchNormalization, synchronized=True)
+            found["keras"] = fit_weights_and_losses(keras.layers.BatchNormalization, synchronized=True)
     (Path(folder) / "found.pickle").write_bytes(pickle.dumps(found))
 
 

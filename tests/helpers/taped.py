@@ -1,4 +1,4 @@
-"""What the tests of single switches share: a built layer with weights of its own, and a call under a tape."""
+"""Shared by the tests of single options: a built layer with random weights, and a call under a GradientTape."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,8 +8,9 @@ import tensorflow as tf
 from bnfast.keras import BatchNormalization
 
 
-def made(shape: Any, kind: Any = BatchNormalization, **words: Any) -> Any:
-    layer = kind(**words)
+def made(shape: Any, kind: Any = BatchNormalization, **kwargs: Any) -> Any:
+    """A layer of `kind`, built for `shape`, with random weights."""
+    layer = kind(**kwargs)
     layer.build(shape)
     rng = np.random.default_rng(7)
     layer.set_weights([rng.uniform(0.5, 1.5, w.shape) for w in layer.weights])
@@ -17,7 +18,7 @@ def made(shape: Any, kind: Any = BatchNormalization, **words: Any) -> Any:
 
 
 def gradients(call: Callable[[Any], Any], x: Any, dy: Any, variables: list[Any]) -> list[Any]:
-    """y = call(x), dx, and those of the variables."""
+    """y = call(x), dx, and the gradients of the variables, for the upstream gradient dy."""
     with tf.GradientTape() as tape:
         tape.watch(x)
         y = call(x)

@@ -1,4 +1,7 @@
-"""Fixtures of all tests that need TensorFlow. Without it each module skips itself, unless BNFAST_REQUIRE names it."""
+"""Fixtures of the tests that need TensorFlow.
+
+Without TensorFlow each test module is skipped. If BNFAST_REQUIRE contains "tensorflow", its absence is an error.
+"""
 
 import importlib
 import os
@@ -10,12 +13,12 @@ import pytest
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 if "tensorflow" in os.environ.get("BNFAST_REQUIRE", ""):
-    importlib.import_module("tensorflow")  # its absence is then an error, not a skip
+    importlib.import_module("tensorflow")  # raises ImportError instead of skipping
 
 
 @pytest.fixture(params=["numpy_function", "op"])
 def each_bridge(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The test runs once through either way into TensorFlow; its value says which. Linux always has the op."""
+    """Run the test once per bridge from TensorFlow to the kernels; the value is its name. Linux always has the op."""
     from bnfast.tensorflow import op
 
     name = str(request.param)

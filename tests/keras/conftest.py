@@ -1,4 +1,4 @@
-"""The fixtures of tests that need TensorFlow."""
+"""Makes the fixtures of the tests that need TensorFlow visible in this folder."""
 
 import pytest
 from tensorflow_fixtures import each_bridge, rng
@@ -7,4 +7,4 @@ __all__ = ["each_bridge", "rng"]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "requires_trainable_backend: set by Keras's own test suite")
+    config.addinivalue_line("markers", "requires_trainable_backend: used in Keras's own test suite")

@@ -1,4 +1,4 @@
-"""A convolutional network on scikit-learn's digits, saved and read again. Takes the folder to save to."""
+"""A convolutional network on scikit-learn's digits, saved and loaded. The argument is the folder to save to."""
 
 import argparse
 import pathlib
@@ -20,7 +20,7 @@ y = keras.utils.to_categorical(digits.target, 10)
 
 
 class Norm(keras.layers.BatchNormalization):
-    """A subclass with a default of its own."""
+    """A subclass with another default momentum."""
 
     def __init__(self, momentum=0.8, **kwargs):
         super().__init__(momentum=momentum, **kwargs)

@@ -1,4 +1,4 @@
-"""Both layers side by side in a TF 1 program: no eager execution, placeholders, Session.run, assign ops run by hand."""
+"""Keras's layer and ours in a TF 1 program: no eager execution, placeholders, Session.run, explicit assign ops."""
 
 import bnfast.keras
 import keras
@@ -19,7 +19,7 @@ CASES = {
 
 
 def assigns(graph, before):
-    """The assign ops that the graph got since `before`: the call's updates, which fetching y alone leaves out."""
+    """The assign ops added to the graph since `before`: the updates of a call. Fetching y alone does not run them."""
     return [op for op in graph.get_operations() if op not in before and op.type == "AssignVariableOp"]
 
 
@@ -29,12 +29,12 @@ def batch(shape, dtype, step):
     return (x * 10).astype(dtype) if dtype == "int32" else x.astype(dtype)
 
 
-def run(make, shape, dtype, words):
-    """What a program sees of one layer: y, gradients and weights, over three steps of training, then of inference."""
+def run(make, shape, dtype, kwargs):
+    """Everything a program sees of a layer: y, gradients and weights, over three training steps, then inference."""
     seen = []
     with v1.Graph().as_default() as graph, v1.Session() as session:
         x = v1.placeholder(dtype, shape)
-        layer = make(momentum=0.75, **words)
+        layer = make(momentum=0.75, **kwargs)
         layer.build(shape)
         before = set(graph.get_operations())
         y = layer(x, training=True)
@@ -49,7 +49,7 @@ def run(make, shape, dtype, words):
         state = [variable.value for variable in layer.variables]
         session.run(v1.global_variables_initializer())
         session.run(y, {x: batch(shape, dtype, 9)})
-        seen.append(session.run(state))  # as it was: no update was fetched
+        seen.append(session.run(state))  # unchanged, because no update was fetched
         for step in range(3):
             seen += session.run([y, gradients[0], updates], {x: batch(shape, dtype, step)})[:2]
             seen.append(session.run(state))
@@ -59,7 +59,7 @@ def run(make, shape, dtype, words):
 
 
 def training_by_placeholder():
-    """Keras's layer can't; ours gives what its calls with True and False give."""
+    """`training` as a placeholder, which Keras's layer does not support: equal to calls with True and False."""
     with v1.Graph().as_default() as graph, v1.Session() as session:
         x, training = v1.placeholder("float32", (None, 5)), v1.placeholder("bool", ())
         layer = bnfast.keras.BatchNormalization(momentum=0.75)

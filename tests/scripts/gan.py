@@ -1,4 +1,4 @@
-"""A generator and a discriminator in the functional style, with a training step of its own."""
+"""A generator and a discriminator in the functional style, with a custom training step."""
 
 import tensorflow as tf
 from tensorflow import keras

@@ -1,4 +1,4 @@
-"""A multilayer perceptron on scikit-learn's digits, as tutorials write it."""
+"""A multilayer perceptron on scikit-learn's digits, written as in a tutorial."""
 
 import os
 

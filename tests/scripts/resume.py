@@ -1,4 +1,4 @@
-"""A regularized CNN in the functional style, interrupted and resumed from its JSON config and weights."""
+"""A regularized CNN in the functional style. Training stops and resumes from the JSON config and the weights."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The way of a training call is short: from the Keras layer to TensorFlow's op function at most five Python frames."""
+"""A training call takes at most five Python frames from the Keras layer to TensorFlow's op function."""
 
 import sys
 from pathlib import Path
@@ -13,7 +13,7 @@ from bnfast.keras import BatchNormalization
 from bnfast.tensorflow import op
 
 HOME = Path(bnfast.__file__).parent
-WAY = {
+FRAMES = {
     "op": ["batch_norm.call", "step.step", "ops.train_step", "op.train_step"],
     "numpy_function": [
         "batch_norm.call",
@@ -25,8 +25,8 @@ WAY = {
 }
 
 
-def frames_of_ours() -> list[str]:
-    """file.function of every frame on the stack whose code lies in the package, the outermost first."""
+def package_frames() -> list[str]:
+    """The name, file.function, of every stack frame whose code is in the package, outermost first."""
     found = []
     frame: Any = sys._getframe(1)
     while frame is not None:
@@ -42,12 +42,12 @@ def test_a_training_call_takes_at_most_five_frames(each_bridge: str, monkeypatch
     original, seen = getattr(owner, name), []
 
     def recorder(*args: Any, **kwargs: Any) -> Any:
-        seen.append(frames_of_ours())
+        seen.append(package_frames())
         return original(*args, **kwargs)
 
     monkeypatch.setattr(owner, name, recorder)
     layer = BatchNormalization()
     layer.build((None, 4))
     tf.function(lambda x: layer(x, training=True)).get_concrete_function(tf.TensorSpec([None, 4]))
-    assert seen == [WAY[each_bridge]]
+    assert seen == [FRAMES[each_bridge]]
     assert len(seen[0]) <= 5

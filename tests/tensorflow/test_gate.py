@@ -1,4 +1,7 @@
-"""The gradient of y = activation(bn(x) + residual) reads the gate off y: what it gives, keeps, and overwrites."""
+"""The gradient of y = activation(bn(x) + residual): values, tensors kept for it, and buffers it may overwrite.
+
+The gate is the slope of the activation: dresidual = dy * gate. It is computed from y, so the residual is not kept.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -23,10 +26,10 @@ ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def kept(graph: Any, dy: Any, like: tuple[int, ...]) -> set[str]:
-    """Names of the tensors of this shape that ops downstream of dy read beside what is downstream itself."""
+def forward_tensors_read(graph: Any, dy: Any, like: tuple[int, ...]) -> set[str]:
+    """Names of the forward tensors of this shape that the backward pass reads: inputs of ops that depend on dy."""
     backward, found = {dy.op}, set()
-    for op in graph.get_operations():  # inputs come before what reads them
+    for op in graph.get_operations():  # in topological order
         if not backward.isdisjoint([*(tensor.op for tensor in op.inputs), *op.control_inputs]):
             backward.add(op)
             found |= {source(t) for t in op.inputs if t.op not in backward and t.shape == like}
@@ -34,14 +37,14 @@ def kept(graph: Any, dy: Any, like: tuple[int, ...]) -> set[str]:
 
 
 def source(tensor: Any) -> str:
-    """The name of the tensor that this one is, renamings aside."""
+    """The name of the tensor behind Identity and similar ops."""
     while tensor.op.type in ("Identity", "IdentityN", "StopGradient"):
         tensor = tensor.op.inputs[tensor.value_index]
     return str(tensor.name)
 
 
 @pytest.mark.parametrize("activation", [None, "relu"])
-def test_the_backward_keeps_y_and_not_the_residual(activation: Any) -> None:
+def test_backward_keeps_y_and_not_the_residual(activation: Any) -> None:
     shape = (4, 6, 5)
     layer = made([shape, shape], BatchNormalizationAdd, activation=activation)
     names = {}
@@ -55,14 +58,14 @@ def test_the_backward_keeps_y_and_not_the_residual(activation: Any) -> None:
         return tape.gradient(y, [x, residual, layer.gamma.value], output_gradients=dy)
 
     graph = step.get_concrete_function().graph
-    found = kept(graph, graph.get_tensor_by_name(names["dy"]), shape)
+    found = forward_tensors_read(graph, graph.get_tensor_by_name(names["dy"]), shape)
     assert found == ({names["x"]} if activation is None else {names["x"], names["y"]})
     assert names["residual"] not in found
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_gradients_of_both_orders(activation: str, rng: np.random.Generator) -> None:
-    """In all of x, gamma, beta and residual, with a mask: of a loss, and of its gradients' squares."""
+def test_first_and_second_order_gradients(activation: str, rng: np.random.Generator) -> None:
+    """With respect to x, gamma, beta and residual, with a mask: of a loss, and of the sum of its squared gradients."""
     x, residual, weights = (tf.constant(rng.normal(1, 3, (23, 4))) for _ in range(3))
     mask = tf.constant(rng.uniform(size=(23, 1)) > 0.2)
     sources = [x, *(tf.constant(rng.uniform(0.5, 2, 4)) for _ in range(2)), residual]
@@ -90,7 +93,7 @@ def test_gradients_of_both_orders(activation: str, rng: np.random.Generator) -> 
 
     wanted = both(plain)
     y = plain(*sources).numpy()
-    assert (y <= 0).any()  # the gate has something to close
+    assert (y <= 0).any()  # somewhere the gate must be closed
     assert (y == 6).any() == (activation == "relu6")
     for run in (both, tf.function(both)):
         for actual, right in zip(run(ours), wanted, strict=True):
@@ -99,10 +102,11 @@ def test_gradients_of_both_orders(activation: str, rng: np.random.Generator) -> 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 0.0])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_the_gate_is_the_kernel_s_where_z_is_odd(activation: str, value: float) -> None:
-    """NaN, infinities and both bounds in the residual alone: dresidual and its derivative in dy have one gate."""
+def test_gate_equals_the_kernels_at_nan_infinity_and_bounds(activation: str, value: float) -> None:
+    """NaN, infinity or a bound in the residual: dresidual and its derivative with respect to dy have the same gate."""
     x, dy = tf.constant([[-1.0], [1.0], [1.0], [-1.0]]), tf.ones([4, 1])
-    residual = tf.constant([[value], [2.0], [5.0 if value == 0 else 7.0], [1.0]])  # 1 + 5 is relu6's bound, -1 + 1 is 0
+    # x + residual: 1 + 5 is the upper bound of relu6, -1 + 1 the lower one
+    residual = tf.constant([[value], [2.0], [5.0 if value == 0 else 7.0], [1.0]])
     options = Options(-1, 0.0, activation, 0.25)
     with tf.GradientTape() as outer:
         outer.watch(dy)
@@ -121,10 +125,8 @@ def test_the_gate_is_the_kernel_s_where_z_is_odd(activation: str, value: float) 
 
 
 @pytest.mark.parametrize("held", [False, True])
-def test_buffers_that_the_program_still_reads_are_spared(
-    held: bool, each_bridge: str, rng: np.random.Generator
-) -> None:
-    """dx lies where dy lay and dresidual where x lay, if nothing else holds them; the same bits either way."""
+def test_only_buffers_nobody_reads_are_reused(held: bool, each_bridge: str, rng: np.random.Generator) -> None:
+    """dx takes the buffer of dy and dresidual that of x, unless the program still reads them. Same bits either way."""
     shape, zeros = (8, 9, 9, 20), tf.zeros(20)
     v, w, u = (rng.normal(1, 2, shape).astype("float32") for _ in range(3))
 
@@ -162,7 +164,7 @@ def test_buffers_that_the_program_still_reads_are_spared(
 
 @pytest.mark.parametrize("activation", [None, "relu"])
 def test_dy_may_be_sparse(activation: Any, rng: np.random.Generator) -> None:
-    """Of y's first rows alone, as tf.gather has it: eager tapes hand such a gradient on as it is."""
+    """The gradient of tf.gather is an IndexedSlices, and eager tapes pass it on unconverted."""
     x, residual = (tf.constant(rng.normal(size=(7, 3))) for _ in range(2))
     zeros, options = tf.zeros(3, tf.float64), Options(activation=activation)
 

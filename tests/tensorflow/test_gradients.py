@@ -1,4 +1,4 @@
-"""Gradients of the bridge and of the layer, in float64: against Keras's layer and against plain TensorFlow ops."""
+"""Gradients of ops.train and of the layer, in float64: against Keras's layer and against plain TensorFlow ops."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +21,7 @@ ACTIVATIONS = {
     None: lambda y: y,
     "relu": tf.nn.relu,
     "relu6": tf.nn.relu6,
-    "leaky_relu": lambda y: tf.where(y > 0, y, 0.2 * y),  # tf.nn.leaky_relu holds its slope in float32
+    "leaky_relu": lambda y: tf.where(y > 0, y, 0.2 * y),  # tf.nn.leaky_relu rounds its slope to float32
 }
 
 
@@ -40,7 +40,7 @@ def filled(layer: Any, shape: tuple[int, ...], rng: np.random.Generator) -> Any:
 
 
 def plain(x: Any, gamma: Any, beta: Any, mask: Any, axis: int, epsilon: float = 1e-3) -> tuple[Any, Any, Any]:
-    """y, mean, variance, written with reductions whose every derivative TensorFlow knows."""
+    """y, mean and variance from plain reductions, which TensorFlow can differentiate any number of times."""
     axes = [i for i in range(x.shape.rank) if i != axis % x.shape.rank]
     weights = tf.ones_like(x) if mask is None else tf.cast(mask, x.dtype) * tf.ones_like(x)
     total = tf.reduce_sum(weights, axes, keepdims=True)
@@ -88,7 +88,7 @@ def test_layer_gradients_equal_keras(
 @pytest.mark.parametrize("rank", SHAPES)
 def test_masked_layer_gradients_equal_keras(rank: int, scale: bool, center: bool, rng: np.random.Generator) -> None:
     before = keras.config.epsilon()
-    keras.config.set_epsilon(0.0)  # Keras divides by W + epsilon(): 1e-7 away from the mean
+    keras.config.set_epsilon(0.0)  # Keras divides by the mask's sum + epsilon(): a relative error of 1e-7 in the mean
     try:
         shape = SHAPES[rank]
         mask = tf.constant(rng.random(shape[:-1]) < 0.6)
@@ -183,8 +183,11 @@ def test_third_order(rng: np.random.Generator) -> None:
 
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
 def test_gradient_penalty_equals_keras(graph: bool, rng: np.random.Generator) -> None:
-    """Second order through the layers. For this loss Keras's is right: where the first gradient's use doesn't sum to 0
-    over a channel, it is not, because tf.nn.moments stops the gradient at the mean inside the variance."""
+    """Second order through the layers.
+
+    Keras's result is correct only if the gradient of the loss with respect to dx sums to 0 per channel, as here:
+    tf.nn.moments stops the gradient at the mean inside the variance.
+    """
     shape = (4, 3, 3, 2)
     x = tf.constant(rng.normal(1, 2, shape))
 

@@ -1,4 +1,4 @@
-"""_core.Callback, what numpy_function calls: the arrays of bnfast.functional, in order, and its way out."""
+"""_core.Callback, the object that numpy_function calls: same results as bnfast.functional, and its slow path."""
 
 import gc
 from typing import Any
@@ -13,12 +13,12 @@ from bnfast import _core
 from bnfast.tensorflow import ops
 from bnfast.tensorflow.batch import Batch, Options
 
-WORDS = {"axis": -1, "epsilon": 1e-3, "activation": "relu", "negative_slope": 0.2}
+KWARGS = {"axis": -1, "epsilon": 1e-3, "activation": "relu", "negative_slope": 0.2}
 UPDATE = {"momentum": 0.9, "correction": 1, "nan_policy": "propagate"}
 
 
 def refuse(*arrays: Any) -> Any:
-    pytest.fail("an array that isn't plain")
+    pytest.fail("the callback declined its arrays")
 
 
 def same(actual: Any, expected: Any) -> None:
@@ -31,30 +31,31 @@ def test_training(rng: np.random.Generator) -> None:
     x = rng.normal(size=(7, 5)).astype("float32")
     gamma, beta, mean, variance = (rng.uniform(0.5, 2, 5).astype("float32") for _ in range(4))
     names = ["x", "beta", "moving_variance", "gamma", "moving_mean"]
-    result = _core.Callback("train", names, {**WORDS, **UPDATE}, refuse)(x, beta, variance, gamma, mean)
+    result = _core.Callback("train", names, {**KWARGS, **UPDATE}, refuse)(x, beta, variance, gamma, mean)
     moved = mean.copy(), variance.copy()
-    expected = bnfast.batch_norm_train(x, gamma, beta, *moved, **WORDS, **UPDATE)
+    expected = bnfast.batch_norm_train(x, gamma, beta, *moved, **KWARGS, **UPDATE)
     same(result, [expected.y, expected.mean, expected.invstd, *moved])
-    assert not np.array_equal(mean, moved[0])  # what came in is as it was
-    alone = _core.Callback("train", ["x"], {**WORDS, **UPDATE}, refuse)(x)
-    expected = bnfast.batch_norm_train(x, **WORDS)
+    assert not np.array_equal(mean, moved[0])  # the inputs are not written
+    alone = _core.Callback("train", ["x"], {**KWARGS, **UPDATE}, refuse)(x)
+    expected = bnfast.batch_norm_train(x, **KWARGS)
     same(alone, [expected.y, expected.mean, expected.invstd, expected.variance])
 
 
 def test_gradient(rng: np.random.Generator) -> None:
     x, dy, residual = (rng.normal(size=(7, 5)).astype("float32") for _ in range(3))
-    gamma, beta = np.ones(5), np.zeros(5, "float32")  # each gradient in its own dtype
-    forward = bnfast.batch_norm_train(x, gamma, beta, residual=residual, **WORDS)
-    words = {name: value for name, value in WORDS.items() if name != "epsilon"} | {"training": True}
+    gamma, beta = np.ones(5), np.zeros(5, "float32")  # two dtypes: each gradient has that of its parameter
+    forward = bnfast.batch_norm_train(x, gamma, beta, residual=residual, **KWARGS)
+    kwargs = {name: value for name, value in KWARGS.items() if name != "epsilon"} | {"training": True}
     common = {"dy": dy, "x": x, "mean": forward.mean, "invstd": forward.invstd}
-    expected = bnfast.batch_norm_grad(*common.values(), gamma, beta, y=forward.y, **words)
+    expected = bnfast.batch_norm_grad(*common.values(), gamma, beta, y=forward.y, **kwargs)
     given = {**common, "gamma": gamma, "beta": beta, "y": forward.y}
-    result = _core.Callback("grad", list(given), words, refuse)(*given.values())
+    result = _core.Callback("grad", list(given), kwargs, refuse)(*given.values())
     same(result, [expected.dx, expected.dgamma, expected.dbeta.astype("float32"), expected.dresidual])
-    plain = {name: value for name, value in words.items() if name != "activation"}
-    memory = {"out": np.empty((7, 5), "int32"), "out_dresidual": np.empty((7, 5), "int32")}  # by its width alone
+    plain = {name: value for name, value in kwargs.items() if name != "activation"}
+    # int32: the memory of an output needs the right item size, not the right dtype
+    memory = {"out": np.empty((7, 5), "int32"), "out_dresidual": np.empty((7, 5), "int32")}
     given |= memory
-    again = _core.Callback("grad", list(given), words, refuse)(*given.values())
+    again = _core.Callback("grad", list(given), kwargs, refuse)(*given.values())
     same(again, result)
     for array, taken in zip((again[0], again[3]), memory.values(), strict=True):
         assert np.shares_memory(array, taken)
@@ -62,10 +63,10 @@ def test_gradient(rng: np.random.Generator) -> None:
     same([dx], [bnfast.batch_norm_grad(*common.values(), **plain).dx])
 
 
-def test_what_is_not_plain_goes_the_slow_way_with_the_same_arrays(rng: np.random.Generator) -> None:
+def test_declined_arrays_are_passed_to_the_slow_path(rng: np.random.Generator) -> None:
     x = rng.normal(size=(5, 7)).astype("float32").T
     seen = []
-    callback = _core.Callback("train", ["x"], {**WORDS, **UPDATE}, lambda *arrays: seen.append(arrays) or [1])
+    callback = _core.Callback("train", ["x"], {**KWARGS, **UPDATE}, lambda *arrays: seen.append(arrays) or [1])
     assert callback(x) == [1]
     ((array,),) = seen
     assert array is x
@@ -84,13 +85,13 @@ def test_unknown_names(arguments: tuple[Any, ...], message: str) -> None:
         _core.Callback(*arguments, refuse)
 
 
-def test_as_many_arrays_as_names() -> None:
+def test_wrong_number_of_arrays() -> None:
     with pytest.raises(TypeError, match="as many arrays must come as there are names"):
-        _core.Callback("train", ["x"], WORDS, refuse)()
+        _core.Callback("train", ["x"], KWARGS, refuse)()
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_a_graph_brings_the_memory_of_whole_tensors(masked: bool) -> None:
+def test_graph_outputs_are_allocated_by_tensorflow(masked: bool) -> None:
     x, residual = (tf.random.normal((512, 64)) for _ in range(2))
     mask = tf.ones((512, 1)) if masked else None
     state, options = (tf.zeros(64), tf.ones(64)), Options(activation="relu")
@@ -106,7 +107,7 @@ def test_a_graph_brings_the_memory_of_whole_tensors(masked: bool) -> None:
     run(x, residual)
     gc.collect()
     bnfast.clear_memory()
-    others = bnfast.memory_statistics()["in_use_bytes"]  # what earlier tests of this process still hold
+    others = bnfast.memory_statistics()["in_use_bytes"]  # memory that earlier tests of this process still hold
     y, dx, dresidual = run(x, residual)
     memory = bnfast.memory_statistics()
     assert memory["held_bytes"] + memory["in_use_bytes"] - others < x.shape[0] * x.shape[1] * 4
@@ -119,7 +120,7 @@ def test_a_graph_brings_the_memory_of_whole_tensors(masked: bool) -> None:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_a_graph_calls_it_unless_there_is_a_mask(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graphs_use_the_callback_except_with_a_mask(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     callback = _core.Callback
 

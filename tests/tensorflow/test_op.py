@@ -21,30 +21,30 @@ from bnfast.tensorflow import op, ops
 from bnfast.tensorflow import op_library as _tf_library
 from bnfast.tensorflow.batch import Batch, Options
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the op is built on Linux alone")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the op is built on Linux only")
 
 SHAPE = (16, 20, 20, 64)
 
 
 @pytest.fixture(autouse=True)
-def native_bridge(monkeypatch: pytest.MonkeyPatch) -> None:
+def op_bridge(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BNFAST_BRIDGE", "op")
 
 
 def pointer(tensor: Any) -> Any:
-    """The tensor's buffer as a following op sees it. It reads one value of it, so that the op comes after."""
+    """The address of the tensor's buffer, as a later op sees it."""
     return tf.numpy_function(lambda array: np.int64(array.__array_interface__["data"][0]), [tensor], tf.int64)
 
 
-def test_it_loads_here() -> None:
+def test_the_library_loads() -> None:
     available, reason = op.status()
     assert available, reason
     assert reason == f"_tf.so loaded by TensorFlow {tf.__version__}"
     assert _tf_library.probe() == (True, "_tf.so fits the installed TensorFlow")
 
 
-def test_the_library_holds_no_core_and_needs_no_tensorflow_to_link() -> None:
-    """One pool of threads, one scratch, one instruction set in a process: the op calls _core's."""
+def test_the_library_contains_no_kernels_and_links_without_tensorflow() -> None:
+    """The op calls the kernels of _core, so a process has one thread pool, one scratch and one instruction set."""
     data = _tf_library.PATH.read_bytes()
     assert b"BnfastTrain" in data
     assert b"libgomp" not in data
@@ -55,7 +55,7 @@ def test_the_library_holds_no_core_and_needs_no_tensorflow_to_link() -> None:
 
 @pytest.mark.parametrize("isa", ["baseline", None])
 def test_settings_of_the_core_reach_the_op(isa: str | None, rng: np.random.Generator) -> None:
-    """Same bits as the NumPy functions, whatever the threads; and they run where Python set the instruction set."""
+    """Same bits as the NumPy functions for any thread count and for the instruction set chosen in Python."""
     x = rng.normal(3, 2, (64, 10, 10, 8)).astype("float32")
     wanted = bnfast.batch_norm_train(x)
     threads = bnfast.get_num_threads()
@@ -75,7 +75,7 @@ def test_settings_of_the_core_reach_the_op(isa: str | None, rng: np.random.Gener
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
 @pytest.mark.parametrize("axis", [0, 1, 2, -1])
 def test_both_bridges_give_the_same_bits(axis: int, dtype: str, rng: np.random.Generator) -> None:
-    """float16 and bfloat16 too, masks, residuals, any activation; graph against eager, op against callback."""
+    """Every dtype and activation, with masks and residuals: op in a graph, op in eager mode, and numpy_function."""
     shape = (6, 5, 4, 3)
     channels = shape[axis]
     x, dy, residual = (tf.cast(rng.normal(1, 2, shape), dtype) for _ in range(3))
@@ -101,8 +101,8 @@ def test_both_bridges_give_the_same_bits(axis: int, dtype: str, rng: np.random.G
                     assert len({tf.io.serialize_tensor(t).numpy() for t in (first, *others)}) == 1
 
 
-def test_scalars_keep_all_their_digits(rng: np.random.Generator) -> None:
-    """TensorFlow's own float attributes are float32: epsilon, momentum and the slope would lose half their digits."""
+def test_scalars_are_passed_in_float64(rng: np.random.Generator) -> None:
+    """TensorFlow's float attributes are float32: epsilon, momentum and negative_slope would lose half their digits."""
     x = rng.normal(size=(50, 2)) * 1e-3
     mean, variance = np.zeros(2), np.ones(2)
     options = Options(-1, 1 / 3, "leaky_relu", 1 / 7)
@@ -115,8 +115,8 @@ def test_scalars_keep_all_their_digits(rng: np.random.Generator) -> None:
         assert actual.numpy().tobytes() == right.tobytes()
 
 
-def test_a_gradient_takes_the_buffer_of_the_one_it_replaces() -> None:
-    """dx lies where dy lay, or x; y where x lay, when nothing else holds them. Pointers alone tell."""
+def test_outputs_reuse_buffers_that_nobody_reads() -> None:
+    """dx takes the buffer of dy, and y that of x, if no other op reads them. Only the addresses show it."""
     layer = BatchNormalization()
     layer.build(SHAPE)
     options = Options()
@@ -153,7 +153,7 @@ def test_a_gradient_takes_the_buffer_of_the_one_it_replaces() -> None:
     assert dx.numpy().tobytes() == grad.dx.tobytes()
 
 
-def test_what_others_still_read_is_not_overwritten(rng: np.random.Generator) -> None:
+def test_buffers_that_are_still_read_are_not_overwritten(rng: np.random.Generator) -> None:
     x, dy = (tf.Variable(tf.constant(rng.normal(size=SHAPE), "float32")) for _ in range(2))
     before = [v.numpy().tobytes() for v in (x, dy)]
 
@@ -187,12 +187,12 @@ def test_what_others_still_read_is_not_overwritten(rng: np.random.Generator) -> 
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
 def test_wrong_inputs_are_invalid_arguments(graph: bool, wrong: dict[str, Any], message: str) -> None:
     ops = op._load().ops
-    words = dict(x=np.ones((4, 3)), moving_mean=np.zeros(3), moving_variance=np.zeros(3), gamma=[], beta=[])
-    words |= dict(mask=[], residual=[], momentum_bits=0, **op._attributes(Options())) | wrong
+    kwargs = dict(x=np.ones((4, 3)), moving_mean=np.zeros(3), moving_variance=np.zeros(3), gamma=[], beta=[])
+    kwargs |= dict(mask=[], residual=[], momentum_bits=0, **op._attributes(Options())) | wrong
 
     def run() -> Any:
         return ops.bnfast_train(
-            **{k: v if np.isscalar(v) else tf.nest.map_structure(tf.constant, v) for k, v in words.items()}
+            **{k: v if np.isscalar(v) else tf.nest.map_structure(tf.constant, v) for k, v in kwargs.items()}
         )
 
     with pytest.raises(tf.errors.InvalidArgumentError, match=message):
@@ -201,40 +201,40 @@ def test_wrong_inputs_are_invalid_arguments(graph: bool, wrong: dict[str, Any], 
 
 def test_y_without_an_activation_is_an_invalid_argument() -> None:
     x, one = tf.ones((4, 3)), tf.ones(3)
-    words = dict(dy=x, x=x, saved=tf.ones((2, 3), tf.float64), gamma=[one], beta=[one], mask=[], y=[x], statistics=[])
+    kwargs = dict(dy=x, x=x, saved=tf.ones((2, 3), tf.float64), gamma=[one], beta=[one], mask=[], y=[x], statistics=[])
     with pytest.raises(tf.errors.InvalidArgumentError, match="num_y must be 0 without an activation"):
-        op._load().ops.bnfast_grad(parameter_type=tf.float32, **words, **op._attributes(Options()))
+        op._load().ops.bnfast_grad(parameter_type=tf.float32, **kwargs, **op._attributes(Options()))
 
 
 def test_shapes_are_known_inside_the_graph() -> None:
-    """The op's own shape functions, in C: a graph that was loaded from a file has only these."""
+    """The shape functions of the op, in C: a graph loaded from a file has only these."""
     ops = op._load().ops
 
     @tf.function(input_signature=[tf.TensorSpec([None, 7, 3]), tf.TensorSpec(None), tf.TensorSpec(None, "float64")])
     def run(x: Any, unknown: Any, saved: Any) -> None:
         one = tf.ones(3)
-        words = dict(gamma=[one], beta=[one], mask=[], **op._attributes(Options()))
-        forward_words = dict(moving_variance=one, residual=[], momentum_bits=0, **words)
-        forward = ops.bnfast_train(x=x, moving_mean=one, **forward_words)
+        kwargs = dict(gamma=[one], beta=[one], mask=[], **op._attributes(Options()))
+        forward_kwargs = dict(moving_variance=one, residual=[], momentum_bits=0, **kwargs)
+        forward = ops.bnfast_train(x=x, moving_mean=one, **forward_kwargs)
         assert [t.shape.as_list() for t in forward] == [[None, 7, 3], [3], [3], [2, 3]]
         with pytest.raises(ValueError, match="rank 1"):
-            ops.bnfast_train(x=x, moving_mean=x, **forward_words)
-        words |= dict(statistics=[], parameter_type=tf.float32)
-        backward = ops.bnfast_grad(dy=x, x=x, saved=forward.saved, y=[x], **words)
+            ops.bnfast_train(x=x, moving_mean=x, **forward_kwargs)
+        kwargs |= dict(statistics=[], parameter_type=tf.float32)
+        backward = ops.bnfast_grad(dy=x, x=x, saved=forward.saved, y=[x], **kwargs)
         assert [t.shape.as_list() for t in tf.nest.flatten(backward)] == [[None, 7, 3], [3], [3], [None, 7, 3]]
-        rest = ops.bnfast_grad(dy=unknown, x=unknown, saved=saved, y=[], **words)
+        rest = ops.bnfast_grad(dy=unknown, x=unknown, saved=saved, y=[], **kwargs)
         assert [t.shape.rank for t in tf.nest.flatten(rest)] == [None, 1, 1]
 
     run.get_concrete_function()
 
 
-def test_the_bridge_is_in_the_config_where_it_is_not_auto() -> None:
+def test_config_contains_the_bridge_unless_auto() -> None:
     assert "bridge" not in BatchNormalization().get_config()
     config = BatchNormalization(bridge="numpy_function").get_config()
     assert BatchNormalization.from_config(config).bridge == config["bridge"] == "numpy_function"
 
 
-def test_the_environment_decides_for_auto_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_variable_applies_to_auto_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BNFAST_BRIDGE", "numpy_function")
     assert [op.choose(name) for name in op.BRIDGES] == ["numpy_function", "numpy_function", "op"]
     monkeypatch.setenv("BNFAST_BRIDGE", "op")
@@ -246,7 +246,7 @@ def test_the_environment_decides_for_auto_alone(monkeypatch: pytest.MonkeyPatch)
         op.choose("auto")
 
 
-def test_without_the_op_auto_falls_back_with_one_line(
+def test_without_the_op_auto_falls_back_and_logs_one_line(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(op, "_library", op._Library(None, "it is raining"))
@@ -279,7 +279,7 @@ print(json.dumps([float(y[1, 0]), *op.status(), lines]))
 
 
 def copy_of_the_package(folder: Path) -> Path:
-    """A second bnfast, its Python files linked, whose _tf.so may be spoilt; the path of that."""
+    """Make a second bnfast in `folder`: links to the Python files, a copy of _tf.so. Return the path of the copy."""
     home = Path(bnfast.__file__).parent
     package = folder / "bnfast"
     package.mkdir()
@@ -290,8 +290,8 @@ def copy_of_the_package(folder: Path) -> Path:
     return package / "_tf.so"
 
 
-def spoil(path: Path, how: str) -> str:
-    """Makes the library unusable; a part of the reason that must be given."""
+def damage(path: Path, how: str) -> str:
+    """Make the library unusable, and return a part of the reason that must be reported."""
     data = path.read_bytes()
     if how == "hidden":
         path.unlink()
@@ -299,10 +299,10 @@ def spoil(path: Path, how: str) -> str:
     if how == "truncated":
         path.write_bytes(data[: len(data) // 2])
         return "is truncated"
-    if how == "symbol":  # as if another TensorFlow had no such function: a name of the same length
+    if how == "symbol":  # a name of the same length, as if TensorFlow had no such function
         path.write_bytes(data.replace(b"\0TF_AllocateOutput\0", b"\0TF_AllocateOutbut\0"))
         return "libtensorflow_framework.so.2 has no TF_AllocateOutbut"
-    if how == "undefined":  # one that the C library should have
+    if how == "undefined":  # a function of the C library
         path.write_bytes(data.replace(b"\0dlopen\0", b"\0dlopem\0"))
         return "undefined symbol: dlopem"
     path.write_bytes(data.replace(bnfast.__version__.encode() + b"\0", b"9.9.9\0"))
@@ -310,10 +310,10 @@ def spoil(path: Path, how: str) -> str:
 
 
 @pytest.mark.parametrize("how", ["hidden", "truncated", "symbol", "undefined", "version"])
-def test_a_bad_library_breaks_nothing(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """import bnfast and import tensorflow succeed, training goes on, and one line says why."""
+def test_a_bad_library_is_reported_and_not_used(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bnfast and TensorFlow can still be imported, training works without the op, and one log line gives the reason."""
     path = copy_of_the_package(tmp_path)
-    wanted = spoil(path, how)
+    wanted = damage(path, how)
     monkeypatch.setattr(_tf_library, "PATH", path)
     fits, reason = _tf_library.probe()
     assert not fits
@@ -332,8 +332,8 @@ def test_a_bad_library_breaks_nothing(how: str, tmp_path: Path, monkeypatch: pyt
     assert reason in lines[0]
 
 
-def test_a_truncated_library_is_told_before_it_is_loaded(tmp_path: Path) -> None:
-    """Wherever it ends: dlopen would map it and end the process when it reads past the end."""
+def test_a_truncated_library_is_detected_before_loading(tmp_path: Path) -> None:
+    """At any length: dlopen would map the file, and the process would die on reading past its end."""
     path = tmp_path / "_tf.so"
     data = _tf_library.PATH.read_bytes()
     assert _tf_library.defect() == ""

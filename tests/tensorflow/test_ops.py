@@ -1,7 +1,7 @@
-"""The ways between TensorFlow and the kernels: no copies, nothing written, static shapes, many threads.
+"""Both bridges between TensorFlow and the kernels: no copies, no written inputs, static shapes, many threads.
 
-Pointers, through numpy_function: what a kernel call reads and returns, recorded around its callback, against what
-TensorFlow holds before and after it, seen by a consumer of its own. test_op.py looks at those of the op.
+For numpy_function the tests compare addresses: those of the arrays that a kernel call reads and returns, recorded
+around its callback, and those of TensorFlow's tensors, seen by a later op. test_op.py does the same for the op.
 """
 
 import threading
@@ -22,7 +22,8 @@ from bnfast.tensorflow.batch import Batch, Options
 pytestmark = pytest.mark.usefixtures("each_bridge")
 
 DTYPES = ["float32", "float64", "float16", "bfloat16"]
-SHAPE = (16, 20, 20, 64)  # 0.8 MiB in half precision: never at 0 mod 64 by luck of a small allocator, above every limit
+# 0.8 MiB in half precision: above every limit for small data, and not 64-byte aligned by chance, as small blocks may be
+SHAPE = (16, 20, 20, 64)
 
 
 def pointer(array: Any) -> int:
@@ -31,12 +32,12 @@ def pointer(array: Any) -> int:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, int]]:
-    """Pointers of each kernel call: x (and dy) as it came, the result as it went."""
+    """Addresses per kernel call: x (and dy) as received, y or dx as returned."""
     record: list[dict[str, int]] = []
     made = _core.Callback
 
-    def spy(kernel: str, names: list[str], words: dict[str, Any], slow: Any) -> Any:
-        callback = made(kernel, names, words, lambda *arrays: pytest.fail("an array that isn't plain"))
+    def spy(kernel: str, names: list[str], kwargs: dict[str, Any], slow: Any) -> Any:
+        callback = made(kernel, names, kwargs, lambda *arrays: pytest.fail("the callback declined its arrays"))
 
         def call(*arrays: Any) -> Any:
             result = callback(*arrays)
@@ -52,7 +53,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, int]]:
 
 
 def seen(tensor: Any) -> Any:
-    """The tensor's buffer, as a following op sees it."""
+    """The address of the tensor's buffer, as a later op sees it."""
     if tf.executing_eagerly():
         return np.int64(pointer(numpy_callback.to_array(tensor)))
     return tf.numpy_function(lambda array: np.int64(pointer(array)), [tensor], tf.int64)
@@ -63,7 +64,12 @@ def forward_and_backward(x: Any, dy: Any) -> tuple[dict[str, Any], Any]:
         tape.watch(x)
         y = ops.train(x, options=Options(activation="relu"))[0]
     dx = tape.gradient(y, x, output_gradients=dy)
-    return {"x": seen(x), "y": seen(y), "dy": seen(dy), "dx": seen(dx)}, y  # y kept: else dx may lie where y lay
+    return {
+        "x": seen(x),
+        "y": seen(y),
+        "dy": seen(dy),
+        "dx": seen(dx),
+    }, y  # y: else dx may take its buffer
 
 
 @pytest.mark.parametrize("each_bridge", ["numpy_function"], indirect=True)
@@ -85,7 +91,7 @@ def test_inputs_are_read_in_place_and_outputs_adopted(
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_no_input_is_written(dtype: str, graph: bool, rng: np.random.Generator) -> None:
-    """TensorFlow hands out writeable aliases of its variables: a kernel that wrote one would change the weights."""
+    """TensorFlow passes writeable aliases of its variables: writing to an input would change the weights."""
     inputs = [tf.Variable(tf.cast(rng.normal(size=SHAPE), dtype)) for _ in range(2)]
     parameter = "float64" if dtype == "float64" else "float32"
     statistics = [tf.Variable(tf.cast(rng.uniform(1, 2, SHAPE[-1]), parameter)) for _ in range(4)]
@@ -123,7 +129,7 @@ def test_eager_and_graph_give_the_same_bits(dtype: str, rng: np.random.Generator
 
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
 def test_tensors_outlive_the_call(graph: bool, rng: np.random.Generator) -> None:
-    """Adopted buffers belong to the tensors: results stay while later calls allocate and free theirs."""
+    """Adopted buffers belong to the tensors: later calls, which allocate and free memory, do not change them."""
 
     def run(x: Any) -> Any:
         return ops.train(x, options=Options(epsilon=0.0))[0]
@@ -138,8 +144,8 @@ def test_tensors_outlive_the_call(graph: bool, rng: np.random.Generator) -> None
 
 
 @pytest.mark.parametrize("each_bridge", ["numpy_function"], indirect=True)
-def test_outputs_of_a_graph_are_in_tensorflows_memory(rng: np.random.Generator) -> None:
-    """Its allocator uses that for any tensor; the pool's would be for batch norms alone."""
+def test_graph_outputs_are_allocated_by_tensorflow(rng: np.random.Generator) -> None:
+    """TensorFlow reuses its memory for any tensor; memory of bnfast's pool would serve batch norms only."""
     x, dy = (tf.constant(rng.normal(size=(256, 512)), "float32") for _ in range(2))
 
     @tf.function
@@ -157,8 +163,8 @@ def test_outputs_of_a_graph_are_in_tensorflows_memory(rng: np.random.Generator) 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("each_bridge", ["numpy_function"], indirect=True)
-def test_numerics_can_be_checked(dtype: str, rng: np.random.Generator) -> None:
-    """Memory that nobody has written yet may hold anything; TensorFlow's check of every op must not see it."""
+def test_enable_check_numerics_sees_no_uninitialized_memory(dtype: str, rng: np.random.Generator) -> None:
+    """Unwritten output memory may hold NaN; TensorFlow's check after every op must not see it."""
     x = tf.cast(rng.normal(size=SHAPE), dtype)
 
     @tf.function
@@ -210,7 +216,7 @@ def test_one_trace_serves_every_batch_and_size() -> None:
     assert len(traces) == 1
 
 
-def test_the_graph_has_one_op_each_way(each_bridge: str) -> None:
+def test_the_graph_has_one_op_forward_and_one_backward(each_bridge: str) -> None:
     layer = BatchNormalization(activation="relu")
     layer.build((None, 8))
 
@@ -248,7 +254,7 @@ def test_many_host_threads(graph: bool, rng: np.random.Generator) -> None:
     def work(i: int) -> None:
         try:
             wrong.extend(i for _ in range(20) if [t.numpy().tobytes() for t in f(inputs[i])] != wanted[i])
-        except Exception as error:  # the thread's: it would vanish with it
+        except Exception as error:  # an exception in a thread would be lost
             wrong.append(error)
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(len(inputs))]
@@ -270,10 +276,10 @@ def test_a_kernel_error_keeps_its_message(each_bridge: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
-def test_formula_equals_the_kernels(dtype: str, rng: np.random.Generator) -> None:
-    """The plain-op formula behind the second order and per-channel masks is the same function."""
+def test_reference_equals_the_kernels(dtype: str, rng: np.random.Generator) -> None:
+    """`reference` (second-order gradients, per-channel masks) computes the same with TensorFlow's ops."""
     values, mask = rng.normal(2, 3, (6, 5, 4)), rng.random((6, 5, 1)) < 0.5
-    values[~mask[..., 0], 1] = np.nan  # left out of the statistics, whatever it is
+    values[~mask[..., 0], 1] = np.nan  # masked, so it must not reach the statistics
     x, mask = tf.cast(values, dtype), tf.constant(mask)
     parameters = [tf.constant(rng.uniform(0.5, 2, 4)) for _ in range(4)]
     options = Options(activation="relu6")

@@ -1,4 +1,4 @@
-"""activation=: which are fused, that fused and applied after mean the same, and what else may be given."""
+"""activation=: which activations are fused, equality of fused and separate activations, and accepted arguments."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from bnfast.keras.layers.activation import Fused
 
 
 class MyReLU(keras.layers.ReLU):  # type: ignore[misc]
-    """Looks like a ReLU; only Python knows that it is one."""
+    """A subclass of ReLU could compute something else, so it must not be fused."""
 
 
 class Callable:
@@ -58,7 +58,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_is_fused(case: str) -> None:
+def test_which_activations_are_fused(case: str) -> None:
     given, wanted = CASES[case]
     assert activation.fuse(activation.get(given), "float32") == wanted
 
@@ -66,8 +66,8 @@ def test_what_is_fused(case: str) -> None:
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("case", CASES)
-def test_it_is_the_activation_applied_after(case: str, training: bool, graph: bool, rng: np.random.Generator) -> None:
-    """Against Keras's layer and then the very object given, values and gradients."""
+def test_equals_a_separate_activation(case: str, training: bool, graph: bool, rng: np.random.Generator) -> None:
+    """Values and gradients equal those of Keras's layer followed by the same activation object."""
     given = CASES[case][0]
     apply = keras.activations.get(given)
     x = tf.constant(rng.normal(size=(4, 3, 3, 5)), "float32")
@@ -103,20 +103,20 @@ def test_an_activation_with_weights_trains(rng: np.random.Generator) -> None:
     assert all(np.abs(g).max() > 0 for g in tape.gradient(loss, layer.activation.trainable_variables))
 
 
-def test_the_losses_of_an_activation_layer_count(rng: np.random.Generator) -> None:
+def test_losses_of_an_activation_layer_are_collected(rng: np.random.Generator) -> None:
     layer = BatchNormalization(activation=keras.layers.ReLU(activity_regularizer="l2"))
     layer(tf.constant(rng.normal(size=(6, 4)), "float32"), training=True)
     assert len(layer.losses) == 1
 
 
-def test_a_layer_that_changes_the_shape() -> None:
+def test_an_activation_layer_that_changes_the_shape() -> None:
     layer = BatchNormalization(activation=keras.layers.Flatten())
     assert layer(keras.Input((3, 4))).shape == (None, 12)
     assert layer(tf.ones([2, 3, 4]), training=True).shape == (2, 12)
 
 
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "float64"])
-def test_a_fused_layer_of_the_same_policy(policy: str) -> None:
+def test_an_activation_layer_is_fused_only_with_the_same_dtype(policy: str) -> None:
     compute = keras.DTypePolicy(policy).compute_dtype
     assert activation.fuse(keras.layers.ReLU(dtype=policy), compute) == RELU
     assert activation.fuse(keras.layers.ReLU(dtype="float32"), compute) is None

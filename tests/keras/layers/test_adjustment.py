@@ -1,4 +1,4 @@
-"""adjustment: against tf.keras 2's layer; only in training; what is refused."""
+"""adjustment: against tf.keras 2's layer, in training only, and argument errors."""
 
 import logging
 from collections.abc import Callable
@@ -17,31 +17,31 @@ CASES = [((6, 4), -1), ((4, 3, 2, 5), 1), ((4, 3, 2, 5), -1), ((4, 3, 5), [1, 2]
 
 
 def by_sample(shape: Any) -> Any:
-    """A scale and an offset of its own for each sample, always the same ones."""
+    """Scale and offset per sample, the same in every call."""
     rank = shape.shape[0]
     steps = tf.reshape(tf.cast(tf.range(shape[0]), tf.float64), [-1] + [1] * (rank - 1))
     return 1 + 0.1 * steps, 0.3 - 0.2 * steps
 
 
 def by_channel(shape: Any) -> Any:
-    """One for each value along the last axis."""
+    """A scale per index of the last axis, and offset 0."""
     return tf.linspace(tf.constant(0.5, tf.float64), 1.5, shape[-1]), tf.zeros([1], tf.float64)
 
 
-@pytest.mark.parametrize("words", [{}, {"renorm": True, "renorm_clipping": {"rmax": 1.2, "rmin": 0.9}}], ids=str)
+@pytest.mark.parametrize("kwargs", [{}, {"renorm": True, "renorm_clipping": {"rmax": 1.2, "rmin": 0.9}}], ids=str)
 @pytest.mark.parametrize("adjustment", [by_sample, by_channel])
 @pytest.mark.parametrize(("shape", "axis"), CASES, ids=str)
 def test_equal_to_tf_keras(
     shape: Any,
     axis: Any,
     adjustment: Any,
-    words: dict[str, Any],
+    kwargs: dict[str, Any],
     rng: np.random.Generator,
     need: Callable[[str], Any],
 ) -> None:
-    common = {"momentum": 0.75, "dtype": "float64", "adjustment": adjustment, **words}
+    common = {"momentum": 0.75, "dtype": "float64", "adjustment": adjustment, **kwargs}
     tolerance = 1e-11
-    if words:  # tf.keras's renorm knows float32 alone
+    if kwargs:  # tf.keras's renorm supports only float32
         wide, tolerance = adjustment, 2e-5
         adjustment = lambda shape: [tf.cast(tensor, tf.float32) for tensor in wide(shape)]  # noqa: E731
         common |= {"renorm_momentum": 0.75, "dtype": "float32", "adjustment": adjustment}
@@ -54,7 +54,7 @@ def test_equal_to_tf_keras(
     variables = [ours.gamma.value, ours.beta.value]
     for training in (True, tf.constant(True), False):
         x, dy = (tf.constant(rng.normal(1, 2, shape), common["dtype"]) for _ in range(2))
-        if tf.is_tensor(training):  # the tape within the function, as in fit
+        if tf.is_tensor(training):  # with the tape inside the tf.function, as in fit
             run = tf.function(lambda x, dy, t: gradients(lambda x: ours(x, training=t), x, dy, variables))
             actual = run(x, dy, training)
         else:
@@ -66,7 +66,7 @@ def test_equal_to_tf_keras(
             np.testing.assert_allclose(a, b, rtol=tolerance)
 
 
-def test_activation_and_residual_come_after(rng: np.random.Generator) -> None:
+def test_activation_and_residual_follow_the_adjustment(rng: np.random.Generator) -> None:
     x, residual = (tf.constant(rng.normal(1, 2, (6, 4))) for _ in range(2))
     ours = BatchNormalizationAdd(adjustment=by_sample, activation="relu", dtype="float64", scale=False)
     y = ours([x, residual], training=True)
@@ -75,14 +75,14 @@ def test_activation_and_residual_come_after(rng: np.random.Generator) -> None:
     np.testing.assert_allclose(y, tf.nn.relu(xhat * scale + bias + residual), rtol=1e-12, atol=1e-12)
 
 
-def test_nothing_to_adjust_is_the_plain_layer(rng: np.random.Generator) -> None:
+def test_identity_adjustment_equals_the_plain_layer(rng: np.random.Generator) -> None:
     x = tf.constant(rng.normal(1, 2, (8, 3, 4)), "float32")
     ours, plain = BatchNormalization(adjustment=lambda shape: (1.0, 0.0)), BatchNormalization()
     np.testing.assert_array_equal(ours(x, training=True), plain(x, training=True))
     assert all(np.array_equal(a, b) for a, b in zip(ours.get_weights(), plain.get_weights(), strict=True))
 
 
-def test_a_config_leaves_it_out(caplog: pytest.LogCaptureFixture) -> None:
+def test_configs_omit_the_adjustment_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "bnfast"):
         config = BatchNormalization(adjustment=by_sample, name="norm").get_config()
     assert "adjustment" not in config

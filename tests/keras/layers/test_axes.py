@@ -1,4 +1,4 @@
-"""Several axes: against tf.keras 2's layer, weights in its shapes; masks, files, and what is refused."""
+"""Several axes: against tf.keras 2's layer, including weight shapes; masks, files and argument errors."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -30,23 +30,23 @@ def close(actual: Any, wanted: Any, tolerance: float = 1e-12) -> None:
     np.testing.assert_allclose(actual, wanted, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("words", [{}, {"virtual_batch_size": 2}], ids=str)
+@pytest.mark.parametrize("kwargs", [{}, {"virtual_batch_size": 2}], ids=str)
 @pytest.mark.parametrize(("shape", "axis"), CASES, ids=str)
 def test_equal_to_tf_keras(
-    shape: Any, axis: list[int], words: dict[str, Any], rng: np.random.Generator, need: Callable[[str], Any]
+    shape: Any, axis: list[int], kwargs: dict[str, Any], rng: np.random.Generator, need: Callable[[str], Any]
 ) -> None:
-    if words and 0 in axis:
+    if kwargs and 0 in axis:
         with pytest.raises(ValueError, match=r"axis must not be 0, the batch's.*Received: axis="):
-            made(shape, axis=axis, **words)
+            made(shape, axis=axis, **kwargs)
         return
-    common = {"momentum": 0.75, "dtype": "float64", **words}
+    common = {"momentum": 0.75, "dtype": "float64", **kwargs}
     theirs = need("tf_keras").layers.BatchNormalization(axis=list(axis), **common)
     theirs.build(shape)
     ours = made(shape, axis=axis, virtual_batch_grouping="strided", **common)
     theirs.set_weights([w.reshape(v.shape) for w, v in zip(ours.get_weights(), theirs.weights, strict=True)])
 
     def ordered(values: Any) -> Any:
-        return [v if i < 2 or not words else tf.reshape(v, ours.gamma.shape) for i, v in enumerate(values)]
+        return [v if i < 2 or not kwargs else tf.reshape(v, ours.gamma.shape) for i, v in enumerate(values)]
 
     for _ in range(2):
         x, dy = tf.constant(rng.normal(1, 2, shape)), tf.constant(rng.normal(size=shape))
@@ -56,40 +56,40 @@ def test_equal_to_tf_keras(
         for a, b in zip(actual, wanted, strict=True):
             close(a, b)
         for a, b in zip(ours.weights, theirs.weights, strict=True):
-            assert words or a.shape == b.shape
+            assert kwargs or a.shape == b.shape
             close(a, np.reshape(b, a.shape))
         close(ours(x), theirs(x, training=False))
 
 
 @pytest.mark.parametrize(("shape", "axis"), CASES, ids=str)
 @pytest.mark.parametrize("renorm", [False, True])
-def test_the_same_as_merged_by_hand(shape: Any, axis: list[int], renorm: bool, rng: np.random.Generator) -> None:
-    """With a mask, a residual and an activation; axes that lie side by side or are brought to the end."""
+def test_equals_the_merged_axes(shape: Any, axis: list[int], renorm: bool, rng: np.random.Generator) -> None:
+    """With a mask, a residual and an activation, for adjacent axes and for axes that are moved to the end."""
     axes = sorted(i % len(shape) for i in axis)
     rest = [i for i in range(len(shape)) if i not in axes]
-    words = {"activation": "relu", "renorm": renorm}
-    ours = made([shape, shape], BatchNormalizationAdd, axis=axis, **words)
+    kwargs = {"activation": "relu", "renorm": renorm}
+    ours = made([shape, shape], BatchNormalizationAdd, axis=axis, **kwargs)
     order, channels = [*rest, *axes], int(np.prod([shape[i] for i in axes]))
     flat = [int(np.prod([shape[i] for i in rest])), channels]
-    merged = made([flat, flat], BatchNormalizationAdd, axis=-1, **words)
+    merged = made([flat, flat], BatchNormalizationAdd, axis=-1, **kwargs)
     merged.set_weights([w.reshape(-1) for w in ours.get_weights()])
     x, residual = (rng.normal(1, 2, shape).astype("float32") for _ in range(2))
     mask = rng.random([shape[i] for i in rest]) < 0.7
     mask.flat[0] = True
 
-    def hand(t: np.ndarray) -> Any:
+    def merge(t: np.ndarray) -> Any:
         return tf.constant(t.transpose(order).reshape(flat))
 
     y = ours([x, residual], training=True, mask=[tf.constant(mask), None])
-    wanted = merged([hand(x), hand(residual)], training=True, mask=[tf.constant(mask.reshape(-1)), None])
-    tolerance = 2e-6  # not bits: a merged axis in the middle sums in another order than one at the end
+    wanted = merged([merge(x), merge(residual)], training=True, mask=[tf.constant(mask.reshape(-1)), None])
+    tolerance = 2e-6  # not equal bits: a merged axis in the middle is summed in another order than one at the end
     close(np.asarray(y).transpose(order).reshape(flat), wanted, tolerance)
     for a, b in zip(ours.get_weights(), merged.get_weights(), strict=True):
         close(a.reshape(-1), b, tolerance)
 
 
 def test_the_mask_of_a_masking_layer(rng: np.random.Generator) -> None:
-    """inputs.shape[:-1], whatever the axes are: entries of their own for each channel along axis 1."""
+    """Masking's mask has the shape inputs.shape[:-1] for any axes, so it differs between the channels of axis 1."""
     x = rng.normal(1, 2, (6, 3, 4))
     x[1, 2] = x[4, 0] = x[3, 2] = 0
     ours = BatchNormalization(axis=[1, 2], momentum=0.0, dtype="float64")

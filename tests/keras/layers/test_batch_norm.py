@@ -1,4 +1,4 @@
-"""bnfast.keras.BatchNormalization against Keras's layer: values, flags, dtypes, activations; and what it refuses."""
+"""bnfast.keras.BatchNormalization against Keras's layer: values, flags, dtypes, activations; argument errors."""
 
 import os
 import subprocess
@@ -17,11 +17,11 @@ from bnfast.keras import BatchNormalization
 SHAPES = [(8, 5), (4, 6, 5), (3, 4, 2, 5), (2, 3, 2, 2, 5)]
 
 
-def pair(shape: tuple[int, ...], **words: Any) -> tuple[Any, Any]:
-    """Our layer and Keras's with the same random weights; `activation` is ours alone."""
-    ours = BatchNormalization(**words)
-    words.pop("activation", None)
-    theirs = keras.layers.BatchNormalization(**words)
+def pair(shape: tuple[int, ...], **kwargs: Any) -> tuple[Any, Any]:
+    """Our layer and Keras's with the same random weights. Only ours has an `activation`."""
+    ours = BatchNormalization(**kwargs)
+    kwargs.pop("activation", None)
+    theirs = keras.layers.BatchNormalization(**kwargs)
     rng = np.random.default_rng(7)
     for layer in (ours, theirs):
         layer.build(shape)
@@ -73,10 +73,10 @@ FLAGS = {
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
 @pytest.mark.parametrize("flag", FLAGS)
 def test_training_flags(flag: str, graph: bool, rng: np.random.Generator) -> None:
-    words, trains = FLAGS[flag]
+    kwargs, trains = FLAGS[flag]
     x = tf.constant(rng.normal(3, 2, (6, 4)), "float32")
     ours, theirs = pair((6, 4))
-    run = tf.function(lambda x: ours(x, **words)) if graph else lambda x: ours(x, **words)
+    run = tf.function(lambda x: ours(x, **kwargs)) if graph else lambda x: ours(x, **kwargs)
     close(run(x), theirs(x, training=trains))
     same_state(ours, theirs)
 
@@ -85,10 +85,10 @@ def test_training_flags(flag: str, graph: bool, rng: np.random.Generator) -> Non
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
 @pytest.mark.parametrize("value", [False, True])
 def test_training_as_a_tensor(value: bool, graph: bool, rng: np.random.Generator) -> None:
-    """One graph, both branches, gradients and mask included."""
+    """One graph with both branches, including gradients and a mask."""
     x = tf.constant(rng.normal(3, 2, (6, 3, 4)), "float32")
     mask = tf.constant(rng.random((6, 3)) < 0.5)
-    masked = keras.layers.Masking()  # only its mask attribute is of use here
+    masked = keras.layers.Masking()  # only the mask it attaches is used
 
     def step(layer: Any, x: Any, training: Any, mask: Any = None) -> Any:
         with tf.GradientTape() as tape:
@@ -104,7 +104,7 @@ def test_training_as_a_tensor(value: bool, graph: bool, rng: np.random.Generator
         for actual, wanted in zip(run(ours, x, tf.constant(value), given), step(theirs, x, value, given), strict=True):
             close(actual, wanted, 5e-6)
         same_state(ours, theirs)
-    hole = tf.concat([x[:, :1], tf.zeros_like(x[:, :1]), x[:, 2:]], 1)  # an implicit mask survives the second tensor
+    hole = tf.concat([x[:, :1], tf.zeros_like(x[:, :1]), x[:, 2:]], 1)  # with an implicit mask
     ours, theirs = pair((6, 3, 4))
     run = tf.function(lambda x, t: ours(masked(x), training=t))
     close(run(hole, tf.constant(value)), theirs(masked(hole), training=value))
@@ -131,7 +131,7 @@ def test_not_trainable_is_inference(shape: tuple[int, ...], rng: np.random.Gener
 @pytest.mark.usefixtures("each_bridge")
 @pytest.mark.parametrize("dtype", ["int32", "int64", "uint8", "bool", "float64"])
 @pytest.mark.parametrize("policy", ["float32", "float64", "mixed_float16"])
-def test_other_inputs_as_keras_takes_them(dtype: str, policy: str, rng: np.random.Generator) -> None:
+def test_other_input_dtypes_equal_keras(dtype: str, policy: str, rng: np.random.Generator) -> None:
     x = tf.cast(rng.integers(0, 2 if dtype == "bool" else 9, (8, 4)), dtype)
     ours, theirs = pair((8, 4), dtype=policy)
     for training in (True, False):
@@ -189,7 +189,7 @@ def test_empty_batches_change_nothing() -> None:
 
 
 @pytest.mark.usefixtures("each_bridge")
-def test_stateless_call_leaves_the_layer_alone(rng: np.random.Generator) -> None:
+def test_stateless_call_does_not_change_the_layer(rng: np.random.Generator) -> None:
     x = tf.constant(rng.normal(3, 2, (6, 4)), "float32")
     ours, theirs = pair((6, 4))
     before = ours.get_weights()
@@ -203,7 +203,7 @@ def test_stateless_call_leaves_the_layer_alone(rng: np.random.Generator) -> None
 
 @pytest.mark.usefixtures("each_bridge")
 @pytest.mark.parametrize("kind", ["numpy", "list"])
-def test_plain_arrays_are_inputs_too(kind: str, rng: np.random.Generator) -> None:
+def test_array_inputs(kind: str, rng: np.random.Generator) -> None:
     x = rng.normal(3, 2, (6, 4))
     ours, theirs = pair((6, 4))
     close(ours(x if kind == "numpy" else tf.constant(x), training=True), theirs(x, training=True))
@@ -234,10 +234,10 @@ BAD_ARGUMENTS = [
 ]
 
 
-@pytest.mark.parametrize(("words", "error", "message"), BAD_ARGUMENTS, ids=lambda v: str(v)[:40])
-def test_bad_arguments(words: dict[str, Any], error: type[Exception], message: str) -> None:
+@pytest.mark.parametrize(("kwargs", "error", "message"), BAD_ARGUMENTS, ids=lambda v: str(v)[:40])
+def test_bad_arguments(kwargs: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        BatchNormalization(**words)
+        BatchNormalization(**kwargs)
 
 
 def test_bad_inputs() -> None:
@@ -254,7 +254,7 @@ def test_bad_inputs() -> None:
 
 
 @pytest.mark.parametrize("axis", [[-1], (1,), np.int64(1), -1])
-def test_one_axis_in_any_writing(axis: Any, rng: np.random.Generator) -> None:
+def test_equivalent_forms_of_one_axis(axis: Any, rng: np.random.Generator) -> None:
     layer = BatchNormalization(axis=axis)
     assert type(layer.axis) is int
     x = tf.constant(rng.normal(3, 2, (6, 4)), "float32")

@@ -1,4 +1,4 @@
-"""y = activation(bn(x) + residual) in one layer, against Keras's three: results, gradients of every order, files."""
+"""y = activation(bn(x) + residual) in one layer, against Keras's three layers: results, gradients, files."""
 
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,12 @@ from bnfast.tensorflow.batch import Batch, Options
 
 pytestmark = pytest.mark.usefixtures("each_bridge")
 
-ACTIVATIONS = [None, "relu", "relu6", "leaky_relu", "tanh"]  # tanh is applied after
+ACTIVATIONS = [None, "relu", "relu6", "leaky_relu", "tanh"]  # tanh is not fused
 
 
-def pair(activation: Any, shape: tuple[int, ...], **words: Any) -> tuple[Any, Any]:
-    """Ours, and Keras's as a function of [x, residual] that keeps its batch norm in .norm."""
-    ours, norm = BatchNormalizationAdd(activation=activation, **words), keras.layers.BatchNormalization(**words)
+def pair(activation: Any, shape: tuple[int, ...], **kwargs: Any) -> tuple[Any, Any]:
+    """Our layer, and Keras's three layers as a function of [x, residual] whose attribute `norm` is the batch norm."""
+    ours, norm = BatchNormalizationAdd(activation=activation, **kwargs), keras.layers.BatchNormalization(**kwargs)
     ours.build([shape, shape])
     norm.build(shape)
     rng = np.random.default_rng(3)
@@ -70,7 +70,7 @@ def test_half_precision_and_mixed_policies(rng: np.random.Generator) -> None:
         np.testing.assert_allclose(tf.cast(y, tf.float64), wanted, atol=tolerance)
 
 
-def test_the_residual_is_cast_to_the_layer_s_dtype() -> None:
+def test_the_residual_is_cast_to_the_dtype_of_the_layer() -> None:
     layer = BatchNormalizationAdd()
     y = layer([tf.ones([2, 3]), tf.ones([2, 3], tf.int32)])
     assert y.dtype == tf.float32
@@ -87,7 +87,7 @@ def test_without_an_activation_dresidual_is_dy(rng: np.random.Generator) -> None
 
 @pytest.mark.parametrize("activation", [None, "leaky_relu"])
 def test_second_order(activation: Any, rng: np.random.Generator) -> None:
-    """Of a gradient penalty, in all of x, gamma and residual, against the formula in plain ops."""
+    """Gradients of a gradient penalty with respect to x, gamma and residual, against TensorFlow's ops."""
     x, residual = (tf.constant(rng.normal(size=(7, 3)), tf.float64) for _ in range(2))
     gamma, beta, zeros, ones = (tf.constant(v, tf.float64) for v in ([1.5, 0.5, 1], [0.1, 0, -1], [0.0] * 3, [1.0] * 3))
     options = Options(activation=activation)
@@ -107,7 +107,7 @@ def test_second_order(activation: Any, rng: np.random.Generator) -> None:
         np.testing.assert_allclose(actual, wanted, rtol=1e-9)
 
 
-def test_a_mask_leaves_entries_out_of_the_statistics_alone(rng: np.random.Generator) -> None:
+def test_a_mask_applies_to_the_statistics_only(rng: np.random.Generator) -> None:
     ours, theirs = pair("relu", (4, 6, 3))
     x, residual = (tf.constant(rng.normal(size=(4, 6, 3)), tf.float32) for _ in range(2))
     mask = tf.constant(rng.uniform(size=(4, 6)) > 0.4)
@@ -127,7 +127,7 @@ def test_the_output_has_the_mask_of_add(rng: np.random.Generator) -> None:
     assert layer.compute_mask(tensors, None) is None
 
 
-def test_a_model_file_keeps_it(tmp_path: Path, rng: np.random.Generator) -> None:
+def test_model_file(tmp_path: Path, rng: np.random.Generator) -> None:
     inputs = [keras.Input((4, 4, 3), name=name) for name in ("x", "residual")]
     layer = BatchNormalizationAdd(activation=keras.layers.ReLU(6), name="end", replaces={"norm": "bn", "place": 1})
     model = keras.Model(inputs, layer(inputs))
@@ -141,11 +141,11 @@ def test_a_model_file_keeps_it(tmp_path: Path, rng: np.random.Generator) -> None
 
 
 @pytest.mark.parametrize("shapes", [[(4, 3), (4, 1)], [(4, 3)], [(4, 3), (4, 2, 3)], [(4, 3)] * 3])
-def test_inputs_that_are_not_two_of_one_shape(shapes: Any) -> None:
+def test_inputs_of_different_shapes_are_errors(shapes: Any) -> None:
     with pytest.raises(ValueError, match=r"inputs must be \[x, residual\], two tensors of one shape"):
         BatchNormalizationAdd()([tf.ones(shape) for shape in shapes])
 
 
-def test_one_tensor_is_not_enough() -> None:
+def test_a_single_tensor_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"inputs must be \[x, residual\]"):
         BatchNormalizationAdd()(tf.ones([2, 3]))

@@ -1,4 +1,4 @@
-"""The bias before a batch norm: accelerate leaves it out of training, and only the rounding of its gradient changes."""
+"""A bias before a batch norm cancels in training: accelerate skips it there, and only rounding errors change."""
 
 import warnings
 from pathlib import Path
@@ -35,8 +35,8 @@ def model_of(before: Any, shape: tuple[int, ...], follow: Any = L.ReLU, **norm: 
     return model
 
 
-def quiet(model: Any, **words: Any) -> Any:
-    return accelerate(model, verbose=False, **words)
+def quiet(model: Any, **kwargs: Any) -> Any:
+    return accelerate(model, verbose=False, **kwargs)
 
 
 def step_of(model: Any, training: bool = True) -> Any:
@@ -61,7 +61,7 @@ def absorbed(model: Any) -> list[str]:
 
 
 def bias_gradients(model: Any) -> int:
-    """How many passes over a gradient for the sake of a bias are left in a training step's graph, after pruning."""
+    """The number of BiasAddGrad ops, each a pass over a gradient, in the pruned graph of a training step."""
     step = step_of(model).get_concrete_function(*data(model))
     wanted = {id(tensor.op) for tensor in step.outputs}
     reached = list(step.outputs)
@@ -74,7 +74,7 @@ def bias_gradients(model: Any) -> int:
 
 @pytest.mark.usefixtures("each_bridge")
 @pytest.mark.parametrize("name", BEFORE)
-def test_a_step_is_kerass_and_the_bias_has_a_gradient_of_zero(name: str) -> None:
+def test_a_step_equals_keras_and_the_bias_gradient_is_zero(name: str) -> None:
     model = model_of(*BEFORE[name])
     ours = quiet(model)
     assert absorbed(ours) == [model.layers[1].name]
@@ -92,7 +92,7 @@ def test_a_step_is_kerass_and_the_bias_has_a_gradient_of_zero(name: str) -> None
 
 @pytest.mark.usefixtures("each_bridge")
 @pytest.mark.parametrize("norm", [{"scale": False}, {"center": False}], ids=str)
-def test_gamma_or_beta_alone_will_do(norm: dict[str, Any]) -> None:
+def test_the_bias_is_skipped_with_gamma_or_beta_alone(norm: dict[str, Any]) -> None:
     ours = quiet(model_of(*BEFORE["Conv2D"], **norm))
     gradients = dict(zip([v.name for v in ours.trainable_variables], step_of(ours)(*data(ours))[1], strict=True))
     assert not np.any(gradients["bias"])
@@ -100,26 +100,26 @@ def test_gamma_or_beta_alone_will_do(norm: dict[str, Any]) -> None:
     assert bias_gradients(ours) == 0
 
 
-def test_without_gamma_and_beta_the_bias_is_as_ever() -> None:
+def test_the_bias_is_kept_without_gamma_and_beta() -> None:
     ours = quiet(model_of(*BEFORE["Conv2D"], scale=False, center=False))
     assert bias_gradients(ours) == 1
 
 
 @pytest.mark.usefixtures("each_bridge")
-def test_an_empty_batch_leaves_the_moving_mean_to_the_bit() -> None:
-    ours = quiet(model_of(*BEFORE["Dense"]))  # TensorFlow 2.21's own Conv2D gives an empty batch a wrong shape
+def test_an_empty_batch_keeps_the_bits_of_the_moving_mean() -> None:
+    ours = quiet(model_of(*BEFORE["Dense"]))  # Dense: TensorFlow 2.21's Conv2D gives an empty batch a wrong shape
     before = [v.numpy() for v in ours.non_trainable_variables]
     step_of(ours)(*data(ours, samples=0))
     for a, b in zip(before, ours.non_trainable_variables, strict=True):
         np.testing.assert_array_equal(b, a)
 
 
-def test_frozen_and_inference_see_the_bias() -> None:
+def test_frozen_layers_and_inference_use_the_bias() -> None:
     model = model_of(*BEFORE["Conv2D"])
     ours = quiet(model)
     x, dy = data(model)
     for training in (False, True):
-        model.layers[2].trainable = ours.layers[2].trainable = not training  # with True: frozen
+        model.layers[2].trainable = ours.layers[2].trainable = not training  # training=True is run with frozen layers
         (y, wanted), (our_y, got) = step_of(model, training)(x, dy), step_of(ours, training)(x, dy)
         np.testing.assert_allclose(our_y, y, rtol=1e-5, atol=1e-5)
         assert all(np.any(gradient) for gradient in got)
@@ -127,7 +127,7 @@ def test_frozen_and_inference_see_the_bias() -> None:
             np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-4)
 
 
-def test_an_eager_step_is_the_same() -> None:
+def test_eager_equals_graph() -> None:
     ours, eager = quiet(model_of(*BEFORE["Conv2D"])), quiet(model_of(*BEFORE["Conv2D"]))
     x, dy = data(ours)
     (y, graph), (eager_y, direct) = step_of(ours)(x, dy), step_of(eager).python_function(x, dy)
@@ -136,7 +136,7 @@ def test_an_eager_step_is_the_same() -> None:
         np.testing.assert_allclose(b, a, rtol=1e-3, atol=1e-4)
 
 
-def test_what_is_read_elsewhere_keeps_its_bias() -> None:
+def test_a_layer_with_another_consumer_keeps_its_bias() -> None:
     inputs = keras.Input((6, 6, 3))
     first, second = L.Conv2D(4, 3, name="first")(inputs), L.Conv2D(4, 3, name="second")(inputs)
     both = L.Concatenate()([KERAS()(first), KERAS()(second), first])
@@ -153,7 +153,7 @@ def test_residual_blocks_and_layers_without_a_bias() -> None:
     assert bias_gradients(ours) == 0
 
 
-def test_an_activation_between_them_keeps_its_bias() -> None:
+def test_a_layer_with_an_activation_keeps_its_bias() -> None:
     model = model_of(lambda: L.Conv2D(4, 3, activation="relu"), (6, 6, 3))
     ours = quiet(model)
     x, dy = data(model)
@@ -162,13 +162,13 @@ def test_an_activation_between_them_keeps_its_bias() -> None:
     assert bias_gradients(ours) == 1
 
 
-def test_fit_files_and_the_way_back(tmp_path: Path) -> None:
+def test_fit_files_and_to_keras(tmp_path: Path) -> None:
     model = model_of(*BEFORE["Conv2D"], follow=L.GlobalAveragePooling2D)
     x, y = np.random.default_rng(0).normal(size=(32, 6, 6, 3)), np.arange(32) % 4
     for each in (model, ours := quiet(model)):
         each.compile(keras.optimizers.SGD(1e-2), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # "Gradients do not exist for variables", for one
+            warnings.simplefilter("error")  # for example "Gradients do not exist for variables"
             each.fit(x, y, batch_size=8, epochs=2, shuffle=False, verbose=0)
     wanted = model.predict(x, verbose=0)
     ours.save(tmp_path / "ours.keras")
@@ -187,9 +187,9 @@ def test_in_place() -> None:
     assert bias_gradients(model) == 0
 
 
-def test_regularizers_of_the_bias_and_of_the_output_count() -> None:
-    words = {"bias_regularizer": keras.regularizers.L2(0.5), "activity_regularizer": keras.regularizers.L2(0.1)}
-    model = model_of(lambda: L.Conv2D(4, 3, **words), (6, 6, 3))
+def test_bias_and_activity_regularizers_still_apply() -> None:
+    kwargs = {"bias_regularizer": keras.regularizers.L2(0.5), "activity_regularizer": keras.regularizers.L2(0.1)}
+    model = model_of(lambda: L.Conv2D(4, 3, **kwargs), (6, 6, 3))
     grads = []
     for each in (model, quiet(model)):
 

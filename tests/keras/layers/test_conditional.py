@@ -1,4 +1,4 @@
-"""A gamma and a beta for each class: a float64 reference, one class as the plain layer, call-time values, errors."""
+"""Gamma and beta per class: against a float64 reference; one class, call-time gamma and beta, errors."""
 
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,12 @@ pytestmark = pytest.mark.usefixtures("each_bridge")
 
 CASES = [((6, 4), -1), ((6, 3, 2, 4), -1), ((6, 4, 3, 2), 1), ((6, 3, 4), 2)]
 LABELS = np.array([2, 0, 2, 1, 0, 2])
-CLASSES = 4  # the last one isn't in the batch
+CLASSES = 4  # no label in the batch is of the last class
 
 
-def layer_of(shape: Any, classes: int = CLASSES, **words: Any) -> Any:
-    """A layer with weights of its own for each class, all different."""
-    layer = ConditionalBatchNormalization(classes, momentum=0.75, **words)
+def layer_of(shape: Any, classes: int = CLASSES, **kwargs: Any) -> Any:
+    """A built layer whose gamma and beta differ between classes."""
+    layer = ConditionalBatchNormalization(classes, momentum=0.75, **kwargs)
     layer.build([shape, (shape[0],)])
     rng = np.random.default_rng(3)
     layer.set_weights([rng.uniform(0.5, 1.5, w.shape) for w in layer.weights])
@@ -28,8 +28,10 @@ def layer_of(shape: Any, classes: int = CLASSES, **words: Any) -> Any:
 
 
 def reference(x: Any, gamma: Any, beta: Any, dy: Any, axis: int, present: Any) -> tuple[Any, ...]:
-    """y, dx, mean, variance and, for each sample and channel, dgamma and dbeta. gamma and beta are (N, C); present
-    broadcasts to x and says what counts for the statistics."""
+    """y, dx, mean, variance, and dgamma and dbeta per sample and channel.
+
+    gamma and beta have shape (N, C). present broadcasts to x and selects the values used for the statistics.
+    """
     axis %= x.ndim
     others = tuple(i for i in range(x.ndim) if i != axis)
     spread = tuple(i for i in range(1, x.ndim) if i != axis)
@@ -54,10 +56,10 @@ def by_class(rows: Any) -> Any:
     return np.stack([rows[k == LABELS].sum(0) for k in range(CLASSES)])
 
 
-def gradients(layer: Any, inputs: Any, dy: Any, sources: list[Any], **words: Any) -> list[Any]:
+def gradients(layer: Any, inputs: Any, dy: Any, sources: list[Any], **kwargs: Any) -> list[Any]:
     with tf.GradientTape() as tape:
         tape.watch(sources)
-        y = layer(inputs, training=True, **words)
+        y = layer(inputs, training=True, **kwargs)
     return [y, *tape.gradient(y, sources, output_gradients=dy)]
 
 
@@ -73,11 +75,11 @@ def test_reference(shape: Any, axis: int, graph: bool, masked: bool, rng: np.ran
     present = present.any(axis, keepdims=True) if masked else present[..., :1]
     if masked:
         present[0] = False
-    words = {"mask": tf.constant(np.squeeze(present, axis))} if masked else {}
+    kwargs = {"mask": tf.constant(np.squeeze(present, axis))} if masked else {}
     sources = [x, layer.gamma.value, layer.beta.value]
 
     def run(x: Any, labels: Any, dy: Any) -> Any:
-        return gradients(layer, [x, labels], dy, [x, *sources[1:]], **words)
+        return gradients(layer, [x, labels], dy, [x, *sources[1:]], **kwargs)
 
     actual = (tf.function(run) if graph else run)(x, labels, dy)
     y, dx, mean, variance, dgamma, dbeta = reference(
@@ -102,11 +104,11 @@ def test_inference(shape: Any, axis: int, rng: np.random.Generator) -> None:
     np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("words", [{}, {"activation": "relu"}, {"dtype": "mixed_float16"}, {"center": False}], ids=str)
-def test_one_class_is_the_plain_layer(words: dict[str, Any], rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("kwargs", [{}, {"activation": "relu"}, {"dtype": "mixed_float16"}, {"center": False}], ids=str)
+def test_one_class_equals_the_plain_layer(kwargs: dict[str, Any], rng: np.random.Generator) -> None:
     shape = (6, 5, 4)
-    ours = layer_of(shape, 1, **words)
-    plain = BatchNormalization(momentum=0.75, **words)
+    ours = layer_of(shape, 1, **kwargs)
+    plain = BatchNormalization(momentum=0.75, **kwargs)
     plain.build(shape)
     plain.set_weights([w.reshape(-1) for w in ours.get_weights()])
     x, dy = (tf.constant(rng.normal(1, 2, shape), ours.compute_dtype) for _ in range(2))
@@ -121,7 +123,7 @@ def test_one_class_is_the_plain_layer(words: dict[str, Any], rng: np.random.Gene
 
 @pytest.mark.parametrize("rows", [True, False], ids=["(N, C)", "(C,)"])
 @pytest.mark.parametrize(("shape", "axis"), CASES[1:3], ids=str)
-def test_gamma_and_beta_of_the_call(shape: Any, axis: int, rows: bool, rng: np.random.Generator) -> None:
+def test_call_time_gamma_and_beta(shape: Any, axis: int, rows: bool, rng: np.random.Generator) -> None:
     layer = layer_of(shape, axis=axis, dtype="float64")
     x, dy = (tf.constant(rng.normal(1, 2, shape)) for _ in range(2))
     gamma, beta = (tf.constant(rng.uniform(0.5, 1.5, (6, 4) if rows else 4)) for _ in range(2))
@@ -132,13 +134,13 @@ def test_gamma_and_beta_of_the_call(shape: Any, axis: int, rows: bool, rng: np.r
         dgamma, dbeta = dgamma.sum(0), dbeta.sum(0)
     for a, b in zip(actual, (y, dx, dgamma, dbeta), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-11)
-    mixed = layer([x, LABELS], training=True, beta=beta)  # gamma by label
+    mixed = layer([x, LABELS], training=True, beta=beta)  # gamma is taken by label
     y = reference(x.numpy(), layer.get_weights()[0][LABELS], wide[1], dy.numpy(), axis, np.ones(shape))[0]
     np.testing.assert_allclose(mixed, y, rtol=1e-10, atol=1e-11)
 
 
 def test_second_order(rng: np.random.Generator) -> None:
-    """Of a gradient penalty, against plain TensorFlow ops."""
+    """Gradients of a gradient penalty, against TensorFlow's ops."""
     layer = layer_of((6, 4), dtype="float64")
     x = tf.constant(rng.normal(size=(6, 4)))
 
@@ -171,10 +173,10 @@ def test_mixed_float16(rng: np.random.Generator) -> None:
 
 
 def test_fit_and_a_model_file(tmp_path: Path, rng: np.random.Generator) -> None:
-    words: dict[str, Any] = {"activation": "silu", "gamma_regularizer": "l2", "beta_initializer": "random_normal"}
+    kwargs: dict[str, Any] = {"activation": "silu", "gamma_regularizer": "l2", "beta_initializer": "random_normal"}
     keras.utils.set_random_seed(0)
     inputs = [keras.Input((5,)), keras.Input((1,), dtype="int32")]
-    layer = ConditionalBatchNormalization(3, name="norm", momentum=0.5, **words)
+    layer = ConditionalBatchNormalization(3, name="norm", momentum=0.5, **kwargs)
     model = keras.Model(inputs, keras.layers.Dense(1)(layer(inputs)))
     model.compile(keras.optimizers.Adam(0.05), "mse")
     labels = rng.integers(0, 2, (64, 1)).astype("int32")
@@ -183,7 +185,7 @@ def test_fit_and_a_model_file(tmp_path: Path, rng: np.random.Generator) -> None:
     history = model.fit([x, labels], x[:, :1] * (2 * labels - 1), batch_size=16, epochs=8, verbose=0).history["loss"]
     assert history[-1] < history[0] * 0.75
     moved = np.abs(layer.gamma.numpy() - before).max(1)
-    assert moved.min() > 0  # the regularizer reaches the class that never came, too
+    assert moved.min() > 0  # also for the class without samples, because of the regularizer
     np.testing.assert_allclose(layer.moving_mean, x.mean(0), atol=1.5)
     model.save(tmp_path / "model.keras")
     again = keras.models.load_model(tmp_path / "model.keras")
@@ -198,14 +200,14 @@ def test_the_mask_of_a_masking_layer(rng: np.random.Generator) -> None:
     x = rng.normal(1, 2, (6, 5, 4)).astype("float32")
     x[rng.uniform(size=(6, 5)) > 0.6] = 0
     masked = keras.layers.Masking()(x)
-    words: dict[str, Any] = {"training": True}
-    wanted = layer([x, LABELS], mask=tf.constant((x != 0).any(-1)), **words)
-    y = layer([masked, tf.constant(LABELS)], **words)
+    kwargs: dict[str, Any] = {"training": True}
+    wanted = layer([x, LABELS], mask=tf.constant((x != 0).any(-1)), **kwargs)
+    y = layer([masked, tf.constant(LABELS)], **kwargs)
     np.testing.assert_array_equal(y, wanted)
     np.testing.assert_array_equal(y._keras_mask, (x != 0).any(-1))
     gamma = tf.constant(layer.get_weights()[0][LABELS])
-    np.testing.assert_array_equal(layer([masked, tf.constant(LABELS)], gamma=gamma, **words), wanted)
-    assert np.abs(layer([x, LABELS], **words) - wanted).max() > 0.1
+    np.testing.assert_array_equal(layer([masked, tf.constant(LABELS)], gamma=gamma, **kwargs), wanted)
+    assert np.abs(layer([x, LABELS], **kwargs) - wanted).max() > 0.1
 
 
 def test_a_frozen_layer_keeps_its_statistics(rng: np.random.Generator) -> None:
@@ -233,7 +235,7 @@ def test_labels_out_of_range() -> None:
 
 
 @pytest.mark.parametrize(
-    ("inputs", "words", "error", "message"),
+    ("inputs", "kwargs", "error", "message"),
     [
         ([np.ones((6, 4)), np.ones(6, "float32")], {}, TypeError, "labels must have an integer dtype. Received: float"),
         ([np.ones((6, 4)), LABELS[:3]], {}, ValueError, r"labels must have shape \(N,\) or \(N, 1\) with N = 6"),
@@ -252,11 +254,11 @@ def test_labels_out_of_range() -> None:
     ],
     ids=str,
 )
-def test_bad_calls(inputs: Any, words: dict[str, Any], error: Any, message: str) -> None:
+def test_bad_calls(inputs: Any, kwargs: dict[str, Any], error: Any, message: str) -> None:
     layer = layer_of((6, 4))
     before = layer.get_weights()
     with pytest.raises(error, match=message):
-        layer(inputs, training=True, **words)
+        layer(inputs, training=True, **kwargs)
     assert all(np.array_equal(a, b) for a, b in zip(layer.get_weights(), before, strict=True))
 
 

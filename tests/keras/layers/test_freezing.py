@@ -1,4 +1,4 @@
-"""update_statistics, use_batch_statistics, trainable_affine: every combination, against what Keras's layer computes."""
+"""update_statistics, use_batch_statistics and trainable_affine in every combination, against Keras's layer."""
 
 import json
 from typing import Any
@@ -35,13 +35,13 @@ def step(layer: Any, x: Any, training: Any) -> list[Any]:
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("update", [False, True])
 @pytest.mark.parametrize("use", [None, False, True])
-def test_the_table(
+def test_every_combination(
     use: bool | None, update: bool, training: bool, trainable: bool, how: str, rng: np.random.Generator
 ) -> None:
     ours = filled(BatchNormalization(dtype="float64", update_statistics=update, use_batch_statistics=use))
     ours.trainable = trainable
     before = ours.get_weights()
-    trains = training and trainable
+    is_training = training and trainable
     x = tf.constant(rng.normal(1, 2, (6, 3, 4)))
     if how == "tensor":
         traces = []
@@ -58,18 +58,18 @@ def test_the_table(
     else:
         actual = step(ours, x, training)
     normalizing, moved = (filled(KERAS(dtype="float64")) for _ in range(2))
-    for a, b in zip(actual, step(normalizing, x, trains if use is None else use), strict=True):
+    for a, b in zip(actual, step(normalizing, x, is_training if use is None else use), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11)
-    moved(x, training=trains and update)
+    moved(x, training=is_training and update)
     for name, old in zip(("moving_mean", "moving_variance"), before[2:], strict=True):
         np.testing.assert_allclose(getattr(ours, name), getattr(moved, name), rtol=1e-13)
-        assert np.array_equal(getattr(ours, name), old) != (trains and update)
+        assert np.array_equal(getattr(ours, name), old) != (is_training and update)
 
 
 @pytest.mark.parametrize("renorm", [False, True])
-def test_statistics_move_alike_whatever_normalizes(renorm: bool, rng: np.random.Generator) -> None:
-    words: dict[str, Any] = {"renorm": True} if renorm else {"momentum": None, "correction": 1}
-    layers = [filled(BatchNormalization(use_batch_statistics=use, **words)) for use in (None, False, True)]
+def test_statistics_updates_do_not_depend_on_use_batch_statistics(renorm: bool, rng: np.random.Generator) -> None:
+    kwargs: dict[str, Any] = {"renorm": True} if renorm else {"momentum": None, "correction": 1}
+    layers = [filled(BatchNormalization(use_batch_statistics=use, **kwargs)) for use in (None, False, True)]
     for _ in range(2):
         x = tf.constant(rng.normal(1, 2, (6, 3, 4)), "float32")
         mask = tf.constant(rng.random((6, 3)) < 0.7)
@@ -79,7 +79,7 @@ def test_statistics_move_alike_whatever_normalizes(renorm: bool, rng: np.random.
         assert all(np.array_equal(a, b) for a, b in zip(layers[0].get_weights(), other.get_weights(), strict=True))
 
 
-def test_the_switches_turn_between_calls(rng: np.random.Generator) -> None:
+def test_update_statistics_can_change_between_calls(rng: np.random.Generator) -> None:
     layer, x = filled(BatchNormalization()), tf.constant(rng.normal(1, 2, (6, 3, 4)), "float32")
     layer.update_statistics = False
     before = layer.get_weights()
@@ -90,7 +90,7 @@ def test_the_switches_turn_between_calls(rng: np.random.Generator) -> None:
     assert not np.array_equal(layer.get_weights()[2], before[2])
 
 
-def test_an_affine_that_is_not_trained(rng: np.random.Generator) -> None:
+def test_trainable_affine_false(rng: np.random.Generator) -> None:
     layer = filled(BatchNormalization(trainable_affine=False), (6, 4))
     assert [w.name for w in layer.weights] == ["gamma", "beta", "moving_mean", "moving_variance"]
     layer.trainable = False
@@ -105,7 +105,7 @@ def test_an_affine_that_is_not_trained(rng: np.random.Generator) -> None:
     assert [np.array_equal(a, b) for a, b in zip(after, before, strict=True)] == [True, True, False, False]
 
 
-def test_batch_statistics_in_inference_are_not_folded(rng: np.random.Generator) -> None:
+def test_layers_with_batch_statistics_in_inference_are_not_folded(rng: np.random.Generator) -> None:
     norms = [BatchNormalization(use_batch_statistics=True, name="kept"), BatchNormalization(name="folded")]
     layers = [layer for norm in norms for layer in (keras.layers.Dense(4), norm)]
     model = keras.Sequential([keras.Input((3,)), *layers])
@@ -115,15 +115,15 @@ def test_batch_statistics_in_inference_are_not_folded(rng: np.random.Generator) 
     np.testing.assert_allclose(folded(x), model(x), rtol=1e-4, atol=1e-5)
 
 
-def test_in_configs_only_where_they_differ() -> None:
+def test_configs_contain_only_non_default_options() -> None:
     assert not {"update_statistics", "use_batch_statistics", "trainable_affine"} & set(
         BatchNormalization().get_config()
     )
-    words = {"update_statistics": False, "use_batch_statistics": False, "trainable_affine": False}
-    config = json.loads(json.dumps(BatchNormalization(**words).get_config()))
-    assert words.items() <= config.items()
+    kwargs = {"update_statistics": False, "use_batch_statistics": False, "trainable_affine": False}
+    config = json.loads(json.dumps(BatchNormalization(**kwargs).get_config()))
+    assert kwargs.items() <= config.items()
     again = BatchNormalization.from_config(config)
-    assert {name: getattr(again, name) for name in words} == words
+    assert {name: getattr(again, name) for name in kwargs} == kwargs
 
 
 @pytest.mark.parametrize("name", ["update_statistics", "use_batch_statistics", "trainable_affine"])

@@ -1,4 +1,4 @@
-"""virtual_batch_size: against tf.keras 2 (strided ghosts), against one call for each ghost, and the identity of one."""
+"""virtual_batch_size: against tf.keras 2 (strided ghosts), against one call per ghost, and a single ghost."""
 
 import json
 from collections.abc import Callable
@@ -22,7 +22,7 @@ def close(actual: Any, wanted: Any, tolerance: float = 1e-12) -> None:
 
 
 def traced(call: Callable[[Any], Any], rank: int) -> Any:
-    """With a batch of unknown extent."""
+    """The call in a graph with an unknown batch size."""
     return lambda x: tf.function(call, input_signature=[tf.TensorSpec([None, *x.shape[1:]], x.dtype)])(x)
 
 
@@ -32,15 +32,15 @@ def traced(call: Callable[[Any], Any], rank: int) -> Any:
 def test_strided_equals_tf_keras(
     shape: Any, axis: int, size: int, unknown: bool, rng: np.random.Generator, need: Callable[[str], Any]
 ) -> None:
-    words: dict[str, Any] = {
+    kwargs: dict[str, Any] = {
         "axis": axis,
         "virtual_batch_size": size,
         "momentum": 0.75,
         "dtype": "float64",
-    }  # 0.75: tf.keras rounds to float32
-    theirs = need("tf_keras").layers.BatchNormalization(**words)
+    }  # momentum 0.75 is exact in float32, to which tf.keras rounds it
+    theirs = need("tf_keras").layers.BatchNormalization(**kwargs)
     theirs.build(shape)
-    ours = made(shape, virtual_batch_grouping="strided", **words)
+    ours = made(shape, virtual_batch_grouping="strided", **kwargs)
     theirs.set_weights([w.reshape(v.shape) for w, v in zip(ours.get_weights(), theirs.weights, strict=True)])
     for _ in range(2):
         x, dy = tf.constant(rng.normal(1, 2, shape)), rng.normal(size=shape)
@@ -57,14 +57,14 @@ def test_strided_equals_tf_keras(
 @pytest.mark.parametrize("grouping", ["contiguous", "strided"])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("shape", "axis"), CASES, ids=str)
-def test_a_ghost_is_a_batch_of_its_own(
+def test_each_ghost_is_normalized_separately(
     shape: Any, axis: int, masked: bool, grouping: str, rng: np.random.Generator
 ) -> None:
-    """Fused activation and residual included; one ghost is masked whole, and counts for nothing."""
-    words: dict[str, Any] = {"axis": axis, "activation": "relu", "momentum": 0.0, "dtype": "float64"}
-    fused = BatchNormalizationAdd(virtual_batch_size=4, virtual_batch_grouping=grouping, **words)
+    """Including a fused activation and a residual. One ghost is fully masked and must not affect the statistics."""
+    kwargs: dict[str, Any] = {"axis": axis, "activation": "relu", "momentum": 0.0, "dtype": "float64"}
+    fused = BatchNormalizationAdd(virtual_batch_size=4, virtual_batch_grouping=grouping, **kwargs)
     fused.build([shape, shape])
-    alone = made(shape, **words)
+    alone = made(shape, **kwargs)
     fused.set_weights(alone.get_weights())
     x, residual = (tf.constant(rng.normal(1, 2, shape)) for _ in range(2))
     ghosts = np.arange(12).reshape((3, 4) if grouping == "contiguous" else (4, 3))
@@ -90,10 +90,11 @@ def test_a_ghost_is_a_batch_of_its_own(
 @pytest.mark.parametrize("unknown", [False, True])
 @pytest.mark.parametrize("grouping", ["contiguous", "strided"])
 @pytest.mark.parametrize("dtype", ["float32", "float64", "mixed_float16"])
-def test_one_ghost_gives_the_bits_of_none(dtype: str, grouping: str, unknown: bool, rng: np.random.Generator) -> None:
+def test_one_ghost_equals_the_plain_layer(dtype: str, grouping: str, unknown: bool, rng: np.random.Generator) -> None:
     for shape, axis in CASES:
-        words = {"axis": axis, "dtype": dtype, "activation": "relu", "correction": 1}
-        plain, ours = made(shape, **words), made(shape, virtual_batch_size=12, virtual_batch_grouping=grouping, **words)
+        kwargs = {"axis": axis, "dtype": dtype, "activation": "relu", "correction": 1}
+        plain = made(shape, **kwargs)
+        ours = made(shape, virtual_batch_size=12, virtual_batch_grouping=grouping, **kwargs)
         x, dy = tf.constant(rng.normal(1, 2, shape), ours.compute_dtype), rng.normal(size=shape)
         run = [lambda x, layer=layer: layer(x, training=True) for layer in (ours, plain)]
         run = [traced(call, len(shape)) for call in run] if unknown else run
@@ -105,7 +106,7 @@ def test_one_ghost_gives_the_bits_of_none(dtype: str, grouping: str, unknown: bo
             np.testing.assert_array_equal(np.asarray(actual), np.asarray(wanted))
 
 
-def test_counted_batches_and_skipped_channels(rng: np.random.Generator) -> None:
+def test_cumulative_average_and_skip_update(rng: np.random.Generator) -> None:
     ours = BatchNormalization(virtual_batch_size=2, momentum=None, nan_policy="skip_update", dtype="float64")
     x = rng.normal(1, 2, (2, 6, 3))
     x[1, 3, 1] = np.inf
@@ -118,7 +119,7 @@ def test_counted_batches_and_skipped_channels(rng: np.random.Generator) -> None:
     assert int(ours.batches) == 2
 
 
-def test_a_batch_that_does_not_divide() -> None:
+def test_batch_not_divisible_by_virtual_batch_size() -> None:
     ours = made((None, 3), virtual_batch_size=4)
     before = ours.get_weights()
     with pytest.raises(ValueError, match=r"virtual_batch_size must divide the batch. Received: 4, and inputs of shape"):
@@ -133,9 +134,9 @@ def test_a_batch_that_does_not_divide() -> None:
 
 def test_configs_and_bad_arguments() -> None:
     assert not {"virtual_batch_size", "virtual_batch_grouping"} & set(BatchNormalization().get_config())
-    words = {"virtual_batch_size": 4, "virtual_batch_grouping": "strided"}
-    config = json.loads(json.dumps(BatchNormalization(**words).get_config()))
-    assert words.items() <= config.items()
+    kwargs = {"virtual_batch_size": 4, "virtual_batch_grouping": "strided"}
+    config = json.loads(json.dumps(BatchNormalization(**kwargs).get_config()))
+    assert kwargs.items() <= config.items()
     assert BatchNormalization.from_config(config).get_config() == config
     for wrong, error, message in (
         ({"virtual_batch_size": 0}, ValueError, "virtual_batch_size must be at least 1. Received: 0"),

@@ -1,4 +1,4 @@
-"""What Keras 2 programs and configs expect of the layer: the flag `fused`, and eager execution disabled."""
+"""Compatibility with Keras 2 programs and configs: the flag `fused`, and a list as axis."""
 
 import json
 from typing import Any

@@ -1,6 +1,6 @@
-"""Keras's own tests of its layers, from the installed Keras, run with ours in their place.
+"""The installed Keras's own tests of its normalization layers, run on our layers.
 
-The modules are loaded a second time under other names and their `layers` replaced, so Keras itself is untouched.
+Each test module is loaded a second time under another name, and its `layers` is replaced. Keras itself is not changed.
 """
 
 import importlib.util
@@ -12,10 +12,11 @@ import pytest
 
 pytest.importorskip("tensorflow")
 import bnfast.keras
-import keras
 from keras.src.layers.normalization import batch_normalization as upstream
 
 KINDS = {"batch": "BatchNormalization", "layer": "LayerNormalization", "group": "GroupNormalization"}
+# Lower bounds, because Keras adds tests. Keras 3.15.1 has 33, 7 and 12.
+AT_LEAST = {"batch": 25, "layer": 5, "group": 8}
 
 
 def _load(kind: str) -> types.ModuleType:
@@ -30,41 +31,43 @@ def _load(kind: str) -> types.ModuleType:
     return module
 
 
-# Modules hold the TestCases: at this module's top level pytest would collect them.
+# (module, name): pytest would collect the TestCase classes themselves at this module's top level.
 CASES = {kind: (_load(kind), name + "Test") for kind, name in KINDS.items()}
 NAMES = {
     kind: list(unittest.TestLoader().getTestCaseNames(getattr(module, name))) for kind, (module, name) in CASES.items()
 }
-pytestmark = pytest.mark.filterwarnings("ignore")  # Keras's own warnings
+pytestmark = pytest.mark.filterwarnings("ignore")  # raised by Keras
 
 
 def run(kind: str, name: str) -> None:
     module, case = CASES[kind]
-    getattr(module, case)(name).debug()  # setUp, test, tearDown; a failure is raised
+    try:
+        getattr(module, case)(name).debug()  # runs setUp, the test and tearDown, and raises on failure
+    except unittest.SkipTest as skip:  # pytest would report a skip; no test of Keras's should skip itself here
+        pytest.fail(f"{case}.{name} was skipped: {skip}")
 
 
 @pytest.mark.usefixtures("each_bridge")
 @pytest.mark.parametrize("name", NAMES["batch"])
-def test_upstream(name: str) -> None:
+def test_batch_norm(name: str) -> None:
     run("batch", name)
 
 
-@pytest.mark.parametrize("small_too", [False, True], ids=["as it is", "kernels"])
+@pytest.mark.parametrize("force_kernels", [False, True], ids=["default", "kernels"])
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in ("layer", "group") for name in NAMES[kind]])
-def test_upstream_of_the_relatives(kind: str, name: str, small_too: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keras's tensors are small; with no lower limit they train on the kernels all the same."""
-    if small_too:
+def test_layer_and_group_norm(kind: str, name: str, force_kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keras's tensors are so small that they run on TensorFlow's ops, unless the size limit is 0."""
+    if force_kernels:
         monkeypatch.setattr("bnfast.tensorflow.group_norm.SMALL_BYTES", 0)
     run(kind, name)
 
 
-def test_how_many_there_are() -> None:
-    """Nothing above fails where nothing is collected; this does."""
+def test_the_suite_was_collected() -> None:
+    """Fails if tests of Keras's are missing: the tests above would pass if there were none."""
     correctness = [name for name in NAMES["batch"] if name.startswith("test_correctness")]
-    assert len(correctness) == 16
+    assert len(correctness) >= 16
     assert {"test_bn_basics", "test_trainable_behavior", "test_masked_broadcast_normalization"} <= set(NAMES["batch"])
     assert {"test_ln_basics", "test_unsorted_axis"} <= set(NAMES["layer"])
     assert {"test_groupnorm", "test_broadcasting_2d_channels_first"} <= set(NAMES["group"])
-    if keras.__version__ == "3.15.1":
-        assert {kind: len(names) for kind, names in NAMES.items()} == {"batch": 33, "layer": 7, "group": 12}
-    assert len(NAMES["batch"]) >= 25
+    for kind, names in NAMES.items():
+        assert len(names) >= AT_LEAST[kind], (kind, names)

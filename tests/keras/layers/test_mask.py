@@ -1,4 +1,4 @@
-"""Masks: what is left out, along which axes, against sums written in NumPy (Keras reads masks for axis=-1 only)."""
+"""Masks along any axis, against sums in NumPy. Keras's layer supports masks for axis=-1 only."""
 
 from typing import Any
 
@@ -42,9 +42,7 @@ def check(layer: Any, y: Any, wanted: tuple[np.ndarray, ...]) -> None:
 
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
 @pytest.mark.parametrize(("shape", "axis"), CASES, ids=str)
-def test_a_mask_lies_along_every_other_axis(
-    shape: tuple[int, ...], axis: int, graph: bool, rng: np.random.Generator
-) -> None:
+def test_masks_for_any_axis(shape: tuple[int, ...], axis: int, graph: bool, rng: np.random.Generator) -> None:
     x = rng.normal(3, 2, shape).astype("float32")
     mask = rng.random(np.delete(shape, axis)) < 0.6
     mask.flat[:2] = True
@@ -55,8 +53,8 @@ def test_a_mask_lies_along_every_other_axis(
 
 
 @pytest.mark.parametrize("dtype", ["bool", "int32", "float32", "float64"])
-def test_mask_values_count_as_booleans(dtype: str, rng: np.random.Generator) -> None:
-    """As in Keras: 0.5 and 3 keep an entry, 0 drops it."""
+def test_nonzero_mask_values_mean_true(dtype: str, rng: np.random.Generator) -> None:
+    """As in Keras: 0.5 and 3 include a value, 0 excludes it."""
     x = rng.normal(3, 2, (8, 4)).astype("float32")
     mask = np.array([1, 0, 3, 0.5, 0, 1, 1, 0])
     layer = BatchNormalization(momentum=0.9)
@@ -65,7 +63,7 @@ def test_mask_values_count_as_booleans(dtype: str, rng: np.random.Generator) -> 
 
 
 @pytest.mark.parametrize("mask_shape", [(4, 1), (1, 6), (1, 1), (4, 6)], ids=str)
-def test_extents_of_one_are_repeated(mask_shape: tuple[int, ...], rng: np.random.Generator) -> None:
+def test_mask_extents_of_1_broadcast(mask_shape: tuple[int, ...], rng: np.random.Generator) -> None:
     x = rng.normal(3, 2, (4, 6, 5)).astype("float32")
     mask = np.ones(mask_shape, bool)
     mask.flat[0] = mask.size == 1
@@ -73,15 +71,15 @@ def test_extents_of_one_are_repeated(mask_shape: tuple[int, ...], rng: np.random
     check(layer, layer(x, training=True, mask=tf.constant(mask)), reference(x, mask[..., None], -1))
 
 
-def test_masking_before_another_axis(rng: np.random.Generator) -> None:
-    """Masking's mask is inputs.shape[:-1] whatever follows; for axis=1 its weights differ between the channels."""
+def test_masking_layer_with_axis_1(rng: np.random.Generator) -> None:
+    """Masking's mask has the shape inputs.shape[:-1] for any axis, so for axis=1 it differs between channels."""
     x = rng.normal(3, 2, (5, 2, 3)).astype("float32")
     x[:3, 1] = 0
     mask = (x != 0).any(-1)
     masked = keras.layers.Masking()(x)
     layer = BatchNormalization(axis=1, momentum=0.9)
     check(layer, layer(masked, training=True), reference(x, mask[..., None], 1))
-    x[:, 1] = 0  # a channel with nothing left keeps its moving statistics
+    x[:, 1] = 0  # a fully masked channel keeps its moving statistics
     before = layer.get_weights()
     layer(keras.layers.Masking()(x), training=True)
     after = layer.get_weights()
@@ -90,8 +88,8 @@ def test_masking_before_another_axis(rng: np.random.Generator) -> None:
 
 
 @pytest.mark.parametrize("extent", [2, None])
-def test_an_attached_mask_is_never_mistaken(extent: int | None, rng: np.random.Generator) -> None:
-    """(N, 2, 2) or (N, 2, unknown): the extents fit both readings, but a mask of Masking has one meaning."""
+def test_attached_masks_are_unambiguous(extent: int | None, rng: np.random.Generator) -> None:
+    """A mask (N, 2) fits two axes of (N, 2, 2) or (N, 2, unknown); one from Masking always means inputs.shape[:-1]."""
     x = rng.normal(3, 2, (5, 2, 2)).astype("float32")
     x[:3, 1] = 0
     layer = BatchNormalization(axis=1, momentum=0.9)
@@ -101,7 +99,7 @@ def test_an_attached_mask_is_never_mistaken(extent: int | None, rng: np.random.G
     check(layer, run(x), reference(x, (x != 0).any(-1)[..., None], 1))
 
 
-def test_what_is_masked_may_be_anything(rng: np.random.Generator) -> None:
+def test_masked_values_do_not_matter(rng: np.random.Generator) -> None:
     x = rng.normal(3, 2, (8, 4)).astype("float32")
     mask = np.array([1, 0, 1, 1, 0, 1, 1, 0], bool)
     layers = [BatchNormalization(momentum=0.9) for _ in range(2)]
@@ -134,7 +132,7 @@ def test_an_all_true_mask_gives_the_same_bits(rng: np.random.Generator) -> None:
     assert all(np.array_equal(a, b) for a, b in zip(plain.get_weights(), masked.get_weights(), strict=True))
 
 
-def test_inference_ignores_the_mask_and_the_mask_goes_on(rng: np.random.Generator) -> None:
+def test_inference_ignores_and_propagates_the_mask(rng: np.random.Generator) -> None:
     x = tf.constant(rng.normal(3, 2, (8, 7, 4)), "float32")
     layer = BatchNormalization()
     assert np.array_equal(layer(x, mask=tf.zeros([8, 7])), layer(x))

@@ -1,5 +1,4 @@
-"""Layer, group and instance normalization, one layer at a time: Keras's as the oracle, on TensorFlow's ops and on the
-kernels."""
+"""Layer, group and instance normalization layers against Keras's, on TensorFlow's ops and on the kernels."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -13,17 +12,17 @@ import tensorflow as tf
 from bnfast.keras import GroupNormalization, InstanceNormalization, LayerNormalization
 from bnfast.tensorflow import group_norm
 from keras import layers as L
-from norms_cases import CASES, NAMES, ONE_EACH, each_way, gradients, pair, record, same
+from norms_cases import CASES, NAMES, ONE_EACH, assert_close, force_implementation, gradients, pair, record_kernel_calls
 
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    return record(monkeypatch)
+    return record_kernel_calls(monkeypatch)
 
 
 @pytest.fixture(params=["ops", "kernels"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    yield from each_way(request.param, monkeypatch)
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    yield from force_implementation(request.param, monkeypatch)
 
 
 @pytest.fixture
@@ -33,33 +32,33 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
-@pytest.mark.parametrize(("kind", "shape", "words"), CASES, ids=NAMES)
-def test_results_and_gradients_are_those_of_keras(
-    kind: Any, shape: Any, words: Any, graph: bool, dtype: str, way: str, rng: np.random.Generator
+@pytest.mark.parametrize(("kind", "shape", "kwargs"), CASES, ids=NAMES)
+def test_results_and_gradients_equal_keras(
+    kind: Any, shape: Any, kwargs: Any, graph: bool, dtype: str, implementation: str, rng: np.random.Generator
 ) -> None:
-    ours, keras_layer = pair(kind, shape, words, dtype=dtype)
+    ours, keras_layer = pair(kind, shape, kwargs, dtype=dtype)
     x, dy = (tf.constant(rng.normal(1, 2, shape), dtype) for _ in range(2))
     run = tf.function(gradients) if graph else gradients
-    same(run(ours, x, dy), gradients(keras_layer, x, dy), {"float64": 1e-11, "float32": 1e-5}[dtype])
+    assert_close(run(ours, x, dy), gradients(keras_layer, x, dy), {"float64": 1e-11, "float32": 1e-5}[dtype])
 
 
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
-@pytest.mark.parametrize(("kind", "shape", "words"), ONE_EACH, ids=["layer", "group", "instance"])
-def test_dtypes_are_those_of_keras(
-    kind: Any, shape: Any, words: Any, dtype: str, policy: str, way: str, rng: np.random.Generator
+@pytest.mark.parametrize(("kind", "shape", "kwargs"), ONE_EACH, ids=["layer", "group", "instance"])
+def test_dtypes_equal_keras(
+    kind: Any, shape: Any, kwargs: Any, dtype: str, policy: str, implementation: str, rng: np.random.Generator
 ) -> None:
-    """These layers don't cast what comes in; they compute in float32, or float64, and cast what goes out."""
-    ours, keras_layer = pair(kind, shape, words, dtype=policy)
+    """These layers do not cast their inputs. They compute in float32 or float64 and cast the outputs."""
+    ours, keras_layer = pair(kind, shape, kwargs, dtype=policy)
     x, dy = (tf.constant(rng.normal(1, 2, shape), dtype) for _ in range(2))
     actual, wanted = gradients(ours, x, dy), gradients(keras_layer, x, dy)
     half = {"bfloat16"} & {dtype, policy.removeprefix("mixed_")}, {"float16"} & {dtype, policy.removeprefix("mixed_")}
-    same(actual, wanted, 2e-2 if half[0] else 2e-3 if half[1] else 1e-5)
+    assert_close(actual, wanted, 2e-2 if half[0] else 2e-3 if half[1] else 1e-5)
 
 
-@pytest.mark.parametrize(("kind", "shape", "words"), ONE_EACH, ids=["layer", "group", "instance"])
-def test_integers_are_left_to_keras(kind: Any, shape: Any, words: Any, kernels: None, rng: Any) -> None:
-    ours, keras_layer = pair(kind, shape, words)
+@pytest.mark.parametrize(("kind", "shape", "kwargs"), ONE_EACH, ids=["layer", "group", "instance"])
+def test_integers_are_left_to_keras(kind: Any, shape: Any, kwargs: Any, kernels: None, rng: Any) -> None:
+    ours, keras_layer = pair(kind, shape, kwargs)
     x = tf.constant(rng.integers(-9, 9, shape))
     y = ours(x, training=True)
     assert y.dtype == tf.float32
@@ -82,7 +81,7 @@ LARGE = (64, 8, 8, 64)  # 1 MiB of float32
 @pytest.mark.parametrize(
     ("kind", "name", "least"), [(LayerNormalization, "layer_norm", 64), (InstanceNormalization, "group_norm", 16)]
 )
-def test_which_way(kind: Any, name: str, least: int, graph: bool, calls: list[str]) -> None:
+def test_choice_of_implementation(kind: Any, name: str, least: int, graph: bool, calls: list[str]) -> None:
     layer = kind()
     run = tf.function(gradients) if graph else gradients
 
@@ -99,7 +98,7 @@ def test_which_way(kind: Any, name: str, least: int, graph: bool, calls: list[st
 
 
 @pytest.mark.parametrize("kind", [LayerNormalization, InstanceNormalization])
-def test_outputs_of_a_graph_are_in_tensorflows_memory(kind: Any, calls: list[str]) -> None:
+def test_graph_outputs_are_allocated_by_tensorflow(kind: Any, calls: list[str]) -> None:
     layer, x = kind(), tf.random.normal(LARGE, seed=3)
     layer.build(LARGE)
     before = bnfast.memory_statistics()["in_use_bytes"]
@@ -111,29 +110,29 @@ def test_outputs_of_a_graph_are_in_tensorflows_memory(kind: Any, calls: list[str
 
 @pytest.mark.parametrize(("rest", "large"), [((16, 16, 8), True), ((8, 8, 8), False), ((None, 16, 8), True)], ids=str)
 def test_a_batch_of_unknown_size_counts_as_32(rest: Any, large: bool, calls: list[str]) -> None:
-    """And no such batch, an empty one included, gives other results than Keras's."""
+    """32 samples are assumed to choose the implementation; results equal Keras's for any batch, also an empty one."""
     ours, keras_layer = pair(GroupNormalization, (None, *rest), {"groups": 4})
     x = tf.random.normal((3, 16 if rest[0] is None else rest[0], *rest[1:]), seed=1)
     run = tf.function(
         lambda x, dy: gradients(ours, x, dy), input_signature=[tf.TensorSpec((None, *rest))] * 2, autograph=False
     )
-    same(run(x, x), gradients(keras_layer, x, x), 1e-5)
+    assert_close(run(x, x), gradients(keras_layer, x, x), 1e-5)
     assert bool(calls) == large
-    same(run(x[:0], x[:0]), gradients(keras_layer, x[:0], x[:0]), 0)
+    assert_close(run(x[:0], x[:0]), gradients(keras_layer, x[:0], x[:0]), 0)
     assert run.get_concrete_function().structured_outputs[0].shape.as_list() == [None, *rest]
 
 
-def test_a_tensor_that_says_whether_it_trains(calls: list[str]) -> None:
+def test_training_as_a_tensor(calls: list[str]) -> None:
     layer, x = LayerNormalization(), tf.random.normal(LARGE, seed=2)
     run = tf.function(lambda x, training: layer(x, training=training), autograph=False)
     np.testing.assert_array_equal(run(x, tf.constant(True)), run(x, tf.constant(False)))
     assert calls == ["layer_norm"] * 2
 
 
-@pytest.mark.parametrize(("kind", "shape", "words"), ONE_EACH, ids=["layer", "group", "instance"])
-def test_second_order(kind: Any, shape: Any, words: Any, way: str, rng: np.random.Generator) -> None:
-    """Against plain reductions: Keras's own second derivatives lack a term, since tf.nn.moments stops a gradient."""
-    ours, _ = pair(kind, shape, words, dtype="float64")
+@pytest.mark.parametrize(("kind", "shape", "kwargs"), ONE_EACH, ids=["layer", "group", "instance"])
+def test_second_order(kind: Any, shape: Any, kwargs: Any, implementation: str, rng: np.random.Generator) -> None:
+    """Against plain reductions: Keras's second derivatives lack a term, because tf.nn.moments stops a gradient."""
+    ours, _ = pair(kind, shape, kwargs, dtype="float64")
     x, dy, v = (tf.constant(rng.normal(1, 2, shape)) for _ in range(3))
 
     def plain(x: Any, gamma: Any = 1.0, beta: Any = 0.0) -> Any:
@@ -162,12 +161,12 @@ def test_second_order(kind: Any, shape: Any, words: Any, way: str, rng: np.rando
     values = [weight.value for weight in ours.weights]
     names = [weight.name for weight in ours.weights]
     wanted = twice(lambda x: plain(x, **dict(zip(names, values, strict=True))), values)
-    same(twice(lambda x: ours(x, training=True), values), wanted, 1e-10)
-    same(tf.function(lambda: twice(lambda x: ours(x, training=True), values))(), wanted, 1e-10)
+    assert_close(twice(lambda x: ours(x, training=True), values), wanted, 1e-10)
+    assert_close(tf.function(lambda: twice(lambda x: ours(x, training=True), values))(), wanted, 1e-10)
 
 
 @pytest.mark.parametrize("kind", [LayerNormalization, InstanceNormalization])
-def test_masks_pass_through(kind: Any, way: str) -> None:
+def test_masks_are_propagated(kind: Any, implementation: str) -> None:
     x = np.ones((2, 4, 3), np.float32)
     x[:, 2:] = 0
     masked = L.Masking()(x)
@@ -175,24 +174,24 @@ def test_masks_pass_through(kind: Any, way: str) -> None:
     np.testing.assert_array_equal(y._keras_mask, masked._keras_mask)
 
 
-def test_frozen_layers_pass_gradients_on(way: str, rng: Any) -> None:
+def test_frozen_layers_propagate_gradients(implementation: str, rng: Any) -> None:
     ours, keras_layer = pair(GroupNormalization, (3, 4, 6), {"groups": 2}, dtype="float64")
     ours.trainable = False
     assert ours.trainable_weights == []
     x, dy = (tf.constant(rng.normal(1, 2, (3, 4, 6))) for _ in range(2))
-    same(gradients(ours, x, dy), gradients(keras_layer, x, dy), 1e-11)
+    assert_close(gradients(ours, x, dy), gradients(keras_layer, x, dy), 1e-11)
 
 
 def test_no_copies(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a kernel writes is what the next op reads, in graph and in eager mode."""
+    """The next op reads the memory that the kernel wrote, in graph and in eager mode."""
     seen: list[tuple[int, int]] = []
     function = bnfast.functional.layer_norm
 
     def pointer(array: Any) -> int:
         return int(array.__array_interface__["data"][0])
 
-    def layer_norm(x: Any, *args: Any, **words: Any) -> Any:
-        result = function(x, *args, **words)
+    def layer_norm(x: Any, *args: Any, **kwargs: Any) -> Any:
+        result = function(x, *args, **kwargs)
         seen.append((pointer(x), pointer(result.y)))
         return result
 
@@ -206,8 +205,8 @@ def test_no_copies(monkeypatch: pytest.MonkeyPatch) -> None:
             return np.int64([pointer(np.asarray(memoryview(t))) for t in (x, y)])
         return tf.numpy_function(lambda x, y: np.int64([pointer(x), pointer(y)]), [x, y], tf.int64)
 
-    for way in (run, tf.function(run, autograph=False)):
-        assert tuple(np.asarray(way(x))) == seen[-1]
+    for call in (run, tf.function(run, autograph=False)):
+        assert tuple(np.asarray(call(x))) == seen[-1]
 
 
 def test_errors() -> None:

@@ -1,4 +1,4 @@
-"""renorm=True against Keras's layer and against the formula in float64; the identity r = 1, d = 0; what it refuses."""
+"""renorm=True against Keras's layer and against the formula in float64; r = 1, d = 0; argument errors."""
 
 import json
 from typing import Any
@@ -20,9 +20,9 @@ CLIPPING = {"rmin": 0.7, "rmax": 1.4, "dmax": 0.6}
 CASES = [((6, 4), -1), ((4, 5, 4), 1), ((3, 4, 2, 5), 1), ((3, 4, 2, 5), -1), ((2, 3, 2, 2, 5), 2)]
 
 
-def pair(shape: tuple[int, ...], **words: Any) -> tuple[Any, Any]:
+def pair(shape: tuple[int, ...], **kwargs: Any) -> tuple[Any, Any]:
     rng = np.random.default_rng(7)
-    layers = [kind(renorm=True, momentum=0.8, renorm_momentum=0.6, **words) for kind in (BatchNormalization, KERAS)]
+    layers = [kind(renorm=True, momentum=0.8, renorm_momentum=0.6, **kwargs) for kind in (BatchNormalization, KERAS)]
     for layer in layers:
         layer.build(shape)
     layers[0].set_weights([rng.uniform(0.5, 1.5, w.shape) for w in layers[0].weights])
@@ -36,10 +36,10 @@ def close(actual: Any, wanted: Any, tolerance: float) -> None:
     assert np.abs(actual - wanted).max() <= tolerance * max(1.0, np.abs(wanted).max())
 
 
-def gradients(layer: Any, x: Any, dy: Any, **words: Any) -> list[Any]:
+def gradients(layer: Any, x: Any, dy: Any, **kwargs: Any) -> list[Any]:
     with tf.GradientTape() as tape:
         tape.watch(x)
-        y = layer(x, training=True, **words)
+        y = layer(x, training=True, **kwargs)
     return [
         y,
         *tape.gradient(y, [x, *(w.value for w in layer.trainable_weights)], output_gradients=tf.cast(dy, y.dtype)),
@@ -67,7 +67,7 @@ def test_equal_to_keras(shape: Any, axis: int, clipping: Any, policy: str, rng: 
 @pytest.mark.parametrize(("scale", "center"), [(False, True), (True, False), (False, False)])
 def test_without_gamma_or_beta_and_masked_equal_to_keras(scale: bool, center: bool, rng: np.random.Generator) -> None:
     before = keras.config.epsilon()
-    keras.config.set_epsilon(0.0)  # Keras divides by W + epsilon()
+    keras.config.set_epsilon(0.0)  # Keras divides by the mask's sum + epsilon()
     try:
         ours, theirs = pair((4, 5, 3), scale=scale, center=center, renorm_clipping=CLIPPING, dtype="float64")
         x, dy = tf.constant(rng.normal(1, 2, (4, 5, 3))), rng.normal(size=(4, 5, 3))
@@ -81,7 +81,7 @@ def test_without_gamma_or_beta_and_masked_equal_to_keras(scale: bool, center: bo
 
 
 def test_against_the_formula(rng: np.random.Generator) -> None:
-    """dx with gamma*r; dgamma = sum dy*(xhat*r + d): a large offset in float32, against float64."""
+    """dx uses gamma*r, dgamma = sum(dy*(xhat*r + d)). float32 with a large offset, against float64."""
     ours, _ = pair((64, 3), renorm_clipping=CLIPPING)
     gamma, beta, _, _, _, mu, sigma = (w.astype(np.float64) for w in ours.get_weights())
     x, dy = rng.normal(1e3, 2, (64, 3)).astype(np.float32), rng.normal(size=(64, 3)).astype(np.float32)
@@ -96,7 +96,7 @@ def test_against_the_formula(rng: np.random.Generator) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_no_correction_is_the_same_bits_as_no_renorm(dtype: str, rng: np.random.Generator) -> None:
+def test_r_1_and_d_0_have_the_bits_of_the_plain_layer(dtype: str, rng: np.random.Generator) -> None:
     shape = (3, 6, 5, 4)
     clipping = {"rmin": 1.0, "rmax": 1.0, "dmax": 0.0}
     ours = BatchNormalization(dtype=dtype, activation="relu", renorm=True, renorm_clipping=clipping)
@@ -110,7 +110,7 @@ def test_no_correction_is_the_same_bits_as_no_renorm(dtype: str, rng: np.random.
         np.testing.assert_array_equal(actual, wanted)
 
 
-def test_clipping_moves_without_retracing(rng: np.random.Generator) -> None:
+def test_clipping_variables_change_without_retracing(rng: np.random.Generator) -> None:
     rmax, dmax = tf.Variable(1.0), tf.Variable(0.0)
     ours, _ = pair((8, 3), renorm_clipping={"rmin": 0.0, "rmax": rmax, "dmax": dmax})
     assert len(ours.weights) == 7
@@ -159,7 +159,7 @@ def test_training_as_a_tensor_residual_and_activation(value: bool, rng: np.rando
         close(actual, wanted, 1e-12)
 
 
-def test_the_way_back_to_keras(rng: np.random.Generator) -> None:
+def test_to_keras(rng: np.random.Generator) -> None:
     model = keras.Sequential([keras.Input((4,)), BatchNormalization(renorm=True, renorm_clipping=CLIPPING, name="bn")])
     model.set_weights([rng.uniform(0.5, 1.5, w.shape) for w in model.get_weights()])
     restored = to_keras(model)
@@ -168,7 +168,7 @@ def test_the_way_back_to_keras(rng: np.random.Generator) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "error", "message"),
+    ("kwargs", "error", "message"),
     [
         ({"renorm_clipping": {"rmax": "3"}}, TypeError, r"renorm_clipping\['rmax'\] must be a number or a scalar"),
         ({"renorm_clipping": {"rmax": float("nan")}}, ValueError, "Received: rmax=nan"),
@@ -180,6 +180,6 @@ def test_the_way_back_to_keras(rng: np.random.Generator) -> None:
     ],
     ids=str,
 )
-def test_bad_arguments(words: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_bad_arguments(kwargs: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        BatchNormalization(renorm=True, **words)
+        BatchNormalization(renorm=True, **kwargs)

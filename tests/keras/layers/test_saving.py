@@ -1,4 +1,4 @@
-"""Configs, weights and files, in both directions between Keras's layer and ours; export without bnfast."""
+"""Configs, weights and files, in both directions between Keras's layer and ours; exports load without bnfast."""
 
 import json
 import subprocess
@@ -32,11 +32,11 @@ ARGUMENTS: dict[str, Any] = {
 }
 
 
-def model_of(kind: Any, **words: Any) -> Any:
+def model_of(kind: Any, **kwargs: Any) -> Any:
     layers = [
         keras.layers.Input((6, 6, 3)),
         keras.layers.Conv2D(4, 3, name="conv"),
-        kind(name="norm", **words),
+        kind(name="norm", **kwargs),
         keras.layers.Flatten(),
         keras.layers.Dense(2, name="head"),
     ]
@@ -100,17 +100,17 @@ def test_activations_round_trip(activation: Any, tmp_path: Path, rng: np.random.
     wanted = model(x, training=False).numpy()
     for copy in (again, loaded):
         assert type(copy.get_layer("norm")) is BatchNormalization
-        configs = [json.dumps(each.get_layer("norm").get_config()) for each in (copy, model)]  # tuples become lists
+        configs = [json.dumps(each.get_layer("norm").get_config()) for each in (copy, model)]  # JSON has no tuples
         assert configs[0] == configs[1]
         assert np.array_equal(copy(x, training=False).numpy(), wanted)
 
 
-@pytest.mark.parametrize("words", [{}, {"scale": False}, {"center": False}, {"scale": False, "center": False}])
+@pytest.mark.parametrize("kwargs", [{}, {"scale": False}, {"center": False}, {"scale": False, "center": False}])
 @pytest.mark.parametrize("source", ["ours", "keras"])
-def test_weights_load_either_way(source: str, words: dict[str, Any], tmp_path: Path, rng: np.random.Generator) -> None:
+def test_weights_load_both_ways(source: str, kwargs: dict[str, Any], tmp_path: Path, rng: np.random.Generator) -> None:
     kinds = {"ours": BatchNormalization, "keras": keras.layers.BatchNormalization}
-    first = model_of(kinds.pop(source), **words)
-    second = model_of(next(iter(kinds.values())), **words)
+    first = model_of(kinds.pop(source), **kwargs)
+    second = model_of(next(iter(kinds.values())), **kwargs)
     assert [w.path for w in first.weights] == [w.path for w in second.weights]
     assert [w.dtype for w in first.weights] == [w.dtype for w in second.weights]
     second.set_weights([np.zeros(w.shape) for w in second.weights])
@@ -138,7 +138,7 @@ def _ours(layer: Any) -> Any:
 
 
 @pytest.mark.usefixtures("each_bridge")
-def test_optimizer_state_and_training_go_on_after_loading(tmp_path: Path, rng: np.random.Generator) -> None:
+def test_optimizer_state_and_training_continue_after_loading(tmp_path: Path, rng: np.random.Generator) -> None:
     x, t = rng.normal(size=(16, 6, 6, 3)).astype("float32"), rng.normal(size=(16, 2)).astype("float32")
     model = model_of(BatchNormalization, activation="relu")
     model.compile("adam", "mse")
@@ -163,7 +163,7 @@ np.save(folder + "/y.npy", model.serve(np.load(folder + "/x.npy")).numpy())
 
 @pytest.mark.usefixtures("each_bridge")
 def test_an_exported_model_serves_without_bnfast(tmp_path: Path, rng: np.random.Generator) -> None:
-    """4-D channels_last (fused op), another axis and rank (plain ops), every fused activation, one applied after."""
+    """4-D channels_last (TensorFlow's fused op), another axis and rank (plain ops), fused and separate activations."""
     inputs = keras.layers.Input((8, 8, 3))
     y = BatchNormalization(activation="relu")(keras.layers.Conv2D(4, 3)(inputs))
     y = BatchNormalization(axis=1, activation="leaky_relu")(y)

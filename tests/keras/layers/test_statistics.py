@@ -1,4 +1,4 @@
-"""What moves moving_mean and moving_variance, and how: correction, momentum=None, nan_policy, infinite gradients."""
+"""Updates of moving_mean and moving_variance: correction, momentum=None, nan_policy, infinite gradients."""
 
 import json
 from collections.abc import Callable
@@ -22,7 +22,7 @@ def same(a: Any, b: Any) -> bool:
 
 @pytest.mark.parametrize("momentum", [None, 0.9])
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
-def test_sample_variances_and_cumulative_averages_are_torch_s(
+def test_sample_variances_and_cumulative_averages_equal_torch(
     momentum: float | None, graph: bool, rng: np.random.Generator, need: Callable[[str], Any]
 ) -> None:
     torch = need("torch")
@@ -38,16 +38,16 @@ def test_sample_variances_and_cumulative_averages_are_torch_s(
         assert int(ours.batches) == int(theirs.num_batches_tracked) == 3
 
 
-@pytest.mark.parametrize("masked", ["not", "by entry", "by channel"])
+@pytest.mark.parametrize("masked", ["no mask", "mask for all channels", "mask per channel"])
 @pytest.mark.parametrize("correction", [0, 1])
 def test_against_float64(correction: int, masked: str, rng: np.random.Generator) -> None:
     ours = BatchNormalization(axis=1, momentum=None, correction=correction)
     x = rng.normal(50, 2, (2, 6, 3, 4)).astype("float32")
-    shape = {"not": (6, 1, 4), "by entry": (6, 1, 4), "by channel": (6, 3, 1)}[masked]
-    weights = np.ones((2, 6, 3, 4)) * (1 if masked == "not" else rng.random((2, *shape)) < 0.7)
-    given = {"not": None, "by entry": weights[:, :, 0], "by channel": weights[..., 0]}[masked]
+    shape = {"no mask": (6, 1, 4), "mask for all channels": (6, 1, 4), "mask per channel": (6, 3, 1)}[masked]
+    weights = np.ones((2, 6, 3, 4)) * (1 if masked == "no mask" else rng.random((2, *shape)) < 0.7)
+    masks = {"no mask": [None, None], "mask for all channels": weights[:, :, 0], "mask per channel": weights[..., 0]}
     means, variances = [], []
-    for batch, w, mask in zip(x, weights, given if given is not None else [None, None], strict=True):
+    for batch, w, mask in zip(x, weights, masks[masked], strict=True):
         ours(tf.constant(batch), training=True, mask=mask)
         wide, total = batch.astype(np.float64), w.sum((0, 2))
         means.append((w * wide).sum((0, 2)) / total)
@@ -67,14 +67,14 @@ def test_an_empty_batch_is_not_counted() -> None:
     assert int(ours.batches) == 1
 
 
-def test_one_value_a_channel_has_no_sample_variance() -> None:
+def test_one_value_per_channel_has_no_sample_variance() -> None:
     ours = BatchNormalization(momentum=0.5, correction=1)
     y = ours(tf.constant([[3.0, 4.0]]), training=True)
     np.testing.assert_array_equal(y, [[0, 0]])
     np.testing.assert_array_equal(ours.moving_variance, [0.5, 0.5])
 
 
-def test_the_count_is_saved(tmp_path: Path, rng: np.random.Generator) -> None:
+def test_the_batch_count_is_saved(tmp_path: Path, rng: np.random.Generator) -> None:
     model = keras.Sequential([keras.Input((3,)), BatchNormalization(momentum=None, correction=1, name="bn")])
     for _ in range(2):
         model(rng.normal(size=(5, 3)).astype("float32"), training=True)
@@ -88,12 +88,12 @@ def test_the_count_is_saved(tmp_path: Path, rng: np.random.Generator) -> None:
 
 
 @pytest.mark.parametrize("by_channel", [False, True])
-@pytest.mark.parametrize("words", [{}, {"momentum": None}, {"renorm": True}, {"correction": 1}], ids=str)
+@pytest.mark.parametrize("kwargs", [{}, {"momentum": None}, {"renorm": True}, {"correction": 1}], ids=str)
 @pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
-def test_skip_update_leaves_the_channel_alone(
-    bad: float, words: dict[str, Any], by_channel: bool, rng: np.random.Generator
+def test_skip_update_keeps_the_statistics_of_the_channel(
+    bad: float, kwargs: dict[str, Any], by_channel: bool, rng: np.random.Generator
 ) -> None:
-    layers = [BatchNormalization(1, nan_policy=policy, **words) for policy in ("skip_update", "propagate")]
+    layers = [BatchNormalization(1, nan_policy=policy, **kwargs) for policy in ("skip_update", "propagate")]
     x = rng.normal(1, 2, (6, 4, 2)).astype("float32")
     mask = tf.ones((6, 4), tf.bool) if by_channel else None
     for layer in layers:
@@ -115,7 +115,7 @@ def test_skip_update_leaves_the_channel_alone(
 
 @pytest.mark.parametrize("nan_policy", ["propagate", "skip_update"])
 def test_loss_scaling_trains_through_infinite_gradients(nan_policy: str, rng: np.random.Generator) -> None:
-    """2**30 as the first scale overflows float16: the optimizer skips steps and halves it until it fits."""
+    """The initial scale of 2**30 overflows float16. The optimizer skips steps and halves the scale until it fits."""
     layer = BatchNormalization(nan_policy=nan_policy, dtype="mixed_float16", activation="relu")
     model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(16, dtype="mixed_float16"), layer])
     optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.01), initial_scale=2.0**30)
@@ -124,7 +124,7 @@ def test_loss_scaling_trains_through_infinite_gradients(nan_policy: str, rng: np
     target = np.abs(rng.normal(size=(32, 16))).astype("float32")
     start = layer.gamma.numpy()
     model.train_on_batch(x, target)
-    assert np.array_equal(layer.gamma, start), "the first step is to have infinite gradients"
+    assert np.array_equal(layer.gamma, start), "the first step must have infinite gradients"
     losses = [float(model.train_on_batch(x, target)) for _ in range(40)]
     assert float(optimizer.dynamic_scale) < 2.0**30
     assert not np.array_equal(layer.gamma, start)
@@ -134,14 +134,14 @@ def test_loss_scaling_trains_through_infinite_gradients(nan_policy: str, rng: np
 
 def test_configs() -> None:
     assert not {"correction", "nan_policy"} & set(BatchNormalization().get_config())
-    words = {"momentum": None, "correction": 1, "nan_policy": "skip_update"}
-    config = json.loads(json.dumps(BatchNormalization(**words).get_config()))
-    assert words.items() <= config.items()
+    kwargs = {"momentum": None, "correction": 1, "nan_policy": "skip_update"}
+    config = json.loads(json.dumps(BatchNormalization(**kwargs).get_config()))
+    assert kwargs.items() <= config.items()
     assert BatchNormalization.from_config(config).get_config() == config
 
 
 @pytest.mark.parametrize(
-    ("words", "error", "message"),
+    ("kwargs", "error", "message"),
     [
         ({"correction": 2}, ValueError, r"correction must be 0 \(population variance\) or 1"),
         ({"correction": True}, TypeError, "correction must be an integer"),
@@ -151,6 +151,6 @@ def test_configs() -> None:
     ],
     ids=str,
 )
-def test_bad_arguments(words: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_bad_arguments(kwargs: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        BatchNormalization(**words)
+        BatchNormalization(**kwargs)

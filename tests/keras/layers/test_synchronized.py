@@ -1,4 +1,7 @@
-"""synchronized=True: two replicas against one process. They run replicas.py, on two logical CPUs and as two workers."""
+"""synchronized=True: two replicas against one process.
+
+The replicas run helpers/replicas.py: once on two logical CPUs of one process, and once as two worker processes.
+"""
 
 import json
 import os
@@ -27,7 +30,7 @@ SUMMED = ("dgamma", "dbeta")
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """What replicas.py found: two logical CPUs in one process, worker 0, worker 1; all three at work at once."""
+    """The results of replicas.py: two logical CPUs in one process, worker 0, worker 1. All three run at once."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
     cluster = {"worker": [f"127.0.0.1:{one.getsockname()[1]}" for one in sockets]}
     for one in sockets:
@@ -64,8 +67,10 @@ def workers(found):
 
 
 def check(name, found, expected, half=False):
-    """Lists of the replicas' arrays against the arrays of one process: to 1e-6 of the largest value, in half types to
-    the last place of the value itself. State is equal bits on all replicas."""
+    """Compare lists of the replicas' arrays with the arrays of one process, to 1e-6 of the largest value.
+
+    half: outputs are float16, so they may also differ in the last place. State must have equal bits on all replicas.
+    """
     for key, right in expected.items():
         parts = found[key]
         if key in SUMMED:
@@ -84,41 +89,41 @@ def check(name, found, expected, half=False):
 
 
 def joined(found):
-    """One result from the lists of two processes."""
+    """Merge the results of two processes into one list per name."""
     return [{key: [part for one in pair for part in one[key]] for key in pair[0]} for pair in zip(*found, strict=True)]
 
 
 @pytest.mark.parametrize("name", replicas.CASES)
 def test_replicas_equal_one_process(mirrored, name):
-    expected = replicas.in_one(name)
+    expected = replicas.one_process_results(name)
     for cut, found in zip(replicas.cuts(name), mirrored[name], strict=True):
         check(f"{name} cut at {cut}", found, expected, half=name == "mixed")
 
 
-@pytest.mark.parametrize("name", replicas.WORKERS)
+@pytest.mark.parametrize("name", replicas.WORKER_CASES)
 def test_workers_equal_one_process(workers, name):
-    expected = replicas.in_one(name)
+    expected = replicas.one_process_results(name)
     for cut, found in zip(replicas.cuts(name), joined([worker[name] for worker in workers]), strict=True):
         check(f"{name} cut at {cut}", found, expected)
 
 
 def test_eager_mode(mirrored, workers):
-    expected = replicas.in_one("masked")
+    expected = replicas.one_process_results("masked")
     for everyone in (mirrored["eager"], joined([worker["eager"] for worker in workers])):
         for found in everyone:
             check("eager", found, expected)
 
 
 @pytest.mark.parametrize("flag", [True, False])
-@pytest.mark.parametrize("name", replicas.TENSOR)
+@pytest.mark.parametrize("name", replicas.TENSOR_CASES)
 def test_training_as_a_tensor(mirrored, name, flag):
-    expected = replicas.in_one(name, replicas.results, tf.constant(flag))
+    expected = replicas.one_process_results(name, replicas.results, tf.constant(flag))
     for found in mirrored[name, flag]:
         check(name, found, expected)
 
 
 def test_second_order(mirrored):
-    expected = replicas.in_one("second_order", replicas.second_order)
+    expected = replicas.one_process_results("second_order", replicas.second_order)
     for found in mirrored["second order"]:
         check("second order", found, expected)
 
@@ -128,23 +133,23 @@ def test_second_order_with_training_as_a_tensor_is_an_error(mirrored):
     assert "second-order gradients with synchronized=True need training=True or False" in mirrored["refused"]
 
 
-def test_nothing_to_normalize_changes_nothing(mirrored):
-    before = {w.name: w.numpy() for w in replicas.made("all_masked").non_trainable_weights}
+def test_a_fully_masked_batch_changes_nothing(mirrored):
+    before = {w.name: w.numpy() for w in replicas.built_layer("all_masked").non_trainable_weights}
     for found in mirrored["all_masked"]:
         for name, value in before.items():
             assert all(np.array_equal(part, value) for part in found[name])
 
 
 def test_fit(mirrored):
-    """Equal shards: Keras's own synchronized layer says the same."""
-    expected = replicas.fitted(BatchNormalization)
+    """With equal shards, Keras's own synchronized layer gives the same results."""
+    expected = replicas.fit_weights_and_losses(BatchNormalization)
     for ours, one, keras_s in zip(mirrored["fit"], expected, mirrored["keras"], strict=True):
         np.testing.assert_allclose(ours, one, rtol=0, atol=1e-9)
         np.testing.assert_allclose(ours, keras_s, rtol=0, atol=1e-9)
 
 
-def test_a_loop_over_unequal_shards(mirrored, workers):
-    expected = replicas.looped(tf.distribute.get_strategy())
+def test_custom_loop_over_unequal_shards(mirrored, workers):
+    expected = replicas.custom_loop_weights(tf.distribute.get_strategy())
     for found in (mirrored, *workers):
         for replica, one in zip(found["looped"], expected, strict=True):
             np.testing.assert_allclose(replica, one, rtol=0, atol=1e-9)
@@ -152,9 +157,9 @@ def test_a_loop_over_unequal_shards(mirrored, workers):
 
 @pytest.mark.usefixtures("each_bridge")
 @pytest.mark.parametrize("name", ["channels_last", "channels_first", "masked", "mixed"])
-def test_one_replica_gives_the_bits_of_the_plain_layer(name):
-    batch = {key: None if a is None else tf.constant(a) for key, a in replicas.whole(name).items()}
-    plain, alone, inside = (replicas.made(name, synchronized=one > 0) for one in range(3))
+def test_one_replica_has_the_bits_of_the_plain_layer(name):
+    batch = {key: None if a is None else tf.constant(a) for key, a in replicas.full_batch(name).items()}
+    plain, alone, inside = (replicas.built_layer(name, synchronized=one > 0) for one in range(3))
     expected = replicas.results(plain, batch)
     strategy = tf.distribute.OneDeviceStrategy("CPU:0")
     for layer, found in (
@@ -178,7 +183,7 @@ def test_config_and_file(tmp_path):
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-def test_accelerate_and_to_keras_keep_it(inplace):
+def test_accelerate_and_to_keras_keep_synchronized(inplace):
     norm = keras.layers.BatchNormalization(synchronized=True, name="norm")
     net = keras.Sequential([keras.Input((3,)), keras.layers.Dense(4), norm])
     fast = accelerate(net, inplace=inplace, verbose=False)
@@ -190,7 +195,7 @@ def test_accelerate_and_to_keras_keep_it(inplace):
     assert back.synchronized is True
 
 
-def test_patch_takes_it():
+def test_patch_supports_synchronized():
     with bnfast.keras.patch():
         layer = keras.layers.BatchNormalization(synchronized=True)
     assert bnfast.keras.uses_bnfast(layer)

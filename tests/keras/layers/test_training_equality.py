@@ -1,8 +1,8 @@
-"""A small model trained with Keras's layer and with ours: the same weights after 20 steps of SGD 1e-3.
+"""A small model trained with Keras's layer and with ours has the same weights after 20 steps of SGD(1e-3).
 
-float64: to 1e-6 in relative norm. float32: a difference of at most 3 times that of Keras against itself with one
-kernel moved by 1 ulp, which is the noise any change of summation order brings. Left out: the biases of layers that a
-batch norm follows. Their true gradient is zero, so what they hold is rounding alone.
+float64: to 1e-6 in relative norm. float32: the difference is at most 3 times that between two runs of Keras, one with
+all values of a kernel moved by 1 ulp; any change of the summation order gives noise of that size. Biases of layers
+before a batch norm are excluded: their true gradient is zero, so they hold only rounding errors.
 """
 
 from typing import Any
@@ -21,12 +21,12 @@ STEPS = 20
 
 
 def build(kind: Any, dtype: str, fused: bool = False) -> Any:
-    """conv, BN, ReLU, conv, BN, ReLU, pool, dense, BN, ReLU, dense; `fused`: each ReLU inside its BN."""
+    """conv, BN, ReLU, conv, BN, ReLU, pool, dense, BN, ReLU, dense. fused: each BN contains its ReLU."""
 
-    def normalized(x: Any, **words: Any) -> Any:
+    def normalized(x: Any, **kwargs: Any) -> Any:
         if fused:
-            return kind(dtype=dtype, momentum=0.9, activation="relu", **words)(x)
-        return keras.layers.ReLU(dtype=dtype)(kind(dtype=dtype, momentum=0.9, **words)(x))
+            return kind(dtype=dtype, momentum=0.9, activation="relu", **kwargs)(x)
+        return keras.layers.ReLU(dtype=dtype)(kind(dtype=dtype, momentum=0.9, **kwargs)(x))
 
     inputs = keras.Input((10, 10, 3), dtype=dtype)
     x = keras.layers.Conv2D(8, 3, dtype=dtype, name="conv1")(inputs)
@@ -59,8 +59,8 @@ def train(kind: Any, dtype: str, fused: bool = False, ulp: bool = False) -> dict
     return {path: value for path, value in weights.items() if path not in ZERO_GRADIENT}
 
 
-def apart(actual: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> dict[str, float]:
-    """Relative norm of the difference of each weight."""
+def relative_differences(actual: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> dict[str, float]:
+    """Per weight: the norm of the difference divided by the norm of the wanted weight."""
     assert actual.keys() == wanted.keys()
     return {
         path: float(np.linalg.norm(actual[path].astype(float) - wanted[path]) / np.linalg.norm(wanted[path]))
@@ -70,28 +70,30 @@ def apart(actual: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> dict[
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_float64_weights_are_equal(fused: bool) -> None:
-    differences = apart(train(BatchNormalization, "float64", fused), train(keras.layers.BatchNormalization, "float64"))
+    wanted = train(keras.layers.BatchNormalization, "float64")
+    differences = relative_differences(train(BatchNormalization, "float64", fused), wanted)
     assert len(differences) == 16
     assert max(differences.values()) <= 1e-6, differences
-    assert max(differences.values()) <= 1e-10, differences  # what float64 really leaves
+    assert max(differences.values()) <= 1e-10, differences  # the actual size of float64's rounding errors
 
 
-def test_float32_differs_less_than_three_ulps_of_noise() -> None:
+def test_float32_differs_at_most_three_times_the_noise() -> None:
     wanted = train(keras.layers.BatchNormalization, "float32")
-    noise = apart(train(keras.layers.BatchNormalization, "float32", ulp=True), wanted)
-    ours = apart(train(BatchNormalization, "float32"), wanted)
-    kernels = [path for path in wanted if path.endswith("kernel") and path != "conv1/kernel"]  # that one was moved
+    noise = relative_differences(train(keras.layers.BatchNormalization, "float32", ulp=True), wanted)
+    ours = relative_differences(train(BatchNormalization, "float32"), wanted)
+    # without the kernel that `ulp` changes
+    kernels = [path for path in wanted if path.endswith("kernel") and path != "conv1/kernel"]
     assert len(kernels) == 3
     norms = [float(np.linalg.norm([d[path] for path in kernels])) for d in (ours, noise)]
     assert 0 < norms[1] < 1e-6
     assert norms[0] <= 3 * norms[1], (ours, noise)
 
 
-def test_training_moves_the_weights() -> None:
-    """The equalities above would hold of models that never learn."""
+def test_training_changes_the_weights() -> None:
+    """Without this, the equalities above would hold for models that never learn."""
     before = {weight.path: np.asarray(weight) for weight in build(BatchNormalization, "float64").weights}
     after = train(BatchNormalization, "float64")
-    assert min(apart(after, {path: before[path] for path in after}).values()) > 1e-6
+    assert min(relative_differences(after, {path: before[path] for path in after}).values()) > 1e-6
 
 
 @pytest.fixture
@@ -101,16 +103,16 @@ def problem(rng: np.random.Generator) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize(
-    "words",
+    "kwargs",
     [{}, {"jit_compile": "auto"}, {"jit_compile": True}, {"run_eagerly": True}, {"steps_per_execution": 2}],
     ids=str,
 )
 @pytest.mark.filterwarnings("ignore:Model doesn't support `jit_compile=True`")
-def test_fit_evaluate_predict(words: dict[str, Any], problem: tuple[Any, Any]) -> None:
+def test_fit_evaluate_predict(kwargs: dict[str, Any], problem: tuple[Any, Any]) -> None:
     x, label = problem
     model = build(BatchNormalization, "float32", fused=True)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(keras.optimizers.Adam(1e-2), loss, metrics=["accuracy"], **words)
+    model.compile(keras.optimizers.Adam(1e-2), loss, metrics=["accuracy"], **kwargs)
     assert model.jit_compile is False
     history = model.fit(x, label, batch_size=32, epochs=3, validation_data=(x, label), verbose=0).history
     assert history["loss"][-1] < 0.5 * history["loss"][0]

@@ -1,4 +1,4 @@
-"""bnfast.keras.WeightNormalization: PyTorch's weight_norm, the data-dependent start, remove(). The rest: _models.py."""
+"""bnfast.keras.WeightNormalization: against PyTorch's weight_norm; data_init, remove(). More in ../models/."""
 
 from typing import Any
 
@@ -15,10 +15,10 @@ Layer = keras.layers
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
-    keras.utils.set_random_seed(3)  # kernels
+    keras.utils.set_random_seed(3)  # the initial kernels are random
 
 
-CASES: dict[str, Any] = {  # layer, its input's shape
+CASES: dict[str, Any] = {  # name: (layer, shape of its input)
     "dense": (lambda **k: Layer.Dense(4, **k), (40, 7)),
     "conv1d": (lambda **k: Layer.Conv1D(4, 3, **k), (6, 9, 5)),
     "conv2d": (lambda **k: Layer.Conv2D(4, 3, strides=2, **k), (5, 7, 7, 3)),
@@ -36,8 +36,8 @@ def batch(name: str, rng: np.random.Generator, dtype: str = "float32") -> Any:
     return (rng.standard_normal(CASES[name][1]) * 2 + 3).astype(dtype)
 
 
-def wrapped(name: str, x: Any, data_init: bool = True, **words: Any) -> Any:
-    layer = WeightNormalization(CASES[name][0](**words), data_init=data_init)
+def wrapped(name: str, x: Any, data_init: bool = True, **kwargs: Any) -> Any:
+    layer = WeightNormalization(CASES[name][0](**kwargs), data_init=data_init)
     layer.build(x.shape)
     return layer
 
@@ -48,7 +48,7 @@ def per_channel(y: Any) -> tuple[Any, Any]:
 
 
 def torch_layer(torch: Any, name: str, x: Any) -> tuple[Any, int, Any, Any]:
-    """PyTorch's layer, its weight_norm's dim, and how kernels go there and back."""
+    """PyTorch's layer, the dim of its weight_norm, and functions that convert kernels to PyTorch's layout and back."""
     nn, channels = torch.nn, x.shape[-1]
     if name == "dense":
         return nn.Linear(channels, 4), 0, np.transpose, np.transpose
@@ -60,27 +60,27 @@ def torch_layer(torch: Any, name: str, x: Any) -> tuple[Any, int, Any, Any]:
     if "depthwise" in name:
         layer = kind(channels, 2 * channels, 3, groups=channels)
 
-        def there(k: Any) -> Any:
+        def to_torch(k: Any) -> Any:
             return k.transpose(rank, rank + 1, *space).reshape(2 * channels, 1, *k.shape[:rank])
 
-        return layer, 0, there, lambda k: k.reshape(channels, 2, *k.shape[2:]).transpose(*range(2, rank + 2), 0, 1)
+        return layer, 0, to_torch, lambda k: k.reshape(channels, 2, *k.shape[2:]).transpose(*range(2, rank + 2), 0, 1)
     layer = kind(channels, 4, 2 if "3d" in name else 3, stride=stride, groups=2 if name == "grouped" else 1)
     order = (rank + 1, rank, *space)
     return layer, int("transpose" in name), lambda k: k.transpose(order), lambda k: k.transpose(back)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_torch(name: str, need: Any, rng: np.random.Generator) -> None:
+def test_equals_torch(name: str, need: Any, rng: np.random.Generator) -> None:
     torch = need("torch")
     x = batch(name, rng, "float64")
     layer = wrapped(name, x, dtype="float64")
     for variable in layer.trainable_variables:
         variable.assign(rng.standard_normal(variable.shape))
-    theirs, dim, there, back = torch_layer(torch, name, x)
+    theirs, dim, to_torch, to_keras = torch_layer(torch, name, x)
     theirs = torch.nn.utils.parametrizations.weight_norm(theirs.double(), dim=dim)
     length, direction = theirs.parametrizations.weight.original0, theirs.parametrizations.weight.original1
     with torch.no_grad():
-        direction.copy_(torch.from_numpy(np.ascontiguousarray(there(layer.v.numpy()))))
+        direction.copy_(torch.from_numpy(np.ascontiguousarray(to_torch(layer.v.numpy()))))
         length.copy_(torch.from_numpy(layer.g.numpy().reshape(length.shape)))
         theirs.bias.copy_(torch.from_numpy(layer.layer.bias.numpy()))
     tx = torch.from_numpy(x if name == "dense" else np.moveaxis(x, -1, 1).copy()).requires_grad_()
@@ -99,7 +99,7 @@ def test_torch(name: str, need: Any, rng: np.random.Generator) -> None:
     for mine, other in (
         (y, last(ty.detach().numpy())),
         (dx, last(tx.grad.numpy())),
-        (dv, back(direction.grad.numpy())),
+        (dv, to_keras(direction.grad.numpy())),
         (dg, length.grad.numpy().reshape(layer.g.shape)),
         (dbias, theirs.bias.grad.numpy()),
     ):
@@ -107,7 +107,7 @@ def test_torch(name: str, need: Any, rng: np.random.Generator) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_begins_as_the_plain_layer(name: str, rng: np.random.Generator) -> None:
+def test_initially_equals_the_plain_layer(name: str, rng: np.random.Generator) -> None:
     x = batch(name, rng)
     layer = wrapped(name, x)
     np.testing.assert_allclose(layer(x), layer.layer(x), rtol=1e-5, atol=1e-5)
@@ -164,7 +164,7 @@ def test_a_frozen_layer_is_not_initialized(freeze: str, rng: np.random.Generator
 
 
 @pytest.mark.parametrize("kind", ["empty", "one value", "constant", "nan"])
-def test_a_batch_that_says_nothing_is_not_the_first(kind: str, rng: np.random.Generator) -> None:
+def test_a_batch_without_variance_does_not_initialize(kind: str, rng: np.random.Generator) -> None:
     x = batch("dense", rng)
     layer = wrapped("dense", x)
     before = [v.numpy() for v in layer.variables]
@@ -175,7 +175,7 @@ def test_a_batch_that_says_nothing_is_not_the_first(kind: str, rng: np.random.Ge
     np.testing.assert_allclose(per_channel(layer(x, training=True))[1], 1, rtol=1e-5)
 
 
-def test_a_channel_that_does_not_vary_keeps_its_weights(rng: np.random.Generator) -> None:
+def test_a_constant_channel_keeps_its_weights(rng: np.random.Generator) -> None:
     x = batch("depthwise2d", rng)
     x[..., 1] = 0.3
     layer = wrapped("depthwise2d", x, bias_initializer="ones")
@@ -186,7 +186,7 @@ def test_a_channel_that_does_not_vary_keeps_its_weights(rng: np.random.Generator
     assert (layer.g.numpy()[[0, 2]] != g[[0, 2]]).all()
 
 
-def test_a_column_of_zeros_gives_no_nan(rng: np.random.Generator) -> None:
+def test_a_zero_column_gives_no_nan(rng: np.random.Generator) -> None:
     x = batch("dense", rng)
     layer = wrapped("dense", x, data_init=False)
     kernel = layer.v.numpy()

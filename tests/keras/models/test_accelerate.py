@@ -1,4 +1,4 @@
-"""accelerate: what is fused, what is kept, what training does afterwards, what is refused."""
+"""accelerate: fused activations and Adds, cases that are not fused, and training afterwards."""
 
 from typing import Any
 
@@ -56,7 +56,7 @@ def test_residual_blocks(add: Any) -> None:
     found = states(fast)
     assert found["relu0"] == "bnfast + relu"
     assert found["out1"] == found["out2"] == "bnfast + add + relu"
-    assert {found.pop(name, None) for name in ("bn1", "bn1s")} == {"bnfast", None}, "one of the Add's two goes"
+    assert {found.pop(name, None) for name in ("bn1", "bn1s")} == {"bnfast", None}, "one of them is fused"
     assert len(found) == 3
     assert isinstance(fast.get_layer("out2"), BatchNormalizationAdd)
     assert report(fast).removed["bn2"] == "out2"
@@ -74,7 +74,7 @@ def test_keras_ops_as_activation() -> None:
     same_predictions(model, fast)
 
 
-def test_an_add_without_an_activation() -> None:
+def test_an_add_without_an_activation_is_fused() -> None:
     inputs = keras.Input((4,))
     model = randomize(keras.Model(inputs, L.Add(name="sum")([inputs, KERAS(name="bn")(inputs)])))
     fast = quiet(model)
@@ -85,7 +85,7 @@ def test_an_add_without_an_activation() -> None:
 
 
 def not_fused(how: str) -> Any:
-    """A model in which a ReLU or an Add follows a batch norm, and fusing them would be wrong."""
+    """A model in which a ReLU or an Add follows a batch norm but must not be fused with it."""
     inputs, norm, relu = keras.Input((4,)), KERAS(name="bn"), L.ReLU(name="relu")
     x = norm(inputs)
     if how == "used twice":
@@ -123,7 +123,7 @@ def not_fused(how: str) -> Any:
         "activity regularizer",
     ],
 )
-def test_what_is_not_fused(how: str) -> None:
+def test_cases_that_are_not_fused(how: str) -> None:
     model = not_fused(how)
     fast = quiet(model)
     (row,) = report(fast).rows
@@ -134,7 +134,7 @@ def test_what_is_not_fused(how: str) -> None:
 
 
 def test_shared_layers_stay_shared() -> None:
-    """One batch norm and one ReLU, called as a pair twice: one fused layer, called twice."""
+    """A batch norm and a ReLU, called twice as a pair, become one fused layer that is called twice."""
     first, second = keras.Input((4,)), keras.Input((4,))
     norm, relu = KERAS(), L.ReLU(name="relu")
     model = randomize(keras.Model([first, second], [relu(norm(first)), relu(norm(second))]))
@@ -144,7 +144,7 @@ def test_shared_layers_stay_shared() -> None:
     same_predictions(model, fast, (3, 4), (3, 4))
 
 
-def test_models_in_models() -> None:
+def test_nested_models() -> None:
     inner = keras.Sequential([keras.Input((4,)), L.Dense(4), KERAS(), L.ReLU(name="inner_relu")], name="inner")
     inputs = keras.Input((4,))
     middle = keras.Model(inputs, L.ReLU(name="middle_relu")(KERAS()(inner(inputs))), name="middle")
@@ -161,24 +161,27 @@ def test_models_in_models() -> None:
         np.testing.assert_allclose(fast(x)[name], y, rtol=1e-5, atol=1e-5)
 
 
-def test_the_model_given_is_not_changed() -> None:
+def test_the_original_model_is_not_changed() -> None:
     model = residual_net(compiled="adam")
     model.fit(*data(), verbose=0)
 
-    def look() -> Any:
+    def snapshot() -> Any:
         nodes = [(len(op._inbound_nodes), len(op._outbound_nodes)) for op in model.operations]
         return model.to_json(), nodes, [v.numpy().tobytes() for v in (*model.variables, *model.optimizer.variables)]
 
-    before = look()
+    before = snapshot()
     fast = quiet(model)
-    assert look() == before
+    assert snapshot() == before
     fast.fit(*data(), epochs=2, verbose=0)
-    assert look() == before
+    assert snapshot() == before
     assert not {id(v) for v in model.variables} & {id(v) for v in fast.variables}
 
 
-def test_float64_training_stays_together() -> None:
-    """20 steps of SGD 1e-3: all weights to 1e-6 in relative norm. Convolutions have no bias, whose gradient were 0."""
+def test_float64_training_equals_the_original() -> None:
+    """After 20 steps of SGD(1e-3) all weights agree to 1e-6 in relative norm.
+
+    The convolutions have no bias: its true gradient would be 0, so it would hold only rounding errors.
+    """
     model = residual_net("float64", keras.optimizers.SGD(1e-3))
     fast = quiet(model)
     for step in range(20):
@@ -194,7 +197,7 @@ def test_float64_training_stays_together() -> None:
         assert np.linalg.norm(actual - value) <= 1e-6 * np.linalg.norm(value), path
 
 
-def test_a_batch_norm_of_ours_is_fused_too() -> None:
+def test_bnfast_layers_are_fused() -> None:
     with patch():
         model = sequential(keras.layers.BatchNormalization(), L.ReLU(name="relu"))
     model.add(BatchNormalization(name="ours", momentum=0.5, bridge="numpy_function"))
@@ -206,7 +209,7 @@ def test_a_batch_norm_of_ours_is_fused_too() -> None:
     same_predictions(model, fast)
 
 
-def test_without_the_op_little_data_stays_with_keras(monkeypatch):
+def test_without_the_op_small_inputs_stay_on_keras(monkeypatch):
     model = keras.Sequential([keras.Input((64, 64, 3)), L.Conv2D(64, 3), L.BatchNormalization(name="large"),
                               L.GlobalAveragePooling2D(), L.BatchNormalization(name="small")])  # fmt: skip
     assert states(quiet(model)) == {"large": "bnfast", "small": "bnfast"}

@@ -1,4 +1,4 @@
-"""accelerate: compiled state comes along: optimizers with their slots, losses, metrics, a train_step of its own."""
+"""accelerate keeps the compiled state: optimizers with their slots, losses, metrics, a custom train_step."""
 
 from typing import Any
 
@@ -22,8 +22,8 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_training_goes_on_where_it_was(name: str) -> None:
-    """Two more steps after two: the same optimizer variables and weights as without accelerate between them."""
+def test_training_continues(name: str) -> None:
+    """Two steps, accelerate, two more steps: the same losses and weights as without accelerate."""
     model = residual_net("float64", OPTIMIZERS[name]())
     for step in range(2):
         model.train_on_batch(*data("float64", step))
@@ -31,7 +31,7 @@ def test_training_goes_on_where_it_was(name: str) -> None:
     assert int(getattr(fast.optimizer, "inner_optimizer", fast.optimizer).iterations) == 2
     assert fast.optimizer is not model.optimizer
     removed = report(fast).removed
-    model.reset_metrics()  # Keras 3.5 gives the mean since then
+    model.reset_metrics()  # otherwise Keras 3.5 returns means that include the first two steps
     for step in (2, 3):
         results = [m.train_on_batch(*data("float64", step), return_dict=True) for m in (model, fast)]
         assert results[0].keys() == results[1].keys() == {"loss", "accuracy"}
@@ -46,10 +46,10 @@ def test_training_goes_on_where_it_was(name: str) -> None:
 
 @pytest.mark.skipif("renorm" not in KERAS().get_config(), reason="Keras 3.14 and later")
 @pytest.mark.parametrize("inplace", [False, True])
-def test_renorm_comes_along_and_back(inplace: bool) -> None:
-    """Its three weights and the optimizer's slots too: there, a step, and back, a step, is as Keras all the way."""
-    words = {"renorm": True, "renorm_clipping": {"rmin": 0.7, "rmax": 1.4, "dmax": 0.3}, "renorm_momentum": 0.8}
-    model, twin = (residual_net("float64", keras.optimizers.Adam(0.01), **words) for _ in range(2))
+def test_renorm_is_kept_by_accelerate_and_to_keras(inplace: bool) -> None:
+    """accelerate, two steps, to_keras, two steps: equal to Keras throughout, with renorm's weights and slots."""
+    kwargs = {"renorm": True, "renorm_clipping": {"rmin": 0.7, "rmax": 1.4, "dmax": 0.3}, "renorm_momentum": 0.8}
+    model, twin = (residual_net("float64", keras.optimizers.Adam(0.01), **kwargs) for _ in range(2))
     for step in range(5):
         if step == 1:
             model = quiet(model, inplace=inplace)
@@ -71,8 +71,8 @@ def test_renorm_comes_along_and_back(inplace: bool) -> None:
         assert norm.get_config() == twin.get_layer(name).get_config()
 
 
-def test_slots_follow_their_weights_and_files_their_order(tmp_path: Any) -> None:
-    """Where fusing changes the order of the weights, slots change theirs; a saved model loads them so."""
+def test_slots_follow_the_new_order_of_the_weights(tmp_path: Any) -> None:
+    """Fusing may change the order of the weights. The slots follow it, and saved models load correctly."""
     model = residual_net(compiled=keras.optimizers.SGD(0.01, momentum=0.9))
     model.fit(*data(), verbose=0)
     fast = quiet(model)
@@ -88,7 +88,7 @@ def test_slots_follow_their_weights_and_files_their_order(tmp_path: Any) -> None
         np.testing.assert_array_equal(a, b)
 
 
-def test_weights_left_out_of_weight_decay_stay_out() -> None:
+def test_weights_excluded_from_weight_decay_stay_excluded() -> None:
     model = dense_net()
     optimizer = keras.optimizers.AdamW(0.01, weight_decay=0.5)
     optimizer.exclude_from_weight_decay(var_list=[model.get_layer("bn").gamma], var_names=["bias"])
@@ -116,44 +116,44 @@ def test_losses_and_metrics_of_many_outputs() -> None:
     assert found.keys() == wanted.keys()
     assert all(abs(found[name] - wanted[name]) < 1e-5 for name in wanted)
     fast.evaluate(x, y, verbose=0)
-    assert float(metric.result()) == pytest.approx(wanted["a_error"], rel=1e-5), "the metric is the old model's own"
+    assert float(metric.result()) == pytest.approx(wanted["a_error"], rel=1e-5), "not shared with the copy"
 
 
 class Doubling(keras.Model):
-    """A Functional model of a class with a train_step of its own."""
+    """A Functional model with a custom train_step."""
 
     def train_step(self, data: Any) -> Any:
         return {key: 2 * value for key, value in super().train_step(data).items()}
 
 
-class OwnCompile(keras.Model):
-    def compile(self, tutor: Any, **words: Any) -> None:
-        super().compile(**words)
-        self.tutor = tutor
+class CustomCompile(keras.Model):
+    def compile(self, teacher: Any, **kwargs: Any) -> None:
+        super().compile(**kwargs)
+        self.teacher = teacher
 
 
-def test_classes_of_functional_models_stay() -> None:
+def test_subclasses_of_functional_models_are_kept() -> None:
     inputs = keras.Input((4,))
     model = randomize(Doubling(inputs, L.Dense(1)(KERAS()(inputs))))
     model.compile("sgd", "mse", jit_compile=True)
     fast = quiet(model)
     assert type(fast) is Doubling
-    assert not fast.jit_compile, "XLA has no kernel for ours"
+    assert not fast.jit_compile, "XLA has no kernel for our op"
     x = np.random.default_rng(0).normal(size=(8, 4))
     losses = [m.train_on_batch(x, np.ones((8, 1)), return_dict=True)["loss"] for m in (fast, model)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_a_compile_of_its_own_is_left_to_the_caller() -> None:
+def test_models_with_a_custom_compile_are_not_compiled() -> None:
     inputs = keras.Input((4,))
-    model = OwnCompile(inputs, L.Dense(1)(KERAS()(inputs)))
-    model.compile("a tutor", optimizer="sgd", loss="mse")
-    with pytest.warns(UserWarning, match="OwnCompile has a compile"):
+    model = CustomCompile(inputs, L.Dense(1)(KERAS()(inputs)))
+    model.compile("a teacher", optimizer="sgd", loss="mse")
+    with pytest.warns(UserWarning, match="CustomCompile has a compile"):
         fast = quiet(model)
     assert not fast.compiled
 
 
-def test_mixed_precision_keeps_its_loss_scale() -> None:
+def test_mixed_precision_keeps_the_loss_scale() -> None:
     keras.config.set_dtype_policy("mixed_float16")
     try:
         model = dense_net()

@@ -1,4 +1,4 @@
-"""accelerate: what layers keep comes along; subclassed models in place; what is left alone, what is refused."""
+"""accelerate: layer state, subclassed models in place, layers that stay on Keras, the report, errors."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ def test_frozen_layers_stay_frozen() -> None:
     assert [w.numpy().tobytes() for name in ("relu0", "out2") for w in fast.get_layer(name).weights] == before
 
 
-def test_a_frozen_model_with_a_layer_that_is_not() -> None:
+def test_a_frozen_model_with_a_trainable_layer() -> None:
     model = residual_net()
     model.trainable = False
     model.get_layer("bn2").trainable = True
@@ -37,8 +37,8 @@ def test_a_frozen_model_with_a_layer_that_is_not() -> None:
     assert len(fast.trainable_variables) == len(model.trainable_variables)
 
 
-def test_arguments_of_the_batch_norm_come_along() -> None:
-    words: dict[str, Any] = {
+def test_batch_norm_arguments_are_kept() -> None:
+    kwargs: dict[str, Any] = {
         "axis": 1,
         "momentum": 0.7,
         "epsilon": 1e-5,
@@ -48,10 +48,10 @@ def test_arguments_of_the_batch_norm_come_along() -> None:
         "gamma_constraint": keras.constraints.NonNeg(),
     }
     inputs = keras.Input((4, 5))
-    model = randomize(keras.Model(inputs, L.ReLU(name="relu")(KERAS(**words)(inputs))))
+    model = randomize(keras.Model(inputs, L.ReLU(name="relu")(KERAS(**kwargs)(inputs))))
     fast = quiet(model)
     config = fast.get_layer("relu").get_config()
-    wanted = KERAS(**words).get_config()
+    wanted = KERAS(**kwargs).get_config()
     assert {name: config[name] for name in wanted if name != "name"} == {n: wanted[n] for n in wanted if n != "name"}
     np.testing.assert_allclose(fast.losses[0], model.losses[0], rtol=1e-6)
     same_predictions(model, fast)
@@ -74,7 +74,7 @@ def test_dtype_policies(policy: str) -> None:
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_masks(fused: bool) -> None:
-    """Statistics leave out what Masking masks, and the layer after still gets the mask."""
+    """Masked values do not enter the statistics, and the next layer still receives the mask."""
     inputs = keras.Input((5, 3))
     x = KERAS(name="bn", momentum=0.5)(L.Masking()(inputs))
     x = L.ReLU(name="relu")(x) if fused else L.Activation("tanh")(x)
@@ -89,15 +89,15 @@ def test_masks(fused: bool) -> None:
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
-def test_seeds_vocabularies_and_functions_come_along() -> None:
+def test_seeds_vocabularies_and_functions_are_kept() -> None:
     lookup = L.StringLookup()
     lookup.adapt(np.array(["a", "b", "b", "c"]))
     scale = L.Normalization()
-    words, numbers = keras.Input((1,), dtype="string"), keras.Input((2,))
-    x = L.Embedding(5, 3)(lookup(words))
+    texts, numbers = keras.Input((1,), dtype="string"), keras.Input((2,))
+    x = L.Embedding(5, 3)(lookup(texts))
     x = L.Concatenate()([L.Flatten()(x), L.Lambda(lambda t: t * 3, name="triple")(scale(numbers))])
     x = L.Dense(4, activation=lambda t: t * 2)(L.Dropout(0.5, seed=3, name="dropout_of_three")(x))
-    model = randomize(keras.Model([words, numbers], L.ReLU()(KERAS()(x))))
+    model = randomize(keras.Model([texts, numbers], L.ReLU()(KERAS()(x))))
     scale.adapt(np.arange(8.0).reshape(4, 2))
     model.get_layer("dropout_of_three").seed_generator.next()
     fast = quiet(model)
@@ -141,7 +141,7 @@ def test_functional_models_in_place() -> None:
 
 
 def test_layers_inside_other_layers() -> None:
-    """Wrappers and custom layers are copied by config, and what sits in them is replaced."""
+    """Wrappers and custom layers are copied by config, and the batch norms inside them are replaced."""
     inputs = keras.Input((3, 4))
     x = L.TimeDistributed(KERAS(name="inner"))(inputs)
     model = randomize(keras.Model(inputs, L.TimeDistributed(L.Dense(2))(x)))
@@ -155,19 +155,19 @@ class Custom(KERAS):  # type: ignore[misc,valid-type]
     pass
 
 
-LEFT_ALONE = {
+STAYS_ON_KERAS = {
     "Custom is a class of its own": lambda: Custom(name="bn"),
 }
 
 
 if "renorm" in KERAS().get_config():  # Keras 3.14 and later
-    LEFT_ALONE["renorm=True with sync"] = lambda: KERAS(name="bn", renorm=True, synchronized=True)
+    STAYS_ON_KERAS["renorm=True with sync"] = lambda: KERAS(name="bn", renorm=True, synchronized=True)
 
 
-@pytest.mark.parametrize("reason", LEFT_ALONE)
+@pytest.mark.parametrize("reason", STAYS_ON_KERAS)
 @pytest.mark.parametrize("inplace", [False, True])
-def test_what_is_left_alone(reason: str, inplace: bool) -> None:
-    model = dense_net(norm=LEFT_ALONE[reason]())
+def test_layers_that_stay_on_keras(reason: str, inplace: bool) -> None:
+    model = dense_net(norm=STAYS_ON_KERAS[reason]())
     with pytest.raises(ValueError, match=f"strict=True, and batch norm bn stays on Keras's layer: {reason}"):
         accelerate(model, strict=True, inplace=inplace)
     (row,) = report(quiet(model, inplace=inplace)).rows
@@ -185,7 +185,7 @@ def test_the_report_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert row.reason == "accelerate() has not been applied"
 
 
-def test_refusals() -> None:
+def test_errors() -> None:
     inputs = keras.Input((4,))
     plain = keras.Model(inputs, L.Dense(2)(inputs), name="plain")
     with pytest.raises(ValueError, match="model plain has no batch norm"):
@@ -198,7 +198,7 @@ def test_refusals() -> None:
         accelerate(L.Dense(3))
 
 
-def test_a_layer_that_can_not_be_copied() -> None:
+def test_a_layer_that_cannot_be_copied() -> None:
     class Secret(L.Layer):  # type: ignore[misc]
         def __init__(self, key: Any) -> None:
             super().__init__(name="secret")
@@ -226,7 +226,7 @@ class Doubled(BatchNormalization):  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-def test_layers_made_from_ours_are_left_as_they_are(inplace: bool) -> None:
+def test_subclasses_of_our_layer_are_not_changed(inplace: bool) -> None:
     inputs, labels = keras.Input((6,)), keras.Input((), dtype="int32")
     y = ConditionalBatchNormalization(3)([Doubled()(KERAS()(inputs)), labels])
     model = randomize(keras.Model([inputs, labels], y))
@@ -238,7 +238,7 @@ def test_layers_made_from_ours_are_left_as_they_are(inplace: bool) -> None:
     np.testing.assert_allclose(fast(x), wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_what_a_config_cannot_hold_comes_along() -> None:
+def test_options_outside_the_config_are_kept() -> None:
     def adjustment(shape: Any) -> Any:
         return tf.fill([shape[0], 1], 3.0), tf.zeros([shape[0], 1])
 

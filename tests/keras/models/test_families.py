@@ -1,4 +1,4 @@
-"""All keras.applications families through accelerate and to_keras: predictions, weights, names, reports."""
+"""accelerate and to_keras on every keras.applications family: predictions, weights, names, reports."""
 
 import re
 from typing import Any
@@ -18,7 +18,7 @@ def marked(name: str) -> Any:
 
 
 @pytest.mark.parametrize("name", [marked(name) for name in families.FAMILIES])
-def test_there_and_back(name: str) -> None:
+def test_accelerate_and_to_keras(name: str) -> None:
     model = families.build(name)
     x = families.batch(model)
     wanted, weights = model(x).numpy(), model.get_weights()

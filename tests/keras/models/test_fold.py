@@ -1,4 +1,4 @@
-"""fold: each kind of layer before and after a batch norm, what stays, and whole models."""
+"""fold: every kind of layer before and after a batch norm, norms that are kept, and whole models."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ import bnfast.keras
 import families
 import keras
 from bnfast.keras import BatchNormalization, BatchNormalizationAdd, fold
-from fold_cases import AFTER, SHAPES, Keras, agrees, chain, fresh_names, norms, stir
+from fold_cases import AFTER, SHAPES, Keras, chain, check_fold, fresh_names, norms, randomize
 from keras import layers
 
 __all__ = ["fresh_names"]
@@ -22,9 +22,9 @@ __all__ = ["fresh_names"]
 BEFORE: dict[str, tuple[int, Callable[[], Any]]] = {
     "Dense": (0, lambda: layers.Dense(4)),
     "Dense on sequences": (1, lambda: layers.Dense(4, use_bias=False)),
-    "Conv1D causal": (1, lambda: layers.Conv1D(4, 3, padding="causal", dilation_rate=2)),
+    "causal Conv1D": (1, lambda: layers.Conv1D(4, 3, padding="causal", dilation_rate=2)),
     "Conv2D": (2, lambda: layers.Conv2D(4, 3, padding="same", strides=2, use_bias=False)),
-    "Conv2D in groups": (2, lambda: layers.Conv2D(4, 3, groups=2)),
+    "grouped Conv2D": (2, lambda: layers.Conv2D(4, 3, groups=2)),
     "Conv3D": (3, lambda: layers.Conv3D(4, 2)),
     "DepthwiseConv1D": (1, lambda: layers.DepthwiseConv1D(3, depth_multiplier=2, use_bias=False)),
     "DepthwiseConv2D": (2, lambda: layers.DepthwiseConv2D(3, padding="same", depth_multiplier=2)),
@@ -39,7 +39,7 @@ BEFORE: dict[str, tuple[int, Callable[[], Any]]] = {
 @pytest.mark.parametrize("name", BEFORE)
 def test_into_the_layer_before(name: str) -> None:
     rank, make = BEFORE[name]
-    folded = agrees(chain(SHAPES[rank], make(), Keras(), layers.ReLU()))
+    folded = check_fold(chain(SHAPES[rank], make(), Keras(), layers.ReLU()))
     assert [type(layer) for layer in folded.layers[1:]] == [type(make()), layers.ReLU]
     assert folded.layers[1].use_bias
 
@@ -47,53 +47,53 @@ def test_into_the_layer_before(name: str) -> None:
 @pytest.mark.parametrize("name", AFTER)
 def test_into_the_layer_after(name: str) -> None:
     rank, make = AFTER[name]
-    folded = agrees(chain(SHAPES[rank], layers.ReLU(), Keras(), make()))
+    folded = check_fold(chain(SHAPES[rank], layers.ReLU(), Keras(), make()))
     assert [type(layer) for layer in folded.layers[1:]] == [layers.ReLU, type(make())]
 
 
-def test_into_several_at_once() -> None:
-    folded = agrees(chain((6,), Keras(), layers.Dense(5), Keras(scale=False), Keras(center=False), layers.ReLU()))
+def test_several_norms_around_one_layer() -> None:
+    folded = check_fold(chain((6,), Keras(), layers.Dense(5), Keras(scale=False), Keras(center=False), layers.ReLU()))
     assert [type(layer) for layer in folded.layers[1:]] == [layers.Dense, layers.ReLU]
 
 
-def test_along_another_axis() -> None:
+def test_other_axes() -> None:
     first = {"data_format": "channels_first"}
-    agrees(chain((6, 9, 9), layers.Conv2D(4, 3, **first), Keras(axis=1), layers.ReLU()))
-    agrees(chain((6, 9, 9), layers.ReLU(), Keras(axis=-3), layers.Conv2D(4, 3, **first)))
-    agrees(chain((6, 9, 9), layers.Conv2D(4, 3, **first), Keras(name="bn")), ["bn"])
-    agrees(chain((9, 9, 6), layers.Conv2D(4, 3), Keras(axis=1, name="bn")), ["bn"])
+    check_fold(chain((6, 9, 9), layers.Conv2D(4, 3, **first), Keras(axis=1), layers.ReLU()))
+    check_fold(chain((6, 9, 9), layers.ReLU(), Keras(axis=-3), layers.Conv2D(4, 3, **first)))
+    check_fold(chain((6, 9, 9), layers.Conv2D(4, 3, **first), Keras(name="bn")), ["bn"])
+    check_fold(chain((9, 9, 6), layers.Conv2D(4, 3), Keras(axis=1, name="bn")), ["bn"])
 
 
 KEPT: dict[str, tuple[Any, ...]] = {
     "an activation between": (layers.Conv2D, {"activation": "relu"}, {}),
-    "a convolution after it that pads": (None, {"padding": "same"}, {}),
+    "a padded convolution after it": (None, {"padding": "same"}, {}),
     "another dtype": (layers.Conv2D, {"dtype": "float64"}, {}),
     "an activity regularizer before": (layers.Conv2D, {"activity_regularizer": "l2"}, {}),
-    "an activity regularizer of its own": (layers.Conv2D, {}, {"activity_regularizer": "l2"}),
+    "an activity regularizer of the norm": (layers.Conv2D, {}, {"activity_regularizer": "l2"}),
 }
 
 
 @pytest.mark.parametrize("why", KEPT)
-def test_what_is_not_exact_is_kept(why: str) -> None:
-    before, words, own = KEPT[why]
+def test_inexact_folds_are_kept(why: str) -> None:
+    before, kwargs, own = KEPT[why]
     norm = Keras(name="bn", **own)
     if before is None:
-        agrees(chain(SHAPES[2], norm, layers.Conv2D(4, 3, **words)), ["bn"])
+        check_fold(chain(SHAPES[2], norm, layers.Conv2D(4, 3, **kwargs)), ["bn"])
     else:
-        agrees(chain(SHAPES[2], before(4, 3, **words), norm, layers.ReLU()), ["bn"])
+        check_fold(chain(SHAPES[2], before(4, 3, **kwargs), norm, layers.ReLU()), ["bn"])
 
 
-def test_what_is_used_elsewhere_is_kept() -> None:
+def test_norms_of_shared_layers_and_outputs_are_kept() -> None:
     x = inputs = layers.Input(SHAPES[2])
-    twice = layers.Conv2D(6, 3, padding="same", name="twice")(x)  # its output goes two ways
+    twice = layers.Conv2D(6, 3, padding="same", name="twice")(x)  # two consumers
     y = layers.Add()([twice, Keras(name="bn_1")(twice)])
     shared = layers.Conv2D(6, 3, padding="same", name="shared")
     y = shared(layers.ReLU()(Keras(name="bn_2")(shared(y))))
     both = Keras(name="both")
     y = both(layers.Conv2D(6, 1)(both(layers.Conv2D(6, 1)(y))))
-    out = layers.Conv2D(4, 3, name="out")(y)  # an output of the model itself
-    model = stir(keras.Model(inputs, [out, Keras(name="bn_3")(out)]))
-    agrees(model, ["bn_1", "bn_2", "both", "bn_3"])
+    out = layers.Conv2D(4, 3, name="out")(y)  # also an output of the model
+    model = randomize(keras.Model(inputs, [out, Keras(name="bn_3")(out)]))
+    check_fold(model, ["bn_1", "bn_2", "both", "bn_3"])
 
 
 def test_a_subclass_and_a_batch_norm_in_training_mode_are_kept() -> None:
@@ -109,39 +109,41 @@ def test_a_subclass_and_a_batch_norm_in_training_mode_are_kept() -> None:
     y = nested(layers.Dense(4)(y), training=True)
     y = Keras(name="batch")(layers.Dense(4)(y), training=True)
     y = Keras(name="gone")(layers.Dense(4)(y), training=False)
-    model = stir(keras.Model(inputs, y))
+    model = randomize(keras.Model(inputs, y))
     with keras.saving.custom_object_scope({"Mine": Mine}):
-        agrees(model, ["mine", "inner", "batch"])
-    agrees(chain(SHAPES[2], MyConv(4, 3), Keras(name="bn"), layers.ReLU()), ["bn"])
+        check_fold(model, ["mine", "inner", "batch"])
+    check_fold(chain(SHAPES[2], MyConv(4, 3), Keras(name="bn"), layers.ReLU()), ["bn"])
 
 
 def test_nested_and_sequential_models() -> None:
     inner = keras.Sequential([layers.Input((8, 8, 3)), layers.Conv2D(4, 3), Keras(), layers.ReLU()], name="inner")
     inputs = layers.Input((8, 8, 3))
     head = keras.Sequential([layers.Flatten(), Keras(), layers.Dense(3)], name="head")
-    y = layers.Subtract()([inner(inputs), inner(layers.ReLU()(inputs))])  # called twice: its layers are shared alike
-    folded = agrees(stir(keras.Model({"image": inputs}, {"logits": head(y)})))
+    # inner is called twice, but always as a whole, so its layers can be folded
+    y = layers.Subtract()([inner(inputs), inner(layers.ReLU()(inputs))])
+    folded = check_fold(randomize(keras.Model({"image": inputs}, {"logits": head(y)})))
     assert [layer.name for layer in folded.layers if isinstance(layer, keras.Sequential)] == ["inner", "head"]
-    assert isinstance(agrees(stir(keras.Sequential([layers.Input((3,)), layers.Dense(4), Keras()]))), keras.Sequential)
+    sequential = randomize(keras.Sequential([layers.Input((3,)), layers.Dense(4), Keras()]))
+    assert isinstance(check_fold(sequential), keras.Sequential)
 
 
 @pytest.mark.parametrize("activation", ["relu", layers.LeakyReLU(0.3), layers.PReLU(), keras.activations.gelu])
-def test_our_layer_leaves_its_activation(activation: Any) -> None:
-    folded = agrees(
+def test_folding_our_layer_keeps_its_activation(activation: Any) -> None:
+    folded = check_fold(
         chain(SHAPES[2], layers.Conv2D(4, 3), BatchNormalization(activation=activation, name="act"), layers.Flatten())
     )
     wanted = type(activation) if isinstance(activation, keras.Layer) else layers.Activation
     assert type(folded.get_layer("act")) is wanted
-    folded = agrees(chain((6,), layers.Dense(4), BatchNormalization(), BatchNormalization(activation="relu6")))
+    folded = check_fold(chain((6,), layers.Dense(4), BatchNormalization(), BatchNormalization(activation="relu6")))
     assert [type(layer) for layer in folded.layers[1:]] == [layers.Dense, layers.Activation]
 
 
 @pytest.mark.parametrize("activation", [None, "relu"])
-def test_our_residual_layer_leaves_the_sum(activation: Any) -> None:
+def test_folding_our_residual_layer_keeps_the_sum(activation: Any) -> None:
     inputs = layers.Input((8, 8, 4))
     y = layers.Conv2D(4, 3, padding="same")(inputs)
     y = BatchNormalizationAdd(activation=activation, name="end")([y, inputs])
-    folded = agrees(stir(keras.Model(inputs, layers.Flatten()(y))))
+    folded = check_fold(randomize(keras.Model(inputs, layers.Flatten()(y))))
     assert type(folded.get_layer("end")) is (layers.Activation if activation else layers.Add)
 
 
@@ -151,13 +153,13 @@ def test_after_accelerate() -> None:
         return layers.ReLU()(layers.Add()([Keras()(layers.Conv2D(4, 3, padding="same")(y)), x]))
 
     model = chain((8, 8, 4), block, block, layers.Flatten())
-    folded = agrees(bnfast.keras.accelerate(model, verbose=False))
+    folded = check_fold(bnfast.keras.accelerate(model, verbose=False))
     x = np.random.default_rng(0).normal(size=(3, 8, 8, 4)).astype("float32")
     wanted = model(x).numpy()
     np.testing.assert_allclose(folded(x), wanted, rtol=0, atol=1e-5 * wanted.max())
 
 
-def test_numbers_are_right_in_float64_and_rounded_once() -> None:
+def test_folded_weights_are_computed_in_float64() -> None:
     def model(dtype: str) -> Any:
         return chain((6,), layers.Dense(4, dtype=dtype), Keras(dtype=dtype, epsilon=1e-5), dtype=dtype)
 
@@ -173,11 +175,11 @@ def test_numbers_are_right_in_float64_and_rounded_once() -> None:
 
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "float16"])
 def test_half_precision(policy: str) -> None:
-    folded = agrees(chain(SHAPES[2], layers.Conv2D(4, 3, dtype=policy), Keras(dtype=policy), layers.ReLU()))
+    folded = check_fold(chain(SHAPES[2], layers.Conv2D(4, 3, dtype=policy), Keras(dtype=policy), layers.ReLU()))
     assert folded.layers[1].dtype_policy.name == policy
 
 
-def test_values_that_a_kernel_cannot_hold_are_kept() -> None:
+def test_folds_with_nonfinite_kernels_are_kept() -> None:
     model = chain((6,), layers.Dense(4), Keras(name="bn", epsilon=0.0))
     model.get_layer("bn").moving_variance.assign([0.0, 1.0, 1.0, 1.0])
     assert norms(fold(model)) == ["bn"]
@@ -185,12 +187,12 @@ def test_values_that_a_kernel_cannot_hold_are_kept() -> None:
     assert norms(fold(model)) == ["bn"]
 
 
-def test_weights_regularizers_go_and_flags_stay() -> None:
+def test_regularizers_are_removed_and_trainable_flags_kept() -> None:
     dense = layers.Dense(4, kernel_regularizer="l2", bias_constraint="non_neg", activity_regularizer=None)
     model = chain((6,), dense, Keras(gamma_regularizer="l2"), layers.Dense(2, kernel_regularizer="l2", name="head"))
     dense.trainable = False
-    folded = agrees(model)
-    assert len(model.losses) == 2  # a frozen layer has none
+    folded = check_fold(model)
+    assert len(model.losses) == 2  # the frozen layer has no loss
     assert len(folded.losses) == 1
     assert (folded.layers[1].trainable, folded.get_layer("head").trainable) == (False, True)
 
@@ -205,7 +207,7 @@ np.save(sys.argv[1] + "/y.npy", model.predict(np.load(sys.argv[1] + "/x.npy"), v
 
 
 def test_the_folded_model_loads_without_bnfast(tmp_path: Path) -> None:
-    folded = agrees(chain(SHAPES[2], layers.Conv2D(4, 3), BatchNormalization(activation="relu"), layers.Flatten()))
+    folded = check_fold(chain(SHAPES[2], layers.Conv2D(4, 3), BatchNormalization(activation="relu"), layers.Flatten()))
     assert all(type(layer).__module__.startswith("keras.") for layer in folded.layers)
     x = np.random.default_rng(0).normal(size=(3, *SHAPES[2])).astype("float32")
     folded.save(tmp_path / "model.keras")
@@ -214,7 +216,7 @@ def test_the_folded_model_loads_without_bnfast(tmp_path: Path) -> None:
     np.testing.assert_allclose(np.load(tmp_path / "y.npy"), folded(x), rtol=1e-6, atol=1e-6)
 
 
-def test_check_says_what_differs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_reports_the_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     model = chain((6,), layers.Dense(4), Keras())
     right = bnfast.keras.models.foldable.FoldableLayer.after  # type: ignore[attr-defined]
     monkeypatch.setattr(
@@ -227,14 +229,14 @@ def test_check_says_what_differs(monkeypatch: pytest.MonkeyPatch) -> None:
         fold(model, check=True)
 
 
-def test_check_makes_input_of_every_kind() -> None:
+def test_check_generates_inputs_of_every_dtype() -> None:
     tokens, image, weights = layers.Input((None,), dtype="int32"), layers.Input((None, None, 3)), layers.Input((2,))
     y = layers.GlobalAveragePooling1D()(layers.Embedding(5, 4)(tokens))
     z = layers.GlobalAveragePooling2D()(Keras()(layers.Conv2D(4, 3)(image)))
-    agrees(stir(keras.Model([tokens, [image, weights]], [y, layers.Concatenate()([z, weights])])))
+    check_fold(randomize(keras.Model([tokens, [image, weights]], [y, layers.Concatenate()([z, weights])])))
 
 
-def test_bad_input() -> None:
+def test_errors() -> None:
     class Own(keras.Model):
         def __init__(self) -> None:
             super().__init__(name="own")
@@ -266,7 +268,7 @@ LEFT = {"DenseNet121": 1, "MobileNet": 0, "MobileNetV2": 0, "ResNet50": 0, "Effi
 
 @pytest.mark.parametrize("name", [marked(name) for name in families.FAMILIES])
 def test_families_of_keras_applications(name: str) -> None:
-    model = stir(families.build(name), kernels=None)
+    model = randomize(families.build(name), kernels=None)
     folded = fold(model, check=True)
     assert len(norms(folded)) == LEFT.get(name, len(norms(folded)))
     assert len(norms(folded)) < len(norms(model))

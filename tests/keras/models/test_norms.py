@@ -14,12 +14,12 @@ import tensorflow as tf
 from bnfast.keras import GroupNormalization, InstanceNormalization, LayerNormalization, to_keras
 from bnfast.tensorflow import group_norm
 from keras import layers as L
-from norms_cases import each_way, same, theirs
+from norms_cases import assert_close, force_implementation, theirs
 
 
 @pytest.fixture(params=["ops", "kernels"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    yield from each_way(request.param, monkeypatch)
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    yield from force_implementation(request.param, monkeypatch)
 
 
 def model_of(group: Any, instance: Any, layer: Any) -> Any:
@@ -32,18 +32,18 @@ def model_of(group: Any, instance: Any, layer: Any) -> Any:
 
 
 def models(dtype: str = "float64") -> tuple[Any, Any]:
-    """Ours and Keras's, the same weights."""
+    """Our model and Keras's, with equal weights."""
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy(dtype)
     try:
         ours = model_of(GroupNormalization, InstanceNormalization, LayerNormalization)
         keras_model = model_of(
-            L.GroupNormalization, lambda **words: L.GroupNormalization(-1, **words), L.LayerNormalization
+            L.GroupNormalization, lambda **kwargs: L.GroupNormalization(-1, **kwargs), L.LayerNormalization
         )
     finally:
         keras.config.set_dtype_policy(before)
     rng = np.random.default_rng(5)
-    ours.set_weights([rng.uniform(0.05, 0.15, w.shape) for w in ours.get_weights()])  # large ones make SGD diverge
+    ours.set_weights([rng.uniform(0.05, 0.15, w.shape) for w in ours.get_weights()])  # SGD diverges with larger weights
     keras_model.set_weights(ours.get_weights())
     return ours, keras_model
 
@@ -53,17 +53,17 @@ def data() -> tuple[Any, Any]:
     return rng.normal(size=(10, 6, 6, 3)), rng.normal(size=(10, 2))
 
 
-def test_fit(way: str) -> None:
-    """Three batches, the last one smaller; the losses and every weight afterwards."""
+def test_fit(implementation: str) -> None:
+    """Three batches, the last one smaller: losses and all weights equal Keras's."""
     trained = []
     for model in models():
         model.compile(keras.optimizers.SGD(0.01, momentum=0.9), "mse")
         losses = model.fit(*data(), batch_size=4, epochs=2, shuffle=False, verbose=0).history["loss"]
         trained.append([np.asarray(losses), *model.get_weights(), model.predict(data()[0], verbose=0)])
-    same(*trained, 1e-9)
+    assert_close(*trained, 1e-9)
 
 
-def test_mixed_precision_fit(way: str) -> None:
+def test_mixed_precision_fit(implementation: str) -> None:
     model, _ = models("mixed_float16")
     model.compile(keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.001), initial_scale=64), "mse")
     losses = model.fit(*data(), epochs=3, verbose=0).history["loss"]
@@ -89,15 +89,15 @@ ARGUMENTS: dict[str, Any] = {
 
 @pytest.mark.parametrize("kind", [LayerNormalization, GroupNormalization, InstanceNormalization])
 def test_configs(kind: Any) -> None:
-    words = {**ARGUMENTS, **({"groups": 3} if kind is GroupNormalization else {})}
-    ours, other = kind(**words), theirs(kind, words).get_config()
+    kwargs = {**ARGUMENTS, **({"groups": 3} if kind is GroupNormalization else {})}
+    ours, other = kind(**kwargs), theirs(kind, kwargs).get_config()
     wanted = {name: value for name, value in other.items() if kind is not InstanceNormalization or name != "groups"}
     assert ours.get_config() == wanted
     text = json.dumps(keras.saving.serialize_keras_object(ours))
     again = keras.saving.deserialize_keras_object(json.loads(text))
     assert type(again) is kind
     assert again.get_config() == wanted
-    assert kind.from_config(other).get_config() == wanted  # Addons' InstanceNormalization writes its groups too
+    assert kind.from_config(other).get_config() == wanted  # TensorFlow Addons' InstanceNormalization also writes groups
     assert keras.saving.get_registered_name(kind) == f"bnfast>{kind.__name__}"
 
 
@@ -111,7 +111,7 @@ def test_files(tmp_path: Path) -> None:
 
 
 def test_files_of_keras(tmp_path: Path) -> None:
-    """Weights go either way. (Files name layers by their class, so Keras's for an instance norm is a group norm's.)"""
+    """Weights load both ways. (Files name layers by class; for Keras an instance norm is a group norm.)"""
     ours, keras_model = (
         keras.Sequential([keras.Input((4, 6)), group(3, beta_initializer="ones"), layer(gamma_initializer="ones")])
         for group, layer in ((GroupNormalization, LayerNormalization), (L.GroupNormalization, L.LayerNormalization))
@@ -135,11 +135,11 @@ def test_inference_is_made_of_tensorflows_ops(tmp_path: Path, monkeypatch: pytes
     kinds = {node.op for function in graph.library.function for node in function.node_def}
     assert "Rsqrt" in kinds
     assert not [kind for kind in kinds if "PyFunc" in kind]
-    same([exported.serve(x)], [keras_model(x)], 1e-5)
+    assert_close([exported.serve(x)], [keras_model(x)], 1e-5)
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-def test_to_native(inplace: bool) -> None:
+def test_to_keras(inplace: bool) -> None:
     ours, keras_model = models()
     ours.compile(keras.optimizers.SGD(0.01, momentum=0.9), "mse")
     ours.fit(*data(), verbose=0)
@@ -157,7 +157,7 @@ def test_to_native(inplace: bool) -> None:
     assert back.train_on_batch(*data()) == pytest.approx(keras_model.train_on_batch(*data()))
 
 
-def test_to_keras_drops_the_training_that_only_ours_take() -> None:
+def test_to_keras_drops_the_training_argument() -> None:
     inputs = keras.Input((4,))
     model = keras.Model(inputs, LayerNormalization(name="norm")(inputs, training=True))
     x = np.random.default_rng(1).normal(size=(3, 4)).astype("float32")

@@ -1,4 +1,4 @@
-"""patch and unpatch: code that names Keras's BatchNormalization gets ours, and nothing is left behind."""
+"""patch and unpatch: code that uses Keras's BatchNormalization gets our layer, and unpatch restores everything."""
 
 import json
 import subprocess
@@ -19,7 +19,7 @@ from bnfast.keras import is_patched, patch, unpatch, uses_bnfast
 from bnfast.keras.models.patch import KERAS, made, summary
 from keras.src import api_export
 
-OURS = sys.modules["bnfast.keras.models.patch"]  # the class itself, as a global of this file, would be unpatched too
+OURS = sys.modules["bnfast.keras.models.patch"]  # unpatch would restore a global of this file
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +31,7 @@ def clean() -> Iterator[None]:
 
 
 def places(wanted: Any) -> set[str]:
-    """module.attribute of everything in sys.modules that is `wanted`, this file and bnfast itself aside."""
+    """module.attribute of every reference to `wanted` in sys.modules, without this file and bnfast."""
     return {
         f"{name}.{attribute}"
         for name, module in list(sys.modules.items())
@@ -41,21 +41,21 @@ def places(wanted: Any) -> set[str]:
     }
 
 
-WORDS = [{}] if "renorm" not in KERAS().get_config() else [{}, {"renorm": True, "renorm_clipping": {"rmax": 1.5}}]
+KWARGS = [{}] if "renorm" not in KERAS().get_config() else [{}, {"renorm": True, "renorm_clipping": {"rmax": 1.5}}]
 
 
-def small_model(**words: Any) -> Any:
+def small_model(**kwargs: Any) -> Any:
     layers = keras.layers
     inputs = layers.Input((8, 8, 3), name="image")
     y = layers.Conv2D(4, 3, use_bias=False, name="conv")(inputs)
-    y = layers.BatchNormalization(gamma_regularizer="l2", name="norm", **words)(y)
+    y = layers.BatchNormalization(gamma_regularizer="l2", name="norm", **kwargs)(y)
     y = layers.LeakyReLU(name="leaky")(y)
     y = layers.Dense(2, name="head")(layers.Flatten(name="flat")(y))
     return keras.Model(inputs, layers.BatchNormalization(axis=1, scale=False, name="last")(y), name="small")
 
 
 def trained(model: Any, rng: np.random.Generator) -> Any:
-    model.compile("adam", keras.losses.MeanSquaredError())  # an .h5 file with "mse" in it: Keras 3.15 fails
+    model.compile("adam", keras.losses.MeanSquaredError())  # Keras 3.15 fails on .h5 files with "mse"
     model.fit(rng.normal(size=(64, 8, 8, 3)), rng.normal(size=(64, 2)), batch_size=16, verbose=0)
     return model
 
@@ -72,7 +72,7 @@ def test_every_name_is_replaced_and_restored() -> None:
     assert registry == api_export.REGISTERED_NAMES_TO_OBJS
 
 
-def test_all_the_ways_to_name_it() -> None:
+def test_every_public_name_gives_our_layer() -> None:
     patch()
     from keras.layers import BatchNormalization as from_keras
     from tensorflow.keras.layers import BatchNormalization as from_tensorflow
@@ -85,7 +85,7 @@ def test_all_the_ways_to_name_it() -> None:
     assert uses_bnfast(keras.applications.MobileNet(weights=None, input_shape=(32, 32, 3), classes=2))
 
 
-def test_names_imported_meanwhile_are_restored_wherever_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_imported_under_the_patch_are_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     script, lazy = ModuleType("script"), ModuleType("keras.lazy")
     lazy.norm = KERAS  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "script", script)
@@ -104,12 +104,12 @@ def test_names_imported_meanwhile_are_restored_wherever_they_are(monkeypatch: py
     assert not uses_bnfast(script)
 
 
-def test_patching_twice_and_unpatching_twice_is_once() -> None:
+def test_nested_patch_and_repeated_unpatch() -> None:
     assert not is_patched()
     with patch():
         with patch():
             pass
-        assert is_patched(), "the inner one didn't begin it"
+        assert is_patched(), "the inner patch() must not end the outer one"
     assert not is_patched()
     unpatch()
     assert keras.layers.BatchNormalization is KERAS
@@ -118,7 +118,7 @@ def test_patching_twice_and_unpatching_twice_is_once() -> None:
     assert not is_patched()
 
 
-def test_uses_bnfast_looks_at_the_thing_itself() -> None:
+def test_uses_bnfast() -> None:
     earlier, ours = keras.layers.BatchNormalization(), bnfast.keras.BatchNormalization()
     plain = keras.Sequential([earlier])
     with patch():
@@ -131,7 +131,7 @@ def test_uses_bnfast_looks_at_the_thing_itself() -> None:
         assert not uses_bnfast(plain)
     assert not uses_bnfast(keras.layers)
     assert not uses_bnfast(keras.layers.BatchNormalization)
-    assert not uses_bnfast(json), "a module that names no batch norm"
+    assert not uses_bnfast(json), "a module without a batch norm"
     answers = {each: uses_bnfast(each) for each in (earlier, ours, patched, fallen, model, mixed, plain)}
     assert [each for each, answer in answers.items() if answer] == [ours, patched, model]
     assert not uses_bnfast(keras.layers.Dense(1))
@@ -158,12 +158,12 @@ def test_isinstance_holds_before_during_and_after() -> None:
     assert isinstance(Mine(), keras.layers.BatchNormalization)
 
 
-def test_a_subclass_of_a_script_trains_on_our_kernels(rng: np.random.Generator) -> None:
+def test_a_subclass_in_a_script_trains_on_our_kernels(rng: np.random.Generator) -> None:
     patch()
 
     class Mine(keras.layers.BatchNormalization):
-        def __init__(self, momentum: float = 0.5, **words: Any) -> None:
-            super().__init__(momentum=momentum, **words)
+        def __init__(self, momentum: float = 0.5, **kwargs: Any) -> None:
+            super().__init__(momentum=momentum, **kwargs)
 
         def call(self, inputs: Any, training: Any = None) -> Any:
             return 2 * super().call(inputs, training=training)
@@ -180,7 +180,7 @@ def test_a_subclass_of_a_script_trains_on_our_kernels(rng: np.random.Generator) 
 
 
 @pytest.mark.parametrize(
-    ("words", "reason"),
+    ("kwargs", "reason"),
     [
         ({"renorm": True, "synchronized": True}, "renorm=True with synchronized=True"),
         ({"renorm": True, "renorm_momentum": 1.5}, "renorm_momentum must be in [0, 1]. Received: 1.5"),
@@ -188,13 +188,13 @@ def test_a_subclass_of_a_script_trains_on_our_kernels(rng: np.random.Generator) 
         ({"epsilon": -1e-9}, "epsilon negative or not finite"),
     ],
 )
-def test_what_we_do_not_take_is_keras_s_own(words: dict[str, Any], reason: str, rng: np.random.Generator) -> None:
+def test_unsupported_arguments_give_keras_layers(kwargs: dict[str, Any], reason: str, rng: np.random.Generator) -> None:
     keras.backend.clear_session()
-    theirs = KERAS(**words)
+    theirs = KERAS(**kwargs)
     keras.backend.clear_session()
     patch()
-    ours = keras.layers.BatchNormalization(**words)
-    assert ours.get_config() == theirs.get_config(), "default names too"
+    ours = keras.layers.BatchNormalization(**kwargs)
+    assert ours.get_config() == theirs.get_config(), "including the default name"
     assert (made[0].reason, uses_bnfast(ours)) == (reason, False)
     x = rng.normal(size=(32, 5)).astype("float32")
     for training in (True, False):
@@ -205,24 +205,24 @@ def test_what_we_do_not_take_is_keras_s_own(words: dict[str, Any], reason: str, 
     ]
 
 
-def test_arguments_that_keras_refuses_are_refused_in_its_words() -> None:
+def test_invalid_arguments_raise_keras_errors() -> None:
     patch()
-    for words in ({"axis": [1, 2]}, {"axes": 1}, {"momentum": "much"}):
+    for kwargs in ({"axis": [1, 2]}, {"axes": 1}, {"momentum": "much"}):
         with pytest.raises((TypeError, ValueError)) as theirs:
-            KERAS(**words)
+            KERAS(**kwargs)
         with pytest.raises(theirs.type) as ours:
-            keras.layers.BatchNormalization(**words)
+            keras.layers.BatchNormalization(**kwargs)
         assert str(ours.value).replace("PatchedBatchNormalization", "BatchNormalization") == str(theirs.value)
 
 
-def test_another_backend_is_left_to_keras(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_backends_use_keras(monkeypatch: pytest.MonkeyPatch) -> None:
     patch()
     monkeypatch.setattr(keras.backend, "backend", lambda: "torch")
     assert not uses_bnfast(keras.layers.BatchNormalization())
     assert made[0].reason == "Keras runs on torch"
 
 
-def test_the_summary_counts_what_trained_where(rng: np.random.Generator) -> None:
+def test_summary(rng: np.random.Generator) -> None:
     assert summary() == "no batch norm was made"
     patch()
     trained(small_model(), rng)
@@ -256,11 +256,11 @@ files[0].train_on_batch(data["x"], data["y"])
 """
 
 
-@pytest.mark.parametrize("when", ["under the patch", "after it"])
-def test_what_it_trained_loads_without_bnfast(when: str, tmp_path: Path, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("when", ["under the patch", "after unpatching"])
+def test_trained_models_load_without_bnfast(when: str, tmp_path: Path, rng: np.random.Generator) -> None:
     with patch():
         model = trained(small_model(), rng)
-        if when == "after it":
+        if when == "after unpatching":
             unpatch()
         model.save(tmp_path / "small.keras")
         model.save(tmp_path / "small.h5")
@@ -273,10 +273,10 @@ def test_what_it_trained_loads_without_bnfast(when: str, tmp_path: Path, rng: np
     assert done.returncode == 0, done.stderr
 
 
-def test_the_config_is_the_one_keras_writes() -> None:
-    theirs = small_model(**WORDS[-1]).to_json()
+def test_configs_equal_keras() -> None:
+    theirs = small_model(**KWARGS[-1]).to_json()
     with patch():
-        ours = small_model(**WORDS[-1])
+        ours = small_model(**KWARGS[-1])
         assert json.loads(ours.to_json()) == json.loads(theirs)
         assert uses_bnfast(keras.models.model_from_json(theirs))
         assert uses_bnfast(keras.models.clone_model(ours))
@@ -284,21 +284,21 @@ def test_the_config_is_the_one_keras_writes() -> None:
     assert not uses_bnfast(keras.models.model_from_json(ours.to_json()))
 
 
-@pytest.mark.parametrize("words", WORDS, ids=str)
-def test_a_training_gives_what_keras_gives(words: dict[str, Any]) -> None:
+@pytest.mark.parametrize("kwargs", KWARGS, ids=str)
+def test_training_equals_keras(kwargs: dict[str, Any]) -> None:
     results = []
     for switch in (unpatch, patch):
         switch()
         keras.utils.set_random_seed(4)
-        model = trained(small_model(**words), np.random.default_rng(0))
-        results.append({w.path: w.numpy() for w in model.weights if w.path != "head/bias"})  # its true gradient is 0
+        model = trained(small_model(**kwargs), np.random.default_rng(0))
+        results.append({w.path: w.numpy() for w in model.weights if w.path != "head/bias"})  # true gradient 0
     assert uses_bnfast(model)
     assert results[0].keys() == results[1].keys()
     for path, theirs in results[0].items():
         np.testing.assert_allclose(results[1][path], theirs, rtol=1e-3, atol=1e-4, err_msg=path)
 
 
-def test_a_model_made_under_the_patch_goes_through_the_rest() -> None:
+def test_patched_models_work_with_accelerate_fold_and_to_keras() -> None:
     with patch():
         model = small_model()
         x = inputs = keras.Input((3,))
@@ -316,9 +316,9 @@ def test_a_model_made_under_the_patch_goes_through_the_rest() -> None:
     assert all(type(layer).__module__.startswith("keras.") for layer in bnfast.keras.fold(model).layers[:3])
 
 
-@pytest.mark.parametrize("words", [{"activation": "relu"}, {"fused": True}, {"bridge": "op"}], ids=str)
-def test_what_keras_refuses_is_refused_under_the_patch(words: Any) -> None:
-    """A config of Keras's can't hold it: a saved model would compute something else."""
+@pytest.mark.parametrize("kwargs", [{"activation": "relu"}, {"fused": True}, {"bridge": "op"}], ids=str)
+def test_our_own_arguments_are_errors_under_the_patch(kwargs: Any) -> None:
+    """Keras's config can't store them, so a saved model would compute something else."""
     patch()
     with pytest.raises(ValueError, match="Unrecognized keyword arguments"):
-        keras.layers.BatchNormalization(**words)
+        keras.layers.BatchNormalization(**kwargs)

@@ -1,4 +1,4 @@
-"""to_keras: Keras's layers again, the same values, and files and exports that need no bnfast."""
+"""to_keras: back to Keras's layers, with equal values, and files and exports that load without bnfast."""
 
 import subprocess
 import sys
@@ -25,9 +25,9 @@ def wiring(model: Any) -> list[tuple[Any, str, list[str]]]:
     ]
 
 
-@pytest.mark.parametrize("loaded", [False, True], ids=["at once", "through a file"])
-def test_there_and_back(loaded: bool, tmp_path: Path) -> None:
-    """Classes, names, wiring, bits of the weights, optimizer and results are those of the model that went in."""
+@pytest.mark.parametrize("loaded", [False, True], ids=["direct", "from a file"])
+def test_round_trip_restores_the_original(loaded: bool, tmp_path: Path) -> None:
+    """Classes, names, wiring, bits of the weights, optimizer and results equal those of the original model."""
     model = residual_net(compiled=keras.optimizers.SGD(0.01, momentum=0.9))
     model.get_layer("bn2").trainable = False
     model.compile(model.optimizer, model.loss, metrics=["accuracy"])
@@ -46,7 +46,7 @@ def test_there_and_back(loaded: bool, tmp_path: Path) -> None:
     assert restored.evaluate(*data(), verbose=0) == model.evaluate(*data(), verbose=0)
 
 
-def test_sequential_models_and_models_in_models() -> None:
+def test_sequential_and_nested_models() -> None:
     inner = keras.Sequential([keras.Input((4,)), KERAS(name="bn"), L.LeakyReLU(0.3, name="leaky")], name="inner")
     model = randomize(keras.Sequential([keras.Input((4,)), inner, KERAS(name="bn"), L.Dense(2)], name="outer"))
     restored = to_keras(quiet(model))
@@ -57,8 +57,8 @@ def test_sequential_models_and_models_in_models() -> None:
     same_predictions(model, restored)
 
 
-def test_layers_written_by_hand() -> None:
-    """Without a record of other names: the batch norm keeps the name, but an output of the model keeps its own."""
+def test_models_built_with_our_layers() -> None:
+    """No original names are known: the batch norm keeps the name, unless the layer is an output of the model."""
     inputs = keras.Input((4,))
     x = BatchNormalization(activation="relu6", name="first")(inputs)
     x = BatchNormalizationAdd(activation="tanh", name="second")([x, inputs])
@@ -108,7 +108,7 @@ def test_in_place() -> None:
     assert model.train_on_batch(x, x[:, :2]) == twin.train_on_batch(x, x[:, :2])
 
 
-def test_layers_that_never_were_keras_s_go_back_in_place() -> None:
+def test_in_place_on_models_built_with_our_layers() -> None:
     model = keras.Sequential([keras.Input((6,)), BatchNormalization(fused=True), BatchNormalization()])
     x = np.random.default_rng(0).normal(size=(8, 6)).astype("float32")
     model.compile("sgd", "mse")
@@ -122,21 +122,21 @@ def test_layers_that_never_were_keras_s_go_back_in_place() -> None:
     np.testing.assert_allclose(model(x), wanted, rtol=1e-5, atol=1e-6)
 
 
-def test_in_place_all_or_nothing() -> None:
+def test_in_place_changes_nothing_on_error() -> None:
     model = keras.Sequential([keras.Input((6,)), BatchNormalization(), BatchNormalization(correction=1)])
     with pytest.raises(ValueError, match="can't be copied"):
         to_keras(model, inplace=True)
     assert [type(layer) for layer in model.layers] == [BatchNormalization, BatchNormalization]
 
 
-def test_a_fused_layer_has_no_way_back_in_place() -> None:
+def test_fused_layers_cannot_be_restored_in_place() -> None:
     fast = quiet(residual_net())
     with pytest.raises(ValueError, match="layer relu0 has an activation or an Add fused into it"):
         to_keras(fast, inplace=True)
     assert report(fast).removed, "nothing was changed"
 
 
-def test_refusals() -> None:
+def test_errors() -> None:
     with pytest.raises(ValueError, match="model net has no layer of bnfast's"):
         to_keras(dense_net())
     with pytest.raises(ValueError, match=r"model block \(Block\) is neither Functional nor Sequential.*inplace=True"):

@@ -1,4 +1,4 @@
-"""bnfast.keras.WeightNormalization in models: fit, files, dtype policies, losses, replicas; and what it refuses."""
+"""bnfast.keras.WeightNormalization in models: fit, files, dtype policies, losses, replicas, errors."""
 
 import subprocess
 import sys
@@ -18,22 +18,22 @@ Layer = keras.layers
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
-    keras.utils.set_random_seed(3)  # kernels
+    keras.utils.set_random_seed(3)  # the initial kernels are random
 
 
-def dense(rng: np.random.Generator, data_init: bool = True, **words: Any) -> tuple[Any, Any]:
-    """A wrapped layer and a batch for it."""
-    layer = WeightNormalization(Layer.Dense(4, **words), data_init=data_init)
+def dense(rng: np.random.Generator, data_init: bool = True, **kwargs: Any) -> tuple[Any, Any]:
+    """A wrapped Dense layer and an input batch."""
+    layer = WeightNormalization(Layer.Dense(4, **kwargs), data_init=data_init)
     layer.build((40, 7))
     return layer, (rng.standard_normal((40, 7)) * 2 + 3).astype("float32")
 
 
-def model_of(rng: np.random.Generator, **words: Any) -> tuple[Any, Any, Any]:
+def model_of(rng: np.random.Generator, **kwargs: Any) -> tuple[Any, Any, Any]:
     model = keras.Sequential([
         Layer.Input((8, 8, 2)),
-        WeightNormalization(Layer.Conv2D(6, 3, activation="relu"), name="conv", **words),
+        WeightNormalization(Layer.Conv2D(6, 3, activation="relu"), name="conv", **kwargs),
         Layer.Flatten(),
-        WeightNormalization(Layer.Dense(3), name="head", **words),
+        WeightNormalization(Layer.Dense(3), name="head", **kwargs),
     ])  # fmt: skip
     y = rng.integers(0, 3, 96)
     x = rng.standard_normal((96, 8, 8, 2)) * 0.5 + y.reshape(-1, 1, 1, 1)
@@ -95,8 +95,8 @@ def test_dtype_policies(policy: str, rng: np.random.Generator) -> None:
     np.testing.assert_allclose(y.numpy().astype("float64"), plain(x).numpy().astype("float64"), atol=20 * eps)
 
 
-def test_lengths_are_computed_from_whole_values_under_a_mixed_policy(rng: np.random.Generator) -> None:
-    """float16 can't hold these directions, nor their squares."""
+def test_mixed_policies_compute_lengths_in_float32(rng: np.random.Generator) -> None:
+    """Neither the values of v nor their squares fit float16."""
     layer, x = dense(rng, data_init=False, dtype="mixed_float16")
     outer = keras.Sequential([layer], name="outer")
     expected = layer(x)
@@ -106,7 +106,7 @@ def test_lengths_are_computed_from_whole_values_under_a_mixed_policy(rng: np.ran
         np.testing.assert_array_equal(y, expected)
 
 
-def test_losses_masks_and_state_of_the_layer(rng: np.random.Generator) -> None:
+def test_losses_masks_and_state_of_the_inner_layer(rng: np.random.Generator) -> None:
     class Counting(Layer.Dense):
         def build(self, input_shape: Any) -> None:
             super().build(input_shape)
@@ -148,7 +148,7 @@ def test_errors(make: Any, error: type[Exception], text: str) -> None:
         make()
 
 
-def test_a_layer_changed_behind_its_back_is_refused(rng: np.random.Generator) -> None:
+def test_lora_or_quantization_after_wrapping_is_an_error(rng: np.random.Generator) -> None:
     layer, x = dense(rng)
     layer.layer.enable_lora(2)
     with pytest.raises(ValueError, match="must not have LoRA"):
