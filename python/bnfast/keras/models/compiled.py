@@ -1,6 +1,6 @@
-"""What `compile` and training gave a model, for a copy of it: optimizer with its slots, losses, metrics, settings.
+"""Carries the compiled state of a model over to its copy: optimizer with slots, losses, metrics, settings.
 
-Optimizer and metrics are copies, so that the two models train apart; losses, which have no state, are shared.
+Optimizer and metrics are copied, so that the two models train independently. Losses have no state and are shared.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .graph_copy import clone, layers
 
 
 def carry_over(original: Any, copy: Any, variables: Mapping[int, Any]) -> None:
-    """Compile the copy as the original is, if it is. variables: {id(variable of the original): the copy's}."""
+    """Compile the copy if the original is compiled. variables: {id(variable of the original): variable of the copy}."""
     if not original.compiled:
         return
     words = getattr(getattr(original, "_compile_config", None), "config", None)
@@ -56,7 +56,7 @@ def _supports_jit(model: Any) -> bool:
 
 
 def _carry_exclusions(original: Any, copy: Any, weights: list[Any], variables: Mapping[int, Any]) -> None:
-    """Weights named in exclude_from_weight_decay(); patterns are of names like "gamma", which stay."""
+    """Repeat exclude_from_weight_decay(). Its patterns match names like "gamma", which do not change."""
     excluded: set[int] = getattr(original, "_exclude_from_weight_decay", set())
     pattern = getattr(original, "_exclude_from_weight_decay_pattern", None)
     if excluded or pattern is not None:
@@ -66,13 +66,13 @@ def _carry_exclusions(original: Any, copy: Any, weights: list[Any], variables: M
 
 
 def _carry_slots(pairs: list[tuple[Any, Any]], trainable: list[Any], variables: Mapping[int, Any]) -> None:
-    """Build the copy of an optimizer (the first pair; then the one it wraps) and give it the original's variables."""
+    """Build the copy of an optimizer and copy its variables. pairs: the optimizer, then the one it wraps, if any."""
     (original, copy), (inner, inner_copy) = pairs[0], pairs[-1]
     trained = list(inner._trainable_variables)
     followed = [variables[id(variable)] for variable in trained if id(variable) in variables]
     own = list(original.variables)
     if len(followed) == len(trained):
-        # a file holds slots in the order of build, and loading it builds in the model's: that one is taken if it can be
+        # Slots are saved in the order of build(), and loading builds in the order of the model: prefer the latter.
         ids = {id(variable) for variable in followed}
         order = [variable for variable in trainable if id(variable) in ids]
         copy.build(order if len(order) == len(followed) else followed)
@@ -87,9 +87,11 @@ def _carry_slots(pairs: list[tuple[Any, Any]], trainable: list[Any], variables: 
 
 
 def _copy_variables(original: Any, copy: Any, places: list[int]) -> list[Any]:
-    """Lists with one variable for each weight (slots) by `places`, others in their order. Which were copied.
+    """Copy the variables of an optimizer and return those that were copied.
 
-    Slots kept in some other way can't be told apart: they are copied only where the weights' order is the same.
+    A list attribute with one variable per weight holds slots: they are copied by `places`. Slots that are stored in
+    another form can't be recognized, so the other variables are copied in order, and only if the weights have the same
+    order or the variable is a scalar.
     """
     done: dict[int, Any] = {}
     for name, slots in vars(original).items():

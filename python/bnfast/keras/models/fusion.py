@@ -1,10 +1,11 @@
-"""Which batch norms of a model become one layer with the Add and the activation that follow them, and why others don't.
+"""Finds the batch norms of a model that can be fused with the Add and the activation after them.
 
-    BN -> activation            the BN's output goes nowhere else and is no output of the model
-    BN -> Add -> activation     nor does the sum's; Add of two tensors of one shape, the other one being the residual
+    BN -> activation            nothing else reads the BN's output, and it is no output of the model
+    BN -> Add -> activation     the same for the sum; the Add has two inputs of one shape, the other one is the residual
     BN -> Add                   the same without an activation
 
-Only looks. An activation counts where `activation.fuse` says that the kernels compute it, as layer or as keras.ops.
+For a batch norm that can't be fused, it returns the reason. Activations, as layers or as keras.ops, are fused if the
+kernels compute them (`activation.fuse`). The model is never changed.
 """
 
 from __future__ import annotations
@@ -18,20 +19,20 @@ from .graph_copy import Graph, graphs, only_input
 
 
 class Fusion(NamedTuple):
-    """What goes into one layer with a batch norm: operations of the model, at least one of them not None."""
+    """The operations to fuse with a batch norm; at least one of add and activation is not None."""
 
     add: Any
     activation: Any
-    place: int = 0  # of the batch norm's output among Add's two inputs
+    place: int = 0  # index of the batch norm's output in the inputs of the Add
 
     @property
     def last(self) -> Any:
-        """The operation whose output the fused layer gives, and whose name it takes."""
+        """The last fused operation: the fused layer has its output and its name."""
         return self.activation or self.add
 
 
 class Finder:
-    """Looks for fusions in one model; an Add between two batch norms goes to the one asked about first."""
+    """Finds the fusions in one model. An Add of two batch norms is fused with the one that is queried first."""
 
     def __init__(self, model: Any) -> None:
         self._calls: dict[int, list[tuple[Graph, Any]]] = {}
@@ -41,12 +42,12 @@ class Finder:
                 self._calls.setdefault(id(node.operation), []).append((graph, node))
 
     def shape(self, norm: Any) -> tuple[int | None, ...] | None:
-        """Of its input at its first call, None where it is called inside another layer."""
+        """The shape of its input at its first call; None if it is called inside another layer."""
         calls = self._calls.get(id(norm))
         return tuple(calls[0][1].input_tensors[0].shape) if calls else None
 
     def find(self, norm: Any) -> Fusion | str:
-        """What can be fused with this batch norm, or why nothing can."""
+        """The operations to fuse with this batch norm, or the reason why there are none."""
         calls = self._calls.get(id(norm), [])
         if not calls:
             return "it is called inside another layer, which may use its output as it likes"
@@ -67,7 +68,7 @@ class Finder:
         return self._find_add(norm, *calls[0], followers)
 
     def bias_before(self, norm: Any) -> str | None:
-        """The name of the layer before, where that has a bias and nothing but this batch norm reads its outputs."""
+        """The name of the layer before, if it has a bias and only this batch norm reads its outputs."""
         name = None
         for graph, node in self._calls.get(id(norm), []):
             before = graph.producer(node.input_tensors[0])
@@ -105,14 +106,14 @@ class Finder:
 
 
 def layer_of(operation: Any, norm: Any) -> Any:
-    """A layer that computes what this operation does (itself, if it is one), where the kernels know it; else None."""
+    """The activation as a layer, if the kernels support it; else None. A layer is returned unchanged."""
     layer = operation if isinstance(operation, keras.layers.Layer) else _layer_of_op(operation, norm)
     fused = None if layer is None else activations.fuse(layer, norm.compute_dtype)
     return layer if fused is not None and fused.activation is not None else None
 
 
 def _layer_of_op(op: Any, norm: Any) -> Any:
-    """The layer that computes what one of keras.ops or keras.activations does, where the kernels know it."""
+    """The layer equivalent to an activation from keras.ops or keras.activations; None for other operations."""
     words: dict[str, Any] = {"name": op.name, "dtype": norm.dtype_policy}
     match type(op).__module__, type(op).__name__:
         case "keras.src.ops.nn", "Relu":

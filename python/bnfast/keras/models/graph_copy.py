@@ -1,21 +1,16 @@
-"""Graph surgery: a copy of a Keras model in which some operations are replaced, fused or dropped, names kept.
+"""Copies a Keras model and replaces, fuses or drops some of its operations. All other names stay.
 
-The model given is only read: everything is cloned by config, and values are copied. Opening a model up:
+The original is only read: operations are cloned by config, and values are copied. `graphs(model)` gives the model and
+the models nested in it; the nodes of a graph are its calls of operations, in the order of the data flow. `calls(model)`
+gives the nodes of an operation in all graphs: more than one for a shared layer. Operations in the plan are replaced:
 
-    for graph in graphs(model):            # the model itself and each model nested in it as a layer, once each
-        for node in graph.nodes:           # one call of one operation, in the order of the data
-            node.operation, only_input(node), graph.producer(tensor), graph.sole_consumer(node)
-    calls(model)[id(operation)]            # all its nodes, over all graphs: more than one for a shared layer
-
-Copying it with a plan, {id(operation): replacement}; what is not in the plan is cloned:
-
-    plan[id(relu)] = (fused,)              # called as the ReLU was: x -> fused(x)
-    plan[id(bn)] = ()                      # dropped: its input goes on in place of its output
-    plan[id(layer)] = (first, second)      # one after the other
+    plan[id(relu)] = (fused,)              # called with the ReLU's inputs: x -> fused(x)
+    plan[id(bn)] = ()                      # dropped: its consumers get its input
+    plan[id(layer)] = (first, second)      # first, then second
     copy = rebuild(model, plan)            # copy.model, copy.of[id(operation)] = its clone
-    transfer(bn, fused)                    # values of variables; the caller's for what the plan put in, after rebuild
+    transfer(bn, fused)                    # after rebuild: the caller copies the values of its replacements
 
-In a Sequential replacements are layers; elsewhere any callable serves, and Bundle hands several tensors on.
+In a Sequential model replacements are layers. Elsewhere they are any callables; a Bundle passes several tensors on.
 """
 
 from __future__ import annotations
@@ -36,7 +31,7 @@ Replacement = tuple[Callable[..., Any], ...]
 
 @dataclass
 class Bundle:
-    """Several tensors in the place of one, for the operation that takes them all."""
+    """Several tensors that replace one, for an operation that consumes them all."""
 
     tensors: list[Any]
 
@@ -47,13 +42,13 @@ class Copy:
     of: dict[int, Any] = field(default_factory=dict)  # id(operation of the original) -> its clone
 
     def variables(self, originals: Iterable[Any]) -> dict[int, Any]:
-        """{id(variable): its copy} of the cloned ones of these operations."""
+        """{id(variable): its copy} for those of these operations that were cloned."""
         pairs = ((original, self.of.get(id(original))) for original in originals)
         return {id(a): b for original, clone in pairs if clone is not None for a, b in paired(original, clone)}
 
 
 class Graph:
-    """One Functional (or built Sequential) model, read only."""
+    """The nodes of one Functional or built Sequential model, without nested models. It never changes the model."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -71,11 +66,11 @@ class Graph:
         self._outputs = {id(tensor) for tensor in keras.tree.flatten(self.outputs)}
 
     def producer(self, tensor: Any) -> Any:
-        """The node whose output this is, None for a model input."""
+        """The node with this output; None for a model input."""
         return self._producers.get(id(tensor))
 
     def sole_consumer(self, node: Any) -> Any:
-        """The node that takes this one's only output, where none other does and it is no output of the model."""
+        """The only consumer of this node's only output; None if there is none, or if the model outputs it too."""
         if len(node.outputs) != 1 or id(node.outputs[0]) in self._outputs:
             return None
         consumers = self._consumers.get(id(node.outputs[0]), [])
@@ -83,7 +78,7 @@ class Graph:
 
 
 def only_input(node: Any) -> Any:
-    """The tensor x of a call f(x) with nothing else given, but for the mask of x that Keras adds itself; else None."""
+    """The tensor x of a call f(x) without other arguments, except for the mask of x that Keras adds; else None."""
     args, kwargs = node.arguments.args, node.arguments.kwargs
     if len(args) != 1 or not isinstance(args[0], keras.KerasTensor):
         return None
@@ -92,12 +87,12 @@ def only_input(node: Any) -> Any:
 
 
 def has_default_arguments(node: Any) -> bool:
-    """Whether what the operation was given besides its inputs is nothing, or what Keras adds itself."""
+    """Whether the operation was called with its inputs only, apart from arguments that Keras adds."""
     return only_input(node) is not None or all(v is None for v in keras.tree.flatten(node.arguments.kwargs))
 
 
 def is_graph(model: Any) -> bool:
-    """Whether `rebuild` can take this apart: a Functional model or a built Sequential, made by Keras's constructors."""
+    """Whether `rebuild` supports the model: Functional or built Sequential, made by Keras's constructors."""
     if not isinstance(model, keras.Model):
         return False
     init = type(model).__init__
@@ -109,7 +104,7 @@ def is_graph(model: Any) -> bool:
 
 
 def graphs(model: Any) -> list[Graph]:
-    """The model's graph and those of models nested in it, each once; outer ones first."""
+    """The graphs of the model and of the models nested in it, each once, outer models first."""
     found: dict[int, Graph] = {}
 
     def visit(inner: Any) -> None:
@@ -132,13 +127,13 @@ def calls(model: Any) -> dict[int, list[Any]]:
 
 
 def operations(model: Any) -> list[Any]:
-    """Every operation of the model's graphs once, models that are graphs themselves left out."""
+    """Every operation of the model's graphs, once; nested models are replaced by their operations."""
     nodes = [node for graph in graphs(model) for node in graph.nodes]
     return [op for op in {id(node.operation): node.operation for node in nodes}.values() if not is_graph(op)]
 
 
 def layers(model: Any) -> Iterator[Any]:
-    """Every layer, those inside models, wrappers and other layers too; in the order of the data where that is known."""
+    """Every layer, also inside models, wrappers and other layers; where known, in the order of the data flow."""
     seen: set[int] = set()
 
     def visit(layer: Any) -> Iterator[Any]:
@@ -157,9 +152,9 @@ def layers(model: Any) -> Iterator[Any]:
 
 
 def rebuild(model: Any, plan: Mapping[int, Replacement]) -> Copy:
-    """The copy of a model for which `is_graph` holds; not compiled. See the top of this file for the plan.
+    """The uncompiled copy of a model for which `is_graph` holds. The plan is described at the top of this file.
 
-    Raises ValueError, naming the layer, where one can't be cloned by its config.
+    Raises ValueError, with the layer's name, if a layer can't be cloned by its config.
     """
     copy = Copy(None)
     copy.model = _copy_model(model, plan, copy.of)
@@ -185,8 +180,8 @@ def _copy_model(model: Any, plan: Mapping[int, Replacement], of: dict[int, Any])
         copy = type(model)([clone(model._layers[0]), *new], name=model.name)
     else:
         copy = _copy_functional(model, replacement)
-    copy._trainable = model.trainable  # the setter would change the layers' flags, which are theirs
-    copy._called = model._called  # Keras exports no model to ONNX that was never called
+    copy._trainable = model.trainable  # not by the setter, which would overwrite the flags of the layers
+    copy._called = model._called  # Keras refuses to export a model to ONNX that was never called
     if model.dtype_policy.quantization_mode is None:
         copy.dtype_policy = model.dtype_policy
     of[id(model)] = copy
@@ -199,7 +194,7 @@ def _copy_functional(model: Any, replacement: Callable[[Any], Replacement]) -> A
         values[id(tensor)] = clone(tensor._keras_history.operation).output
     for node in graph.nodes:
         args, kwargs = node.arguments.fill_in(values)
-        if has_default_arguments(node):  # a replacement may not take the mask=None that Keras gave
+        if has_default_arguments(node):  # a replacement may not accept the mask=None that Keras added
             kwargs = {}
         with name_scopes(node.operation):
             for step in replacement(node.operation):
@@ -214,7 +209,7 @@ def _copy_functional(model: Any, replacement: Callable[[Any], Replacement]) -> A
 
 
 def name_scopes(operation: Any) -> ExitStack:
-    """The scopes under which a layer was called when it was built: they are part of its variables' paths."""
+    """The name scopes in which a layer was built: they are part of the paths of its variables."""
     stack = ExitStack()
     for name in (getattr(operation, "path", None) or "").split("/")[:-1]:
         stack.enter_context(keras.name_scope(name))
@@ -222,9 +217,10 @@ def name_scopes(operation: Any) -> ExitStack:
 
 
 def clone(thing: Any, kind: Any = None, **changes: Any) -> Any:
-    """A new, unbuilt layer of this class (or `kind`) and config (but for `changes`, where ... leaves a word out).
+    """A new, unbuilt layer with this class and config. Also for optimizers and metrics.
 
-    `transfer` copies values. Optimizers and metrics too; keras.ops, which have no state, are copied as they are.
+    `kind` overrides the class and `changes` the config; the value ... removes an argument. Values of variables are not
+    copied (see `transfer`). Operations of keras.ops have no state and are copied directly.
     """
     if isinstance(thing, keras.Operation) and not isinstance(thing, keras.layers.Layer):
         same = shallow_copy(thing)
@@ -238,7 +234,7 @@ def clone(thing: Any, kind: Any = None, **changes: Any) -> Any:
         if hasattr(kind, "not_in_config") and hasattr(thing, "not_in_config"):
             config.update(thing.not_in_config())
         config = {name: value for name, value in {**config, **changes}.items() if value is not ...}
-        if kind is keras.layers.Lambda:  # its from_config takes functions by name only
+        if kind is keras.layers.Lambda:  # Lambda.from_config accepts functions only by name
             return kind(**config)
         with keras.saving.custom_object_scope({type(value).__name__: type(value) for value in held.values()}):
             return kind.from_config(config)
@@ -250,7 +246,7 @@ def clone(thing: Any, kind: Any = None, **changes: Any) -> Any:
 
 
 def paired(original: Any, copy: Any) -> list[tuple[Any, Any]]:
-    """(variable, its counterpart) of two layers with the same variables in the same order."""
+    """Pairs (variable, copy) for two layers with the same variables in the same order."""
     if not isinstance(original, keras.layers.Layer):
         return []
     pairs = list(zip(original.variables, copy.variables, strict=False))
@@ -270,11 +266,11 @@ def assign(pairs: Iterable[tuple[Any, Any]]) -> None:
 
 
 def transfer(original: Any, copy: Any) -> None:
-    """Give a built layer another one's state: variables, random seeds, vocabulary; and their trainable flags."""
+    """Copy the state of a built layer: variables, random seeds, vocabulary, and trainable flags."""
     assign(paired(original, copy))
     if callable(getattr(original, "save_assets", None)) and callable(getattr(original, "get_vocabulary", None)):
         with tempfile.TemporaryDirectory() as folder:
             original.save_assets(folder)
             copy.load_assets(folder)
-    if callable(getattr(copy, "finalize_state", None)):  # Normalization keeps tensors made of its variables
+    if callable(getattr(copy, "finalize_state", None)):  # Normalization caches tensors computed from its variables
         copy.finalize_state()
