@@ -1,6 +1,6 @@
-// NumPy arrays as the core sees them: pointer, shape, dtype. Nothing is converted here: whatever isn't plain (an exact
-// ndarray, C-contiguous, aligned, the machine's byte order, of a dtype the core knows) is declined, and the caller's
-// Python side converts it or says what is wrong with it.
+// NumPy arrays as the core sees them: pointer, shape, dtype. Nothing is converted here. The fast path accepts
+// contiguous, aligned arrays of the right dtype and shape (exact ndarrays in the machine's byte order); for anything
+// else the binding returns None, and its Python side converts the argument or raises the error.
 #pragma once
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -16,8 +16,9 @@ namespace bnfast::bind {
 
 namespace py = pybind11;
 
-struct Declined {};  // thrown inside the binding: the function returns None
+struct Declined {};  // thrown and caught inside the binding: the function returns None
 
+// The fast path accepts contiguous, aligned arrays of the right dtype and shape, and returns None for anything else.
 inline void decline_unless(bool accepted) {
     if (!accepted) throw Declined{};
 }
@@ -41,15 +42,14 @@ constexpr int c_contiguous = 0x1, aligned = 0x100, writeable = 0x400;  // NumPy'
 
 struct ArrayView {
     void* data = nullptr;
-    const py::ssize_t* dims = nullptr;
+    const py::ssize_t* dims = nullptr;  // null: the optional argument is absent
     int rank = 0;
     std::int64_t size = 1;
     DType dtype = DType::float32;
 
     ArrayView() = default;
     ArrayView(py::handle h, int flags) {
-        // no static of its own: npy_api::get() lets go of the GIL the first time, and who waits for the static would
-        // hold it
+        // Not a static: the first npy_api::get() releases the GIL, and a thread waiting for the static would hold it.
         const PyTypeObject* const ndarray = py::detail::npy_api::get().PyArray_Type_;
         decline_unless(Py_TYPE(h.ptr()) == ndarray);
         const auto* a = py::detail::array_proxy(h.ptr());
@@ -76,24 +76,26 @@ inline ArrayView input(py::handle h) { return {h, c_contiguous | aligned}; }
 inline ArrayView output(py::handle h) { return {h, c_contiguous | aligned | writeable}; }
 inline ArrayView optional_input(py::handle h) { return h.is_none() ? ArrayView{} : input(h); }
 
-// A tensor of x's shape and dtype, or nothing.
-inline ArrayView like(py::handle h, const ArrayView& x) {
+// An optional tensor of x's shape and dtype.
+inline ArrayView optional_like(py::handle h, const ArrayView& x) {
     if (h.is_none()) return {};
     const ArrayView view = input(h);
     decline_unless(view.same_shape(x) && view.dtype == x.dtype);
     return view;
 }
 
-inline void plain_vector(const ArrayView& v, std::int64_t C) {
+inline void require_vector(const ArrayView& v, std::int64_t C) {
     decline_unless(v.rank == 1 && v.size == C && (v.dtype == DType::float32 || v.dtype == DType::float64));
 }
 inline ConstVector vector(const ArrayView& v, std::int64_t C) {
     if (!v.dims) return {};
-    plain_vector(v, C);
+    require_vector(v, C);
     return {v.data, v.dtype};
 }
 
-// ---- outputs: memory of the pool, owned by the array through a capsule -------------------------------------------
+inline void* data_of(const py::array& a) { return py::detail::array_proxy(a.ptr())->data; }
+
+// ---- outputs: memory from the pool, owned by the array through a capsule -----------------------------------------
 
 inline py::capsule owned_block(void* block) {
     return py::capsule(block, [](void* p) { release_block(p); });
@@ -104,22 +106,23 @@ inline py::array new_array(const py::dtype& dtype, const py::ssize_t* dims, int 
     return py::array(dtype, std::vector<py::ssize_t>(dims, dims + rank), block, owned_block(block));
 }
 
-// n vectors of C doubles in one block, each on cache lines of its own.
+// n vectors of C doubles in one block. Each starts on a new cache line, so that no two vectors share one.
 template <int n> struct Vectors {
     double* data[n];
     py::array arrays[n];
     explicit Vectors(std::int64_t C) {
-        const std::int64_t each = (C + 7) / 8 * 8;
-        auto* block = static_cast<double*>(acquire_block(std::size_t(n * each * 8)));
+        const std::int64_t stride = round_up_to_line(C);
+        auto* block = static_cast<double*>(acquire_block(std::size_t(n * stride * 8)));
         const py::capsule owner = owned_block(block);
         for (int i = 0; i < n; ++i) {
-            data[i] = block + i * each;
+            data[i] = block + i * stride;
             arrays[i] = py::array(py::dtype::of<double>(), std::vector<py::ssize_t>{py::ssize_t(C)}, data[i], owner);
         }
     }
 };
 
-// ---- scalars and words ----------------------------------------------------------------------------------------------
+// ---- scalars and strings
+// ---------------------------------------------------------------------------------------------
 
 inline double number(py::handle h) {
     decline_unless(PyFloat_Check(h.ptr()) || (PyLong_Check(h.ptr()) && !PyBool_Check(h.ptr())));
@@ -146,19 +149,20 @@ inline bool boolean(py::handle h) {
     decline_unless(h.ptr() == Py_True || h.ptr() == Py_False);
     return h.ptr() == Py_True;
 }
-template <int n> int word(py::handle h, const char* const (&words)[n]) {
+// The index of the string h among the choices.
+template <int n> int choice(py::handle h, const char* const (&choices)[n]) {
     decline_unless(PyUnicode_Check(h.ptr()));
     for (int i = 0; i < n; ++i)
-        if (PyUnicode_CompareWithASCIIString(h.ptr(), words[i]) == 0) return i;
+        if (PyUnicode_CompareWithASCIIString(h.ptr(), choices[i]) == 0) return i;
     throw Declined{};
 }
 inline Activation activation_of(py::handle h) {
-    static constexpr const char* words[] = {"relu", "relu6", "leaky_relu"};
-    return h.is_none() ? Activation::none : Activation(1 + word(h, words));
+    static constexpr const char* names[] = {"relu", "relu6", "leaky_relu"};
+    return h.is_none() ? Activation::none : Activation(1 + choice(h, names));
 }
 inline NanPolicy nan_policy_of(py::handle h) {
-    static constexpr const char* words[] = {"propagate", "skip_update", "raise"};
-    return NanPolicy(word(h, words));
+    static constexpr const char* names[] = {"propagate", "skip_update", "raise"};
+    return NanPolicy(choice(h, names));
 }
 
 inline Shape shape_along(const ArrayView& x, py::handle axis) {
@@ -168,12 +172,12 @@ inline Shape shape_along(const ArrayView& x, py::handle axis) {
     return shape_of(reinterpret_cast<const std::int64_t*>(x.dims), x.rank, at);
 }
 
-// N*S weights in the compute type of x; the values were checked by the Python side.
+// N*S weights in the compute dtype of x. The Python side has checked their values.
 inline const void* weights(py::handle h, const ArrayView& x, const Shape& s) {
     if (h.is_none()) return nullptr;
     const ArrayView w = input(h);
-    decline_unless(w.size == s.per_channel() &&
-                   w.dtype == (x.dtype == DType::float64 ? DType::float64 : DType::float32));
+    const DType compute = x.dtype == DType::float64 ? DType::float64 : DType::float32;
+    decline_unless(w.size == s.per_channel() && w.dtype == compute);
     return w.data;
 }
 

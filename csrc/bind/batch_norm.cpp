@@ -1,16 +1,15 @@
-// View in, view out, the GIL released around the core's call, nothing else.
+// Each function reads its arguments into a struct of the C++ API, makes the outputs, and calls the core without the
+// GIL. The core's overlap rules are checked here, because only here all arrays are known.
 #include "batch_norm.h"
 
 #include "call.h"
 
 namespace bnfast::bind {
 
-py::object train(py::handle x, py::handle gamma, py::handle beta, py::handle moving_mean, py::handle moving_variance,
-                 py::handle axis, py::handle momentum, py::handle epsilon, py::handle mask, py::handle activation,
-                 py::handle negative_slope, py::handle residual, py::handle correction, py::handle nan_policy,
-                 py::handle out) {
+py::object train(BNFAST_TRAIN_ARGUMENTS(BNFAST_PARAMETER)) {
     return or_none([&]() -> py::object {
-        const ArrayView xv = input(x), rv = like(residual, xv), gv = optional_input(gamma), bv = optional_input(beta);
+        const ArrayView xv = input(x), rv = optional_like(residual, xv), gv = optional_input(gamma),
+                        bv = optional_input(beta);
         TrainArgs a;
         a.x = xv.data;
         a.dtype = xv.dtype;
@@ -23,8 +22,8 @@ py::object train(py::handle x, py::handle gamma, py::handle beta, py::handle mov
         if (!moving_mean.is_none()) {
             mm = output(moving_mean);
             mv = output(moving_variance);
-            plain_vector(mm, C);
-            plain_vector(mv, C);
+            require_vector(mm, C);
+            require_vector(mv, C);
             for (const ArrayView& other : {mv, xv, rv, gv, bv}) decline_unless(!mm.overlaps(other));
             for (const ArrayView& other : {xv, rv, gv, bv}) decline_unless(!mv.overlaps(other));
             a.moving_mean = {mm.data, mm.dtype};
@@ -40,7 +39,7 @@ py::object train(py::handle x, py::handle gamma, py::handle beta, py::handle mov
         decline_unless(a.correction == 0 || a.correction == 1);
         a.nan_policy = nan_policy_of(nan_policy);
         const py::array y = output_for(out, x, xv, {xv}, {rv, gv, bv, mm, mv, optional_input(mask)});
-        a.y = py::detail::array_proxy(y.ptr())->data;
+        a.y = data_of(y);
         Vectors<3> v(C);
         a.mean = v.data[0];
         a.variance = v.data[1];
@@ -50,12 +49,10 @@ py::object train(py::handle x, py::handle gamma, py::handle beta, py::handle mov
     });
 }
 
-py::object infer(py::handle x, py::handle moving_mean, py::handle moving_variance, py::handle gamma, py::handle beta,
-                 py::handle axis, py::handle epsilon, py::handle activation, py::handle negative_slope,
-                 py::handle residual, py::handle out) {
+py::object infer(BNFAST_INFER_ARGUMENTS(BNFAST_PARAMETER)) {
     return or_none([&]() -> py::object {
-        const ArrayView xv = input(x), rv = like(residual, xv), mm = input(moving_mean), mv = input(moving_variance),
-                        gv = optional_input(gamma), bv = optional_input(beta);
+        const ArrayView xv = input(x), rv = optional_like(residual, xv), mm = input(moving_mean),
+                        mv = input(moving_variance), gv = optional_input(gamma), bv = optional_input(beta);
         InferArgs a;
         a.x = xv.data;
         a.dtype = xv.dtype;
@@ -69,20 +66,17 @@ py::object infer(py::handle x, py::handle moving_mean, py::handle moving_varianc
         a.negative_slope = number_in(negative_slope, 0, largest);
         a.residual = rv.data;
         const py::array y = output_for(out, x, xv, {xv}, {rv, mm, mv, gv, bv});
-        a.y = py::detail::array_proxy(y.ptr())->data;
+        a.y = data_of(y);
         without_gil([&] { bnfast::infer(a); });
         return y;
     });
 }
 
-py::object grad(py::handle dy, py::handle x, py::handle mean, py::handle invstd, py::handle gamma, py::handle beta,
-                py::handle axis, py::handle mask, py::handle activation, py::handle negative_slope, py::handle residual,
-                py::handle y, py::handle training, py::handle dmean, py::handle dvariance, py::handle out,
-                py::handle out_dresidual) {
+py::object grad(BNFAST_GRAD_ARGUMENTS(BNFAST_PARAMETER)) {
     return or_none([&]() -> py::object {
-        const ArrayView xv = input(x), dyv = like(dy, xv), rv = like(residual, xv), yv = like(y, xv), mv = input(mean),
-                        sv = input(invstd), gv = optional_input(gamma), bv = optional_input(beta),
-                        dmv = optional_input(dmean), dvv = optional_input(dvariance);
+        const ArrayView xv = input(x), dyv = optional_like(dy, xv), rv = optional_like(residual, xv),
+                        yv = optional_like(y, xv), mv = input(mean), sv = input(invstd), gv = optional_input(gamma),
+                        bv = optional_input(beta), dmv = optional_input(dmean), dvv = optional_input(dvariance);
         decline_unless(dyv.dims);
         GradArgs a;
         a.dy = dyv.data;
@@ -105,18 +99,19 @@ py::object grad(py::handle dy, py::handle x, py::handle mean, py::handle invstd,
         a.dvariance = vector(dvv, C);
         const ArrayView weightsv = optional_input(mask);
         const py::array dx = output_for(out, x, xv, {dyv, xv}, {rv, yv, mv, sv, gv, bv, weightsv, dmv, dvv});
-        a.dx = py::detail::array_proxy(dx.ptr())->data;
-        const py::array dgamma = vector_like(gv, bv, xv, C, a.dgamma), dbeta = vector_like(gv, bv, xv, C, a.dbeta);
+        a.dx = data_of(dx);
+        const py::array dgamma = new_parameter_gradient(gv, bv, xv, C, a.dgamma),
+                        dbeta = new_parameter_gradient(gv, bv, xv, C, a.dbeta);
         py::object dresidual = py::none();
         const bool gated = (rv.dims || yv.dims) && a.activation != Activation::none;
         decline_unless(gated || out_dresidual.is_none());
         if (gated) {
             const py::array made =
                 output_for(out_dresidual, x, xv, {xv}, {output(dx), dyv, rv, yv, mv, sv, gv, bv, weightsv, dmv, dvv});
-            a.dresidual = py::detail::array_proxy(made.ptr())->data;
+            a.dresidual = data_of(made);
             dresidual = made;
         } else if (rv.dims || yv.dims) {
-            // Without an activation dresidual is dy itself; a copy where dx is about to take dy's place.
+            // Without an activation dresidual is dy itself, or a copy of dy where dx overwrites dy.
             dresidual = a.dx == dyv.data ? dy.attr("copy")() : py::reinterpret_borrow<py::object>(dy);
         }
         without_gil([&] { bnfast::grad(a); });
@@ -124,7 +119,7 @@ py::object grad(py::handle dy, py::handle x, py::handle mean, py::handle invstd,
     });
 }
 
-py::object moments(py::handle x, py::handle axis, py::handle mask) {
+py::object moments(BNFAST_MOMENTS_ARGUMENTS(BNFAST_PARAMETER)) {
     return or_none([&]() -> py::object {
         const ArrayView xv = input(x);
         MomentsArgs a;

@@ -1,4 +1,4 @@
-// What every binding is made of: the GIL released around the core's call, None for what isn't plain, arrays to write.
+// Shared by all bindings: release the GIL around the core's call, return None for declined arguments, make the outputs.
 #pragma once
 #include <cxxabi.h>
 #include <unistd.h>
@@ -12,8 +12,8 @@ namespace bnfast::bind {
 
 constexpr double largest = std::numeric_limits<double>::max();
 
-// Takes the GIL again. A daemon thread that asks for it while the interpreter ends is unwound by Python (before 3.14),
-// through destructors that need the GIL; it sleeps here instead until the process is gone, as 3.14 has it.
+// Takes the GIL again. While the interpreter finalizes, Python before 3.14 unwinds a daemon thread that asks for the
+// GIL, through destructors that need the GIL. Such a thread sleeps here instead until the process ends, as in 3.14.
 inline void take_gil(PyThreadState* state) {
 #if defined(__GLIBCXX__)
     try {
@@ -46,27 +46,28 @@ template <class F> py::object or_none(F f) {
     }
 }
 
-// The array to write: out, which is exactly one of `same` or disjoint from every input, or a new one.
-inline py::array output_for(py::handle out, py::handle x, const ArrayView& view, std::initializer_list<ArrayView> same,
-                            std::initializer_list<ArrayView> disjoint) {
+// The array to write: a new one, or `out`, which must be exactly one of `may_equal` or disjoint from every input.
+inline py::array output_for(py::handle out, py::handle x, const ArrayView& view,
+                            std::initializer_list<ArrayView> may_equal, std::initializer_list<ArrayView> disjoint) {
     if (out.is_none()) {
         return new_array(py::reinterpret_borrow<py::array>(x).dtype(), view.dims, view.rank, view.bytes());
     }
     const ArrayView o = output(out);
     decline_unless(o.same_shape(view) && o.dtype == view.dtype);
-    for (const ArrayView& s : same) decline_unless(o.data == s.data || !o.overlaps(s));
+    for (const ArrayView& s : may_equal) decline_unless(o.data == s.data || !o.overlaps(s));
     for (const ArrayView& d : disjoint) decline_unless(!o.overlaps(d));
     return py::reinterpret_borrow<py::array>(out);
 }
 
-inline py::array vector_like(const ArrayView& gamma, const ArrayView& beta, const ArrayView& x, std::int64_t C,
-                             Vector& to) {
+// A new (C,) array for the gradient of gamma or beta, in the dtype of gamma, else of beta, else the compute dtype of x.
+inline py::array new_parameter_gradient(const ArrayView& gamma, const ArrayView& beta, const ArrayView& x,
+                                        std::int64_t C, Vector& to) {
     const DType compute = x.dtype == DType::float64 ? DType::float64 : DType::float32;
     to.dtype = gamma.dims ? gamma.dtype : beta.dims ? beta.dtype : compute;
     const py::dtype dtype = to.dtype == DType::float64 ? py::dtype::of<double>() : py::dtype::of<float>();
     const py::ssize_t dims[] = {py::ssize_t(C)};
     py::array made = new_array(dtype, dims, 1, C * dtype.itemsize());
-    to.data = py::detail::array_proxy(made.ptr())->data;
+    to.data = data_of(made);
     return made;
 }
 

@@ -1,34 +1,37 @@
-// What tf.numpy_function calls: train or grad on arrays that come in a fixed order, without a Python frame of ours.
+// The function that tf.numpy_function calls: train or grad on arrays in a fixed order, without a Python frame.
 #pragma once
 #include <pybind11/pybind11.h>
 
 #include <string>
 #include <vector>
 
+#include "arguments.h"
+
 namespace bnfast::bind {
 
 class Callback {
 public:
-    // kernel: "train" or "grad". names: of the arrays, in the order they will come. words: every other argument that
-    // isn't None. slow: takes the same arrays and returns the same, for whatever isn't plain.
-    Callback(const std::string& kernel, const std::vector<std::string>& names, const pybind11::dict& words,
-             pybind11::object slow);
+    // kernel: "train" or "grad". names: the arguments that arrive as arrays, in the order of their arrival. constants:
+    // all other arguments that aren't None. fallback: takes the same arrays and returns the same list; called where the
+    // fast path declines.
+    Callback(const std::string& kernel, const std::vector<std::string>& names, const pybind11::dict& constants,
+             pybind11::object fallback);
 
-    // out and out_dresidual, where they come, may have any dtype of the width of x's (dy's): their memory is what
-    // counts. train: [y, mean, invstd, moving_mean, moving_variance], the latter two new arrays; without them in
-    // `names` [y, mean, invstd, variance]. grad: dx and the gradients of gamma, beta and y's residual, of those in
-    // `names`.
+    // Returns for train: [y, mean, invstd, moving_mean, moving_variance], the last two as new arrays; where `names` has
+    // no moving statistics, [y, mean, invstd, variance]. For grad: dx, then the gradients of gamma, beta and of y's
+    // residual, each only where its argument is in `names`. out and out_dresidual, where given, may have any dtype of
+    // the same width as x (dy): only their memory is used.
     pybind11::object operator()(const pybind11::args& arrays) const;
 
 private:
     pybind11::object train_on(const pybind11::args& arrays) const;
     pybind11::object grad_on(const pybind11::args& arrays) const;
-    std::vector<pybind11::handle> filled(const pybind11::args& arrays, std::vector<pybind11::object>& outs) const;
+    std::vector<pybind11::handle> arguments(const pybind11::args& arrays, std::vector<pybind11::object>& outs) const;
 
-    bool trains_;
-    std::vector<std::size_t> places_;          // of each array among the function's arguments
-    std::vector<pybind11::object> constants_;  // the function's arguments; None where an array goes, or nothing
-    pybind11::object slow_;
+    bool is_train_;
+    std::vector<std::size_t> positions_;       // of each array in the kernel's argument list
+    std::vector<pybind11::object> constants_;  // the kernel's argument list, with None at the arrays' positions
+    pybind11::object fallback_;
 };
 
 }  // namespace bnfast::bind

@@ -12,7 +12,7 @@ GroupShape group_shape(const ArrayView& x, py::handle axis, py::handle groups) {
     decline_unless(x.rank >= 2 && at >= -x.rank && at < x.rank);
     at = at < 0 ? at + x.rank : at;
     decline_unless(at > 0);
-    GroupShape s{x.dims[0], 1, x.dims[at], 1, x.dims[at]};  // G = 0: of no channels Python makes (N, 0)
+    GroupShape s{x.dims[0], 1, x.dims[at], 1, x.dims[at]};  // C = 0 gives G = 0, which is declined below
     for (int i = 1; i < at; ++i) s.A *= x.dims[i];
     for (int i = at + 1; i < x.rank; ++i) s.S *= x.dims[i];
     if (!groups.is_none()) {
@@ -25,7 +25,7 @@ GroupShape group_shape(const ArrayView& x, py::handle axis, py::handle groups) {
     return s;
 }
 
-// The last axis: rows of one group.
+// The last axis is the channel axis; each row is one sample with one group.
 GroupShape layer_shape(const ArrayView& x, py::handle axis) {
     decline_unless(x.rank >= 1 && (integer(axis) == -1 || integer(axis) == x.rank - 1));
     GroupShape s{1, 1, x.dims[x.rank - 1], 1, 1};
@@ -33,7 +33,8 @@ GroupShape layer_shape(const ArrayView& x, py::handle axis) {
     return s;
 }
 
-struct Dims {  // of mean and invstd
+// The shape of mean and invstd.
+struct Dims {
     py::ssize_t groups[2];
     const py::ssize_t* at;
     int rank;
@@ -46,8 +47,6 @@ const double* statistics(const ArrayView& v, const Dims& d) {
     decline_unless(v.rank == d.rank && std::equal(d.at, d.at + d.rank, v.dims) && v.dtype == DType::float64);
     return static_cast<const double*>(v.data);
 }
-
-void* data_of(const py::array& a) { return py::detail::array_proxy(a.ptr())->data; }
 
 py::object forward(py::handle x, py::handle groups, py::handle gamma, py::handle beta, py::handle axis,
                    py::handle epsilon, py::handle out, bool layer) {
@@ -76,7 +75,7 @@ py::object forward(py::handle x, py::handle groups, py::handle gamma, py::handle
 py::object backward(py::handle dy, py::handle x, py::handle mean, py::handle invstd, py::handle groups,
                     py::handle gamma, py::handle axis, py::handle out, bool layer) {
     return or_none([&]() -> py::object {
-        const ArrayView xv = input(x), dyv = like(dy, xv), mv = input(mean), sv = input(invstd),
+        const ArrayView xv = input(x), dyv = optional_like(dy, xv), mv = input(mean), sv = input(invstd),
                         gv = optional_input(gamma);
         decline_unless(dyv.dims);
         GroupNormGradArgs a;
@@ -90,8 +89,8 @@ py::object backward(py::handle dy, py::handle x, py::handle mean, py::handle inv
         a.gamma = vector(gv, a.shape.C);
         const py::array dx = output_for(out, x, xv, {dyv, xv}, {mv, sv, gv});
         a.dx = data_of(dx);
-        const py::array dgamma = vector_like(gv, {}, xv, a.shape.C, a.dgamma);
-        const py::array dbeta = vector_like(gv, {}, xv, a.shape.C, a.dbeta);
+        const py::array dgamma = new_parameter_gradient(gv, {}, xv, a.shape.C, a.dgamma);
+        const py::array dbeta = new_parameter_gradient(gv, {}, xv, a.shape.C, a.dbeta);
         without_gil([&] { bnfast::group_norm_grad(a); });
         return py::make_tuple(dx, dgamma, dbeta);
     });
@@ -99,20 +98,16 @@ py::object backward(py::handle dy, py::handle x, py::handle mean, py::handle inv
 
 }  // namespace
 
-py::object group_norm(py::handle x, py::handle groups, py::handle gamma, py::handle beta, py::handle axis,
-                      py::handle epsilon, py::handle out) {
+py::object group_norm(BNFAST_GROUP_NORM_ARGUMENTS(BNFAST_PARAMETER)) {
     return forward(x, groups, gamma, beta, axis, epsilon, out, false);
 }
-py::object group_norm_grad(py::handle dy, py::handle x, py::handle mean, py::handle invstd, py::handle groups,
-                           py::handle gamma, py::handle axis, py::handle out) {
+py::object group_norm_grad(BNFAST_GROUP_NORM_GRAD_ARGUMENTS(BNFAST_PARAMETER)) {
     return backward(dy, x, mean, invstd, groups, gamma, axis, out, false);
 }
-py::object layer_norm(py::handle x, py::handle gamma, py::handle beta, py::handle axis, py::handle epsilon,
-                      py::handle out) {
+py::object layer_norm(BNFAST_LAYER_NORM_ARGUMENTS(BNFAST_PARAMETER)) {
     return forward(x, py::none(), gamma, beta, axis, epsilon, out, true);
 }
-py::object layer_norm_grad(py::handle dy, py::handle x, py::handle mean, py::handle invstd, py::handle gamma,
-                           py::handle axis, py::handle out) {
+py::object layer_norm_grad(BNFAST_LAYER_NORM_GRAD_ARGUMENTS(BNFAST_PARAMETER)) {
     return backward(dy, x, mean, invstd, py::none(), gamma, axis, out, true);
 }
 

@@ -1,5 +1,6 @@
-// The Python module bnfast._core. A function whose arguments aren't plain returns None and has changed nothing (see
-// array_view.h).
+// The Python module bnfast._core. All arguments are positional-only. The norm functions take the fast path of
+// array_view.h: contiguous, aligned arrays of the right dtype and shape; for anything else they return None and have
+// changed nothing. The functions that start with "_" are for tests and for bnfast.tensorflow.
 #include "cpu/dispatch/isa.h"
 #include "cpu/machine.h"
 #include "cpu/parallel.h"
@@ -49,6 +50,11 @@ py::dict build_info() {
     return info;
 }
 
+template <class F> void define(py::module_& m, const char* name, F* function, Names arguments) {
+    m.def(name, function,
+          (signature(name, arguments) + "See bnfast.functional. None: the fast path declines.").c_str());
+}
+
 }  // namespace
 }  // namespace bnfast::bind
 
@@ -63,28 +69,41 @@ PYBIND11_MODULE(_core, m) {
             PyErr_SetString(PyExc_FloatingPointError, e.what());
         }
     });
-    m.def("train", &bind::train);
-    m.def("infer", &bind::infer);
-    m.def("grad", &bind::grad);
-    m.def("moments", &bind::moments);
-    m.def("group_norm", &bind::group_norm);
-    m.def("group_norm_grad", &bind::group_norm_grad);
-    m.def("layer_norm", &bind::layer_norm);
-    m.def("layer_norm_grad", &bind::layer_norm_grad);
-    py::class_<bind::Callback>(m, "Callback")
-        .def(py::init<const std::string&, const std::vector<std::string>&, const py::dict&, py::object>())
-        .def("__call__", &bind::Callback::operator());
-    m.def("empty", &bind::empty);
-    m.def("get_num_threads", &get_num_threads);
-    m.def("set_num_threads", [](std::optional<int> n) { set_num_threads(n.value_or(0)); });
-    m.def("build_info", &bind::build_info);
-    m.def("clear_memory", &clear_memory);
-    m.def("set_memory_limit", &set_memory_limit);
-    m.def("_connect_tf", [](const std::string& path) { return tf::connect(path.c_str()); });
-    m.def("_set_isa", [](std::optional<std::string> name) { set_isa(name.value_or("")); });
-    m.def("_set_serial_bytes", [](std::optional<std::int64_t> n) { set_serial_bytes(n.value_or(-1)); });
-    m.def("_set_full_team", &set_full_team);
-    m.def("_last_run", [] { return py::make_tuple(last_isa(), last_team_size()); });
-    m.def("_fp_mode", &fp_mode);
-    m.def("_set_fp_mode", &set_fp_mode);
+    // The docstrings start with the signature, in the form that CPython reads as __text_signature__; pybind11's own
+    // line names the arguments arg0, arg1, ...
+    py::options docstrings;
+    docstrings.disable_function_signatures();
+    bind::define(m, "train", bind::train, bind::train_names);
+    bind::define(m, "infer", bind::infer, bind::infer_names);
+    bind::define(m, "grad", bind::grad, bind::grad_names);
+    bind::define(m, "moments", bind::moments, bind::moments_names);
+    bind::define(m, "group_norm", bind::group_norm, bind::group_norm_names);
+    bind::define(m, "group_norm_grad", bind::group_norm_grad, bind::group_norm_grad_names);
+    bind::define(m, "layer_norm", bind::layer_norm, bind::layer_norm_names);
+    bind::define(m, "layer_norm_grad", bind::layer_norm_grad, bind::layer_norm_grad_names);
+    py::class_<bind::Callback>(m, "Callback", "train or grad on arrays in a fixed order, for tf.numpy_function.")
+        .def(py::init<const std::string&, const std::vector<std::string>&, const py::dict&, py::object>(),
+             "__init__(self, kernel, names, constants, fallback, /)\n--\n\n")
+        .def("__call__", &bind::Callback::operator(), "__call__(self, /, *arrays)\n--\n\n");
+    m.def("empty", &bind::empty,
+          "empty(shape, dtype, /)\n--\n\nAn array with undefined values, in memory of the output pool.");
+    m.def("get_num_threads", &get_num_threads, "get_num_threads()\n--\n\n");
+    m.def(
+        "set_num_threads", [](std::optional<int> n) { set_num_threads(n.value_or(0)); },
+        "set_num_threads(n, /)\n--\n\nNone: back to the default.");
+    m.def("build_info", &bind::build_info, "build_info()\n--\n\n");
+    m.def("clear_memory", &clear_memory, "clear_memory()\n--\n\n");
+    m.def("set_memory_limit", &set_memory_limit, "set_memory_limit(limit_bytes, /)\n--\n\n");
+    m.def(
+        "_connect_tf", [](const std::string& path) { return tf::connect(path.c_str()); },
+        "_connect_tf(path, /)\n--\n\nGives the core to the TensorFlow op's library. Returns \"\" or the reason why "
+        "not.");
+    m.def("_set_isa", [](std::optional<std::string> name) { set_isa(name.value_or("")); }, "_set_isa(name, /)\n--\n\n");
+    m.def(
+        "_set_serial_bytes", [](std::optional<std::int64_t> n) { set_serial_bytes(n.value_or(-1)); },
+        "_set_serial_bytes(n, /)\n--\n\n");
+    m.def("_set_full_team", &set_full_team, "_set_full_team(wait, /)\n--\n\n");
+    m.def("_last_run", [] { return py::make_tuple(last_isa(), last_team_size()); }, "_last_run()\n--\n\n");
+    m.def("_fp_mode", &fp_mode, "_fp_mode()\n--\n\n");
+    m.def("_set_fp_mode", &set_fp_mode, "_set_fp_mode(mode, /)\n--\n\n");
 }

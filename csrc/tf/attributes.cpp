@@ -29,17 +29,18 @@ public:
         status_.check();
         return value;
     }
-    // The place of a string attribute's value among these words.
-    int choice(const char* name, std::initializer_list<const char*> words) const {
+    // The index of a string attribute's value among the choices.
+    int choice(const char* name, std::initializer_list<const char*> choices) const {
         char text[16] = "";
         TF_OpKernelConstruction_GetAttrString(context_, name, text, sizeof text - 1, status_);
         status_.check();
-        int place = 0;
-        for (const char* const word : words) {
-            if (std::strcmp(text, word) == 0) return place;
-            ++place;
+        int index = 0;
+        std::string wanted;
+        for (const char* const candidate : choices) {
+            if (std::strcmp(text, candidate) == 0) return index;
+            wanted.append(index++ ? ", " : "").append(candidate);
         }
-        throw Failure{TF_INVALID_ARGUMENT, std::string(name) + " must be one of bnfast's. Received: " + text};
+        throw Failure{TF_INVALID_ARGUMENT, std::string(name) + " must be one of " + wanted + ". Received: " + text};
     }
     Attributes common() const {
         Attributes a;
@@ -60,10 +61,10 @@ private:
 
 }  // namespace
 
-Attributes train_attributes(TF_OpKernelConstruction* context) {
+Attributes read_train_attributes(TF_OpKernelConstruction* context) {
     const Reader reader(context);
     Attributes a = reader.common();
-    a.residual_or_y = reader.optional("num_residual");
+    a.residual = reader.optional("num_residual");
     a.epsilon = reader.real("epsilon_bits");
     a.momentum = reader.real("momentum_bits");
     a.correction = int(reader.integer("correction"));
@@ -71,11 +72,11 @@ Attributes train_attributes(TF_OpKernelConstruction* context) {
     return a;
 }
 
-Attributes grad_attributes(TF_OpKernelConstruction* context) {
+Attributes read_grad_attributes(TF_OpKernelConstruction* context) {
     const Reader reader(context);
     Attributes a = reader.common();
-    a.residual_or_y = reader.optional("num_y");
-    if (a.residual_or_y && a.activation == Activation::none)
+    a.y = reader.optional("num_y");
+    if (a.y && a.activation == Activation::none)
         throw Failure{TF_INVALID_ARGUMENT, "num_y must be 0 without an activation"};
     a.parameter_type = reader.type("parameter_type");
     const std::int64_t count = reader.integer("num_statistics");

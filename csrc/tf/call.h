@@ -1,5 +1,5 @@
-// One call of a kernel, as C++: tensors that give themselves back, and exceptions in place of statuses. Failure is
-// thrown and caught within this library (`guarded`); TensorFlow sees a status with its code and message.
+// TensorFlow's C API for one kernel call, as C++: tensors release themselves, and errors are exceptions. A Failure
+// never leaves this library: `guarded` turns it into a TensorFlow status with the same code and message.
 #pragma once
 #include <cstring>
 #include <initializer_list>
@@ -34,9 +34,9 @@ private:
 };
 
 struct Dims {
-    static constexpr int most = 254;  // TensorFlow's own limit
+    static constexpr int max_rank = 254;  // TensorFlow's own limit
     int rank = 0;
-    std::int64_t extents[most];
+    std::int64_t extents[max_rank];
     std::int64_t size() const {
         std::int64_t product = 1;
         for (int i = 0; i < rank; ++i) product *= extents[i];
@@ -78,13 +78,16 @@ private:
     TF_Tensor* tensor_;
 };
 
-DType dtype_of(int type);        // of a TF_DataType that the op definitions let through
+DType dtype_of(int type);        // type: a TF_DataType that the op definitions allow
 std::size_t bytes_of(int type);  // of one element
 
 class Call {
 public:
     explicit Call(TF_OpKernelContext* context) : context_(context) {
-        if (!core) throw Failure{TF_FAILED_PRECONDITION, "bnfast's core is not connected (bnfast.keras does that)"};
+        if (!core)
+            throw Failure{
+                TF_FAILED_PRECONDITION,
+                "the op is not connected to bnfast._core (bnfast.tensorflow connects it when it loads the op)"};
     }
     Tensor input(int i) const {
         TF_Tensor* tensor = nullptr;
@@ -93,7 +96,8 @@ public:
         return Tensor(tensor);
     }
     Tensor output(int i, int type, const std::int64_t* dims, int rank) const;
-    // The output in the buffer of one of these inputs, where nobody else holds it, which includes this call.
+    // The output, in the buffer of one of the candidate inputs if nothing else holds that buffer. A Tensor of this call
+    // that holds it counts, too.
     Tensor output_in(int i, std::initializer_list<int> candidates, const Dims& dims) const;
     Shape shape(const Dims& dims, std::int64_t axis) const;
     void run(const TrainArgs& args) const;
@@ -108,7 +112,7 @@ private:
 void require_vector(const Tensor& tensor, const char* name, std::int64_t C, std::int64_t axis);
 void require_like(const Tensor& tensor, const char* name, const Dims& x);
 
-// f(), its exceptions as a status given to `fail` (TF_OpKernelContext_Failure or that of the construction).
+// Calls f and reports its exceptions through `fail` (TF_OpKernelContext_Failure or TF_OpKernelConstruction_Failure).
 template <class Context, class F> void guarded(Context* context, void (*fail)(Context*, TF_Status*), F f) noexcept {
     const auto failed = [&](int code, const char* message) {
         const Status status;

@@ -1,4 +1,4 @@
-// The core's side of the TensorFlow op, compiled into _core.
+// The core's side of the TensorFlow op's table (core_api.h). Compiled into _core.
 #include "core_api.h"
 
 #include <dlfcn.h>
@@ -10,7 +10,7 @@ namespace bnfast::tf {
 namespace {
 
 template <class F> Outcome guarded(Message& message, F f) noexcept {
-    const auto said = [&](Outcome outcome, const char* text) {
+    const auto report = [&](Outcome outcome, const char* text) {
         std::snprintf(message.text, sizeof message.text, "%s", text);
         return outcome;
     };
@@ -18,13 +18,13 @@ template <class F> Outcome guarded(Message& message, F f) noexcept {
         f();
         return Outcome::fine;
     } catch (const std::invalid_argument& error) {
-        return said(Outcome::bad_argument, error.what());
+        return report(Outcome::bad_argument, error.what());
     } catch (const std::bad_alloc&) {
-        return said(Outcome::out_of_memory, "bnfast is out of memory");
+        return report(Outcome::out_of_memory, "bnfast is out of memory");
     } catch (const std::exception& error) {
-        return said(Outcome::failed, error.what());
+        return report(Outcome::failed, error.what());
     } catch (...) {
-        return said(Outcome::failed, "bnfast failed without a message");
+        return report(Outcome::failed, "bnfast failed without a message");
     }
 }
 
@@ -46,7 +46,7 @@ std::string connect(const char* path) {
     if (!library) return std::string(path) + " is not loaded";
     const auto f = reinterpret_cast<Connect>(dlsym(library, "bnfast_connect"));
     const char* const reason = f ? f(&api) : "it has no bnfast_connect";
-    dlclose(library);  // one reference of two: TensorFlow's stays
+    dlclose(library);  // drops the reference taken here; TensorFlow keeps its own
     return reason ? reason : "";
 }
 

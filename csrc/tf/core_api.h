@@ -1,6 +1,6 @@
-// How the TensorFlow op reaches the core that Python has loaded: a table of functions, handed over once by _core.
-// So the op's library holds no kernel and no thread pool of its own: NumPy callers and the op share one team of
-// threads, one scratch a thread, one choice of instruction set. No exception crosses from one library into the other.
+// How the TensorFlow op reaches the core that Python has loaded: _core hands over a table of functions, once. So the
+// op's library has no kernels and no threads of its own. NumPy callers and the op share one team of threads, one
+// scratch buffer per thread and one choice of instruction set. No exception crosses from one library into the other.
 #pragma once
 #include <cstddef>
 
@@ -11,11 +11,11 @@ namespace bnfast::tf {
 enum class Outcome : int { fine, bad_argument, out_of_memory, failed };
 
 struct Message {
-    char text[512];  // terminated; what went wrong, where the outcome isn't fine
+    char text[512];  // null-terminated; the error, unless the outcome is fine
 };
 
 struct CoreApi {
-    // Both libraries are built together; these three tell when they weren't.
+    // Both libraries must come from one build. These three members detect a mismatch.
     const char* version;
     std::size_t train_args_bytes, grad_args_bytes;
 
@@ -24,10 +24,10 @@ struct CoreApi {
     Outcome (*grad)(const GradArgs&, Message&) noexcept;
 };
 
-// The op's library exports this under the name "bnfast_connect"; it returns null, or why it can't work with the table.
+// The op's library exports this function as "bnfast_connect". It returns null, or why it can't work with the table.
 using Connect = const char* (*)(const CoreApi*);
 
-// In _core: connects the op's library, which TensorFlow has loaded from `path`. Empty, or the reason why not.
+// In _core: connects the op's library, which TensorFlow has loaded from `path`. Returns "" or the reason why not.
 std::string connect(const char* path);
 
 }  // namespace bnfast::tf

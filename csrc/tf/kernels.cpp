@@ -2,6 +2,8 @@
 
 #include <memory>
 
+#include "signatures.h"
+
 namespace bnfast::tf {
 namespace {
 
@@ -11,17 +13,17 @@ ConstVector input_vector(const Tensor& tensor) {
 }
 Vector output_vector(const Tensor& tensor) { return {tensor.data(), dtype_of(tensor.type())}; }
 
-// The optional inputs that both ops have, in this order; `next` is the first one's place.
-struct Optional {
-    Tensor gamma, beta, mask, residual_or_y;
+// The optional inputs that both ops have in common.
+struct OptionalInputs {
+    Tensor gamma, beta, mask;
 
-    Optional(const Call& call, const Attributes& a, int& next, const char* name, const Dims& dims, const Shape& shape) {
+    // `next`: the position of the first optional input; afterwards, of the first one after mask.
+    OptionalInputs(const Call& call, const Attributes& a, int& next, const Shape& shape) {
         if (a.gamma) require_vector(gamma = call.input(next++), "gamma", shape.C, a.axis);
         if (a.beta) require_vector(beta = call.input(next++), "beta", shape.C, a.axis);
         if (a.mask) require_mask(mask = call.input(next++), a.type, shape);
-        if (a.residual_or_y) require_like(residual_or_y = call.input(next++), name, dims);
     }
-    template <class Args> void give(Args& args, const Attributes& a) const {
+    template <class Args> void set(Args& args, const Attributes& a) const {
         args.gamma = input_vector(gamma);
         args.beta = input_vector(beta);
         args.mask = mask.data();
@@ -33,7 +35,7 @@ struct Optional {
 private:
     static void require_mask(const Tensor& mask, int type, const Shape& shape) {
         if (mask.type() != (type == TF_DOUBLE ? TF_DOUBLE : TF_FLOAT))
-            throw Failure{TF_INVALID_ARGUMENT, "mask must be float32, for float64 x float64"};
+            throw Failure{TF_INVALID_ARGUMENT, "mask must be float64 for float64 x, and float32 for any other x"};
         if (mask.dims().size() != shape.per_channel())
             throw Failure{TF_INVALID_ARGUMENT, "mask must have " + std::to_string(shape.per_channel()) +
                                                    " values, one for all channels. Received: " + mask.dims().text()};
@@ -43,28 +45,34 @@ private:
 }  // namespace
 
 void train(const Attributes& a, TF_OpKernelContext* context) {
+    constexpr int x_at = position(train_inputs, "x");
+    static_assert(ends_with(train_inputs, {"gamma", "beta", "mask", "residual"}), "the order they are read in here");
     const Call call(context);
-    const Dims dims = call.input(0).dims();
+    const Dims dims = call.input(x_at).dims();
     const Shape shape = call.shape(dims, a.axis);
-    const Tensor y = call.output_in(0, {0}, dims);  // before x is held: a buffer held twice is never granted
-    const Tensor x = call.input(0), mean = call.input(1), variance = call.input(2);
+    // Before x is held here: TensorFlow never forwards a buffer that has two holders.
+    const Tensor y = call.output_in(position(train_outputs, "y"), {x_at}, dims);
+    const Tensor x = call.input(x_at), mean = call.input(position(train_inputs, "moving_mean")),
+                 variance = call.input(position(train_inputs, "moving_variance"));
     require_vector(mean, "moving_mean", shape.C, a.axis);
     require_vector(variance, "moving_variance", shape.C, a.axis);
-    int next = 3;
-    const Optional optional(call, a, next, "residual", dims, shape);
+    int next = position(train_inputs, "gamma");
+    const OptionalInputs optional(call, a, next, shape);
+    Tensor residual;
+    if (a.residual) require_like(residual = call.input(next++), "residual", dims);
 
     const std::int64_t saved_dims[] = {2, shape.C};
-    const Tensor new_mean = call.output(1, mean.type(), &shape.C, 1);
-    const Tensor new_variance = call.output(2, mean.type(), &shape.C, 1);
-    const Tensor saved = call.output(3, TF_DOUBLE, saved_dims, 2);
+    const Tensor new_mean = call.output(position(train_outputs, "new_mean"), mean.type(), &shape.C, 1);
+    const Tensor new_variance = call.output(position(train_outputs, "new_variance"), mean.type(), &shape.C, 1);
+    const Tensor saved = call.output(position(train_outputs, "saved"), TF_DOUBLE, saved_dims, 2);
     const std::unique_ptr<double[]> batch_variance(new double[shape.C]);
     const std::size_t bytes = std::size_t(shape.C) * bytes_of(mean.type());
     if (bytes) std::memcpy(new_mean.data(), mean.data(), bytes);
     if (bytes) std::memcpy(new_variance.data(), variance.data(), bytes);
 
     TrainArgs args;
-    optional.give(args, a);
-    args.residual = optional.residual_or_y.data();
+    optional.set(args, a);
+    args.residual = residual.data();
     args.x = x.data();
     args.y = y.data();
     args.shape = shape;
@@ -81,31 +89,36 @@ void train(const Attributes& a, TF_OpKernelContext* context) {
 }
 
 void grad(const Attributes& a, TF_OpKernelContext* context) {
+    constexpr int dy_at = position(grad_inputs, "dy"), x_at = position(grad_inputs, "x");
+    static_assert(ends_with(grad_inputs, {"gamma", "beta", "mask", "y", "statistics"}),
+                  "the order they are read in here");
     const Call call(context);
-    const Dims dims = call.input(1).dims();
+    const Dims dims = call.input(x_at).dims();
     const Shape shape = call.shape(dims, a.axis);
-    require_like(call.input(0), "dy", dims);
-    // Before dy and x are held, as above. x, which nothing reads after this op, holds one of the two.
-    const Tensor dx = call.output_in(0, {0, 1}, dims);
-    const Tensor dresidual = a.residual_or_y ? call.output_in(3, {1}, dims) : Tensor();
-    const Tensor dy = call.input(0), x = call.input(1), saved = call.input(2);
+    require_like(call.input(dy_at), "dy", dims);
+    // Before dy and x are held here, as in train. Nothing reads x after this op, so dx or dresidual may take its
+    // buffer.
+    const Tensor dx = call.output_in(position(grad_outputs, "dx"), {dy_at, x_at}, dims);
+    const Tensor dresidual = a.y ? call.output_in(position(grad_outputs, "dresidual"), {x_at}, dims) : Tensor();
+    const Tensor dy = call.input(dy_at), x = call.input(x_at), saved = call.input(position(grad_inputs, "saved"));
     const Dims saved_dims = saved.dims();
     if (saved_dims.rank != 2 || saved_dims.extents[0] != 2 || saved_dims.extents[1] != shape.C)
         throw Failure{TF_INVALID_ARGUMENT,
                       "saved must have shape (2, " + std::to_string(shape.C) + "). Received: " + saved_dims.text()};
-    int next = 3;
-    const Optional optional(call, a, next, "y", dims, shape);
-    Tensor dmean, dvariance;
+    int next = position(grad_inputs, "gamma");
+    const OptionalInputs optional(call, a, next, shape);
+    Tensor y, dmean, dvariance;
+    if (a.y) require_like(y = call.input(next++), "y", dims);
     if (a.statistics) {
         require_vector(dmean = call.input(next++), "dmean", shape.C, a.axis);
         require_vector(dvariance = call.input(next++), "dvariance", shape.C, a.axis);
     }
-    const Tensor dgamma = call.output(1, a.parameter_type, &shape.C, 1);
-    const Tensor dbeta = call.output(2, a.parameter_type, &shape.C, 1);
+    const Tensor dgamma = call.output(position(grad_outputs, "dgamma"), a.parameter_type, &shape.C, 1);
+    const Tensor dbeta = call.output(position(grad_outputs, "dbeta"), a.parameter_type, &shape.C, 1);
 
     GradArgs args;
-    optional.give(args, a);
-    args.y = optional.residual_or_y.data();
+    optional.set(args, a);
+    args.y = y.data();
     args.dy = dy.data();
     args.x = x.data();
     args.dx = dx.data();

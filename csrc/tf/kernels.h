@@ -1,5 +1,5 @@
-// What TensorFlow runs for BnfastTrain and BnfastGrad; ops.cpp says what goes in and comes out, and in which order.
-// A kernel keeps nothing between calls, writes nothing but its outputs, and takes no lock.
+// The compute functions of BnfastTrain and BnfastGrad; signatures.h has their inputs and outputs. They keep no state
+// between calls, write only their outputs, and take no lock.
 #pragma once
 #include "attributes.h"
 

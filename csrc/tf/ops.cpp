@@ -1,16 +1,7 @@
-// The ops BnfastTrain and BnfastGrad: what goes in and comes out, their shapes, and their registration, which happens
-// while tf.load_op_library loads this library. Both are stateless. Vectors are (C,) of U; C is x's extent along axis.
-//
-//   BnfastTrain: x, moving_mean, moving_variance, [gamma], [beta], [mask], [residual]
-//             -> y, the moving statistics updated, saved (2, C): mean and invstd of the batch, for BnfastGrad
-//   BnfastGrad:  dy, x, saved, [gamma], [beta], [mask], [y], [dmean, dvariance] -> dx, dgamma, dbeta, [dresidual]
-//
-// y goes to BnfastGrad where the forward had both residual and activation: kept for the next layer anyway, it spares
-// the residual being kept beside it (ResNet50 at batch 16: 92 MB of 1356). parameter_type is U, which TensorFlow can't
-// infer for a BnfastGrad without gamma and beta. mask: N*S weights of W, float64 for float64 x and else float32.
-// statistics_gradient tells the Python side that the gradients of the second and third output count: with momentum 0
-// they are the batch's own mean and variance. BnfastGrad keeps epsilon for its own derivative.
+// Registers the ops BnfastTrain and BnfastGrad and their shape functions, while tf.load_op_library loads this library.
+// signatures.h says what the ops take and return.
 #include "kernels.h"
+#include "signatures.h"
 
 namespace bnfast::tf {
 
@@ -19,19 +10,6 @@ const CoreApi* core = nullptr;
 namespace {
 
 std::string registration_error;
-
-const char* const common_attributes[] = {
-    "T: {half, bfloat16, float, double}",
-    "U: {float, double} = DT_FLOAT",
-    "W: {float, double} = DT_FLOAT",
-    "num_gamma: int >= 0 = 0",
-    "num_beta: int >= 0 = 0",
-    "num_mask: int >= 0 = 0",
-    "axis: int = -1",
-    "epsilon_bits: int",
-    "activation: {'none', 'relu', 'relu6', 'leaky_relu'} = 'none'",
-    "negative_slope_bits: int = 0",
-};
 
 class Shapes {
 public:
@@ -61,26 +39,26 @@ private:
 void train_shapes(TF_ShapeInferenceContext* context, TF_Status* status) {
     const Shapes shapes(context, status);
     const Shapes::Handle x, vector, saved, two(TF_ShapeInferenceContextVectorFromSize(context, 2));
-    shapes.input(0, x);
-    shapes.output(0, x);
-    if (shapes.fine()) shapes.input(1, vector, 1);
-    shapes.output(1, vector);
-    shapes.output(2, vector);
+    shapes.input(position(train_inputs, "x"), x);
+    shapes.output(position(train_outputs, "y"), x);
+    if (shapes.fine()) shapes.input(position(train_inputs, "moving_mean"), vector, 1);
+    shapes.output(position(train_outputs, "new_mean"), vector);
+    shapes.output(position(train_outputs, "new_variance"), vector);
     if (shapes.fine()) TF_ShapeInferenceContextConcatenateShapes(context, two, vector, saved, status);
-    shapes.output(3, saved);
+    shapes.output(position(train_outputs, "saved"), saved);
 }
 
 void grad_shapes(TF_ShapeInferenceContext* context, TF_Status* status) {
     const Shapes shapes(context, status);
     const Shapes::Handle x, saved, vector;
-    shapes.input(1, x);
-    shapes.output(0, x);
-    if (shapes.fine()) shapes.input(2, saved, 2);
+    shapes.input(position(grad_inputs, "x"), x);
+    shapes.output(position(grad_outputs, "dx"), x);
+    if (shapes.fine()) shapes.input(position(grad_inputs, "saved"), saved, 2);
     if (shapes.fine()) TF_ShapeInferenceContextSubshape(context, saved, 1, 2, vector, status);
-    shapes.output(1, vector);
-    shapes.output(2, vector);
-    const Status none;  // dresidual, where there is one; the C API doesn't say how many outputs there are
-    TF_ShapeInferenceContextSetOutput(context, 3, x, none);
+    shapes.output(position(grad_outputs, "dgamma"), vector);
+    shapes.output(position(grad_outputs, "dbeta"), vector);
+    const Status ignored;  // the C API doesn't say whether this call has a dresidual; without one, setting it fails
+    TF_ShapeInferenceContextSetOutput(context, position(grad_outputs, "dresidual"), x, ignored);
 }
 
 template <Attributes (*read)(TF_OpKernelConstruction*)> void* create(TF_OpKernelConstruction* context) {
@@ -95,16 +73,16 @@ template <void (*run)(const Attributes&, TF_OpKernelContext*)> void compute(void
 
 void destroy(void* self) { delete static_cast<Attributes*>(self); }
 
-void define(const char* name, std::initializer_list<const char*> inputs, std::initializer_list<const char*> outputs,
-            std::initializer_list<const char*> attributes, void (*shapes)(TF_ShapeInferenceContext*, TF_Status*),
-            TF_KernelBuilder* kernel) {
+template <std::size_t inputs, std::size_t outputs, std::size_t attributes>
+void define(const char* name, const char* const (&input_specs)[inputs], const char* const (&output_specs)[outputs],
+            const char* const (&attribute_specs)[attributes], InferShapes infer_shapes, TF_KernelBuilder* kernel) {
     const Status status;
     TF_OpDefinitionBuilder* const op = TF_NewOpDefinitionBuilder(name);
     for (const char* spec : common_attributes) TF_OpDefinitionBuilderAddAttr(op, spec);
-    for (const char* spec : attributes) TF_OpDefinitionBuilderAddAttr(op, spec);
-    for (const char* spec : inputs) TF_OpDefinitionBuilderAddInput(op, spec);
-    for (const char* spec : outputs) TF_OpDefinitionBuilderAddOutput(op, spec);
-    TF_OpDefinitionBuilderSetShapeInferenceFunction(op, shapes);
+    for (const char* spec : attribute_specs) TF_OpDefinitionBuilderAddAttr(op, spec);
+    for (const char* spec : input_specs) TF_OpDefinitionBuilderAddInput(op, spec);
+    for (const char* spec : output_specs) TF_OpDefinitionBuilderAddOutput(op, spec);
+    TF_OpDefinitionBuilderSetShapeInferenceFunction(op, infer_shapes);
     TF_RegisterOpDefinition(op, status);
     if (status.fine()) TF_RegisterKernelBuilder(name, kernel, status);
     if (!status.fine()) registration_error = std::string(name) + ": " + TF_Message(status);
@@ -113,19 +91,10 @@ void define(const char* name, std::initializer_list<const char*> inputs, std::in
 const bool registered = [] {
     registration_error = find_tensorflow();
     if (!registration_error.empty()) return false;
-    define("BnfastTrain",
-           {"x: T", "moving_mean: U", "moving_variance: U", "gamma: num_gamma * U", "beta: num_beta * U",
-            "mask: num_mask * W", "residual: num_residual * T"},
-           {"y: T", "new_mean: U", "new_variance: U", "saved: double"},
-           {"num_residual: int >= 0 = 0", "momentum_bits: int", "correction: int >= 0 = 0",
-            "nan_policy: {'propagate', 'skip_update'} = 'propagate'", "statistics_gradient: bool = false"},
-           train_shapes, TF_NewKernelBuilder("BnfastTrain", "CPU", create<train_attributes>, compute<train>, destroy));
-    define("BnfastGrad",
-           {"dy: T", "x: T", "saved: double", "gamma: num_gamma * U", "beta: num_beta * U", "mask: num_mask * W",
-            "y: num_y * T", "statistics: num_statistics * U"},
-           {"dx: T", "dgamma: parameter_type", "dbeta: parameter_type", "dresidual: num_y * T"},
-           {"num_y: int >= 0 = 0", "num_statistics: int >= 0 = 0", "parameter_type: {float, double}"}, grad_shapes,
-           TF_NewKernelBuilder("BnfastGrad", "CPU", create<grad_attributes>, compute<grad>, destroy));
+    define("BnfastTrain", train_inputs, train_outputs, train_attributes, train_shapes,
+           TF_NewKernelBuilder("BnfastTrain", "CPU", create<read_train_attributes>, compute<train>, destroy));
+    define("BnfastGrad", grad_inputs, grad_outputs, grad_attributes, grad_shapes,
+           TF_NewKernelBuilder("BnfastGrad", "CPU", create<read_grad_attributes>, compute<grad>, destroy));
     return true;
 }();
 

@@ -10,7 +10,7 @@ BNFAST_TF_API(BNFAST_DEFINE)
 
 std::string find_tensorflow() {
     const char* const file = "libtensorflow_framework.so.2";
-    void* const library = dlopen(file, RTLD_NOW | RTLD_NOLOAD);  // never closed: the ops stay as long as the process
+    void* const library = dlopen(file, RTLD_NOW | RTLD_NOLOAD);  // never closed: the ops live as long as the process
     if (!library) return std::string(file) + " is not loaded";
     const char* missing = nullptr;
 #define BNFAST_FIND(result, name, arguments)                        \

@@ -1,9 +1,9 @@
-// TensorFlow's C API for ops and kernels, as far as bnfast's op calls it: plain C, the same from TensorFlow 2.18 on.
-// Declared here so that building needs no TensorFlow, and as pointers that `find_tensorflow` fills, because nothing
-// else works everywhere: TensorFlow 2.18 keeps its symbols out of the process's global scope (2.21 doesn't), and
-// linking against its library would put that into our wheel's dependencies. TensorFlow's own headers
-// (tensorflow/c/kernels.h, ops.h, tf_tensor.h, tf_status.h) say what each function does; enums are given as int here,
-// as they are passed.
+// The part of TensorFlow's C API for ops and kernels that bnfast's op calls. It is plain C and the same from TensorFlow
+// 2.18 on. It is declared here, so that building needs no TensorFlow. The functions are pointers that `find_tensorflow`
+// fills, because nothing else works everywhere: TensorFlow 2.18 keeps its symbols out of the process's global scope
+// (2.21 doesn't), and linking against its library would make our wheel depend on it. TensorFlow's own headers
+// (tensorflow/c/kernels.h, ops.h, tf_tensor.h, tf_status.h) document each function. Enums are declared as int, the type
+// that they are passed as.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -34,8 +34,8 @@ using ComputeKernel = void (*)(void* kernel, TF_OpKernelContext*);
 using DestroyKernel = void (*)(void* kernel);
 using InferShapes = void (*)(TF_ShapeInferenceContext*, TF_Status*);
 
-// F(result, name, (arguments)). A register function consumes its builder, whether it succeeds or not. A tensor handed
-// out is a reference of the caller's, to be given to TF_DeleteTensor. GetAttrString doesn't terminate what it writes.
+// F(result, name, (arguments)). A register function consumes its builder even if it fails. A returned tensor is a
+// reference that the caller must give to TF_DeleteTensor. GetAttrString writes no terminating null.
 #define BNFAST_TF_API(F)                                                                                               \
     F(TF_Status*, TF_NewStatus, ())                                                                                    \
     F(void, TF_DeleteStatus, (TF_Status*))                                                                             \
@@ -87,7 +87,7 @@ using InferShapes = void (*)(TF_ShapeInferenceContext*, TF_Status*);
 BNFAST_TF_API(BNFAST_DECLARE)
 #undef BNFAST_DECLARE
 
-// Finds the functions in the TensorFlow that this process has loaded. Empty, or what is missing.
+// Finds the functions in the TensorFlow that this process has loaded. Returns "" or what is missing.
 std::string find_tensorflow();
 
 }  // namespace bnfast::tf

@@ -3,7 +3,7 @@ dtype and shape, with valid scalars and no forbidden overlap. For anything else 
 bnfast.functional then asks bnfast._arguments for the error or for converted arguments."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypedDict
+from typing import Any, TypedDict, type_check_only
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +11,7 @@ import numpy.typing as npt
 _Array = npt.NDArray[Any]
 _Stats = npt.NDArray[np.float64]
 
+@type_check_only
 class MemoryStatistics(TypedDict):
     held_bytes: int
     limit_bytes: int
@@ -18,6 +19,7 @@ class MemoryStatistics(TypedDict):
     reused: int
     fresh: int
 
+@type_check_only
 class BuildInfo(TypedDict):
     version: str
     isa: str
@@ -88,7 +90,9 @@ def grad(
 ) -> tuple[_Array, _Array, _Array, _Array | None] | None: ...
 
 class Callback:
-    def __init__(self, kernel: str, names: list[str], words: dict[str, Any], slow: Callable[..., Any], /) -> None: ...
+    def __init__(
+        self, kernel: str, names: list[str], constants: dict[str, Any], fallback: Callable[..., Any], /
+    ) -> None: ...
     def __call__(self, *arrays: _Array) -> Sequence[_Array]: ...
 
 def moments(x: Any, axis: Any, mask: Any, /) -> tuple[float, _Stats, _Stats] | None: ...

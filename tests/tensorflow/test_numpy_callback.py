@@ -86,7 +86,7 @@ def test_unknown_names(arguments: tuple[Any, ...], message: str) -> None:
 
 
 def test_wrong_number_of_arrays() -> None:
-    with pytest.raises(TypeError, match="as many arrays must come as there are names"):
+    with pytest.raises(TypeError, match=r"the number of arrays must be 1, one per name\. Received: 0"):
         _core.Callback("train", ["x"], KWARGS, refuse)()
 
 

@@ -177,7 +177,7 @@ def test_buffers_that_are_still_read_are_not_overwritten(rng: np.random.Generato
         ({"beta": [np.zeros(())]}, r"beta must have shape \(3,\) to match axis -1 of x. Received: \(\)"),
         ({"residual": [np.zeros((4, 2))]}, r"residual must have the shape of x, \(4, 3\). Received: \(4, 2\)"),
         ({"mask": [np.zeros(3)]}, r"mask must have 4 values, one for all channels. Received: \(3,\)"),
-        ({"mask": [np.zeros(4, "float32")]}, "mask must be float32, for float64 x float64"),
+        ({"mask": [np.zeros(4, "float32")]}, "mask must be float64 for float64 x, and float32 for any other x"),
         ({"axis": 5}, r"axis must lie in \[-2, 2\). Received: 5"),
         ({"epsilon_bits": op._bits(-1.0)}, "epsilon must be finite and >= 0"),
         ({"gamma": [np.ones(3)] * 2}, "num_gamma must be 0 or 1"),
