@@ -1,4 +1,4 @@
-"""Shared fixtures (needs.py says what BNFAST_REQUIRE does)."""
+"""Shared fixtures. needs.py says what BNFAST_REQUIRE does, running.py which tests run, and beside which."""
 
 import os
 
@@ -9,15 +9,10 @@ import pytest
 from bnfast import _core
 from needs import KNOWN, REQUIRED, absent, need_module
 
+pytest_plugins = ["running"]
+
 for helper in (
-    "sample_data",
-    "tolerances",
-    "conversion",
-    "exact",
-    "fold_cases",
-    "keras_models",
-    "norms_cases",
-    "taped",
+    *("sample_data", "tolerances", "conversion", "exact", "fold_cases", "keras_models", "norms_cases", "taped"),
 ):
     pytest.register_assert_rewrite(helper)
 

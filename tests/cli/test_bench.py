@@ -20,6 +20,8 @@ from bnfast.benchmark import allocator, cases, correctness, figure, report, timi
 from bnfast.benchmark.peers import BASELINES, PEERS, Unsupported
 from bnfast.cli import bench, main
 
+pytestmark = pytest.mark.serial  # measures time
+
 OTHERS = [name for name in bench.TITLES if name not in BASELINES]
 CASE_KEYS = ("shape", "set", "N", "C", "spatial", "layout", "op", "dtype", "bytes")
 MEASUREMENT_KEYS = ("peer", "mode", "rounds", "calls", "seconds", "quartiles", "ratio", "to_copy")

@@ -15,6 +15,8 @@ from bnfast.benchmark import model_figure, model_memory, model_report, model_tim
 from bnfast.benchmark.peers import Unsupported
 from bnfast.cli import bench_model, main
 
+pytestmark = pytest.mark.serial  # measures time and memory
+
 SMALL = "MobileNet(alpha=0.25)"
 SPEC = models.parse(SMALL, 2, 32)
 COMMAND = ["bench", "--model", SMALL, "--batch", "2", "--size", "32", "--rounds", "1", "--memory-runs", "0"]

@@ -13,6 +13,8 @@ import pytest
 import sample_data
 from bnfast import _core
 
+pytestmark = pytest.mark.serial  # measures the process's memory
+
 SIZES = [1, 2, 15, 16, 17, 63, 64, 65, 1000, 4095, 4096, 100003, (1 << 19) - 1, 1 << 19, (1 << 19) + 1]  # around 2 MiB
 
 

@@ -8,6 +8,8 @@ import bnfast
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.serial  # measures the time of an import
+
 
 def test_threads_round_trip():
     default = bnfast.get_num_threads()

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from bnfast import _core
 
+pytestmark = pytest.mark.serial  # counts threads and forks
+
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, sets the affinity")
 x86 = pytest.mark.skipif(_core._fp_mode() & 0x1F80 != 0x1F80, reason="MXCSR is x86's")
 X = np.random.default_rng(0).standard_normal((500, 40)).astype(np.float32)

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from needs import absent
 
+pytestmark = pytest.mark.serial  # starts four processes
+
 PROGRAM = Path(mpi_ranks.__file__)
 SAME_EVERYWHERE = [
     "moments.count",

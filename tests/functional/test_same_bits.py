@@ -140,6 +140,7 @@ def expected_of(case: Case) -> dict[str, Any]:
     return all_results(case, force_isa_and_threads(BASELINE, 1))
 
 
+@pytest.mark.sample(60)
 @pytest.mark.parametrize("dtype", sample_data.DTYPES)
 @pytest.mark.parametrize(("shape", "axis"), SHAPES, ids=str)
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])

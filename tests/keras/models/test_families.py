@@ -14,7 +14,9 @@ STATES = r"bnfast( \+ add)?( \+ (relu|relu6))?"
 
 
 def marked(name: str) -> Any:
-    return name if name in families.EVERY_RUN else pytest.param(name, marks=pytest.mark.families)
+    return (
+        name if name in families.EVERY_RUN else pytest.param(name, marks=(pytest.mark.families, pytest.mark.sample(5)))
+    )
 
 
 @pytest.mark.parametrize("name", [marked(name) for name in families.FAMILIES])

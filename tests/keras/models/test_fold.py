@@ -260,7 +260,9 @@ def test_errors() -> None:
 
 
 def marked(name: str) -> Any:
-    return name if name in families.EVERY_RUN else pytest.param(name, marks=pytest.mark.families)
+    return (
+        name if name in families.EVERY_RUN else pytest.param(name, marks=(pytest.mark.families, pytest.mark.sample(5)))
+    )
 
 
 LEFT = {"DenseNet121": 1, "MobileNet": 0, "MobileNetV2": 0, "ResNet50": 0, "EfficientNetB0": 0, "Xception": 0}

@@ -1,0 +1,30 @@
+# The commands of the project, one line each (`pip install rust-just` brings just). `.ci/run` works without it.
+
+# The quickest look, under 3 minutes: one build, some tests of every layer.
+smoke:
+    .ci/run smoke
+
+# All tests in the environment at hand, the long products as a sample.
+test *arguments:
+    pip install ".[test]" && pytest {{arguments}}
+
+# Everything that has to hold before a change goes in.
+ci:
+    .ci/run
+
+# All cases, all model families, and new random examples.
+nightly:
+    HYPOTHESIS_PROFILE=explore pytest --whole -m ""
+
+format:
+    ruff check --fix . && ruff format . && git ls-files -z '*.h' '*.cpp' | xargs -0 clang-format -i
+
+lint:
+    .ci/run lint types
+
+bench:
+    cmake --preset bench -G Ninja && cmake --build --preset bench && build/bench/bench/bench_batch_norm
+
+# The C++ tests under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer.
+sanitize:
+    .ci/run sanitize tsan

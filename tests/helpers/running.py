@@ -1,0 +1,88 @@
+"""How a run goes, as a plugin of pytest: a sample of the long products (sampling.py), the workers, whose turn it is
+(turns.py). A run of everything is spread over processes by pytest-xdist, file by file; a run of named files is not."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import bnfast
+import pytest
+import sampling
+import turns
+
+MOST_WORKERS = 4  # a worker with TensorFlow and torch loaded takes 2 GB
+LOCKS = pytest.StashKey[tempfile.TemporaryDirectory[str]]()
+LEFT_OUT = pytest.StashKey[int]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    whole = os.environ.get("BNFAST_WHOLE", "0") not in ("", "0")
+    parser.addoption("--whole", action="store_true", default=whole, help="no samples: all cases (also BNFAST_WHOLE=1)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    os.environ["BNFAST_SEED"] = sampling.seed()  # the workers of pytest-xdist take it from here
+    config.stash[LEFT_OUT] = 0
+    if not hasattr(config, "workerinput"):
+        config.stash[LOCKS] = tempfile.TemporaryDirectory(prefix="bnfast-turns-")
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    if config.getoption("whole"):
+        return "cases: all"
+    return f"cases: a sample of the long products, BNFAST_SEED={sampling.seed()} (--whole: all)"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("whole") or any("::" in argument for argument in config.args):
+        return  # a test that is asked for by name runs
+    items[:], out = sampling.split(items, sampling.seed())
+    config.stash[LEFT_OUT] = len(out)
+    config.hook.pytest_deselected(items=out)
+
+
+# ---- pytest-xdist ----------------------------------------------------------------------------------------------------
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """As many as threads are right here, at most four. A run of named files stays in one process."""
+    if os.environ.get("PYTEST_XDIST_AUTO_NUM_WORKERS"):
+        return None
+    if config.args_source is pytest.Config.ArgsSource.ARGS or config.getoption("collectonly"):
+        return 0
+    workers = min(MOST_WORKERS, bnfast.build_info()["default_threads"])
+    return workers if workers > 1 else 0
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    node.workerinput["locks"] = node.config.stash[LOCKS].name
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    if not hasattr(item.config, "workerinput"):  # no other process runs tests
+        return (yield)
+    with turns.turn(Path(item.config.workerinput["locks"]), alone=item.get_closest_marker("serial") is not None):
+        return (yield)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left_out"] = session.config.stash[LEFT_OUT]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    output = getattr(node, "workeroutput", {})  # a worker that died has none; all others leave out the same cases
+    node.config.stash[LEFT_OUT] = output.get("left_out", node.config.stash[LEFT_OUT])
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if out := config.stash[LEFT_OUT]:
+        terminalreporter.write_line(f"{out} cases left out by BNFAST_SEED={sampling.seed()}; --whole runs them")
