@@ -1,13 +1,13 @@
-// One benchmark a shape x layout x operation x dtype x threads. Each iteration times, in turn and each with the process
-// at rest before it, a copy or triad with
-// cached stores, one with non-temporal stores, oneDNN (float32) and bnfast, all on warm, preallocated memory; the
-// counters are medians over iterations of times and of ratios within one iteration:
-//   GB/s      bytes that the operation can't avoid (train, infer: 2 tensors; grad: 3) over bnfast's time
-//   limit     bnfast's time over the better copy's (train, infer) or triad's (grad)
-//   passes    train and grad: bnfast's time over that of a read of x (and dy) and the better copy (triad), one after
-//             the other: what statistics before output cost where the caches don't hold a part of the channels
-//   onednn    oneDNN's time over bnfast's
-// Results are checked before anything is timed: against float64 sums computed here, and against oneDNN.
+// One benchmark per shape, layout, operation, dtype and thread count. Each iteration times, one after the other: a copy
+// (train, infer) or triad (grad) with cached stores, the same with non-temporal stores, oneDNN (float32 only) and
+// bnfast. All run on warm, preallocated memory, and each starts with idle threads. The counters are medians over
+// iterations; a ratio is taken within one iteration:
+//   GB/s      minimal memory traffic (train, infer: 2 tensors; grad: 3) / bnfast's time
+//   limit     bnfast's time / time of the faster copy or triad
+//   passes    train and grad: bnfast's time / (time to read x (and dy) + time of the faster copy or triad). 1 is the
+//             limit of two passes over memory: statistics first, then output, with nothing kept in cache between them
+//   onednn    oneDNN's time / bnfast's time
+// Before timing, float32 results are checked against float64 sums computed here.
 #include <benchmark/benchmark.h>
 
 #include <algorithm>
@@ -55,23 +55,23 @@ double now() {
     return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-// Waits until nobody in this process spins any more: libgomp's workers do for some 10 ms after each region, and would
-// take a processor from whoever is measured next.
-void settle() {
+// Waits until no thread of this process spins. libgomp's workers spin for about 10 ms after each region and would take
+// a processor from the next measurement.
+void wait_until_idle() {
     double used = double(std::clock());
     for (int i = 0; i < 10; ++i) {
-        std::this_thread::sleep_for(
-            std::chrono::milliseconds(9));  // two ticks of 4 ms: a thread's time counts at ticks
+        // CPU time advances in ticks of 4 ms; 9 ms contain at least two.
+        std::this_thread::sleep_for(std::chrono::milliseconds(9));
         const double now_used = double(std::clock());
         if (now_used - used < 1e-3 * CLOCKS_PER_SEC) return;
         used = now_used;
     }
 }
 
-// One call of a run of calls, the team awake: after settling, 2 ms of calls to get going (a processor that slept takes
-// that long to reach its pace, whoever is measured), then the mean of 4 ms of calls, or of one longer call.
+// The time per call with an awake team: wait until idle, warm up with 2 ms of calls (a sleeping processor takes that
+// long to reach full speed), then take the mean over 4 ms of calls, or the time of one longer call.
 double milliseconds(const std::function<void()>& f) {
-    settle();
+    wait_until_idle();
     for (const double begin = now(); now() - begin < 2;) f();
     const double begin = now();
     int calls = 0;
@@ -165,7 +165,7 @@ private:
         }
     }
     double* statistic(int i) { return statistics_.data() + i * shape_.C; }
-    template <class Args> Args forward() {  // what training and inference share
+    template <class Args> Args forward() {  // the arguments common to train and infer
         Args a;
         a.x = x_.data.get();
         a.y = y_.data.get();
@@ -202,7 +202,7 @@ private:
         a.dbeta = {statistic(4), bnfast::DType::float64};
         bnfast::grad(a);
     }
-    void check() {  // the first channel against plain float64 sums; y and dx of float32 there too
+    void check() {  // variance, y and dx of the first channel against float64 sums
         if (case_.dtype != bnfast::DType::float32) return;
         const float *x = x_.as<float>(), *dy = dy_.as<float>(), *y = y_.as<float>();
         double sum = 0, sum2 = 0, sum_dy = 0, sum_dy_xhat = 0;
@@ -268,19 +268,19 @@ void run(benchmark::State& state, const Case& c) {
 int main(int argc, char** argv) {
     static const char* const op_names[] = {"train", "infer", "grad"};
     static const char* const dtype_names[] = {"float32", "float64", "float16", "bfloat16"};
-    const int most = bnfast::get_num_threads();
+    const int max_threads = bnfast::get_num_threads();
     for (const NamedShape& shape : read_shapes(BNFAST_SHAPES))
         for (const bool last : {false, true})
             for (const int op : {0, 1, 2})
                 for (const int dtype : {0, 1, 2, 3})
-                    for (int threads = most; threads >= 1; threads = threads > 1 ? 1 : 0) {
+                    for (int threads = max_threads; threads >= 1; threads = threads > 1 ? 1 : 0) {
                         if (!last && shape.spatial == 1) continue;
                         const std::string name = shape.set + "/" + shape.name + "/" +
                                                  (last ? "channels_last" : "channels_first") + "/" + op_names[op] +
                                                  "/" + dtype_names[dtype] + "/threads:" + std::to_string(threads);
                         const Case c{shape, last, bnfast::Op(op), bnfast::DType(dtype), threads};
                         benchmark::RegisterBenchmark(name.c_str(), [c](benchmark::State& s) { run(s, c); })
-                            ->Iterations(9)  // each is 4 ms of calls a piece: the medians are over nine rounds
+                            ->Iterations(9)  // medians over nine rounds, each with 4 ms of calls per measurement
                             ->UseManualTime()
                             ->Unit(benchmark::kMillisecond);
                     }

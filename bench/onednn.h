@@ -1,4 +1,4 @@
-// oneDNN's batch normalization on preallocated memory, float32, plain layouts: the peer that C++ users would take.
+// oneDNN's batch normalization, the usual alternative in C++: float32, plain layouts, preallocated memory.
 #pragma once
 #include <oneapi/dnnl/dnnl.hpp>
 

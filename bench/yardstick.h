@@ -1,6 +1,6 @@
-// The physical limit: copy (1 read, 1 write) and triad (2 reads, 1 write) of tensors of the same size on the same
-// threads, with cached and with non-temporal stores; the caller takes the better one. And reads alone, of one or two
-// tensors: what statistics cost at least where the tensor doesn't stay in a cache until they are known.
+// The physical limit: copy (1 read, 1 write) and triad (2 reads, 1 write) over tensors of the same size and with the
+// same thread count, with cached or non-temporal stores; the caller uses the faster one. Also reads alone, of one or
+// two tensors: the minimal cost of the statistics if the tensor doesn't stay in cache until the output is computed.
 #pragma once
 #include <immintrin.h>
 #include <omp.h>
@@ -10,7 +10,7 @@
 
 namespace yardstick {
 
-// Each thread's share, in whole cache lines.
+// Calls f(begin, end) on every thread with its share of the bytes, in whole cache lines.
 template <class F> void shares(std::int64_t bytes, int threads, F f) {
     const std::int64_t lines = bytes / 64;
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -47,7 +47,7 @@ template <bool stream> void triad(char* y, const char* a, const char* b, std::in
     });
 }
 
-// Adds up all of a and, where it is given, b; a part of the sum is returned, so that none of it can be left out.
+// Sums a and, unless it is null, b. Returns a part of the sum, so that the compiler can't drop the reads.
 inline float read(const char* a, const char* b, std::int64_t bytes, int threads) {
     float total = 0;
     shares(bytes, threads, [&](std::int64_t begin, std::int64_t end) {

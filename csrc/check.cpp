@@ -8,26 +8,26 @@ namespace {
 
 using std::int64_t;
 
-const char* text(const char* words) { return words; }
+const char* text(const char* part) { return part; }
 template <class Number> std::string text(Number n) { return std::to_string(n); }
 
-template <class... Parts> [[noreturn, gnu::noinline, gnu::cold]] void refuse(Parts... parts) {
+template <class... Parts> [[noreturn, gnu::noinline, gnu::cold]] void fail(Parts... parts) {
     std::string message;
     (message.append(text(parts)), ...);
     throw std::invalid_argument(message);
 }
 
-// The message is put together only where it is needed: in every call it took half the time of an (8, 32) training step.
-template <class... Parts> void require(bool fine, Parts... parts) {
-    if (!fine) refuse(parts...);
+// Builds the message only on failure: building it in every call took half the time of an (8, 32) training step.
+template <class... Parts> void require(bool valid, Parts... parts) {
+    if (!valid) fail(parts...);
 }
 
 void check_tensor(const void* data, Shape s, DType dtype, const char* name) {
     require(s.N >= 0 && s.C >= 0 && s.S >= 0, "shape must have extents >= 0. Received: (", s.N, ", ", s.C, ", ", s.S,
             ")");
-    require(int(dtype) >= 0 && int(dtype) <= 3, "dtype must be one of DType's. Received: ", int(dtype));
-    const int64_t most = std::numeric_limits<int64_t>::max() / 16;
-    require(s.C == 0 || s.N == 0 || s.S <= most / s.C / s.N, "shape must have fewer than 2^59 values");
+    require(int(dtype) >= 0 && int(dtype) <= 3, "dtype must be a valid DType. Received: ", int(dtype));
+    const int64_t limit = std::numeric_limits<int64_t>::max() / 16;
+    require(s.C == 0 || s.N == 0 || s.S <= limit / s.C / s.N, "shape must have fewer than 2^59 values");
     require(data || s.size() == 0, name, " must not be null");
 }
 
@@ -49,7 +49,7 @@ void check_epsilon(double epsilon) {
 }
 
 void check_activation(Activation a, double negative_slope) {
-    require(int(a) >= 0 && int(a) <= 3, "activation must be one of Activation's. Received: ", int(a));
+    require(int(a) >= 0 && int(a) <= 3, "activation must be a valid Activation. Received: ", int(a));
     require(negative_slope >= 0 && std::isfinite(negative_slope),
             "negative_slope must be finite and >= 0. Received: ", negative_slope);
 }
@@ -128,12 +128,13 @@ void check(const GroupNormGradArgs& a) {
 }
 
 Shape shape_of(const int64_t* dims, int rank, int axis) {
-    const int at = axis < 0 ? axis + rank : axis;
-    require(rank >= 1 && at >= 0 && at < rank, "axis must lie in [-", rank, ", ", rank, "). Received: ", axis);
+    const int channel_axis = axis < 0 ? axis + rank : axis;
+    require(rank >= 1 && channel_axis >= 0 && channel_axis < rank, "axis must lie in [-", rank, ", ", rank,
+            "). Received: ", axis);
     Shape s;
-    for (int i = 0; i < at; ++i) s.N *= dims[i];
-    s.C = dims[at];
-    for (int i = at + 1; i < rank; ++i) s.S *= dims[i];
+    for (int i = 0; i < channel_axis; ++i) s.N *= dims[i];
+    s.C = dims[channel_axis];
+    for (int i = channel_axis + 1; i < rank; ++i) s.S *= dims[i];
     return s;
 }
 

@@ -1,4 +1,4 @@
-// The C++ API's own argument checks: std::invalid_argument before anything is written.
+// Argument checks of the C++ API. Each throws std::invalid_argument for a bad argument, before anything is written.
 #pragma once
 #include "bnfast/bnfast.h"
 

@@ -40,7 +40,7 @@ inline constexpr std::array group_norm_grad_names{BNFAST_GROUP_NORM_GRAD_ARGUMEN
 inline constexpr std::array layer_norm_names{BNFAST_LAYER_NORM_ARGUMENTS(BNFAST_NAME)};
 inline constexpr std::array layer_norm_grad_names{BNFAST_LAYER_NORM_GRAD_ARGUMENTS(BNFAST_NAME)};
 
-// The names of one function, whatever their number.
+// The argument names of one function: a view of one of the arrays above.
 struct Names {
     const std::string_view* first;
     std::size_t count;

@@ -18,7 +18,7 @@ namespace py = pybind11;
 
 struct Declined {};  // thrown and caught inside the binding: the function returns None
 
-// The fast path accepts contiguous, aligned arrays of the right dtype and shape, and returns None for anything else.
+// Leaves the fast path, so that the function returns None, unless the condition holds.
 inline void decline_unless(bool accepted) {
     if (!accepted) throw Declined{};
 }
@@ -121,8 +121,7 @@ template <int n> struct Vectors {
     }
 };
 
-// ---- scalars and strings
-// ---------------------------------------------------------------------------------------------
+// ---- scalars and strings -----------------------------------------------------------------------------------------
 
 inline double number(py::handle h) {
     decline_unless(PyFloat_Check(h.ptr()) || (PyLong_Check(h.ptr()) && !PyBool_Check(h.ptr())));

@@ -1,5 +1,5 @@
 // Each function reads its arguments into a struct of the C++ API, makes the outputs, and calls the core without the
-// GIL. The core's overlap rules are checked here, because only here all arrays are known.
+// GIL. The core's overlap rules are checked here, because only here are all arrays known.
 #include "batch_norm.h"
 
 #include "call.h"

@@ -1,4 +1,4 @@
-// Shared by all bindings: release the GIL around the core's call, return None for declined arguments, make the outputs.
+// Shared by all bindings: release the GIL around the core's call, return None for declined arguments, create outputs.
 #pragma once
 #include <cxxabi.h>
 #include <unistd.h>

@@ -1,5 +1,5 @@
-// Bad arguments: std::invalid_argument that says what was wanted, with nothing written; NonFiniteError likewise for
-// everything that outlives the call.
+// A bad argument throws std::invalid_argument with a message that names the requirement, and nothing is written.
+// NonFiniteError leaves y and the moving statistics unchanged.
 #include <doctest/doctest.h>
 
 #include <cmath>
@@ -22,12 +22,12 @@ struct Buffers {
         for (float& v : y) v = untouched;
     }
     bool outputs_untouched() const {
-        bool same = true;
-        for (float v : y) same = same && v == untouched;
+        bool intact = true;
+        for (float v : y) intact = intact && v == untouched;
         for (int k = 0; k < 2; ++k)
-            same = same && moving_mean[k] == untouched && moving_variance[k] == untouched && dgamma[k] == untouched &&
-                   dbeta[k] == untouched;
-        return same;
+            intact = intact && moving_mean[k] == untouched && moving_variance[k] == untouched &&
+                     dgamma[k] == untouched && dbeta[k] == untouched;
+        return intact;
     }
     bool statistics_untouched() const {
         return mean[0] == untouched && variance[0] == untouched && invstd[0] == untouched;
@@ -75,15 +75,15 @@ MomentsArgs moments_args(Buffers& b) {
 }
 
 template <class Args> struct Bad {
-    const char* message;  // what the error must say
-    std::function<void(Args&)> spoil;
+    const char* message;  // a part of the expected error text
+    std::function<void(Args&)> make_bad;
 };
 
 template <class Args, class Call> void check_all(Args (*make)(Buffers&), Call call, const std::vector<Bad<Args>>& bad) {
     for (const auto& b : bad) {
         Buffers buffers;
         Args args = make(buffers);
-        b.spoil(args);
+        b.make_bad(args);
         INFO(b.message);
         CHECK_THROWS_WITH_AS(call(args), doctest::Contains(b.message), std::invalid_argument);
         CHECK(buffers.outputs_untouched());
@@ -93,7 +93,7 @@ template <class Args, class Call> void check_all(Args (*make)(Buffers&), Call ca
     CHECK_NOTHROW(call(make(buffers)));
 }
 
-// What every call with a tensor and an activation refuses.
+// Bad arguments of every function: the tensor x, its shape and its dtype.
 template <class Args> std::vector<Bad<Args>> common() {
     return {
         {"x must not be null", [](Args& a) { a.x = nullptr; }},
@@ -101,13 +101,14 @@ template <class Args> std::vector<Bad<Args>> common() {
         {"shape must have extents >= 0", [](Args& a) { a.shape.C = -2; }},
         {"shape must have extents >= 0", [](Args& a) { a.shape.S = -1; }},
         {"fewer than 2^59 values", [](Args& a) { a.shape = {std::int64_t(1) << 30, std::int64_t(1) << 20, 1 << 20}; }},
-        {"dtype must be one of DType's. Received: 7", [](Args& a) { a.dtype = DType(7); }},
+        {"dtype must be a valid DType. Received: 7", [](Args& a) { a.dtype = DType(7); }},
     };
 }
+// The same, plus those of functions with an activation, gamma and beta.
 template <class Args> std::vector<Bad<Args>> affine() {
     auto list = common<Args>();
     const std::vector<Bad<Args>> more = {
-        {"activation must be one of Activation's. Received: 9", [](Args& a) { a.activation = Activation(9); }},
+        {"activation must be a valid Activation. Received: 9", [](Args& a) { a.activation = Activation(9); }},
         {"negative_slope must be finite and >= 0", [](Args& a) { a.negative_slope = -0.1; }},
         {"negative_slope must be finite and >= 0", [](Args& a) { a.negative_slope = NAN; }},
         {"gamma must be float32 or float64", [](Args& a) { a.gamma = {a.x, DType::float16}; }},
@@ -119,7 +120,7 @@ template <class Args> std::vector<Bad<Args>> affine() {
 
 }  // namespace
 
-TEST_CASE("train refuses") {
+TEST_CASE("train throws for bad arguments") {
     auto bad = affine<TrainArgs>();
     const std::vector<Bad<TrainArgs>> more = {
         {"y must not be null", [](TrainArgs& a) { a.y = nullptr; }},
@@ -136,7 +137,7 @@ TEST_CASE("train refuses") {
     check_all<TrainArgs>(train_args, [](const TrainArgs& a) { train(a); }, bad);
 }
 
-TEST_CASE("infer refuses") {
+TEST_CASE("infer throws for bad arguments") {
     auto bad = affine<InferArgs>();
     const std::vector<Bad<InferArgs>> more = {
         {"y must not be null", [](InferArgs& a) { a.y = nullptr; }},
@@ -147,7 +148,7 @@ TEST_CASE("infer refuses") {
     check_all<InferArgs>(infer_args, [](const InferArgs& a) { infer(a); }, bad);
 }
 
-TEST_CASE("grad refuses") {
+TEST_CASE("grad throws for bad arguments") {
     auto bad = affine<GradArgs>();
     const std::vector<Bad<GradArgs>> more = {
         {"dy must not be null", [](GradArgs& a) { a.dy = nullptr; }},
@@ -160,13 +161,13 @@ TEST_CASE("grad refuses") {
     check_all<GradArgs>(grad_args, [](const GradArgs& a) { grad(a); }, bad);
 }
 
-TEST_CASE("moments refuses") {
+TEST_CASE("moments throws for bad arguments") {
     auto bad = common<MomentsArgs>();
     bad.push_back({"mean and variance must not be null", [](MomentsArgs& a) { a.variance = nullptr; }});
     check_all<MomentsArgs>(moments_args, [](const MomentsArgs& a) { moments(a); }, bad);
 }
 
-TEST_CASE("shape_of merges the extents around the axis, or refuses it") {
+TEST_CASE("shape_of merges the extents before and after the axis, and throws for an axis out of range") {
     const std::int64_t dims[] = {2, 3, 5, 7};
     const Shape s = shape_of(dims, 4, 1);
     CHECK((s.N == 2 && s.C == 3 && s.S == 35));
@@ -178,7 +179,7 @@ TEST_CASE("shape_of merges the extents around the axis, or refuses it") {
     CHECK_THROWS_AS(shape_of(dims, 0, 0), std::invalid_argument);
 }
 
-TEST_CASE("NonFiniteError names the channels and comes before y and the moving statistics") {
+TEST_CASE("NonFiniteError names the channels, and y and the moving statistics are not written") {
     for (float bad : {NAN, INFINITY}) {
         Buffers b;
         b.x[3] = bad;  // channel 1
@@ -204,7 +205,7 @@ TEST_CASE("NonFiniteError names the channels and comes before y and the moving s
     }
 }
 
-TEST_CASE("in place, NonFiniteError leaves x as it was") {
+TEST_CASE("NonFiniteError leaves x unchanged in place") {
     Buffers b;
     b.x[0] = NAN;
     TrainArgs a = train_args(b);

@@ -1,5 +1,5 @@
-// Backward, whole: dx, dgamma, dbeta and dresidual against the closed form, and the same bits on every instruction set,
-// team size and alignment, in place too.
+// The whole backward pass: dx, dgamma, dbeta and dresidual agree with the closed form, and have the same bits on every
+// instruction set, team size and alignment, and in place.
 #include <doctest/doctest.h>
 
 #include <cmath>
@@ -11,7 +11,7 @@
 using namespace bnfast;
 using namespace bnfast::test;
 
-TEST_CASE("grad agrees with the closed form, and every instruction set with the first to the bit") {
+TEST_CASE("grad agrees with the closed form, with the same bits on every instruction set, team size and alignment") {
     for (Shape shape : kernel_shapes())
         for (DType dtype : all_dtypes)
             for (const Case& c : cases_of(shape, dtype)) {
@@ -38,7 +38,8 @@ TEST_CASE("grad agrees with the closed form, and every instruction set with the 
                         CHECK(last_isa() == isa);
                         CHECK(last_team_size() == threads);
                         CHECK(b.same_bits(first));
-                        // A half y may round to 0 or 6 where z doesn't reach it.
+                        // Given y instead of residual, the gate is the same only if y wasn't rounded to a half type: y
+                        // may round to 0 or 6 although the pre-activation is neither.
                         const bool exact = c.dtype == DType::float32 || c.dtype == DType::float64;
                         if (c.residual && exact) CHECK(run_grad(c, in, forward, shift, true).same_bits(first));
                         CHECK(b.dx.guards_intact());
@@ -64,7 +65,7 @@ GradArgs plain_grad(const Case& c, const Inputs& in, const Forward& f, Array& dg
 
 }  // namespace
 
-TEST_CASE("in place: dx is dy or x, the same bits") {
+TEST_CASE("in place (dx is dy or x), the results have the same bits") {
     for (Shape shape : kernel_shapes())
         for (DType dtype : all_dtypes)
             for (bool over_x : {false, true}) {
@@ -84,7 +85,7 @@ TEST_CASE("in place: dx is dy or x, the same bits") {
             }
 }
 
-TEST_CASE("weights of one change no bit") {
+TEST_CASE("a mask of ones changes no bits") {
     for (Shape shape : kernel_shapes())
         for (DType dtype : all_dtypes) {
             Case c{shape, dtype, Activation::relu};
@@ -98,8 +99,8 @@ TEST_CASE("weights of one change no bit") {
         }
 }
 
-// L = sum(dmean*mean + dvariance*variance) alone: dx = dmean/W + dvariance*2*(x - mean)/W, weighted.
-TEST_CASE("gradients that reach mean and variance arrive in dx") {
+// For dy = 0 and weights w: dx = w/W * (dmean + 2*dvariance*(x - mean)), with W the sum of the weights.
+TEST_CASE("the upstream gradients of mean and variance are passed on to dx") {
     for (Shape shape : kernel_shapes())
         for (bool masked : {false, true}) {
             const Case c{shape, DType::float64, Activation::none, false, false, masked};
@@ -132,7 +133,7 @@ TEST_CASE("gradients that reach mean and variance arrive in dx") {
         }
 }
 
-TEST_CASE("an empty batch has zero gradients") {
+TEST_CASE("the gradients of an empty batch are zero") {
     for (Shape shape : {Shape{0, 3, 1}, Shape{2, 3, 0}}) {
         const double zeros[3] = {};
         float dgamma[3] = {1, 1, 1}, dbeta[3] = {1, 1, 1};

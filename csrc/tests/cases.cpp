@@ -17,14 +17,14 @@ constexpr int guard = 64;
 constexpr double epsilon = 1e-3, momentum = 0.75;
 
 long double eps_of(DType d) { return d == DType::float64 ? 0x1p-52L : 0x1p-23L; }
-// Half a unit in the last place of the stored value, and half the smallest subnormal.
+// Half a unit in the last place of the stored value plus half the smallest subnormal.
 long double storage_error(DType d, long double value) {
     if (d == DType::float16) return std::fabs(value) * 0x1p-11L + 0x1p-25L;
     if (d == DType::bfloat16) return std::fabs(value) * 0x1p-8L + 0x1p-134L;
     return 0;
 }
 
-// From a table (its length a prime), because drawing each value would take most of the tests' time.
+// From a table of prime length, because drawing each value would take most of the tests' run time.
 double normal_value(std::uint64_t i) {
     static const std::vector<double> table = [] {
         std::mt19937 random(1);
@@ -36,14 +36,14 @@ double normal_value(std::uint64_t i) {
     return table[std::size_t(i * 17 % table.size())];
 }
 
-Array filled(DType dtype, int64_t size, std::uint64_t seed, double spread, double offset) {
+Array filled(DType dtype, int64_t size, std::uint64_t seed, double scale, double offset) {
     Array a(dtype, size);
-    for (int64_t i = 0; i < size; ++i) a.set(i, normal_value(seed + std::uint64_t(i)) * spread + offset);
+    for (int64_t i = 0; i < size; ++i) a.set(i, normal_value(seed + std::uint64_t(i)) * scale + offset);
     return a;
 }
 
 Wide wide(const std::vector<double>& v) { return Wide(v.begin(), v.end()); }
-const Array* given(bool is, const Array& a) { return is ? &a : nullptr; }
+const Array* if_given(bool given, const Array& a) { return given ? &a : nullptr; }
 
 }  // namespace
 
@@ -67,7 +67,7 @@ const std::vector<Shape>& kernel_shapes() {
 
 std::vector<Case> cases_of(Shape shape, DType dtype) {
     using A = Activation;
-    if (shape.size() > 100000)  // long double is slow, and every option has met every loop below
+    if (shape.size() > 100000)  // long double is slow, and smaller shapes cover all options
         return {{shape, dtype, A::relu6, true, true, true, true},
                 {shape, dtype, A::none, true, false, false, true, 100}};
     return {
@@ -184,35 +184,36 @@ bool Backward::same_bits(const Backward& o) const {
 
 void Worst::add(const char* name, int64_t i, long double actual, long double expected, long double bound) {
     const long double error = std::fabs(actual - expected);
-    const long double at = error == 0 ? 0 : bound > 0 ? error / bound : HUGE_VALL;
-    if (at <= ratio) return;  // a NaN goes on
-    ratio = std::isnan(at) ? HUGE_VALL : at;
+    const long double new_ratio = error == 0 ? 0 : bound > 0 ? error / bound : HUGE_VALL;
+    if (new_ratio <= ratio) return;  // false for NaN
+    ratio = std::isnan(new_ratio) ? HUGE_VALL : new_ratio;
     what = std::string(name) + "[" + std::to_string(i) + "] is " + std::to_string(double(actual)) + ", expected " +
            std::to_string(double(expected));
 }
 
-// Statistics: variance 1e-6 relative (1e-12 in float64: the promise), a mean's error in parts of the deviation. What is
-// computed from them has 8 roundings at most, each of the terms' own size.
+// Bounds of the statistics: a relative error of 1e-6 (float64: 1e-12) for the variance, as documented; an error
+// relative to the standard deviation for the mean. Values computed from them have at most 8 roundings, each
+// relative to the size of the terms.
 Worst check_forward(const Case& c, const Inputs& in, const Forward& out) {
     Worst worst;
-    const Moments m = moments_of(c.shape, in.x, given(c.mask, in.mask));
-    const long double eps = eps_of(c.dtype), promised = c.dtype == DType::float64 ? 1e-12L : 1e-6L;
-    const long double bessel = m.count > 1 ? m.count / (m.count - 1) : 1;
+    const Moments m = moments_of(c.shape, in.x, if_given(c.mask, in.mask));
+    const long double eps = eps_of(c.dtype), variance_bound = c.dtype == DType::float64 ? 1e-12L : 1e-6L;
+    const long double sample_correction = m.count > 1 ? m.count / (m.count - 1) : 1;
     worst.add("count", 0, out.count, m.count, eps * m.count);
     for (std::size_t k = 0; k < m.mean.size(); ++k) {
         const auto i = int64_t(k);
         const long double deviation = std::sqrt(m.variance[k]);
         worst.add("mean", i, out.mean[k], m.mean[k], 4 * eps * deviation + 0x1p-50L * std::fabs(m.mean[k]));
-        worst.add("variance", i, out.variance[k], m.variance[k], promised * m.variance[k]);
+        worst.add("variance", i, out.variance[k], m.variance[k], variance_bound * m.variance[k]);
         worst.add("invstd", i, out.invstd[k], 1 / std::sqrt(out.variance[k] + (long double)epsilon),
                   0x1p-51L * out.invstd[k]);
         const long double mean = 0.25L * momentum + out.mean[k] * (1 - momentum);
-        const long double variance = 2 * momentum + out.variance[k] * bessel * (1 - momentum);
+        const long double variance = 2 * momentum + out.variance[k] * sample_correction * (1 - momentum);
         worst.add("moving_mean", i, out.moving_mean.get(i), mean, 0x1p-24L * std::fabs(mean) + 1e-14L);
         worst.add("moving_variance", i, out.moving_variance.get(i), variance, 0x1p-50L * variance);
     }
-    const Array *gamma = given(c.affine, in.gamma), *beta = given(c.affine, in.beta);
-    const Array* residual = given(c.residual, in.residual);
+    const Array *gamma = if_given(c.affine, in.gamma), *beta = if_given(c.affine, in.beta);
+    const Array* residual = if_given(c.residual, in.residual);
     const Wide mean = wide(out.mean), invstd = wide(out.invstd);
     const Wide z = preactivation(c.shape, in.x, mean, invstd, gamma, beta, residual);
     const Wide xhat = preactivation(c.shape, in.x, mean, invstd, nullptr, nullptr, nullptr);
@@ -229,52 +230,52 @@ Worst check_forward(const Case& c, const Inputs& in, const Forward& out) {
 Worst check_backward(const Case& c, const Inputs& in, const Forward& forward, const Backward& out) {
     Worst worst;
     const long double eps = eps_of(c.dtype);
-    const Array *gamma = given(c.affine, in.gamma), *beta = given(c.affine, in.beta);
+    const Array *gamma = if_given(c.affine, in.gamma), *beta = if_given(c.affine, in.beta);
     const Wide mean = wide(forward.mean), invstd = wide(forward.invstd);
-    const Wide z = preactivation(c.shape, in.x, mean, invstd, gamma, beta, given(c.residual, in.residual));
+    const Wide z = preactivation(c.shape, in.x, mean, invstd, gamma, beta, if_given(c.residual, in.residual));
     const Wide xhat = preactivation(c.shape, in.x, mean, invstd, nullptr, nullptr, nullptr);
     const auto C = std::size_t(c.shape.C);
     Wide dbeta(C), dgamma(C), size_dbeta(C), size_dgamma(C), g(z.size());
-    Wide doubt(C), doubt_xhat(C);  // what gates so near a kink may add that rounding decides them
+    Wide uncertain_dbeta(C), uncertain_dgamma(C);  // the possible error from gates that rounding may flip
     std::vector<bool> uncertain(z.size());
     for (int64_t i = 0; i < c.shape.size(); ++i) {
         const auto j = std::size_t(i), k = std::size_t(channel_of(c.shape, i));
         g[j] = in.dy.get(i) * activation_slope(z[j], c.act, (long double)c.negative_slope);
-        const long double near = c.dtype == DType::float64 ? 1e-12L : 1e-4L;
-        uncertain[j] = c.act != Activation::none && (std::fabs(z[j]) < near || std::fabs(z[j] - 6) < near);
+        const long double tolerance = c.dtype == DType::float64 ? 1e-12L : 1e-4L;
+        uncertain[j] = c.act != Activation::none && (std::fabs(z[j]) < tolerance || std::fabs(z[j] - 6) < tolerance);
         if (uncertain[j]) {
-            doubt[k] += std::fabs(in.dy.get(i));
-            doubt_xhat[k] += std::fabs(in.dy.get(i) * xhat[j]);
+            uncertain_dbeta[k] += std::fabs(in.dy.get(i));
+            uncertain_dgamma[k] += std::fabs(in.dy.get(i) * xhat[j]);
         }
         dbeta[k] += g[j];
         dgamma[k] += g[j] * xhat[j];
         size_dbeta[k] += std::fabs(g[j]);
         size_dgamma[k] += std::fabs(g[j]) * (std::fabs(xhat[j]) + 1);
     }
-    long double W = 0, most = 1;
+    long double W = 0, max_weight = 1;
     for (int64_t i = 0; i < c.shape.per_channel(); ++i) {
         W += c.mask ? in.mask.get(i) : 1;
-        if (c.mask) most = std::max(most, (long double)in.mask.get(i));
+        if (c.mask) max_weight = std::max(max_weight, (long double)in.mask.get(i));
     }
     for (std::size_t k = 0; k < C; ++k) {
         const auto i = int64_t(k);
-        worst.add("dgamma", i, out.dgamma.get(i), dgamma[k], 4 * eps * size_dgamma[k] + doubt_xhat[k]);
+        worst.add("dgamma", i, out.dgamma.get(i), dgamma[k], 4 * eps * size_dgamma[k] + uncertain_dgamma[k]);
         worst.add("dbeta", i, out.dbeta.get(i), dbeta[k],
-                  4 * eps * size_dbeta[k] + 0x1p-24L * std::fabs(dbeta[k]) + doubt[k]);
+                  4 * eps * size_dbeta[k] + 0x1p-24L * std::fabs(dbeta[k]) + uncertain_dbeta[k]);
     }
     for (int64_t i = 0; i < c.shape.size(); ++i) {
         const auto j = std::size_t(i), k = std::size_t(channel_of(c.shape, i));
         if (uncertain[j]) continue;
         const long double scale = (gamma ? gamma->get(int64_t(k)) : 1) * invstd[k];
         const long double w = c.mask ? in.mask.get(weight_of(c.shape, i)) : 1;
-        long double expected = scale * g[j], size = std::fabs(g[j]), more = 0;
+        long double expected = scale * g[j], size = std::fabs(g[j]), uncertain_size = 0;
         if (c.training) {
             expected -= scale * w / W * (dbeta[k] + xhat[j] * dgamma[k]);
-            size += most / W * (size_dbeta[k] + (std::fabs(xhat[j]) + 1) * size_dgamma[k]);
-            more = most / W * (doubt[k] + std::fabs(xhat[j]) * doubt_xhat[k]);
+            size += max_weight / W * (size_dbeta[k] + (std::fabs(xhat[j]) + 1) * size_dgamma[k]);
+            uncertain_size = max_weight / W * (uncertain_dbeta[k] + std::fabs(xhat[j]) * uncertain_dgamma[k]);
         }
         worst.add("dx", i, out.dx.get(i), expected,
-                  std::fabs(scale) * (4 * eps * size + more) + storage_error(c.dtype, expected) * 1.01L);
+                  std::fabs(scale) * (4 * eps * size + uncertain_size) + storage_error(c.dtype, expected) * 1.01L);
         if (c.residual && c.act != Activation::none)
             worst.add("dresidual", i, out.dresidual.get(i), g[j],
                       eps * std::fabs(g[j]) + storage_error(c.dtype, g[j]) * 1.01L);

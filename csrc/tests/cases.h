@@ -1,5 +1,5 @@
-// One case of the kernel tests: a shape, a dtype and the options; its inputs, what the core makes of them on whatever
-// instruction set and team is set, and how far that may be from the oracle.
+// One case of the kernel tests: a shape, a dtype and options. Creates its inputs, runs the core on them with the
+// current instruction set and team, and compares the results with the oracle within error bounds.
 #pragma once
 #include <string>
 #include <vector>
@@ -18,15 +18,15 @@ struct Case {
     std::string text() const;
 };
 
-// Every layout of the kernels: packed and plain columns, short, long and several rows, one and many chunks.
+// Shapes for every kernel layout: packed and plain columns, short and long rows, one chunk and many.
 const std::vector<Shape>& kernel_shapes();
-// The options, so mixed that each meets every other one somewhere.
+// A small set of option combinations in which every option occurs with the others.
 std::vector<Case> cases_of(Shape shape, DType dtype);
 
 struct Inputs {
     Array x, dy, residual, mask, gamma, beta;
     explicit Inputs(const Case& c);
-    Inputs shifted() const;  // the same, one value off their lines
+    Inputs shifted() const;  // a copy, each array moved one value off its 64-byte line
 };
 
 struct Forward {
@@ -41,10 +41,10 @@ struct Backward {
     Array dx, dresidual, dgamma, dbeta;
     bool same_bits(const Backward& other) const;
 };
-// by_y: with the forward's y in place of residual.
+// by_y: passes the forward's y instead of residual.
 Backward run_grad(const Case& c, const Inputs& in, const Forward& forward, int shift = 0, bool by_y = false);
 
-// The largest error over its bound (1: on the bound); `what` names where it stands.
+// The largest ratio of error to bound (1: the error equals its bound); `what` names the value.
 struct Worst {
     long double ratio = 0;
     std::string what = "nothing";
@@ -53,11 +53,11 @@ struct Worst {
 Worst check_forward(const Case& c, const Inputs& in, const Forward& out);
 Worst check_backward(const Case& c, const Inputs& in, const Forward& forward, const Backward& out);
 
-// Puts the settings back when a test ends, however it ends.
+// Sets the instruction set and thread count, and restores the defaults on destruction.
 struct Settings {
-    Settings(const std::string& isa, int threads);  // threads > 0: a whole team, however small the tensor
+    Settings(const std::string& isa, int threads);  // threads > 0: a full team even for small tensors
     ~Settings();
 };
-bool same(const std::vector<double>& a, const std::vector<double>& b);  // bits; NaN equals NaN
+bool same(const std::vector<double>& a, const std::vector<double>& b);  // bit by bit, but any NaN equals any NaN
 
 }  // namespace bnfast::test

@@ -1,4 +1,4 @@
-# Installs the C++ package into a folder of its own, then configures, builds and runs a project that finds it there.
+# Installs the C++ package into a separate folder, then configures, builds and runs a project that finds it there.
 function(run)
   execute_process(COMMAND ${ARGN} RESULT_VARIABLE failed OUTPUT_VARIABLE out ERROR_VARIABLE out)
   if(failed)

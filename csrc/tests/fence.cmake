@@ -1,6 +1,6 @@
-# The ISA fence, checked with nm: a kernel object defines one global symbol, its table, and needs nothing but the C
-# functions that compilers call by themselves. A weak or unique symbol (an inline function, a template of the STL)
-# would let the linker give code for a new processor to an old one.
+# The ISA fence, checked with nm: a kernel object defines one global symbol, its table, and needs only the C functions
+# that compilers call implicitly. The linker keeps one copy of a weak or unique symbol (an inline function, an STL
+# template), possibly the AVX-512 one, which would then run on a processor without AVX-512.
 execute_process(COMMAND ${NM} -A -P ${ARCHIVE} OUTPUT_VARIABLE listing RESULT_VARIABLE failed)
 if(failed)
   message(FATAL_ERROR "nm failed on ${ARCHIVE}")

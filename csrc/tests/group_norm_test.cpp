@@ -1,5 +1,5 @@
-// Group norm and its special cases against the formulas in long double; the same bits on every instruction set and
-// team; batch norm's bits where a sample is a batch; empty input; bad arguments.
+// Group norm and its special cases: agreement with the formulas in long double; the same bits on every instruction set
+// and team; the same bits as batch norm for a single sample; empty input; bad arguments.
 #include <doctest/doctest.h>
 
 #include <cmath>
@@ -92,14 +92,14 @@ Out run(const Norm& n, int shift = 0) {
     return o;
 }
 
-// The largest error over its bound.
+// The largest ratio of error to bound.
 Worst check(const Norm& n, const Out& o) {
     const GroupShape s = n.shape;
     const std::size_t rows = std::size_t(s.N * s.G), channels = std::size_t(s.C);
     const long double M = (long double)(s.A * (s.C / s.G) * s.S);
     const long double eps = compute_type(n.dtype) == DType::float64 ? 0x1p-52L : 0x1p-23L;
-    const long double half = n.dtype == DType::float16 ? 0x1p-11L : n.dtype == DType::bfloat16 ? 0x1p-8L : 0;
-    Wide mean(rows), variance(rows), invstd(rows), sum_g(rows), sum_gx(rows), size_g(rows), dgamma(channels),
+    const long double half_eps = n.dtype == DType::float16 ? 0x1p-11L : n.dtype == DType::bfloat16 ? 0x1p-8L : 0;
+    Wide mean(rows), variance(rows), invstd(rows), mean_g(rows), mean_g_xhat(rows), size_g(rows), dgamma(channels),
         dbeta(channels), size_gamma(channels), size_beta(channels);
     auto at = [&](Wide& w, int64_t i) -> long double& { return w[std::size_t(i)]; };
     auto gamma = [&](int64_t i) { return n.affine ? (long double)n.gamma.get(n.channel(i)) : 1; };
@@ -117,8 +117,8 @@ Worst check(const Norm& n, const Out& o) {
     auto xhat = [&](int64_t i) { return (n.x.get(i) - at(mean, n.row(i))) * at(invstd, n.row(i)); };
     for (int64_t i = 0; i < n.x.size; ++i) {
         const long double dy = n.dy.get(i), h = xhat(i), g = dy * gamma(i);
-        at(sum_g, n.row(i)) += g / M;
-        at(sum_gx, n.row(i)) += g * h / M;
+        at(mean_g, n.row(i)) += g / M;
+        at(mean_g_xhat, n.row(i)) += g * h / M;
         at(size_g, n.row(i)) += std::fabs(g) * (1 + std::fabs(h)) / M;
         at(dbeta, n.channel(i)) += dy;
         at(dgamma, n.channel(i)) += dy * h;
@@ -128,13 +128,13 @@ Worst check(const Norm& n, const Out& o) {
     for (int64_t i = 0; i < n.x.size; ++i) {
         const long double h = xhat(i), g = n.dy.get(i) * gamma(i), s1 = at(invstd, n.row(i));
         const long double y = h * gamma(i) + (n.affine ? n.beta.get(n.channel(i)) : 0);
-        const long double tiny = half > 0 ? 6e-8L : 0;
+        const long double subnormal = half_eps > 0 ? 6e-8L : 0;
         worst.add("y", i, o.y.get(i), y,
-                  16 * eps * (1 + std::fabs(h)) * (std::fabs(gamma(i)) + 1) + half * std::fabs(y) + tiny);
-        const long double dx = s1 * (g - at(sum_g, n.row(i)) - h * at(sum_gx, n.row(i)));
-        worst.add(
-            "dx", i, o.dx.get(i), dx,
-            16 * eps * s1 * (std::fabs(g) + (1 + std::fabs(h)) * at(size_g, n.row(i))) + half * std::fabs(dx) + tiny);
+                  16 * eps * (1 + std::fabs(h)) * (std::fabs(gamma(i)) + 1) + half_eps * std::fabs(y) + subnormal);
+        const long double dx = s1 * (g - at(mean_g, n.row(i)) - h * at(mean_g_xhat, n.row(i)));
+        worst.add("dx", i, o.dx.get(i), dx,
+                  16 * eps * s1 * (std::fabs(g) + (1 + std::fabs(h)) * at(size_g, n.row(i))) +
+                      half_eps * std::fabs(dx) + subnormal);
     }
     for (int64_t c = 0; c < s.C; ++c) {
         worst.add("dgamma", c, o.dgamma.get(c), at(dgamma, c), 16 * eps * at(size_gamma, c));
@@ -148,7 +148,7 @@ const GroupShape shapes[] = {
     {4, 35, 6, 1, 3},     {3, 700, 23, 1, 23}, {9, 49, 64, 1, 8},  {2, 9000, 3, 1, 1},    // columns
     {300, 1, 100, 1, 1},  {500, 1, 24, 1, 4},  {7, 1, 5000, 1, 1}, {90, 1, 3, 1, 1},      // vectors
     {1, 1, 100003, 1, 1}, {40, 1, 7, 1, 7},    {3, 11, 1, 1, 1},   {131, 7, 12, 1, 4},
-    {150, 1, 12, 5, 4},   {65, 9, 20, 1, 1},  // more samples than parts of sums
+    {150, 1, 12, 5, 4},   {65, 9, 20, 1, 1},  // more samples than partial sums
 };
 
 std::string text(const Norm& n) {
@@ -160,7 +160,7 @@ std::string text(const Norm& n) {
 
 }  // namespace
 
-TEST_CASE("group norm: near the oracle, the same bits on every instruction set, team and alignment") {
+TEST_CASE("group norm agrees with the oracle, with the same bits on every instruction set, team and alignment") {
     for (const GroupShape& shape : shapes)
         for (DType dtype : all_dtypes)
             for (bool affine : {true, false}) {
@@ -184,7 +184,7 @@ TEST_CASE("group norm: near the oracle, the same bits on every instruction set, 
             }
 }
 
-TEST_CASE("group norm: large offsets cost the variance no digits") {
+TEST_CASE("group norm: the variance stays accurate at large offsets") {
     for (const GroupShape& shape : shapes) {
         if (shape.A * (shape.C / shape.G) * shape.S < 3) continue;
         const Norm n(shape, DType::float64, false, 1e4);
@@ -197,7 +197,7 @@ TEST_CASE("group norm: large offsets cost the variance no digits") {
     }
 }
 
-TEST_CASE("group norm: parameters change no bit of the statistics") {
+TEST_CASE("group norm: gamma and beta change no bits of the statistics") {
     for (const GroupShape& shape : shapes)
         for (DType dtype : all_dtypes)
             for (int threads : {1, 2}) {
@@ -211,7 +211,7 @@ TEST_CASE("group norm: parameters change no bit of the statistics") {
             }
 }
 
-TEST_CASE("instance norm of a sample is batch norm of it, bit by bit") {
+TEST_CASE("instance norm of one sample has the same bits as batch norm") {
     for (GroupShape shape : {GroupShape{1, 1, 5, 700, 5}, GroupShape{1, 700, 5, 1, 5}, GroupShape{1, 1, 9, 20, 9}})
         for (DType dtype : all_dtypes) {
             const Norm n(shape, dtype, true);
@@ -247,7 +247,7 @@ TEST_CASE("instance norm of a sample is batch norm of it, bit by bit") {
         }
 }
 
-TEST_CASE("group norm of nothing: zero mean, zero gradients") {
+TEST_CASE("group norm of empty input: zero mean, zero gradients") {
     for (GroupShape shape : {GroupShape{0, 1, 4, 3, 2}, GroupShape{2, 1, 4, 0, 2}, GroupShape{2, 0, 4, 1, 4}}) {
         const Out o = run(Norm(shape, DType::float32, true));
         for (double m : o.mean) CHECK(m == 0);
@@ -256,7 +256,7 @@ TEST_CASE("group norm of nothing: zero mean, zero gradients") {
     }
 }
 
-TEST_CASE("group norm: bad arguments raise and write nothing") {
+TEST_CASE("group norm throws for bad arguments and writes nothing") {
     float x[6] = {1, 2, 3, 4, 5, 6}, y[6] = {-7, -7, -7, -7, -7, -7};
     double mean[3] = {-7, -7, -7}, invstd[3] = {-7, -7, -7};
     GroupNormArgs good;
@@ -265,23 +265,23 @@ TEST_CASE("group norm: bad arguments raise and write nothing") {
     good.shape = {1, 1, 3, 2, 3};
     good.mean = mean;
     good.invstd = invstd;
-    auto raises = [](const GroupNormArgs& args, const char* what) {
-        CHECK_THROWS_WITH_AS(group_norm(args), doctest::Contains(what), std::invalid_argument);
+    auto check_throws = [](const GroupNormArgs& args, const char* message) {
+        CHECK_THROWS_WITH_AS(group_norm(args), doctest::Contains(message), std::invalid_argument);
     };
     GroupNormArgs a = good;
     a.shape.G = 2;
-    raises(a, "G must divide C = 3. Received: 2");
+    check_throws(a, "G must divide C = 3. Received: 2");
     a = good;
     a.shape = {1, 2, 3, 2, 3};
-    raises(a, "A = 1 or S = 1");
+    check_throws(a, "A = 1 or S = 1");
     a = good;
     a.epsilon = std::numeric_limits<double>::infinity();
-    raises(a, "epsilon");
+    check_throws(a, "epsilon");
     a = good;
     a.mean = nullptr;
-    raises(a, "mean and invstd must not be null");
+    check_throws(a, "mean and invstd must not be null");
     a = good;
     a.y = nullptr;
-    raises(a, "y must not be null");
+    check_throws(a, "y must not be null");
     CHECK((y[0] == -7 && mean[0] == -7 && invstd[0] == -7));
 }

@@ -1,5 +1,5 @@
-// float16 and bfloat16, every one of them, through the public API: infer with mean 0, variance 1, epsilon 0 and beta -0
-// is y = x, sign of zero included; with x = -0 it is y = beta, rounded from float32 to the half type.
+// Every float16 and bfloat16 value through the public API. infer with mean 0, variance 1, epsilon 0 and beta -0 gives
+// y = x, including the sign of zero. With x = -0 it gives y = beta, rounded from float32 to the half type.
 #include <doctest/doctest.h>
 
 #include <cmath>
@@ -16,7 +16,7 @@ namespace {
 
 constexpr DType halves[] = {DType::float16, DType::bfloat16};
 
-// Every bit pattern in order, as one row of columns (S = 1) or of one channel's values (S = 65536).
+// Every bit pattern in order.
 Array every_half(DType dtype) {
     Array x(dtype, 65536);
     for (int i = 0; i < 65536; ++i) {
@@ -44,16 +44,17 @@ void run(Shape shape, const Array& x, Array& y, const Vectors& v) {
     infer(a);
 }
 
-// For every half value: itself, the tie to the next one, that tie's neighbours in float32, both signs; values around
-// the overflow and the smallest subnormal come with them. Then a walk over all of float32.
+// For every half value, with both signs: the value, the midpoint to the next value, and the midpoint's float32
+// neighbours; this includes values around overflow and the smallest subnormal. Then every 2011th bit pattern of
+// float32, and special values.
 std::vector<float> float32_values(DType dtype) {
     std::vector<float> values;
-    const Array all = every_half(dtype);
+    const Array halves_in_order = every_half(dtype);
     for (int i = 0; i + 1 < 32768; ++i) {
-        const double low = all.get(i), high = all.get(i + 1);
+        const double low = halves_in_order.get(i), high = halves_in_order.get(i + 1);
         if (!std::isfinite(low)) break;
-        const double tie = std::isfinite(high) ? (low + high) / 2 : low + (low - all.get(i - 1)) / 2;
-        const float t = float(tie);
+        const double midpoint = std::isfinite(high) ? (low + high) / 2 : low + (low - halves_in_order.get(i - 1)) / 2;
+        const float t = float(midpoint);
         for (float v : {float(low), t, std::nextafter(t, 0.0f), std::nextafter(t, INFINITY)}) {
             values.push_back(v);
             values.push_back(-v);
@@ -71,7 +72,7 @@ std::vector<float> float32_values(DType dtype) {
 
 }  // namespace
 
-TEST_CASE("the oracle's own conversions know the landmarks") {
+TEST_CASE("the oracle's conversions are correct at known values") {
     std::uint16_t bits = 0;
     auto narrowed = [&](DType d, double v) {
         narrow(d, v, &bits);
@@ -94,7 +95,7 @@ TEST_CASE("the oracle's own conversions know the landmarks") {
         }
 }
 
-TEST_CASE("every half value widens exactly and comes back, on every instruction set and in both layouts") {
+TEST_CASE("every half value widens and narrows back exactly, on every instruction set and in both layouts") {
     for (DType dtype : halves)
         for (const std::string& isa : usable_isas())
             for (Shape shape : {Shape{1, 65536, 1}, Shape{1, 1, 65536}, Shape{16, 4096, 1}, Shape{1024, 1, 64}}) {
@@ -109,8 +110,8 @@ TEST_CASE("every half value widens exactly and comes back, on every instruction 
             }
 }
 
-// Widening alone: the mean of one value is that value in float64, whatever the store does.
-TEST_CASE("every half value reaches the statistics exactly") {
+// Tests widening without the store: the mean of one value is that value in float64.
+TEST_CASE("the mean of one half value is exact") {
     for (DType dtype : halves)
         for (const std::string& isa : usable_isas()) {
             const Settings settings(isa, 1);

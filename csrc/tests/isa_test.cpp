@@ -1,4 +1,4 @@
-// Which instruction set runs: the order, a refusal that names the choices, and what the environment asked for.
+// Choice of the instruction set: order of preference, the error for an unknown name, and BNFAST_ISA.
 #include <doctest/doctest.h>
 
 #include <algorithm>
@@ -12,7 +12,7 @@ using namespace bnfast::test;
 
 namespace {
 
-std::string ran() {
+std::string isa_that_ran() {
     const Case c{{64, 70, 1}};
     run_train(c, Inputs(c));
     return last_isa();
@@ -20,7 +20,7 @@ std::string ran() {
 
 }  // namespace
 
-TEST_CASE("the baseline is always there, last; what is forced is what runs") {
+TEST_CASE("baseline is always available and last; set_isa chooses the instruction set that runs") {
     const auto isas = usable_isas();
     REQUIRE_FALSE(isas.empty());
 #if defined(__x86_64__)
@@ -29,19 +29,20 @@ TEST_CASE("the baseline is always there, last; what is forced is what runs") {
     for (const std::string& isa : isas) {
         const Settings settings(isa, 0);
         CHECK(isa_name() == isa);
-        CHECK(ran() == isa);
+        CHECK(isa_that_ran() == isa);
     }
 }
 
-TEST_CASE("an unknown instruction set is refused with the choices, and nothing changes") {
+TEST_CASE("set_isa throws for an unknown name, lists the choices and changes nothing") {
     const std::string before = isa_name();
     CHECK_THROWS_WITH_AS(set_isa("sse9"), doctest::Contains("baseline"), std::invalid_argument);
     CHECK_THROWS_WITH_AS(set_isa("sse9"), doctest::Contains("Received: sse9"), std::invalid_argument);
     CHECK(isa_name() == before);
 }
 
-// CTest runs this with BNFAST_ISA set, to each name in turn.
-TEST_CASE("environment: BNFAST_ISA is what runs, or every call says why not" * doctest::skip()) {
+// CTest runs this once per name, with BNFAST_ISA set to it.
+TEST_CASE("environment: the instruction set in BNFAST_ISA runs, or every call throws with the reason" *
+          doctest::skip()) {
     const char* wanted = std::getenv("BNFAST_ISA");
     REQUIRE(wanted != nullptr);
     const auto isas = usable_isas();
@@ -49,10 +50,10 @@ TEST_CASE("environment: BNFAST_ISA is what runs, or every call says why not" * d
         CHECK(isa_name() == wanted);
         CHECK(isa_of_environment_error().empty());
         CHECK(isa_reason().find("BNFAST_ISA") != std::string::npos);
-        CHECK(ran() == wanted);
+        CHECK(isa_that_ran() == wanted);
     } else {
         CHECK(isa_of_environment_error().find(wanted) != std::string::npos);
         CHECK_THROWS_WITH_AS(isa_name(), doctest::Contains("BNFAST_ISA must be one of"), std::invalid_argument);
-        CHECK_THROWS_AS(ran(), std::invalid_argument);
+        CHECK_THROWS_AS(isa_that_ran(), std::invalid_argument);
     }
 }

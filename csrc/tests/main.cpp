@@ -1,5 +1,6 @@
 #define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
-// Read by LeakSanitizer, where there is one: a team that was outgrown stays, as its last workers may still look at it.
+// For LeakSanitizer: when a larger team replaces a team, the old one is never freed, because its last workers may still
+// access it.
 extern "C" const char* __lsan_default_suppressions() { return "leak:pool_for"; }

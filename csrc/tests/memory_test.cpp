@@ -1,4 +1,4 @@
-// The pool: alignment, reuse, limit, clearing, many threads; and the scratch of a thread.
+// The memory pool (alignment, reuse, limit, clearing, many threads) and the scratch buffer per thread.
 #include <doctest/doctest.h>
 
 #include <cstring>
@@ -13,7 +13,7 @@ using namespace bnfast;
 
 namespace {
 
-// Starts from an empty pool and leaves the limit that it met behind.
+// Starts a test with an empty pool; restores the limit and empties the pool at the end.
 struct FreshPool {
     const MemoryStatistics before;
     FreshPool() : before((clear_memory(), memory_statistics())) {}
@@ -25,7 +25,7 @@ struct FreshPool {
 
 }  // namespace
 
-TEST_CASE("blocks of every size are 64-byte aligned, writable to the end and apart") {
+TEST_CASE("blocks of every size are 64-byte aligned, fully writable and disjoint") {
     const FreshPool pool;
     std::vector<std::pair<unsigned char*, std::size_t>> blocks;
     constexpr int huge = 2 << 20;
@@ -44,7 +44,7 @@ TEST_CASE("blocks of every size are 64-byte aligned, writable to the end and apa
     CHECK(memory_statistics().in_use_bytes == pool.before.in_use_bytes);
 }
 
-TEST_CASE("a block given back serves the next request of its size, and never two at once") {
+TEST_CASE("a released block is reused for the next request of its size, and only for one at a time") {
     const FreshPool pool;
     void* first = acquire_block(100000);
     void* second = acquire_block(100000);
@@ -53,7 +53,7 @@ TEST_CASE("a block given back serves the next request of its size, and never two
     CHECK(memory_statistics().in_use_bytes >= pool.before.in_use_bytes + 200000);
     release_block(first);
     CHECK(memory_statistics().held_bytes >= 100000);
-    CHECK(acquire_block(99999) == first);  // nearly its size
+    CHECK(acquire_block(99999) == first);  // same size class
     CHECK(memory_statistics().reused == pool.before.reused + 1);
     CHECK(memory_statistics().held_bytes == 0);
     void* larger = acquire_block(200000);
@@ -73,7 +73,7 @@ TEST_CASE("a size class wastes at most an eighth") {
     }
 }
 
-TEST_CASE("the limit bounds what is kept, clearing gives it back, blocks in use stay") {
+TEST_CASE("the limit bounds the blocks kept for reuse; clearing frees them and leaves blocks in use alone") {
     const FreshPool pool;
     auto* used = static_cast<char*>(acquire_block(1 << 20));
     used[0] = 42;
@@ -100,24 +100,24 @@ TEST_CASE("the limit bounds what is kept, clearing gives it back, blocks in use 
     CHECK(memory_statistics().in_use_bytes == pool.before.in_use_bytes);
 }
 
-TEST_CASE("above the limit what was kept longest goes first") {
+TEST_CASE("above the limit, the blocks kept longest are freed first") {
     const FreshPool pool;
     set_memory_limit(5 << 20);
-    std::vector<void*> old, now;
-    for (int i = 0; i < 4; ++i) old.push_back(acquire_block(1 << 20));
-    for (int i = 0; i < 2; ++i) now.push_back(acquire_block(2 << 20));
-    for (void* block : old) release_block(block);
-    for (void* block : now) release_block(block);
+    std::vector<void*> older, newer;
+    for (int i = 0; i < 4; ++i) older.push_back(acquire_block(1 << 20));
+    for (int i = 0; i < 2; ++i) newer.push_back(acquire_block(2 << 20));
+    for (void* block : older) release_block(block);
+    for (void* block : newer) release_block(block);
     CHECK(memory_statistics().held_bytes == 5 << 20);
     const std::int64_t fresh = memory_statistics().fresh;
-    for (void*& block : now) block = acquire_block(2 << 20);
+    for (void*& block : newer) block = acquire_block(2 << 20);
     CHECK(memory_statistics().fresh == fresh);
-    CHECK(acquire_block(1 << 20) == old[3]);
+    CHECK(acquire_block(1 << 20) == older[3]);
     CHECK(memory_statistics().held_bytes == 0);
-    for (void* block : {now[0], now[1], old[3]}) release_block(block);
+    for (void* block : {newer[0], newer[1], older[3]}) release_block(block);
 }
 
-TEST_CASE("a block larger than the limit costs the others nothing") {
+TEST_CASE("releasing a block larger than the limit frees no other blocks") {
     const FreshPool pool;
     set_memory_limit(4 << 20);
     void* small = acquire_block(1 << 20);
@@ -129,7 +129,7 @@ TEST_CASE("a block larger than the limit costs the others nothing") {
     release_block(small);
 }
 
-TEST_CASE("sizes that are asked for no more make room: all stays within twice what was in use at one time") {
+TEST_CASE("sizes no longer requested are freed: at most twice the peak use is held") {
     const FreshPool pool;
     for (std::size_t megabytes = 8; megabytes < 13; ++megabytes) {
         std::vector<void*> blocks;
@@ -144,14 +144,14 @@ TEST_CASE("sizes that are asked for no more make room: all stays within twice wh
     CHECK(memory_statistics().fresh == fresh);
 }
 
-TEST_CASE("what can't be had is std::bad_alloc, at once") {
+TEST_CASE("an impossible size throws std::bad_alloc immediately") {
     const FreshPool pool;
     for (std::size_t bytes : {std::size_t(1) << 60, std::size_t(1) << 63, (std::size_t(1) << 63) + 4, ~std::size_t(0)})
         CHECK_THROWS_AS(acquire_block(bytes), std::bad_alloc);
     CHECK(memory_statistics().in_use_bytes == pool.before.in_use_bytes);
 }
 
-TEST_CASE("many threads: no block is in two hands") {
+TEST_CASE("no two threads get the same block") {
     const FreshPool pool;
     std::vector<std::thread> threads;
     std::vector<int> wrong(8, 0);
@@ -172,7 +172,7 @@ TEST_CASE("many threads: no block is in two hands") {
     CHECK(memory_statistics().in_use_bytes == pool.before.in_use_bytes);
 }
 
-TEST_CASE("scratch is aligned, grows, stays put while it suffices, and belongs to its thread") {
+TEST_CASE("scratch is aligned, grows, doesn't move while it is large enough, and is per thread") {
     double* small = thread_scratch(10);
     CHECK(reinterpret_cast<std::uintptr_t>(small) % 64 == 0);
     double* large = thread_scratch(1 << 20);

@@ -1,5 +1,5 @@
-// Reduce: moments against the oracle and between instruction sets, and what a two-pass block owes: offsets, outliers,
-// constants, weights, NaN.
+// The reduce step: moments agree with the oracle and across instruction sets, and are accurate or exact for large
+// offsets, outliers, constants, weights and NaN.
 #include <doctest/doctest.h>
 
 #include <cmath>
@@ -43,7 +43,7 @@ bool same_result(const Result& a, const Result& b) {
     return a.count == b.count && same(a.mean, b.mean) && same(a.variance, b.variance);
 }
 
-// Relative error of the variance, the worst over channels.
+// The largest relative error of the variance over all channels.
 long double variance_error(Shape shape, const Array& x, const Array* mask = nullptr) {
     const Result r = run(shape, x, mask);
     const Moments m = moments_of(shape, x, mask);
@@ -67,7 +67,7 @@ Array offset_values(Shape shape, DType dtype, double mean, int shift = 0) {
 
 }  // namespace
 
-TEST_CASE("moments have the same bits on every instruction set, team and alignment, near the oracle") {
+TEST_CASE("moments have the same bits on every instruction set, team and alignment") {
     for (Shape shape : kernel_shapes())
         for (DType dtype : all_dtypes)
             for (bool masked : {false, true}) {
@@ -92,7 +92,7 @@ TEST_CASE("moments have the same bits on every instruction set, team and alignme
             }
 }
 
-TEST_CASE("the variance keeps its digits at large offsets") {
+TEST_CASE("the variance stays accurate at large offsets") {
     for (Shape shape : layouts) {
         CAPTURE(shape.S);
         CAPTURE(shape.C);
@@ -103,7 +103,7 @@ TEST_CASE("the variance keeps its digits at large offsets") {
     }
 }
 
-TEST_CASE("an outlier where the shift is taken, a trend and two clusters cost no digits") {
+TEST_CASE("the variance stays accurate with an outlier as the shift, a trend, or two clusters") {
     for (Shape shape : layouts)
         for (DType dtype : {DType::float32, DType::float64}) {
             CAPTURE(shape.S);
@@ -120,7 +120,7 @@ TEST_CASE("an outlier where the shift is taken, a trend and two clusters cost no
         }
 }
 
-TEST_CASE("a constant channel has exactly its value for a mean and variance 0") {
+TEST_CASE("the mean of a constant channel is exact and its variance is 0") {
     for (Shape shape : kernel_shapes())
         for (DType dtype : all_dtypes)
             for (double value : {0.0, 0.1, -1e4, 1e-7, 6e4}) {
@@ -130,17 +130,17 @@ TEST_CASE("a constant channel has exactly its value for a mean and variance 0") 
                 if (mask.size == 1) mask.set(0, 1);
                 for (const Array* w : {static_cast<const Array*>(nullptr), static_cast<const Array*>(&mask)}) {
                     const Result r = run(shape, x, w);
-                    bool right = true;
+                    bool correct = true;
                     for (std::size_t c = 0; c < r.mean.size(); ++c)
-                        right = right && r.mean[c] == x.get(0) && r.variance[c] == 0;
+                        correct = correct && r.mean[c] == x.get(0) && r.variance[c] == 0;
                     INFO(name_of(dtype) << " " << value << " (" << shape.N << ", " << shape.C << ", " << shape.S
                                         << ") masked " << (w != nullptr));
-                    CHECK(right);
+                    CHECK(correct);
                 }
             }
 }
 
-TEST_CASE("weights of one change no bit; values of weight 0 have no say, even NaN") {
+TEST_CASE("a mask of ones changes no bits; values of weight 0 are ignored, even NaN") {
     for (Shape shape : kernel_shapes())
         for (DType dtype : all_dtypes) {
             const Case c{shape, dtype};
@@ -156,7 +156,7 @@ TEST_CASE("weights of one change no bit; values of weight 0 have no say, even Na
         }
 }
 
-TEST_CASE("NaN and infinity stay in their channel, on every instruction set") {
+TEST_CASE("NaN and infinity affect only their own channel, on every instruction set") {
     for (Shape shape : {Shape{2000, 3, 1}, Shape{100, 70, 1}, Shape{4, 5, 300}})
         for (DType dtype : all_dtypes)
             for (double bad : {std::nan(""), HUGE_VAL, -HUGE_VAL})
@@ -175,9 +175,8 @@ TEST_CASE("NaN and infinity stay in their channel, on every instruction set") {
 }
 
 #if defined(__linux__)
-// x ends where nothing may be read. The run with tiny caches asks for lines ahead and touches what its sample leaves
-// out.
-TEST_CASE("nothing is read behind x") {
+// x ends at an unreadable page. The CTest run with tiny caches covers the code that prefetches beyond the current rows.
+TEST_CASE("nothing is read past the end of x") {
     for (Shape shape : {Shape{1, 1, 320}, Shape{9, 3, 1000}, Shape{2, 2, 4500}, Shape{40, 5, 49}, Shape{300, 70, 1}})
         for (DType dtype : all_dtypes)
             for (const std::string& isa : usable_isas()) {
@@ -205,7 +204,7 @@ TEST_CASE("nothing is read behind x") {
 }
 #endif
 
-TEST_CASE("nothing to count: all zeros") {
+TEST_CASE("without values or weights, count, mean and variance are zero") {
     for (Shape shape : {Shape{0, 3, 1}, Shape{0, 3, 5}, Shape{4, 3, 0}}) {
         const Result r = run(shape, Array(DType::float32, 0));
         CHECK(r.count == 0);

@@ -1,5 +1,5 @@
-// Forward, whole: y, statistics and moving statistics against the oracle, and the same bits on every instruction set,
-// team size and alignment, in place too.
+// The whole forward pass: y, statistics and moving statistics agree with the oracle, and have the same bits on every
+// instruction set, team size and alignment, and in place.
 #include <doctest/doctest.h>
 
 #include <cmath>
@@ -11,7 +11,7 @@
 using namespace bnfast;
 using namespace bnfast::test;
 
-TEST_CASE("train agrees with the oracle, and every instruction set with the first to the bit") {
+TEST_CASE("train agrees with the oracle, with the same bits on every instruction set, team size and alignment") {
     for (Shape shape : kernel_shapes())
         for (DType dtype : all_dtypes)
             for (const Case& c : cases_of(shape, dtype)) {
@@ -42,7 +42,7 @@ TEST_CASE("train agrees with the oracle, and every instruction set with the firs
             }
 }
 
-TEST_CASE("infer with the batch's own statistics is train's y") {
+TEST_CASE("infer with the batch statistics has the same bits as train") {
     for (Shape shape : kernel_shapes())
         for (DType dtype : all_dtypes)
             for (const std::string& isa : usable_isas()) {
@@ -70,7 +70,7 @@ TEST_CASE("infer with the batch's own statistics is train's y") {
             }
 }
 
-TEST_CASE("in place: y is x, the same bits") {
+TEST_CASE("in place (y is x), the results have the same bits") {
     for (Shape shape : kernel_shapes())
         for (DType dtype : all_dtypes) {
             const Case c{shape, dtype, Activation::leaky_relu, false};
@@ -94,7 +94,7 @@ TEST_CASE("in place: y is x, the same bits") {
         }
 }
 
-TEST_CASE("one value a channel: y is beta, moving statistics without a sample correction") {
+TEST_CASE("with one value per channel, y is beta and the moving variance has no sample correction") {
     const Case c{{1, 70, 1}, DType::float32};
     const Inputs in(c);
     const Forward f = run_train(c, in);
@@ -102,7 +102,7 @@ TEST_CASE("one value a channel: y is beta, moving statistics without a sample co
     CHECK(f.moving_variance.get(0) == 1.5);
 }
 
-TEST_CASE("relu keeps NaN, leaky_relu with slope 0 makes no NaN of infinity") {
+TEST_CASE("activations propagate NaN; leaky_relu with slope 0 maps -infinity to 0") {
     const float x[3] = {NAN, -INFINITY, INFINITY}, mean[3] = {}, variance[3] = {1, 1, 1};
     float y[3];
     InferArgs a;

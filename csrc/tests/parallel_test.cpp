@@ -1,4 +1,4 @@
-// Threads: what a team owes, many host threads at once, bounded OS threads, and the floating-point mode.
+// Threads: the guarantees of a team, concurrent host threads, bounded OS threads, fork, and the floating-point mode.
 #include <doctest/doctest.h>
 
 #include <atomic>
@@ -20,7 +20,7 @@ using namespace bnfast::test;
 namespace {
 
 #if defined(__x86_64__)
-constexpr unsigned odd_mode = 0x9f80 | 0x0040 | 0x2000;  // flush to zero, denormals are zero, round down
+constexpr unsigned unusual_mode = 0x9f80 | 0x0040 | 0x2000;  // flush to zero, denormals are zero, round down
 #endif
 
 int os_threads() {
@@ -32,30 +32,30 @@ int os_threads() {
 
 }  // namespace
 
-TEST_CASE("for_each runs each item once, in any team, from both ends; a step ends when all of it is done") {
+TEST_CASE("for_each runs each item once for every team size, in both orders, and returns when all items are done") {
     for (bool full : {true, false})
         for (int threads : {1, 2, 3, 8})
             for (std::int64_t n : {0, 1, 2, 7, 1000}) {
                 set_full_team(full);
                 const auto count = std::size_t(n);
                 std::vector<std::atomic<int>> forward(count), backward(count);
-                std::atomic<int> ranks{0}, early{0};
+                std::atomic<int> ranks{0}, not_done{0};
                 parallel(threads, [&](Team& team) {
                     ranks += 1 << team.rank;
                     team.for_each(n, false, [&](std::int64_t i) { ++forward[std::size_t(i)]; });
-                    for (auto& times : forward) early += times != 1;
+                    for (auto& times : forward) not_done += times != 1;
                     team.for_each(n, true, [&](std::int64_t i) { ++backward[std::size_t(i)]; });
-                    for (auto& times : backward) early += times != 1;
+                    for (auto& times : backward) not_done += times != 1;
                 });
                 set_full_team(false);
                 const int size = last_team_size();
-                CHECK(early == 0);
+                CHECK(not_done == 0);
                 CHECK((full ? size == threads : size >= 1 && size <= threads));
                 CHECK(ranks == (1 << size) - 1);  // 0, 1, ..., each once
             }
 }
 
-TEST_CASE("teams of changing size, one after the other: ranks stay below the size") {
+TEST_CASE("ranks stay below the size when consecutive teams differ in size") {
     std::atomic<int> wrong{0}, items{0};
     for (int round = 0; round < 3000; ++round) {
         const int threads = round % 3 == 0 ? 8 : 2;
@@ -68,31 +68,31 @@ TEST_CASE("teams of changing size, one after the other: ranks stay below the siz
     CHECK(items == 12000);
 }
 
-TEST_CASE("a region inside a region runs alone") {
+TEST_CASE("a nested region runs on one thread") {
     std::atomic<int> inner{0};
-    std::atomic<bool> alone{true};
+    std::atomic<bool> one_thread{true};
     set_full_team(true);
     parallel(3, [&](Team&) {
         parallel(3, [&](Team& team) {
             ++inner;
-            if (team.size != 1) alone = false;
+            if (team.size != 1) one_thread = false;
         });
     });
     set_full_team(false);
     CHECK(inner == 3);
-    CHECK(alone);
+    CHECK(one_thread);
 }
 
-TEST_CASE("the default number of threads comes back, an explicit one is honoured") {
-    const int usual = get_num_threads();
-    CHECK(usual >= 1);
+TEST_CASE("set_num_threads sets the number of threads, and 0 restores the default") {
+    const int default_threads = get_num_threads();
+    CHECK(default_threads >= 1);
     set_num_threads(37);
     CHECK(get_num_threads() == 37);
     set_num_threads(0);
-    CHECK(get_num_threads() == usual);
+    CHECK(get_num_threads() == default_threads);
 }
 
-TEST_CASE("small tensors run alone") {
+TEST_CASE("small tensors run on one thread") {
     const Case c{{8, 8, 1}};
     const Inputs in(c);
     set_num_threads(4);
@@ -103,7 +103,7 @@ TEST_CASE("small tensors run alone") {
     CHECK(last_team_size() == 4);
 }
 
-TEST_CASE("many host threads at once: no deadlock, equal results") {
+TEST_CASE("concurrent host threads get equal results without deadlock") {
     const Case c{{500, 40, 1}, DType::float32, Activation::relu, true, false, false};
     const Inputs in(c);
     const Settings settings("", 4);
@@ -126,8 +126,9 @@ TEST_CASE("many host threads at once: no deadlock, equal results") {
 }
 
 #if defined(__linux__)
-// In turn, so that each finds no region running and may open one; all stay alive to the end.
-TEST_CASE("OS threads are bounded by one team however many host threads call") {
+// The host threads run one after the other, so that each finds no region running and may start one. All stay alive to
+// the end.
+TEST_CASE("many host threads share one team, so that OS threads stay bounded") {
     const Case c{{64, 16, 1}};
     const Inputs in(c);
     const Settings settings("", 4);
@@ -144,50 +145,51 @@ TEST_CASE("OS threads are bounded by one team however many host threads call") {
             while (!done) std::this_thread::yield();
         });
     while (turn != 8) std::this_thread::yield();
-    const int now = os_threads();
+    const int during = os_threads();
     done = true;
     for (auto& host : hosts) host.join();
-    CHECK(now <= before + 8 + 4);
+    CHECK(during <= before + 8 + 4);
 }
 
-TEST_CASE("alive after fork: the child computes the same") {
+TEST_CASE("after fork, child and parent still compute the same bits") {
     const Case c{{500, 40, 1}};
     const Inputs in(c);
     const Settings settings("", 4);
-    const Forward here = run_train(c, in);
+    const Forward expected = run_train(c, in);
     const pid_t child = fork();
     if (child == 0) {
-        alarm(20);  // a hang ends by signal
-        _exit(run_train(c, in).same_bits(here) ? 0 : 1);
+        alarm(20);  // a signal ends a hang
+        _exit(run_train(c, in).same_bits(expected) ? 0 : 1);
     }
     int status = -1;
     waitpid(child, &status, 0);
     CHECK(WIFEXITED(status));
     CHECK(WEXITSTATUS(status) == 0);
-    CHECK(run_train(c, in).same_bits(here));
+    CHECK(run_train(c, in).same_bits(expected));
     CHECK(last_team_size() == 4);
 }
 #endif
 
 #if defined(__x86_64__)
-// A new thread starts with its creator's mode, so the team is made (larger than any before) under the odd one.
-TEST_CASE("workers round to nearest and keep denormals, whoever made them") {
-    const unsigned usual = fp_mode();
+// A new thread inherits its creator's mode. The team is larger than any before, so that its threads are created while
+// the mode is unusual.
+TEST_CASE("workers round to nearest and keep denormals regardless of their creator's mode") {
+    const unsigned mode_before = fp_mode();
     std::atomic<int> wrong{0};
     set_full_team(true);
-    set_fp_mode(odd_mode);
+    set_fp_mode(unusual_mode);
     parallel(11, [&](Team& team) {
         if (team.rank > 0 && (fp_mode() & 0xffc0) != 0x1f80) ++wrong;
     });
-    const unsigned after = fp_mode();
-    set_fp_mode(usual);
+    const unsigned mode_after = fp_mode();
+    set_fp_mode(mode_before);
     set_full_team(false);
     CHECK(last_team_size() == 11);
     CHECK(wrong == 0);
-    CHECK((after & 0xffc0) == (odd_mode & 0xffc0));
+    CHECK((mode_after & 0xffc0) == (unusual_mode & 0xffc0));
 }
 
-TEST_CASE("a caller that flushes denormals and rounds down gets the same bits, and its mode back") {
+TEST_CASE("a caller with flush-to-zero and rounding down gets the same bits, and keeps its mode") {
     for (DType dtype : {DType::float32, DType::float64})
         for (Shape shape : {Shape{100, 5, 1}, Shape{70, 70, 1}, Shape{3, 4, 100}})
             for (int threads : {1, 3}) {
@@ -207,15 +209,15 @@ TEST_CASE("a caller that flushes denormals and rounds down gets the same bits, a
                 const Settings settings("", threads);
                 const Forward forward = run_train(c, in);
                 const Backward backward = run_grad(c, in, forward);
-                const unsigned usual = fp_mode();
-                set_fp_mode(odd_mode);
-                const Forward odd_forward = run_train(c, in);
-                const Backward odd_backward = run_grad(c, in, forward);
-                const unsigned after = fp_mode();
-                set_fp_mode(usual);
-                CHECK((after & 0xffc0) == (odd_mode & 0xffc0));
-                CHECK(odd_forward.same_bits(forward));
-                CHECK(odd_backward.same_bits(backward));
+                const unsigned mode_before = fp_mode();
+                set_fp_mode(unusual_mode);
+                const Forward unusual_forward = run_train(c, in);
+                const Backward unusual_backward = run_grad(c, in, forward);
+                const unsigned mode_after = fp_mode();
+                set_fp_mode(mode_before);
+                CHECK((mode_after & 0xffc0) == (unusual_mode & 0xffc0));
+                CHECK(unusual_forward.same_bits(forward));
+                CHECK(unusual_backward.same_bits(backward));
             }
 }
 #endif

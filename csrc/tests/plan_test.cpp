@@ -1,5 +1,5 @@
-// The plan is pure: its grid depends on shape and dtype alone. Under every schedule each value is reduced once, each
-// channel finalized once and each value applied once. No data is touched, so shapes may be huge.
+// The plan touches no data, so that shapes may be huge. Its grid depends only on shape and dtype. Under every schedule
+// each value is reduced once, each channel finalized once and each value applied once.
 #include <doctest/doctest.h>
 
 #include <algorithm>
@@ -73,7 +73,7 @@ template <class Check> void each_plan(Shape shape, DType dtype, Check check) {
 
 }  // namespace
 
-TEST_CASE("the grid depends on shape and dtype alone") {
+TEST_CASE("the grid depends only on shape and dtype") {
     for (const auto& list : {shapes(), std::vector<Shape>(std::begin(huge_shapes), std::end(huge_shapes))})
         for (Shape shape : list)
             for (DType dtype : all_dtypes) {
@@ -92,7 +92,7 @@ TEST_CASE("canonical merges a single channel into one row and keeps the number o
     for (Shape s : shapes()) CHECK(canonical(s).size() == s.size());
 }
 
-// The blocks as kernel_table.h describes them, counted over (n, s).
+// Marks each (n, s) of the blocks that kernel_table.h describes.
 TEST_CASE("blocks and chunks cover each value of a channel once") {
     for (Shape shape : shapes())
         for (DType dtype : all_dtypes) {
@@ -116,13 +116,13 @@ TEST_CASE("blocks and chunks cover each value of a channel once") {
                             for (int64_t p = 0; p < g.pack; ++p) mark(i * g.pack + p, 0);
                     }
                 }
-            for (int64_t n = g.N - g.N % g.pack; n < g.N && g.S == 1; ++n) mark(n, 0);  // too few for a packed row
+            for (int64_t n = g.N - g.N % g.pack; n < g.N && g.S == 1; ++n) mark(n, 0);  // rows left over from packing
             CHECK(g.N * g.S == shape.per_channel());
             CHECK(std::all_of(seen.begin(), seen.end(), [](int count) { return count == 1; }));
         }
 }
 
-TEST_CASE("a block of a channel fits in an L1, and a chunk's results are small beside what was read") {
+TEST_CASE("a block of one channel fits in L1, and the results per chunk are small compared with the values read") {
     for (const auto& list : {shapes(), std::vector<Shape>(std::begin(huge_shapes), std::end(huge_shapes))})
         for (Shape shape : list)
             for (DType dtype : all_dtypes) {
@@ -144,23 +144,23 @@ TEST_CASE("huge shapes: every count stays positive and consistent") {
             each_plan(shape, dtype, [&](const PlanRequest& r, const Plan& p) {
                 const Grid& g = p.grid;
                 const Grid& a = p.apply_grid;
-                const int64_t whole = p.rows ? g.N * g.C * g.S : a.N / a.pack;
-                const bool fine =
+                const int64_t apply_size = p.rows ? g.N * g.C * g.S : a.N / a.pack;
+                const bool consistent =
                     g.N * g.C * g.S == shape.size() && g.chunks > 0 && g.chunk_blocks > 0 && p.channels_per_group > 0 &&
                     p.num_groups * p.channels_per_group >= g.C && (p.num_groups - 1) * p.channels_per_group < g.C &&
                     p.num_finalize_tasks * p.channels_per_finalize_task >= g.C &&
                     (p.num_finalize_tasks - 1) * p.channels_per_finalize_task < g.C && p.apply_task_size > 0 &&
-                    p.num_apply_tasks * p.apply_task_size >= whole &&
-                    (p.num_apply_tasks - 1) * p.apply_task_size < whole && p.threads == r.threads && p.stream &&
+                    p.num_apply_tasks * p.apply_task_size >= apply_size &&
+                    (p.num_apply_tasks - 1) * p.apply_task_size < apply_size && p.threads == r.threads && p.stream &&
                     p.bytes_written > 0 && p.bytes_read >= shape.size() * item_bytes(dtype) * r.inputs;
                 INFO(text(shape, dtype));
-                CHECK(fine);
+                CHECK(consistent);
             });
 }
 
 namespace {
 
-// Steps that only count what run_steps asks for.
+// Steps that only count how often run_steps calls them for each value and channel.
 class CountingSteps {
 public:
     explicit CountingSteps(const Plan& p)
@@ -221,7 +221,7 @@ private:
 
 }  // namespace
 
-TEST_CASE("each chunk is reduced, each channel then finalized, each value then applied, exactly once") {
+TEST_CASE("each chunk is reduced, then each channel finalized, then each value applied, exactly once") {
     int by_groups = 0, by_steps = 0;
     for (Shape shape : shapes()) {
         if (shape.size() > 100000) continue;
@@ -241,7 +241,7 @@ TEST_CASE("each chunk is reduced, each channel then finalized, each value then a
     CHECK(by_steps > 100);
 }
 
-TEST_CASE("weighted gradients apply unpacked, and reduce by the same grid") {
+TEST_CASE("masked gradients apply without packing, and reduce on the same grid") {
     const Shape shape{4000, 3, 1};
     const Plan plain = make_plan(request_of(shape, DType::float32, Op::grad, 1, false), usual_machine());
     const Plan masked = make_plan(request_of(shape, DType::float32, Op::grad, 1, true), usual_machine());
@@ -260,7 +260,7 @@ TEST_CASE("memory is read once if a group of channels fits in cache, otherwise t
         CHECK(bytes(p, first) == 1);
         CHECK(p.bytes_written == first.size() * 4);
         PlanRequest raise = request_of(first, DType::float32, Op::train, threads);
-        raise.whole_first = true;  // every statistic before any output
+        raise.whole_first = true;  // computes all statistics before any output
         CHECK(bytes(make_plan(raise, usual_machine()), first) == 2);
 
         const Shape last{32 * 56 * 56, 256, 1};  // 64 columns are 25 MB: more than L2
@@ -277,7 +277,7 @@ TEST_CASE("memory is read once if a group of channels fits in cache, otherwise t
     CHECK(bytes(make_plan(request_of(wide, DType::float32, Op::train, 2), usual_machine()), wide) == 2);
 }
 
-TEST_CASE("a group never exceeds the caches it was made for") {
+TEST_CASE("a group of channels never exceeds the cache it was planned for") {
     for (Shape shape : shapes())
         for (DType dtype : all_dtypes)
             each_plan(shape, dtype, [&](const PlanRequest& r, const Plan& p) {
@@ -291,7 +291,7 @@ TEST_CASE("a group never exceeds the caches it was made for") {
             });
 }
 
-TEST_CASE("stores stream exactly where inputs and outputs exceed five eighths of the last-level cache") {
+TEST_CASE("stores stream if and only if inputs and outputs exceed five eighths of the last-level cache") {
     const int64_t fit = usual_machine().l3 / 8 * 5 / 8;  // float32 values; x and y together just fit
     for (int64_t S : {fit - 1, fit, fit + 1, 2 * fit}) {
         const PlanRequest r = request_of({1, 1, S}, DType::float32, Op::train, 2);
@@ -303,10 +303,10 @@ TEST_CASE("stores stream exactly where inputs and outputs exceed five eighths of
     CHECK_FALSE(make_plan(request_of({8, 3, 1}, DType::float32, Op::train, 1), usual_machine()).stream);
 }
 
-TEST_CASE("usable last-level cache: 4 MiB per processor, at least 32 MiB of what is reported") {
+TEST_CASE("usable last-level cache: max(32 MiB, 4 MiB per processor), at most the reported size") {
     constexpr int64_t MiB = 1 << 20;
     CHECK(usable_llc_bytes(8 * MiB, 2) == 8 * MiB);
-    CHECK(usable_llc_bytes(260 * MiB, 2) == 32 * MiB);  // a guest's view of a socket
+    CHECK(usable_llc_bytes(260 * MiB, 2) == 32 * MiB);  // a virtual machine that reports the whole socket's cache
     CHECK(usable_llc_bytes(260 * MiB, 60) == 240 * MiB);
     CHECK(usable_llc_bytes(260 * MiB, 120) == 260 * MiB);
 }

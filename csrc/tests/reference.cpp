@@ -10,7 +10,7 @@ namespace {
 struct Format {
     int exponent_bits, mantissa_bits;
     int bias() const { return (1 << (exponent_bits - 1)) - 1; }
-    int lowest() const { return 1 - bias(); }  // exponent of subnormals and of the smallest normals
+    int min_exponent() const { return 1 - bias(); }  // exponent of subnormals and of the smallest normals
 };
 Format format_of(DType dtype) { return dtype == DType::float16 ? Format{5, 10} : Format{8, 7}; }
 
@@ -18,7 +18,7 @@ double value_of(std::uint16_t bits, Format f) {
     const int e = bits >> f.mantissa_bits & ((1 << f.exponent_bits) - 1), m = bits & ((1 << f.mantissa_bits) - 1);
     const double sign = bits & 0x8000 ? -1 : 1;
     if (e == (1 << f.exponent_bits) - 1) return m ? std::nan("") : sign * HUGE_VAL;
-    if (e == 0) return sign * std::ldexp(m, f.lowest() - f.mantissa_bits);
+    if (e == 0) return sign * std::ldexp(m, f.min_exponent() - f.mantissa_bits);
     return sign * std::ldexp(m + (1 << f.mantissa_bits), e - f.bias() - f.mantissa_bits);
 }
 
@@ -29,10 +29,12 @@ std::uint16_t bits_of(double value, Format f) {
     if (std::isinf(a)) return std::uint16_t(sign | infinity);
     int e = 0;
     std::frexp(a, &e);
-    const int exponent = a == 0 ? f.lowest() : std::max(e - 1, f.lowest());
-    const double units = std::nearbyint(std::ldexp(a, f.mantissa_bits - exponent));  // exact but for this rounding
+    const int exponent = a == 0 ? f.min_exponent() : std::max(e - 1, f.min_exponent());
+    // The only rounding: ldexp is exact.
+    const double units = std::nearbyint(std::ldexp(a, f.mantissa_bits - exponent));
     if (exponent > f.bias()) return std::uint16_t(sign | infinity);
-    const int bits = ((exponent - f.lowest()) << f.mantissa_bits) + int(units);  // a carry moves into the exponent
+    // A carry out of the mantissa moves into the exponent.
+    const int bits = ((exponent - f.min_exponent()) << f.mantissa_bits) + int(units);
     return std::uint16_t(sign | std::min(bits, infinity));
 }
 

@@ -1,5 +1,5 @@
-// The oracle of the C++ tests: batch normalization in long double as its formulas read, and arrays of every dtype whose
-// conversions are written with ldexp and nearbyint, so that they share nothing with the kernels'.
+// The oracle of the C++ tests: the formulas of batch normalization in long double, and arrays of every dtype. Their
+// conversions use ldexp and nearbyint, and so share no code with the kernels.
 #pragma once
 #include <cstdint>
 #include <new>
@@ -17,10 +17,10 @@ const char* name_of(DType dtype);
 DType compute_type(DType dtype);  // float64 for float64, else float32
 
 double widen(DType dtype, const void* at);
-void narrow(DType dtype, double value, void* at);            // to nearest, ties to even
+void narrow(DType dtype, double value, void* at);            // rounds to nearest, ties to even
 bool equal_bits(DType dtype, const void* a, const void* b);  // any NaN equals any NaN
 
-template <class T> struct LineAligned {  // an allocator: memory on a 64-byte line
+template <class T> struct LineAligned {  // an allocator with 64-byte alignment
     using value_type = T;
     LineAligned() = default;
     template <class U> LineAligned(const LineAligned<U>&) {}
@@ -30,8 +30,9 @@ template <class T> struct LineAligned {  // an allocator: memory on a 64-byte li
     bool operator!=(const LineAligned&) const { return false; }
 };
 
-// Values of one dtype. Memory ends where they end, so that AddressSanitizer sees a read past them; `guard` bytes around
-// them (outputs) tell a write past them in every build. `shift` moves the first value off its 64-byte line.
+// Values of one dtype. The memory ends with the last value, so that AddressSanitizer detects a read past the end. For
+// outputs, `guard` bytes on both sides detect a write out of bounds in every build. `shift` moves the first value that
+// many values off its 64-byte line.
 class Array {
 public:
     DType dtype = DType::float32;
@@ -43,7 +44,7 @@ public:
     const void* data() const { return bytes_.data() + front_; }
     double get(std::int64_t i) const;
     void set(std::int64_t i, double value);
-    Array shifted() const;  // a copy one value off its line
+    Array shifted() const;  // a copy, moved one value off its 64-byte line
     bool guards_intact() const;
     bool same_bits(const Array& other) const;
 
@@ -52,7 +53,7 @@ private:
     std::size_t front_ = 0, guard_ = 0;
 };
 
-// Position (n, c, s) of flat index i.
+// For flat index i: its channel, and the position n*S + s of its weight.
 inline std::int64_t channel_of(Shape s, std::int64_t i) { return i / s.S % s.C; }
 inline std::int64_t weight_of(Shape s, std::int64_t i) { return i / (s.C * s.S) * s.S + i % s.S; }
 
@@ -62,7 +63,7 @@ struct Moments {
 };
 Moments moments_of(Shape shape, const Array& x, const Array* mask);
 
-// gamma*(x - mean)*invstd + beta + residual; absent vectors are 1 and 0.
+// gamma*(x - mean)*invstd + beta + residual; a null gamma is 1, a null beta or residual is 0.
 Wide preactivation(Shape shape, const Array& x, const Wide& mean, const Wide& invstd, const Array* gamma,
                    const Array* beta, const Array* residual);
 long double activated(long double z, Activation a, long double negative_slope);

@@ -1,4 +1,5 @@
-// Group norm's spans: each unit (a row or a sample) lies in one span, and tasks that are cut hold whole partial sums.
+// Group norm's spans: each unit (a row or a sample) is in exactly one span, and tasks made by cut hold whole partial
+// sums.
 #include <doctest/doctest.h>
 
 #include <algorithm>
@@ -29,7 +30,7 @@ template <class Check> void each_spans(Check check) {
             }
 }
 
-// Each unit is in one span, and no span without units precedes one that has some in its task.
+// Whether each unit is in exactly one span, and within a task all empty spans come last.
 bool covers_units(const Spans& spans) {
     std::vector<int> seen(std::size_t(spans.num_units), 0);
     for (int64_t task = 0; task < spans.num_tasks(); ++task)
@@ -43,7 +44,7 @@ bool covers_units(const Spans& spans) {
 
 }  // namespace
 
-TEST_CASE("spans hold each unit once, cut or not") {
+TEST_CASE("each unit is in exactly one span, before and after cut") {
     each_spans([](auto spans) {
         CHECK(spans.num_units * spans.unit_size == spans.shape.size());
         CHECK(covers_units(spans));
@@ -57,7 +58,7 @@ TEST_CASE("spans hold each unit once, cut or not") {
     });
 }
 
-TEST_CASE("cut makes tasks of whole partial sums") {
+TEST_CASE("each task made by cut holds whole partial sums") {
     each_spans([](auto spans) {
         const int64_t per_sample = spans.num_units / spans.shape.N;
         for (int64_t tasks : {int64_t(3), spans.num_partials}) {

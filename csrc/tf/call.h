@@ -96,8 +96,8 @@ public:
         return Tensor(tensor);
     }
     Tensor output(int i, int type, const std::int64_t* dims, int rank) const;
-    // The output, in the buffer of one of the candidate inputs if nothing else holds that buffer. A Tensor of this call
-    // that holds it counts, too.
+    // The output, in the buffer of a candidate input if nothing else holds that buffer. A Tensor of this call that
+    // holds the buffer also prevents the reuse.
     Tensor output_in(int i, std::initializer_list<int> candidates, const Dims& dims) const;
     Shape shape(const Dims& dims, std::int64_t axis) const;
     void run(const TrainArgs& args) const;

@@ -1,5 +1,5 @@
-// How the TensorFlow op reaches the core that Python has loaded: _core hands over a table of functions, once. So the
-// op's library has no kernels and no threads of its own. NumPy callers and the op share one team of threads, one
+// How the TensorFlow op reaches the core that Python has loaded: _core passes a table of functions once. The op's
+// library therefore has no kernels and no threads of its own. NumPy callers and the op share one team of threads, one
 // scratch buffer per thread and one choice of instruction set. No exception crosses from one library into the other.
 #pragma once
 #include <cstddef>

@@ -1,12 +1,13 @@
-// bnfast: batch normalization on a CPU. The C++ API; the contract only.
+// bnfast: batch normalization on the CPU. This header is the whole C++ API.
 //
-// Every array is seen as (N, C, S): N outer extents, C channels, S inner extents, contiguous, M = N*S values a channel.
+// An array is viewed as contiguous (N, C, S): N outer extents, C channels, S inner extents; M = N*S values per channel.
 // Forward:  y = activation(gamma * (x - mean) * invstd + beta + residual),  invstd = 1/sqrt(variance + epsilon)
 // Backward: dx = gamma*invstd * (dy - sum(dy)/M - xhat * sum(dy*xhat)/M),   xhat = (x - mean)*invstd
-// Results depend on values, shape, dtype and axis alone: not on threads, alignment or instruction set.
-// Inputs are never written. Functions are reentrant; they throw std::invalid_argument on a bad argument, before
-// anything is written, and NonFiniteError under NanPolicy::raise, when only mean and variance hold what was found.
-// Per-channel vectors are (C,) of float32 or float64 whatever the dtype of x. Statistics are float64.
+// Results depend only on values, shape, dtype and axis, not on thread count, alignment or instruction set.
+// Inputs are never written, unless an output is given the same memory (in place). Functions are reentrant. They throw
+// std::invalid_argument for a bad argument, before anything is written. Under NanPolicy::raise, train may throw
+// NonFiniteError; only mean and variance have then been written.
+// Per-channel vectors have shape (C,) and are float32 or float64, for every dtype of x. Statistics are float64.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -27,10 +28,10 @@ struct Shape {
     std::int64_t per_channel() const { return N * S; }
     std::int64_t size() const { return N * C * S; }
 };
-// dims of a contiguous array and its channel axis (negative counts from the end) -> (N, C, S).
+// The (N, C, S) view of a contiguous array, from its dims and channel axis. A negative axis counts from the end.
 Shape shape_of(const std::int64_t* dims, int rank, int axis);
 
-struct ConstVector {  // (C,) float32 or float64; null data: absent
+struct ConstVector {  // (C,) float32 or float64; null data means absent
     const void* data = nullptr;
     DType dtype = DType::float32;
 };
@@ -51,11 +52,12 @@ struct TrainArgs {
     Activation activation = Activation::none;
     double negative_slope = 0.2;
     const void* residual = nullptr;  // like x; added before the activation
-    int correction = 0;              // 1: the moving variance takes the sample variance, variance*W/(W-1)
+    int correction = 0;              // 1: moving_variance is updated with the sample variance, variance*W/(W - 1)
     NanPolicy nan_policy = NanPolicy::propagate;
     double *mean = nullptr, *variance = nullptr, *invstd = nullptr;  // (C,) results
 };
-// Returns the summed weight a channel (M without a mask). An empty or fully masked batch: 0, mean 0, variance 0.
+// Returns W, the sum of the weights per channel (M without a mask). For an empty or fully masked batch, W, mean and
+// variance are 0 and the moving statistics are unchanged.
 double train(const TrainArgs& args);
 
 struct InferArgs {
@@ -81,10 +83,10 @@ struct GradArgs {
     Activation activation = Activation::none;
     double negative_slope = 0.2;
     const void* residual = nullptr;
-    const void* y = nullptr;    // in place of residual, what train returned: the activation's gate is read off it
-    void* dresidual = nullptr;  // written where an activation and residual or y are given; x, if dx isn't, or disjoint
-    bool training = true;       // false: mean and invstd are constants, dx = gamma*invstd*dy
-    ConstVector dmean, dvariance;  // gradients reaching the batch mean and variance directly
+    const void* y = nullptr;       // the y of train; given instead of residual, it supplies the activation's gate
+    void* dresidual = nullptr;     // written if an activation and residual or y are given; x (if dx isn't) or disjoint
+    bool training = true;          // false: mean and invstd are constants, dx = gamma*invstd*dy
+    ConstVector dmean, dvariance;  // upstream gradients of the batch mean and variance
     Vector dgamma, dbeta;          // (C,) results
 };
 void grad(const GradArgs& args);
@@ -96,11 +98,11 @@ struct MomentsArgs {
     const void* mask = nullptr;
     double *mean = nullptr, *variance = nullptr;
 };
-double moments(const MomentsArgs& args);
+double moments(const MomentsArgs& args);  // returns W, as train does
 
 // ---- group norm; instance norm: G = C; layer norm over trailing axes: N rows of C values, G = 1 ------------------
 
-struct GroupShape {  // (N samples, A, C channels, S), contiguous; A or S is 1; G groups of C/G channels
+struct GroupShape {  // contiguous (N samples, A, C channels, S), where A or S is 1; G groups of C/G channels each
     std::int64_t N = 1, A = 1, C = 1, S = 1, G = 1;
     std::int64_t size() const { return N * A * C * S; }
 };
@@ -133,9 +135,10 @@ struct NonFiniteError : std::runtime_error {
 };
 
 int get_num_threads();
-void set_num_threads(int threads);  // 0: back to the default, min(affinity, cgroup quota)
+void set_num_threads(int threads);  // 0 restores the default, min(affinity, cgroup quota)
 
-// Which instruction set runs: the best one of this processor, or the environment's BNFAST_ISA, read once at load.
+// The instruction set in use: the one named by the environment variable BNFAST_ISA (read once at load), else the best
+// one of this processor.
 std::string isa_name();
 
 }  // namespace bnfast
