@@ -1,4 +1,4 @@
-"""Shared fixtures. needs.py says what BNFAST_REQUIRE does, running.py which tests run, and beside which."""
+"""Shared fixtures. needs.py says what BNFAST_REQUIRE does, running.py which tests run, and which run alone."""
 
 import os
 

@@ -1,6 +1,6 @@
-"""The rules of the house that a test can check: who may import and name what, sizes, documents, the README's code.
+"""The rules of the house that a test can check: imports, names, sizes, documents, the README's code.
 
-Ruff holds the rules of complexity for Python (pyproject.toml), helpers/imports.py computes who imports whom."""
+Ruff holds the rules of complexity for Python (pyproject.toml), helpers/imports.py computes the graph of imports."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_only_the_binding_names_pybind11():
     assert {name for name in found if not name.startswith("csrc/bind/")} == set()
 
 
-# ---- who imports whom ------------------------------------------------------------------------------------------------
+# ---- imports ---------------------------------------------------------------------------------------------------------
 
 
 def importers(*packages: str) -> set[str]:
@@ -223,8 +223,8 @@ def test_no_file_speaks_of_one_machine():
     assert naming("|".join(words), iter(FILES)) == set()
 
 
-def test_no_name_says_what_once_meant_two_things():
-    # Keras's own layer here, the op of our own there. Flags of compilers may say it, and old words that docs/ quotes.
+def test_one_word_is_gone():
+    # It named both Keras's own layer and bnfast's TensorFlow op. Compiler flags may contain it, and quotes in docs/.
     word = re.compile(r"(?<!march=)\bnat" + r"ive\b", re.IGNORECASE)
     for path in FILES:
         text = path.read_text()

@@ -1,5 +1,5 @@
-"""How a run goes (helpers/running.py, sampling.py, turns.py): what is sampled, and that each test runs once, `serial`
-ones alone, in whatever number of processes."""
+"""The pytest plugin (helpers/running.py, sampling.py, turns.py): the samples, and that every test runs exactly once,
+serial ones alone, with any number of processes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_a_sample_of_a_product_holds_every_value(seed):
     assert len(sampling.choose(PRODUCT, 1, seed)) >= 10, "each of the ten values of a"
 
 
-def test_a_sample_of_one_list_is_as_large_as_asked_for_and_moves_with_the_seed():
+def test_a_sample_has_the_requested_size_and_depends_on_the_seed():
     cases = [{"a": i} for i in range(30)]
     samples = [sampling.choose(cases, 3, str(seed)) for seed in range(20)]
     assert {len(chosen) for chosen in samples} == {3}
@@ -37,24 +37,39 @@ def test_a_sample_of_one_list_is_as_large_as_asked_for_and_moves_with_the_seed()
     assert sampling.choose(cases, 99, "0") == set(range(30))
 
 
-def test_alone_is_alone_and_together_is_together(tmp_path):
-    inside, seen, both = set(), [], threading.Barrier(2, timeout=20)
+def test_shared_turns_overlap(tmp_path):
+    both = threading.Barrier(2, timeout=60)  # breaks unless both threads are inside at once
+    passed = []
+
+    def test(name):
+        with turns.turn(tmp_path, alone=False):
+            both.wait()
+            passed.append(name)
+
+    threads = [threading.Thread(target=test, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(90)
+    assert sorted(passed) == [0, 1]
+
+
+def test_an_exclusive_turn_is_alone(tmp_path):
+    inside, seen = set(), []
 
     def test(name, alone):
         with turns.turn(tmp_path, alone=alone):
             inside.add(name)
-            if not alone:
-                both.wait()
             time.sleep(0.01)
             seen.append((alone, frozenset(inside)))
             inside.discard(name)
 
-    threads = [threading.Thread(target=test, args=(i, i % 4 == 3)) for i in range(8) if i not in (2, 6)]
+    threads = [threading.Thread(target=test, args=(i, i % 3 == 2)) for i in range(9)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
-    assert len(seen) == 6
+        thread.join(90)
+    assert len(seen) == 9
     assert all(len(names) == 1 for alone, names in seen if alone)
 
 

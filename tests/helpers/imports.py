@@ -1,11 +1,10 @@
-"""The graph of this project's imports, read from the sources with ast; nothing is imported to find it out.
+"""The graph of this project's imports, read from the sources with ast; nothing is imported.
 
-Imports inside functions and under TYPE_CHECKING count like any other. What Python adds by itself does not: importing
-`bnfast.functional.moments` also runs `bnfast/__init__.py`, but no file says so. A room is a package, or a module that
-lies directly in `bnfast`; `__main__` belongs to `cli`, whose door it is. The floor of a room is the longest path below
-it. The compiled `_core` is floor 0.
+Imports inside functions and under TYPE_CHECKING count. Implicit ones don't: importing `bnfast.functional.moments` also
+runs `bnfast/__init__.py`, but no file says so. A room is a package, or a module directly in `bnfast`; `__main__` is part
+of `cli`. The floor of a room is the length of the longest import path below it; the compiled `_core` is floor 0.
 
-As a script (`python tests/helpers/imports.py`) it prints the rooms floor by floor, and the circles.
+Run as a script (`python tests/helpers/imports.py`), it prints the rooms floor by floor, and the circles.
 """
 
 from __future__ import annotations
@@ -22,20 +21,20 @@ Graph = Mapping[str, frozenset[str]]
 
 
 def name_of(path: Path, sources: Path = SOURCES) -> str:
-    """The dotted name of the module in `path`. A package bears the name of its folder."""
+    """The dotted name of the module in `path`; a package has the name of its folder."""
     parts = path.relative_to(sources).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 @cache
 def modules(sources: Path = SOURCES) -> dict[str, Path]:
-    """Every module below `sources`, by name. A stub stands for a module that is compiled (`_core`)."""
+    """Every module below `sources`, by name. A compiled module (`_core`) is represented by its stub."""
     stubs = {name_of(path, sources): path for path in sorted(sources.rglob("*.pyi"))}
     return stubs | {name_of(path, sources): path for path in sorted(sources.rglob("*.py"))}
 
 
 def imported(path: Path, sources: Path = SOURCES) -> Iterator[str]:
-    """The absolute names of all that a file imports. `from a import b` is a.b where that is a module here, else a."""
+    """The absolute names that a file imports. `from a import b` gives a.b if that is one of our modules, else a."""
     package = name_of(path, sources).split(".")
     if path.stem != "__init__":
         package = package[:-1]
@@ -51,7 +50,7 @@ def imported(path: Path, sources: Path = SOURCES) -> Iterator[str]:
 
 
 def outside(path: Path) -> set[str]:
-    """The top-level packages of others that a file imports."""
+    """The third-party top-level packages that a file imports."""
     return {name.split(".")[0] for name in imported(path)} - {"bnfast"}
 
 

@@ -1,5 +1,5 @@
-"""How a run goes, as a plugin of pytest: a sample of the long products (sampling.py), the workers, whose turn it is
-(turns.py). A run of everything is spread over processes by pytest-xdist, file by file; a run of named files is not."""
+"""A pytest plugin: it samples the long products (sampling.py), sets the number of workers, and lets serial tests run
+alone (turns.py). pytest-xdist spreads a run of all tests over processes, by file; a run of named files uses one."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("whole") or any("::" in argument for argument in config.args):
-        return  # a test that is asked for by name runs
+        return  # a test that was named on the command line always runs
     items[:], out = sampling.split(items, sampling.seed())
     config.stash[LEFT_OUT] = len(out)
     config.hook.pytest_deselected(items=out)
@@ -50,7 +50,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
-    """As many as threads are right here, at most four. A run of named files stays in one process."""
+    """The default number of threads, at most four; no workers for a run of named files."""
     if os.environ.get("PYTEST_XDIST_AUTO_NUM_WORKERS"):
         return None
     if config.args_source is pytest.Config.ArgsSource.ARGS or config.getoption("collectonly"):
@@ -66,7 +66,7 @@ def pytest_configure_node(node: Any) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    if not hasattr(item.config, "workerinput"):  # no other process runs tests
+    if not hasattr(item.config, "workerinput"):  # there is no other process
         return (yield)
     with turns.turn(Path(item.config.workerinput["locks"]), alone=item.get_closest_marker("serial") is not None):
         return (yield)
@@ -79,7 +79,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    output = getattr(node, "workeroutput", {})  # a worker that died has none; all others leave out the same cases
+    output = getattr(node, "workeroutput", {})  # a crashed worker has none; all workers leave out the same cases
     node.config.stash[LEFT_OUT] = output.get("left_out", node.config.stash[LEFT_OUT])
 
 

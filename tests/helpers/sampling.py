@@ -1,8 +1,8 @@
-"""The longest products of cases run as a sample: every run another seed may choose other cases, `--whole` runs all.
+"""The longest products of cases run as a random sample; `--whole` runs all cases.
 
-`@pytest.mark.sample(n)` on a parametrized test keeps n of its cases. In a product of several arguments every value of
-every argument stays in the sample, so n is a wish and those values come first. Cases without the mark always run.
-The seed is BNFAST_SEED, else the number of the commit; pytest's header prints it. The same seed chooses the same cases.
+`@pytest.mark.sample(n)` on a parametrized test keeps n of its cases. In a product of several arguments the sample holds
+every value of every argument, so it may be larger than n. Cases without the mark always run. The seed is BNFAST_SEED,
+or else the abbreviated commit hash; pytest's header prints it. The same seed chooses the same cases.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pytest
 
 
 def seed() -> str:
-    """BNFAST_SEED, else the commit's first eight digits, else (an unpacked sdist) 0."""
+    """BNFAST_SEED, or the first eight digits of the commit hash, or 0 in an unpacked sdist."""
     if given := os.environ.get("BNFAST_SEED"):
         return given
     command = ["git", "rev-parse", "--short=8", "HEAD"]
@@ -31,7 +31,7 @@ def seed() -> str:
 
 
 def choose(cases: Sequence[Mapping[str, Any]], count: int, seed: str) -> set[int]:
-    """The positions of `count` cases, more where that many are needed to have every value of every argument."""
+    """The positions of `count` cases, or of more if every value of every argument needs them."""
     order = random.Random(seed).sample(range(len(cases)), len(cases))
     chosen: list[int] = []
     if len(cases[0]) > 1:
@@ -46,7 +46,7 @@ def choose(cases: Sequence[Mapping[str, Any]], count: int, seed: str) -> set[int
 
 
 def split(items: Sequence[pytest.Item], seed: str) -> tuple[list[pytest.Item], list[pytest.Item]]:
-    """The items that run and those left out, both in the order given."""
+    """The items that run and the items that are left out, both in the given order."""
     products: dict[str, list[pytest.Item]] = {}
     for item in items:
         if item.get_closest_marker("sample"):

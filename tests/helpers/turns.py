@@ -1,8 +1,8 @@
-"""Tests marked `serial` run while no other test does; all others run side by side, in as many processes as there are.
+"""Locks that let tests marked `serial` run alone, while all other tests run in parallel.
 
-What is about threads, fork, time or the memory of a process would measure its neighbours. So every test takes a lock:
-`serial` ones alone, the others together. The locks are files that the workers of pytest-xdist share; a process that
-dies lets go of them. One call of pytest thus runs every test exactly once, whatever the number of workers.
+A test of threads, fork, time or process memory would measure the tests beside it. So every test takes a lock: exclusive
+if it is marked `serial`, shared otherwise. The locks are files that the workers of pytest-xdist share; the system
+releases them if a worker dies. So one call of pytest runs every test exactly once, with any number of workers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def turn(folder: Path, *, alone: bool) -> Iterator[None]:
-    """The caller's turn, alone or with others. Whoever waits holds the gate, so that nobody enters the room before."""
+    """Holds the lock: exclusive if `alone`, else shared. The gate makes a waiting exclusive test the next to enter."""
     with open(folder / "gate", "w") as gate, open(folder / "room", "w") as room:
         fcntl.flock(gate, fcntl.LOCK_EX)
         fcntl.flock(room, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
