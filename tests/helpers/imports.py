@@ -1,8 +1,8 @@
 """The graph of this project's imports, read from the sources with ast; nothing is imported.
 
 Imports inside functions and under TYPE_CHECKING count. Implicit ones don't: importing `bnfast.functional.moments` also
-runs `bnfast/__init__.py`, but no file says so. A room is a package, or a module directly in `bnfast`; `__main__` is part
-of `cli`. The floor of a room is the length of the longest import path below it; the compiled `_core` is floor 0.
+runs `bnfast/__init__.py`, but no file says so. A room is a package, or a module directly in `bnfast`; `__main__` is
+part of `cli`. The floor of a room is the length of the longest import path below it; the compiled `_core` is floor 0.
 
 Run as a script (`python tests/helpers/imports.py`), it prints the rooms floor by floor, and the circles.
 """
