@@ -1,7 +1,8 @@
 """The argument lists that must agree: functional, the stub, the validation, the binding, and the TensorFlow op.
 
 The binding's lists (csrc/bind/arguments.h) make its C++ declarations, the signature that Python shows and the positions
-that Callback fills. Every other list is compared with them here, so a swapped or missing argument fails a test.
+that Callback fills. All other lists are compared with them: signatures, positional calls, and the lists that the
+validation makes. A swapped, missing or additional argument in any of them fails a test.
 """
 
 import ast
@@ -9,6 +10,7 @@ import inspect
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from bnfast import _core, functional
 from bnfast._arguments import batch_norm as arguments
@@ -43,16 +45,44 @@ NOT_IN_OP = {
 }
 ONLY_IN_OP = {
     "BnfastTrain": {"statistics_gradient"},
-    "BnfastGrad": {
-        "epsilon_bits",
-        "parameter_type",
-    },  # for the second derivative; for a gradient without gamma and beta
+    # epsilon_bits: for the second derivative. parameter_type: for a gradient without gamma and beta.
+    "BnfastGrad": {"epsilon_bits", "parameter_type"},
 }
 OP_PLUMBING = {"T", "U", "W"}  # dtypes; num_* count optional inputs
 
 
 def names(function: Any) -> list[str]:
     return list(inspect.signature(function).parameters)
+
+
+class Called(Exception):
+    """Ends a call that a test only watches."""
+
+
+def tensor(value: float) -> np.ndarray:
+    return np.full((2, 3), value, np.float32)
+
+
+def vector(value: float) -> np.ndarray:
+    return np.full(3, value, np.float64)
+
+
+# A valid value of each argument. The values differ, so that each tells which argument it is.
+VALID: dict[str, Any] = {
+    **{name: tensor(i) for i, name in enumerate(("x", "dy", "residual", "y", "out", "out_dresidual"), 1)},
+    **{name: vector(i) for i, name in enumerate(("gamma", "beta", "moving_mean", "moving_variance", "mean"), 11)},
+    **{name: vector(i) for i, name in enumerate(("invstd", "dmean", "dvariance"), 16)},
+    **{"axis": 1, "momentum": 0.25, "epsilon": 0.5, "negative_slope": 0.75, "correction": 0, "training": True},
+    **{"mask": np.ones((2, 1), np.float32), "activation": "relu", "nan_policy": "skip_update", "groups": 3},
+}
+EXCLUSIVE = ("residual", "y")  # of grad: at most one of the two
+
+
+def same(left: Any, right: Any) -> bool:
+    """Whether two arguments are the same value, but for the shape of an array."""
+    if isinstance(left, np.ndarray) and isinstance(right, np.ndarray):
+        return bool(left.size == right.size and (left.ravel() == right.ravel()).all())
+    return type(left) is type(right) and bool(left == right)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -73,6 +103,56 @@ def test_the_stub_has_the_order_of_the_binding(name):
     assert [argument.arg for argument in stub.args.posonlyargs] == names(getattr(_core, name))
 
 
+@pytest.mark.parametrize("direct", [True, False], ids=["to the binding", "to the validation"])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functional_passes_its_arguments_in_order(monkeypatch, name, direct):
+    function, validation = FUNCTIONS[name]
+    given = {argument: object() for argument in names(function)}
+    if "mask" in given and direct:
+        given["mask"] = None  # a mask always goes through the validation
+    calls = []
+
+    def watch(*values):
+        calls.append(values)
+        raise Called
+
+    monkeypatch.setattr(_core, name, watch if direct else lambda *_: None)
+    monkeypatch.setattr(inspect.getmodule(validation), validation.__name__, watch)
+    with pytest.raises(Called):
+        function(**given)
+    assert calls == [tuple(given.values())]
+
+
+@pytest.mark.parametrize("absent", EXCLUSIVE)
+@pytest.mark.parametrize("name", ["train", "infer", "grad", "moments"])
+def test_the_validation_returns_the_list_of_the_binding(name, absent):
+    _, validation = FUNCTIONS[name]
+    wanted = {argument: VALID[argument] for argument in names(getattr(_core, name))}
+    if set(EXCLUSIVE) <= set(wanted):
+        wanted[absent] = None
+    received = dict(zip(wanted, validation(*wanted.values()), strict=True))
+    assert {argument for argument in wanted if not same(received[argument], wanted[argument])} == set()
+
+
+@pytest.mark.parametrize("name", ["group_norm", "group_norm_grad"])
+def test_the_group_norm_validation_calls_the_binding_with_its_list(monkeypatch, name):
+    _, validation = FUNCTIONS[name]
+    wanted = {argument: VALID[argument] for argument in names(getattr(_core, name))}
+    wanted |= {"mean": np.full((2, 3), 15.0), "invstd": np.full((2, 3), 16.0)} if name == "group_norm_grad" else {}
+    wanted = {argument: wanted[argument] for argument in names(getattr(_core, name))}
+    received = {}
+
+    def watch(*values):
+        received.update(zip(wanted, values, strict=True))
+        raise Called
+
+    monkeypatch.setattr(_core, name, watch)
+    with pytest.raises(Called):
+        validation(*wanted.values())
+    received["axis"], wanted["axis"] = None, None  # the validation passes x as (N, A, C, S), whose channel axis is 2
+    assert {argument for argument in wanted if not same(received[argument], wanted[argument])} == set()
+
+
 @pytest.mark.parametrize(("op", "name"), [("BnfastTrain", "train"), ("BnfastGrad", "grad")])
 def test_the_op_has_the_arguments_of_the_binding(need, op, name):
     need("tensorflow")
@@ -90,6 +170,7 @@ def test_the_op_has_the_arguments_of_the_binding(need, op, name):
     wanted = ["residual of grad" if (one, name) == ("residual", "grad") else one for one in wanted]
     forms = {OP_FORMS.get(one, one) for one in wanted}
     assert {*inputs, *attributes} == forms | ONLY_IN_OP[op]
-    given = [OP_FORMS.get(one, one) for one in wanted]
-    optional = [one for one in dict.fromkeys(given) if one in inputs[3:]]
-    assert set(inputs[3:]) == set(optional), "three required inputs precede the optional ones"
+    # Three required inputs precede the optional ones; both parts have the order of the binding.
+    given = list(dict.fromkeys(OP_FORMS.get(one, one) for one in wanted))
+    assert inputs[:3] == [one for one in given if one in inputs[:3]]
+    assert inputs[3:] == [one for one in given if one in inputs[3:]]
