@@ -1,5 +1,6 @@
 // Each function reads its arguments into a struct of the C++ API, makes the outputs, and calls the core without the
-// GIL. The core's overlap rules are checked here, because only here are all arrays known.
+// GIL. The core doesn't check whether arrays overlap; that is done here. `xv` is the view of x, `gv` of gamma, `mm` of
+// moving_mean, `sv` of invstd, and so on.
 #include "batch_norm.h"
 
 #include "call.h"
