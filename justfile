@@ -28,3 +28,7 @@ bench:
 # The C++ tests under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer.
 sanitize:
     .ci/run sanitize tsan
+
+# Coverage of C++ by its tests and of Python by the quick tests; reports in build/reports.
+coverage:
+    .ci/run coverage

@@ -68,30 +68,25 @@ class Axes(NamedTuple):
         A mask along one axis that fits only one of the two readings is read that way.
         """
         mask = tf.cast(mask, tf.bool)
-        last = [tf.expand_dims(mask, -1)]
-        along = []
-        if mask.shape.rank == self.rank - len(self.axes):
-            wide = mask
-            for axis in self.axes:
-                wide = tf.expand_dims(wide, axis)
-            along = [wide]
+        along = mask.shape.rank == self.rank - len(self.axes)
         if len(self.axes) == 1:
             if not along:
                 raise ValueError(
                     f"mask must have one dimension less than inputs. Received: mask.shape={mask.shape}, "
                     f"inputs.shape={x.shape}"
                 )
-            readings = last + along if attached else along + last
+            last: tuple[int, ...] = (self.rank - 1,)
+            readings = [last, self.axes] if attached else [self.axes, last]
         else:
-            readings = along if along and not attached else last
-        fitting = [wide for wide in readings if _fits(wide, x)]
-        if not fitting:
+            readings = [self.axes] if along and not attached else [(mask.shape.rank,)]
+        fitting = (wide for wide in (_expand(mask, axes) for axes in readings) if _fits(wide, x))
+        wide = next(fitting, None)
+        if wide is None:
             without = f"axis {self.axes[0]}" if len(self.axes) == 1 else f"axes {list(self.axes)}"
             raise ValueError(
                 f"mask must have the shape of inputs without {without}, or extents of 1 in it. "
                 f"Received: mask.shape={mask.shape}, inputs.shape={x.shape}"
             )
-        wide = fitting[0]
         constant = len(self.axes) == 1 or all(wide.shape[axis] == 1 for axis in self.axes)
         return wide if constant else tf.broadcast_to(wide, tf.shape(x))
 
@@ -102,6 +97,13 @@ class Axes(NamedTuple):
     @property
     def _order(self) -> list[int]:
         return [*(i for i in range(self.rank) if i not in self.axes), *self.axes]
+
+
+def _expand(mask: tf.Tensor, axes: tuple[int, ...]) -> tf.Tensor:
+    """The mask with an extent of 1 on each of these axes of the result."""
+    for axis in axes:
+        mask = tf.expand_dims(mask, axis)
+    return mask
 
 
 def _fits(mask: tf.Tensor, x: tf.Tensor) -> bool:

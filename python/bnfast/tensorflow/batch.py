@@ -53,13 +53,17 @@ class GradientInputs(NamedTuple):
     y: tf.Tensor | None = None  # the output of a forward pass with residual and activation; no other gradient needs it
 
 
-def as_input(inputs: Any) -> tf.Tensor:
+def as_input(inputs: Any, rank: int | None = None) -> tf.Tensor:
     """inputs as a tensor that the kernels accept: integers and booleans become float32, as in Keras.
+
+    rank: that of a tensor whose own rank the graph doesn't know.
 
     Raises:
         TypeError: inputs are neither floats nor integers nor booleans.
     """
     x = tf.convert_to_tensor(inputs)
+    if x.shape.rank is None and rank is not None:
+        x = tf.ensure_shape(x, [None] * rank)
     if x.dtype in (tf.float16, tf.bfloat16, tf.float32, tf.float64):
         return x
     if not (x.dtype.is_floating or x.dtype.is_integer or x.dtype.is_bool):

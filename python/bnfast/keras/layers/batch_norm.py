@@ -223,7 +223,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
 
         Without `affine` that output is xhat: gamma, beta and the activation are left out.
         """
-        x = as_input(inputs)
+        x = as_input(inputs, getattr(self.input_spec, "ndim", None))
         axes = Axes.of(self._axes, x.shape, known=len(self._axes) > 1)
         attached = getattr(inputs, "_keras_mask", None)
         if mask is None and keras.ops.is_tensor(training):  # Keras passes masks only to calls with one tensor argument

@@ -145,7 +145,14 @@ class Folding:
                 if type(node.operation) in NORMS:
                     reason = "its model is called in training mode" if id(graph.model) in in_training else None
                     found = reason or self._fold(graph, node)
-                    self.outcomes[node.operation.name] = f"stays, because {found}" if found else self._where(node)
+                    nested = "" if graph.model is model else f"{graph.model.name}/"
+                    outcome = f"stays, because {found}" if found else self._where(node)
+                    self.outcomes[f"{nested}{node.operation.name}"] = outcome
+        in_graphs = {id(operation) for operation in operations(model)}
+        for layer in layers(model):
+            if isinstance(layer, KERAS) and (type(layer) not in NORMS or id(layer) not in in_graphs):
+                found = "it lies inside another layer" if type(layer) in NORMS else "it is a class of its own"
+                self.outcomes.setdefault(layer.path or layer.name, f"stays, because {found}")
 
     @property
     def folded(self) -> list[tuple[FoldableLayer, Any]]:
@@ -186,9 +193,11 @@ class Folding:
             return "it is called in training mode or with other arguments"
         if norm.activity_regularizer is not None:
             return "it has an activity regularizer"
+        if getattr(norm, "use_batch_statistics", None):
+            return "it always normalizes with the batch's statistics"
         affine = _affine(norm)
         if affine is None:
-            return "it normalizes with the batch's statistics, or variance + epsilon isn't positive"
+            return "its variance + epsilon isn't positive"
         rest = _rest(norm)
         if rest and not has_default_arguments(node):
             return "its activation can't take the arguments of the call"
@@ -197,8 +206,10 @@ class Folding:
     def _into_before(self, call: Call) -> Candidate | str:
         """layer -> BN."""
         before = call.graph.producer(_normalized(call.node))
-        if before is None or call.graph.sole_consumer(before) is not call.node:
-            return "the layer before it is read elsewhere, too"
+        if before is None:
+            return "no layer comes before it"
+        if call.graph.sole_consumer(before) is not call.node:
+            return f"{before.operation.name} before it is read elsewhere, too"
         foldable = self._foldable(before, call)
         if isinstance(foldable, str):
             return foldable
@@ -219,10 +230,6 @@ class Folding:
     def _through_relu(self, call: Call) -> Candidate | str:
         """BN -> ReLU -> layer. The ReLU is a layer, an operation, or part of the batch norm."""
         graph, norm, relu = call.graph, call.norm, call.node
-        if isinstance(norm, BatchNormalizationAdd) or isinstance(graph.model, keras.Sequential):
-            return "a ReLU after a sum, or in a Sequential model, can't become per-channel limits"
-        if norm.compute_dtype not in ("float32", "float64"):
-            return f"{norm.compute_dtype} would round the limits too coarsely"
         activation = getattr(norm, "activation", None)
         if activation in (None, keras.activations.linear):
             relu = graph.sole_consumer(call.node)
@@ -234,6 +241,10 @@ class Folding:
         fused, after = activations.fuse(activation, norm.compute_dtype), graph.sole_consumer(relu)
         if fused is None or fused.activation not in UPPER_LIMIT:
             return "no ReLU or ReLU6 follows it"
+        if isinstance(norm, BatchNormalizationAdd) or isinstance(graph.model, keras.Sequential):
+            return "its ReLU comes after a sum or in a Sequential model, and can't become per-channel limits"
+        if norm.compute_dtype not in ("float32", "float64"):
+            return f"{norm.compute_dtype} would round the limits of its ReLU too coarsely"
         if after is None:
             return "the output of its ReLU is read by several layers or is an output of the model"
         foldable = self._unpadded(after, call)
@@ -271,7 +282,7 @@ class Folding:
         foldable = self._foldables.get(id(layer))
         if foldable is None:
             if not FoldableLayer.accepts(layer):
-                return f"{layer.name} is no Dense or convolution layer of Keras's"
+                return f"{layer.name} is no Dense or convolution layer, or a subclass, quantized, or has LoRA"
             if not self._is_called_once(node) or only_input(node) is None:
                 return f"{layer.name} is shared or called with other arguments"
             foldable = FoldableLayer(layer)

@@ -34,6 +34,7 @@ class CoreStep(NamedTuple):
     correction: int
     nan_policy: str
     bridge: str
+    on_reference: bool = False  # run on TensorFlow's own ops
 
 
 Transform: TypeAlias = Callable[[CoreStep], tuple[CoreStep, Finish]]

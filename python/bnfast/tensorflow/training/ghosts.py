@@ -112,6 +112,7 @@ def transform(core: CoreStep, ghosts: Ghosts) -> tuple[CoreStep, Finish]:
         momentum=0.0,
         options=core.options._replace(axis=axis),
         nan_policy="propagate",
+        on_reference=mask is not None,
     )
     return inner, finish
 

@@ -67,8 +67,8 @@ def step(
         finishes.append(finish)
     moving = core.state["moving_mean"], core.state["moving_variance"]
     if mode.use_batch:
-        by_channel = mask_varies_by_channel(core.batch.mask, core.options)
-        train_step = reference.train_step if by_channel else partial(ops.train_step, bridge=core.bridge)
+        on_reference = core.on_reference or mask_varies_by_channel(core.batch.mask, core.options)
+        train_step = reference.train_step if on_reference else partial(ops.train_step, bridge=core.bridge)
         y, mean, variance = train_step(
             core.batch,
             moving,
