@@ -169,11 +169,11 @@ private:
         affinity_.join(omp_get_thread_num());
         for (std::uint64_t seen = 0; wait_for_job(seen);) {
             std::uint64_t now = members_.load(std::memory_order_acquire);
-            while (int(now & closed) < size_ &&
-                   !members_.compare_exchange_weak(now, now + 1, std::memory_order_acq_rel)) {
-            }
+            bool joined = false;
+            while (!joined && int(now & closed) < size_)
+                joined = members_.compare_exchange_weak(now, now + 1, std::memory_order_acq_rel);
             seen = now >> shift;
-            if (int(now & closed) >= size_) continue;  // the job is over or its team complete
+            if (!joined) continue;  // the job is over or its team complete; size_ may be the next job's by now
             Team team(int(now & closed), size_, counters_.get());
             body_(context_, team);
             left_.fetch_add(1, std::memory_order_release);
