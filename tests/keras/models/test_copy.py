@@ -15,6 +15,7 @@ import pytest
 pytest.importorskip("tensorflow")
 import keras
 import tensorflow as tf
+from bnfast.keras import BatchNormalization, fold, to_keras
 from bnfast.keras.models.copy import duplicate
 from keras import layers as L
 
@@ -322,6 +323,17 @@ def test_optimizers(make: Callable[[], Any]) -> None:
     assert copy.optimizer.get_config() == model.optimizer.get_config()
 
 
+def test_after_predict_and_evaluate() -> None:
+    model = made(small)
+    before = model.predict(X, verbose=0), model.evaluate(X, Y, verbose=0)
+    model.fit(X, Y, verbose=0, validation_data=(X, Y), epochs=0)
+    copy = duplicate(model)
+    assert copy.train_function is copy.test_function is copy.predict_function is None
+    assert np.array_equal(copy.predict(X, verbose=0), before[0])
+    assert copy.evaluate(X, Y, verbose=0) == before[1]
+    assert copy.history.model is copy
+
+
 def test_weights_that_are_excluded_from_decay_by_identity() -> None:
     model = two_branches()
     optimizer = keras.optimizers.AdamW(0.01, weight_decay=0.5)
@@ -438,7 +450,7 @@ def test_python_attributes() -> None:
         "lock": threading.RLock(),
         "reference": weakref.ref(layer),
         "weak": weakref.WeakKeyDictionary({layer: 1}),
-        "double": lambda x: 2 * x,
+        "double": lambda x, sizes=model.blocks[:0]: 2 * x,
     }
     vars(model).update(things)  # past Keras's tracking
     copy = duplicate(model)
@@ -507,3 +519,67 @@ def test_applications(name: str) -> None:
     check_equal(model, copy)
     x = RNG.uniform(size=(1, 32, 32, 3)).astype("float32")
     assert np.array_equal(model(x), copy(x))
+
+
+class Tempered(keras.Model):
+    """A Functional subclass for fold and to_keras, which rebuild its graph."""
+
+    def __init__(self, units: int, norm: Any) -> None:
+        x = keras.Input((6, 6, 2))
+        h = norm(name="norm")(L.Conv2D(units, 3, name="conv")(x))
+        super().__init__(inputs=x, outputs=L.Dense(3, name="head")(L.Flatten()(h)))
+        self.temperature = 1.0
+        self.named = {"head": self.get_layer("head")}
+        self.counter = keras.metrics.Mean(name="counter")
+
+    def call(self, x: Any, training: Any = None, mask: Any = None) -> Any:
+        return super().call(x, training=training, mask=mask) / self.temperature
+
+
+class TemperedSequential(keras.Sequential):
+    def __init__(self, units: int, norm: Any) -> None:
+        layers = [keras.Input((6, 6, 2)), L.Conv2D(units, 3), norm(), L.Flatten(), L.Dense(3, name="head")]
+        super().__init__(layers)
+        self.temperature = 1.0
+        self.named = {"head": self.get_layer("head")}
+        self.counter = keras.metrics.Mean(name="counter")
+
+    def call(self, x: Any, training: Any = None, mask: Any = None) -> Any:
+        return super().call(x, training=training, mask=mask) / self.temperature
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["alone", "nested"])
+@pytest.mark.parametrize("kind", [Tempered, TemperedSequential])
+@pytest.mark.parametrize("convert", [fold, to_keras])
+def test_rebuilt_subclasses_keep_their_attributes(convert: Any, kind: Any, nested: bool) -> None:
+    inner = kind(4, BatchNormalization)
+    inner.temperature = 10.0
+    inner.counter.update_state([3.0])
+    model = inner
+    if nested:
+        x = keras.Input((6, 6, 2))
+        model = keras.Model(x, inner(x) + 1.0)
+    model.compile("sgd", "mse")
+    model.fit(X, Y, verbose=0)
+    copy = convert(model)
+    twin = next(layer for layer in copy.layers if isinstance(layer, kind)) if nested else copy
+    assert type(twin) is kind
+    assert twin.temperature == 10.0
+    assert twin.named["head"] is twin.get_layer("head")
+    assert twin.counter is not inner.counter
+    assert twin.counter in twin._metrics
+    assert twin.counter.result() == inner.counter.result()
+    assert not any(isinstance(layer, BatchNormalization) for layer in copy._flatten_layers())
+    np.testing.assert_allclose(copy(X), model(X), rtol=1e-5, atol=1e-5)
+    assert inner.temperature == 10.0
+
+
+def test_attributes_that_hold_a_layer_that_is_replaced() -> None:
+    model = Tempered(4, keras.layers.BatchNormalization)
+    model.norm = model.get_layer("norm")
+    with pytest.raises(ValueError, match=r"Tempered.*call\(\).*attribute norm.*layer norm"):
+        fold(model)
+    plain = Tempered(4, keras.layers.BatchNormalization)
+    plain.fn = lambda x: plain.get_layer("conv")(x)
+    with pytest.raises(ValueError, match=r"fn can't be copied.*Remove the attribute"):
+        fold(plain)

@@ -58,6 +58,8 @@ TF_FUNCTIONS: tuple[type, ...] = (
 BUILTIN_METHODS = (types.BuiltinMethodType, types.MethodWrapperType)
 # Set by Keras during fit, evaluate and predict. Each is made anew when it is None.
 COMPILED = frozenset({"train_function", "test_function", "predict_function", "_eval_epoch_iterator"})
+# Where TensorFlow lists the attributes of an object for checkpoints, those functions among them.
+DEPENDENCIES = ("_self_unconditional_checkpoint_dependencies", "_self_unconditional_dependency_names")
 # Numbers below this are never the id() of an object on a 64-bit system.
 SMALLEST_ID = 1 << 20
 
@@ -80,7 +82,8 @@ class Copier:
     others wait in a list until they are filled, because graphs are a thousand nodes deep.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, advice: str = "accelerate(model, inplace=True) changes the model itself") -> None:
+        self._advice = advice  # ends the message of errors
         self._memo: dict[int, tuple[Any, Any]] = {}  # id(original) -> (original, copy); the original keeps its id
         self._pending: list[Callable[[], None]] = []
         self._hashing: list[Callable[[], None]] = []  # wait until the keys are filled, which their hash may depend on
@@ -91,7 +94,40 @@ class Copier:
 
     def pair(self, original: Any, copy: Any) -> Any:
         self._memo[id(original)] = (original, copy)
+        if isinstance(original, tf.Variable) and isinstance(copy, tf.Variable):
+            self._keys[original._unique_id] = copy._unique_id
         return copy
+
+    def pair_layers(self, original: Any, copy: Any) -> None:
+        """Pair two layers, with their variables and inner layers if they have the same ones in the same order."""
+        inner = [(original, copy)]
+        ours, theirs = list(original._flatten_layers()), list(copy._flatten_layers())
+        if list(map(type, ours)) == list(map(type, theirs)):
+            inner += zip(ours, theirs, strict=True)
+        for a, b in inner:
+            self.pair(a, b)
+            self.pair(a._tracker, b._tracker)
+        if len(original.variables) == len(copy.variables):
+            for old, new in zip(original.variables, copy.variables, strict=True):
+                self.pair(old, new)
+                self.pair(old.value, new.value)
+
+    def copy_attributes(self, original: Any, copy: Any, names: Iterable[str]) -> None:
+        """Give a layer copies of attributes of another one; what they hold is tracked as it is there."""
+        names = list(names)
+        self.fill(original, copy, f"{original.name} ({type(original).__name__})", names)
+        self.finish()
+        copy._tracked.extend(name for name in original._tracked if name in names)
+        for name in names:
+            if isinstance(vars(copy)[name], tf.__internal__.tracking.Trackable):
+                copy._track_trackable(vars(copy)[name], name=name, overwrite=True)
+        for store, (_, held) in original._tracker.config.items():
+            for item in held:
+                if self.has(item):
+                    twin = self._memo[id(item)][1]
+                    if twin is not None and not copy._tracker.is_in_store(store, twin):
+                        copy._tracker.config[store][1].append(twin)
+                        copy._tracker.stored_ids[store].add(id(twin))
 
     def has(self, original: Any) -> bool:
         return id(original) in self._memo
@@ -125,6 +161,9 @@ class Copier:
         while self._pending or self._hashing:
             (self._pending or self._hashing).pop()()
 
+    def _error(self, path: str, what: str) -> ValueError:
+        return ValueError(f"{path} can't be copied: it is {what}. {self._advice}")
+
     # Objects
 
     def _object(self, value: Any, path: str) -> Any:
@@ -143,6 +182,8 @@ class Copier:
         for name, item in state.items():
             if name in COMPILED and isinstance(value, keras.Model):
                 target[name] = None
+            elif name in DEPENDENCIES and isinstance(value, keras.Model):
+                target[name] = self.copy(_without_compiled(item), f"{path}.{name}")
             elif name in ("_inbound_nodes", "_outbound_nodes") and isinstance(value, keras.Operation):
                 target[name] = self._node_list(value, name, item, path)
             elif type(item) is weakref.ref:
@@ -166,14 +207,14 @@ class Copier:
         """An object of a class written in C, or with a __deepcopy__ of its own."""
         held = _find_state(value)
         if held is not None:
-            raise _error(path, f"{_describe(value)}, which holds {_describe(held)}")
+            raise self._error(path, f"{_describe(value)}, which holds {_describe(held)}")
         try:
             return self.pair(value, deepcopy(value))
         except Exception as error:
-            raise _error(path, f"{_describe(value)} ({type(error).__name__}: {error})") from error
+            raise self._error(path, f"{_describe(value)} ({type(error).__name__}: {error})") from error
 
     def _refuse(self, value: Any, path: str) -> Any:
-        raise _error(path, _describe(value))
+        raise self._error(path, _describe(value))
 
     def _share(self, value: Any, path: str) -> Any:
         return value
@@ -181,12 +222,12 @@ class Copier:
     def _share_without_state(self, value: Any, path: str) -> Any:
         held = _find_state(value)
         if held is not None:
-            raise _error(path, f"{_describe(value)}, which holds {_describe(held)}")
+            raise self._error(path, f"{_describe(value)}, which holds {_describe(held)}")
         return value
 
     def _tensor(self, value: Any, path: str) -> Any:
         if value.dtype in (tf.resource, tf.variant) and hasattr(value, "numpy"):
-            raise _error(path, f"the handle of a resource, {_describe(value)}")
+            raise self._error(path, f"the handle of a resource, {_describe(value)}")
         return value
 
     # Functions
@@ -387,7 +428,7 @@ class Copier:
             try:
                 initial = value.read_value()
             except tf.errors.FailedPreconditionError as error:
-                raise _error(path, f"the variable {value.name}, which has no value") from error
+                raise self._error(path, f"the variable {value.name}, which has no value") from error
             new = tf.Variable(
                 # Without DeepCopy the two variables would share a buffer, which an op may update in place.
                 tf.raw_ops.DeepCopy(x=initial),
@@ -399,7 +440,6 @@ class Copier:
                 synchronization=value.synchronization,
             )
         self.pair(value, new)
-        self._keys[value._unique_id] = new._unique_id
         others = [name for name in vars(value) if name not in vars(new) or name == "_constraint"]
         self._pending.append(lambda: self.fill(value, new, path, others))
         return new
@@ -568,6 +608,12 @@ def _dictionary(value: Any) -> dict[str, Any]:
     return found
 
 
+def _without_compiled(dependencies: Any) -> Any:
+    if isinstance(dependencies, dict):
+        return {name: item for name, item in dependencies.items() if name not in COMPILED}
+    return [reference for reference in dependencies if reference.name not in COMPILED]
+
+
 @functools.cache
 def _slots(kind: Any) -> tuple[tuple[str, Any], ...]:
     """The __slots__ of classes written in Python, with mangled names."""
@@ -576,7 +622,11 @@ def _slots(kind: Any) -> tuple[tuple[str, Any], ...]:
 
 
 def _find_state(value: Any) -> Any:
-    """The first stateful object of Keras or TensorFlow that a value reaches; None if there is none."""
+    return find(value, _is_state)
+
+
+def find(value: Any, matches: Callable[[Any], bool]) -> Any:
+    """The first match among what a value reaches, itself included, but not through layers and graphs; else None."""
     seen: set[int] = set()
     waiting = [value]
     while waiting:
@@ -584,9 +634,10 @@ def _find_state(value: Any) -> Any:
         if id(item) in seen or type(item) in ATOMS:
             continue
         seen.add(id(item))
-        if _is_state(item):
+        if matches(item):
             return item
-        if not isinstance(item, (keras.Operation, keras.KerasTensor)) and not isinstance(item, SHARED):
+        # Each list in an attribute of a layer holds the tracker of the layer, and so all its variables.
+        if not isinstance(item, (keras.Operation, keras.KerasTensor, Tracker, *SHARED)):
             waiting.extend(_held(item))
     return None
 
@@ -622,7 +673,3 @@ def _describe(value: Any) -> str:
 
 def _label(key: Any) -> str:
     return repr(key) if type(key) in ATOMS else type(key).__name__
-
-
-def _error(path: str, what: str) -> ValueError:
-    return ValueError(f"{path} can't be copied: it is {what}. accelerate(model, inplace=True) changes the model itself")

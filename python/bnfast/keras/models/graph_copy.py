@@ -1,6 +1,7 @@
 """Copies a Keras model and replaces, fuses or drops some of its operations. All other names stay.
 
-The original is only read: operations are cloned by config, and values are copied. `graphs(model)` gives the model and
+The original is only read: operations are cloned by config, and values are copied. Models keep their classes and their
+attributes, without a call of a subclass's __init__. `graphs(model)` gives the model and
 the models nested in it; the nodes of a graph are its calls of operations, in the order of the data flow. `calls(model)`
 gives the nodes of an operation in all graphs: more than one for a shared layer. Operations in the plan are replaced:
 
@@ -15,7 +16,6 @@ In a Sequential model replacements are layers. Elsewhere they are any callables;
 
 from __future__ import annotations
 
-import inspect
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -25,8 +25,18 @@ from types import FunctionType
 from typing import Any
 
 import keras
+from keras.src.models.functional import Functional  # Keras has no public name for it
+
+from .copy import Copier, find
 
 Replacement = tuple[Callable[..., Any], ...]
+
+
+# What compile(), fit(), evaluate() and predict() add to a model. The copy is not compiled.
+COMPILED_STATE = frozenset(
+    {"_compile_config", "_compiled_trainable_state", "history", "optimizer", "stop_evaluating", "stop_predicting"}
+    | {"_eval_epoch_iterator", "stop_training"}
+)
 
 
 @dataclass
@@ -40,6 +50,8 @@ class Bundle:
 class Copy:
     model: Any
     of: dict[int, Any] = field(default_factory=dict)  # id(operation of the original) -> its clone
+    models: list[tuple[Any, Any]] = field(default_factory=list)  # each model and its copy, inner models first
+    tensors: list[tuple[Any, Any]] = field(default_factory=list)  # each symbolic tensor and what takes its place
 
     def variables(self, originals: Iterable[Any]) -> dict[int, Any]:
         """{id(variable): its copy} for those of these operations that were cloned."""
@@ -92,15 +104,10 @@ def has_default_arguments(node: Any) -> bool:
 
 
 def is_graph(model: Any) -> bool:
-    """Whether `rebuild` supports the model: Functional or built Sequential, made by Keras's constructors."""
-    if not isinstance(model, keras.Model):
-        return False
-    init = type(model).__init__
-    spec = inspect.getfullargspec(init)
-    plain = init.__module__.startswith("keras.src.models.") or (spec.varargs is not None and spec.varkw is not None)
+    """Whether `rebuild` supports the model: Functional or built Sequential, or a subclass of these."""
     if isinstance(model, keras.Sequential):
-        return plain and model._functional is not None
-    return plain and isinstance(model, keras.Function)
+        return model._functional is not None
+    return isinstance(model, Functional)
 
 
 def graphs(model: Any) -> list[Graph]:
@@ -154,17 +161,20 @@ def layers(model: Any) -> Iterator[Any]:
 def rebuild(model: Any, plan: Mapping[int, Replacement]) -> Copy:
     """The uncompiled copy of a model for which `is_graph` holds. The plan is described at the top of this file.
 
-    Raises ValueError, with the layer's name, if a layer can't be cloned by its config.
+    Raises ValueError, with the layer's name, if a layer can't be cloned by its config, or if an attribute of a model
+    can't be copied.
     """
     copy = Copy(None)
-    copy.model = _copy_model(model, plan, copy.of)
+    copy.model = _copy_model(model, plan, copy)
     for operation in operations(model):
         if id(operation) in copy.of:
             transfer(operation, copy.of[id(operation)])
+    _copy_attributes(model, plan, copy)
     return copy
 
 
-def _copy_model(model: Any, plan: Mapping[int, Replacement], of: dict[int, Any]) -> Any:
+def _copy_model(model: Any, plan: Mapping[int, Replacement], copy: Copy) -> Any:
+    of = copy.of
     if id(model) in of:
         return of[id(model)]
 
@@ -172,26 +182,33 @@ def _copy_model(model: Any, plan: Mapping[int, Replacement], of: dict[int, Any])
         if id(operation) in plan:
             return plan[id(operation)]
         if id(operation) not in of:
-            of[id(operation)] = _copy_model(operation, plan, of) if is_graph(operation) else clone(operation)
+            of[id(operation)] = _copy_model(operation, plan, copy) if is_graph(operation) else clone(operation)
         return (of[id(operation)],)
 
+    # Keras's own __init__, on the class of the model: a subclass's may need arguments, and builds layers of its own.
     if isinstance(model, keras.Sequential):
-        new = [layer for old in model.layers for layer in replacement(old)]
-        copy = type(model)([clone(model._layers[0]), *new], name=model.name)
+        new = keras.Sequential.__new__(type(model))
+        steps = [layer for old in model.layers for layer in replacement(old)]
+        keras.Sequential.__init__(new, [clone(model._layers[0]), *steps], name=model.name)
     else:
-        copy = _copy_functional(model, replacement)
-    copy._trainable = model.trainable  # not by the setter, which would overwrite the flags of the layers
-    copy._called = model._called  # Keras refuses to export a model to ONNX that was never called
+        inputs, outputs = _copy_functional(model, replacement, copy)
+        new = Functional.__new__(type(model))
+        Functional.__init__(new, inputs, outputs, name=model.name)
+    new._trainable = model.trainable  # not by the setter, which would overwrite the flags of the layers
+    new._called = model._called  # Keras refuses to export a model to ONNX that was never called
     if model.dtype_policy.quantization_mode is None:
-        copy.dtype_policy = model.dtype_policy
-    of[id(model)] = copy
-    return copy
+        new.dtype_policy = model.dtype_policy
+    of[id(model)] = new
+    copy.models.append((model, new))
+    return new
 
 
-def _copy_functional(model: Any, replacement: Callable[[Any], Replacement]) -> Any:
+def _copy_functional(model: Any, replacement: Callable[[Any], Replacement], copy: Copy) -> tuple[Any, Any]:
+    """The inputs and outputs of the copy's graph."""
     graph, values = Graph(model), {}
     for tensor in keras.tree.flatten(graph.inputs):
         values[id(tensor)] = clone(tensor._keras_history.operation).output
+        copy.tensors.append((tensor, values[id(tensor)]))
     for node in graph.nodes:
         args, kwargs = node.arguments.fill_in(values)
         if has_default_arguments(node):  # a replacement may not accept the mask=None that Keras added
@@ -200,12 +217,58 @@ def _copy_functional(model: Any, replacement: Callable[[Any], Replacement]) -> A
             for step in replacement(node.operation):
                 args, kwargs = (step(*args, **kwargs),), {}
         outputs = args if isinstance(args[0], Bundle) else keras.tree.flatten(args)
-        values.update((id(tensor), value) for tensor, value in zip(node.outputs, outputs, strict=True))
+        pairs = list(zip(node.outputs, outputs, strict=True))
+        values.update((id(tensor), value) for tensor, value in pairs)
+        copy.tensors += pairs
     inputs, outputs = (
         keras.tree.map_structure(lambda tensor: values[id(tensor)], tensors)
         for tensors in (graph.inputs, graph.outputs)
     )
-    return type(model)(inputs=inputs, outputs=outputs, name=model.name)
+    return inputs, outputs
+
+
+def _copy_attributes(model: Any, plan: Mapping[int, Replacement], copy: Copy) -> None:
+    """Give the copied models the attributes that a subclass, or its user, has set.
+
+    Attributes that hold a layer of the graph get the layer that takes its place, or None if it was dropped.
+    """
+    extra = {id(old): [n for n in vars(old) if n not in {*vars(new), *COMPILED_STATE}] for old, new in copy.models}
+    if not any(extra.values()):
+        return
+    copier = Copier("Remove the attribute from the model, and set it on the copy")
+    for operation in operations(model):
+        new = copy.of.get(id(operation))
+        if id(operation) in plan:
+            steps = [step for step in plan[id(operation)] if isinstance(step, keras.layers.Layer)]
+            copier.pair(operation, steps[0] if steps else None)
+        elif isinstance(operation, keras.layers.Layer):
+            copier.pair_layers(operation, new)
+        else:
+            copier.pair(operation, new)
+    for old, new in copy.models:
+        copier.pair(old, new)
+        copier.pair(old._tracker, new._tracker)
+    for tensor, value in copy.tensors:
+        copier.pair(tensor, None if isinstance(value, Bundle) else value)
+    for old, new in copy.models:
+        names = extra[id(old)]
+        _check_call(old, names, plan)
+        if "_auto_config" in vars(old):  # the constructor's arguments, for get_config
+            names = ["_auto_config", *names]
+        copier.copy_attributes(old, new, names)
+
+
+def _check_call(model: Any, names: list[str], plan: Mapping[int, Replacement]) -> None:
+    """A subclass's call() may use layers in another way than the graph, for which alone the plan is right."""
+    if type(model).call in (Functional.call, keras.Sequential.call):
+        return
+    for name in names:
+        held = find(vars(model)[name], lambda item: id(item) in plan)
+        if held is not None:
+            raise ValueError(
+                f"model {model.name} ({type(model).__name__}) can't be copied: its own call() may use its attribute "
+                f"{name}, which holds the layer {held.name}, and the copy replaces that layer"
+            )
 
 
 def name_scopes(operation: Any) -> ExitStack:
