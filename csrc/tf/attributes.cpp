@@ -65,8 +65,6 @@ Attributes read_train_attributes(TF_OpKernelConstruction* context) {
     const Reader reader(context);
     Attributes a = reader.common();
     a.residual = reader.optional("num_residual");
-    a.epsilon = reader.real("epsilon_bits");
-    a.momentum = reader.real("momentum_bits");
     a.correction = int(reader.integer("correction"));
     a.nan_policy = NanPolicy(reader.choice("nan_policy", {"propagate", "skip_update"}));
     return a;

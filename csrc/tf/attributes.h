@@ -1,6 +1,6 @@
 // The attributes of BnfastTrain and BnfastGrad, read once when TensorFlow builds a kernel. They are read-only
 // afterwards, so one kernel may run on many threads at once. TensorFlow's float attributes hold 32 bits; a float64
-// therefore travels as an int attribute with the same bits (epsilon_bits).
+// therefore travels as an int attribute with the same bits (negative_slope_bits).
 #pragma once
 #include "call.h"
 
@@ -14,7 +14,6 @@ struct Attributes {
     bool gamma = false, beta = false, mask = false;  // whether the optional input is given
 
     // BnfastTrain
-    double epsilon = 0, momentum = 0;
     int correction = 0;
     NanPolicy nan_policy = NanPolicy::propagate;
     bool residual = false;

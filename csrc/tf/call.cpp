@@ -71,4 +71,11 @@ void require_like(const Tensor& tensor, const char* name, const Dims& x) {
                   std::string(name) + " must have the shape of x, " + x.text() + ". Received: " + tensor.dims().text()};
 }
 
+double require_scalar(const Tensor& tensor, const char* name) {
+    const Dims dims = tensor.dims();
+    if (dims.rank != 0)
+        throw Failure{TF_INVALID_ARGUMENT, std::string(name) + " must be a scalar. Received: shape " + dims.text()};
+    return *static_cast<const double*>(tensor.data());
+}
+
 }  // namespace bnfast::tf

@@ -111,6 +111,7 @@ private:
 // "gamma must have shape (64,) to match axis -1 of x. Received: (32,)"
 void require_vector(const Tensor& tensor, const char* name, std::int64_t C, std::int64_t axis);
 void require_like(const Tensor& tensor, const char* name, const Dims& x);
+double require_scalar(const Tensor& tensor, const char* name);  // its value, a float64
 
 // Calls f and reports its exceptions through `fail` (TF_OpKernelContext_Failure or TF_OpKernelConstruction_Failure).
 template <class Context, class F> void guarded(Context* context, void (*fail)(Context*, TF_Status*), F f) noexcept {

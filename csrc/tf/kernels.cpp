@@ -56,6 +56,8 @@ void train(const Attributes& a, TF_OpKernelContext* context) {
                  variance = call.input(position(train_inputs, "moving_variance"));
     require_vector(mean, "moving_mean", shape.C, a.axis);
     require_vector(variance, "moving_variance", shape.C, a.axis);
+    const double momentum = require_scalar(call.input(position(train_inputs, "momentum")), "momentum");
+    const double epsilon = require_scalar(call.input(position(train_inputs, "epsilon")), "epsilon");
     int next = position(train_inputs, "gamma");
     const OptionalInputs optional(call, a, next, shape);
     Tensor residual;
@@ -78,8 +80,8 @@ void train(const Attributes& a, TF_OpKernelContext* context) {
     args.shape = shape;
     args.moving_mean = output_vector(new_mean);
     args.moving_variance = output_vector(new_variance);
-    args.momentum = a.momentum;
-    args.epsilon = a.epsilon;
+    args.momentum = momentum;
+    args.epsilon = epsilon;
     args.correction = a.correction;
     args.nan_policy = a.nan_policy;
     args.mean = static_cast<double*>(saved.data());
@@ -105,6 +107,7 @@ void grad(const Attributes& a, TF_OpKernelContext* context) {
     if (saved_dims.rank != 2 || saved_dims.extents[0] != 2 || saved_dims.extents[1] != shape.C)
         throw Failure{TF_INVALID_ARGUMENT,
                       "saved must have shape (2, " + std::to_string(shape.C) + "). Received: " + saved_dims.text()};
+    require_scalar(call.input(position(grad_inputs, "epsilon")), "epsilon");
     int next = position(grad_inputs, "gamma");
     const OptionalInputs optional(call, a, next, shape);
     Tensor y, dmean, dvariance;

@@ -38,9 +38,11 @@ private:
 
 void train_shapes(TF_ShapeInferenceContext* context, TF_Status* status) {
     const Shapes shapes(context, status);
-    const Shapes::Handle x, vector, saved, two(TF_ShapeInferenceContextVectorFromSize(context, 2));
+    const Shapes::Handle x, vector, saved, scalar, two(TF_ShapeInferenceContextVectorFromSize(context, 2));
     shapes.input(position(train_inputs, "x"), x);
     shapes.output(position(train_outputs, "y"), x);
+    for (const int at : {position(train_inputs, "momentum"), position(train_inputs, "epsilon")})
+        if (shapes.fine()) shapes.input(at, scalar, 0);
     if (shapes.fine()) shapes.input(position(train_inputs, "moving_mean"), vector, 1);
     shapes.output(position(train_outputs, "new_mean"), vector);
     shapes.output(position(train_outputs, "new_variance"), vector);
@@ -50,9 +52,10 @@ void train_shapes(TF_ShapeInferenceContext* context, TF_Status* status) {
 
 void grad_shapes(TF_ShapeInferenceContext* context, TF_Status* status) {
     const Shapes shapes(context, status);
-    const Shapes::Handle x, saved, vector;
+    const Shapes::Handle x, saved, vector, scalar;
     shapes.input(position(grad_inputs, "x"), x);
     shapes.output(position(grad_outputs, "dx"), x);
+    if (shapes.fine()) shapes.input(position(grad_inputs, "epsilon"), scalar, 0);
     if (shapes.fine()) shapes.input(position(grad_inputs, "saved"), saved, 2);
     if (shapes.fine()) TF_ShapeInferenceContextSubshape(context, saved, 1, 2, vector, status);
     shapes.output(position(grad_outputs, "dgamma"), vector);

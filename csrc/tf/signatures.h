@@ -1,17 +1,19 @@
 // The inputs, outputs and attributes of BnfastTrain and BnfastGrad, as TensorFlow's op definitions write them. ops.cpp
 // registers them; kernels.cpp takes its positions from them. Both ops are stateless.
 //
-//   BnfastTrain: x, moving_mean, moving_variance, [gamma], [beta], [mask], [residual]
+//   BnfastTrain: x, moving_mean, moving_variance, momentum, epsilon, [gamma], [beta], [mask], [residual]
 //             -> y, new_mean, new_variance (the updated moving statistics), saved (2, C): mean and invstd of the batch
-//   BnfastGrad:  dy, x, saved, [gamma], [beta], [mask], [y], [dmean, dvariance] -> dx, dgamma, dbeta, [dresidual]
+//   BnfastGrad:  dy, x, saved, epsilon, [gamma], [beta], [mask], [y], [dmean, dvariance]
+//             -> dx, dgamma, dbeta, [dresidual]
 //
 // Vectors are (C,) of type U; C is the extent of x along `axis`. mask: N*S weights of type W, which is float64 for
 // float64 x and float32 otherwise. An optional input is a list of num_* tensors, 0 or 1 (statistics: 0 or 2).
 // BnfastGrad takes y where the forward had both residual and activation. y is kept for the next layer anyway, so the
 // residual needn't be kept too (ResNet50 at batch 16: 92 MB of 1356 MB). parameter_type is U; TensorFlow can't infer it
 // for a BnfastGrad without gamma and beta. statistics_gradient tells the Python gradient to pass on the gradients of
-// new_mean and new_variance: with momentum 0 these are the batch's own. BnfastGrad has epsilon for its second
-// derivative.
+// new_mean and new_variance: with momentum 0 these are the batch's own. momentum and epsilon are scalars and inputs, so
+// that one kernel serves all their values: TensorFlow keeps a kernel for each set of attribute values. BnfastGrad's
+// kernel doesn't read epsilon; its second derivative does.
 #pragma once
 #include <initializer_list>
 #include <string_view>
@@ -21,18 +23,21 @@ namespace bnfast::tf {
 inline constexpr const char* train_inputs[] = {"x: T",
                                                "moving_mean: U",
                                                "moving_variance: U",
+                                               "momentum: double",
+                                               "epsilon: double",
                                                "gamma: num_gamma * U",
                                                "beta: num_beta * U",
                                                "mask: num_mask * W",
                                                "residual: num_residual * T"};
 inline constexpr const char* train_outputs[] = {"y: T", "new_mean: U", "new_variance: U", "saved: double"};
-inline constexpr const char* train_attributes[] = {
-    "num_residual: int >= 0 = 0", "momentum_bits: int", "correction: int >= 0 = 0",
-    "nan_policy: {'propagate', 'skip_update'} = 'propagate'", "statistics_gradient: bool = false"};
+inline constexpr const char* train_attributes[] = {"num_residual: int >= 0 = 0", "correction: int >= 0 = 0",
+                                                   "nan_policy: {'propagate', 'skip_update'} = 'propagate'",
+                                                   "statistics_gradient: bool = false"};
 
 inline constexpr const char* grad_inputs[] = {"dy: T",
                                               "x: T",
                                               "saved: double",
+                                              "epsilon: double",
                                               "gamma: num_gamma * U",
                                               "beta: num_beta * U",
                                               "mask: num_mask * W",
@@ -51,7 +56,6 @@ inline constexpr const char* common_attributes[] = {
     "num_beta: int >= 0 = 0",
     "num_mask: int >= 0 = 0",
     "axis: int = -1",
-    "epsilon_bits: int",
     "activation: {'none', 'relu', 'relu6', 'leaky_relu'} = 'none'",
     "negative_slope_bits: int = 0",
 };

@@ -190,6 +190,44 @@ def test_renorm_clipping_may_be_tensors() -> None:
     np.testing.assert_allclose(clipped, xhat * 1.5 + 0.5, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.usefixtures("each_bridge")
+@pytest.mark.parametrize("resource", [False, True])
+@pytest.mark.parametrize("kwargs", [{}, {"virtual_batch_size": 4}, {"renorm": True}], ids=str)
+def test_momentum_and_epsilon_may_be_placeholders_and_variables(kwargs: dict[str, Any], resource: bool) -> None:
+    x = np.random.default_rng(1).normal(2, 3, (16, 4))
+
+    def run(momentum: Any, epsilon: Any, feeds: list[dict[Any, float]]) -> list[np.ndarray]:
+        y = batch_normalization(tf.constant(x), momentum=momentum, epsilon=epsilon, training=True, **kwargs)
+        moving = [v for v in v1.global_variables() if "moving" in v.name or "renorm" in v.name]
+        updates = v1.get_collection(KEYS.UPDATE_OPS)
+        with v1.Session() as session:
+            session.run(v1.global_variables_initializer())
+            found = []
+            for feed in feeds:
+                found.append(session.run([y, *tf.gradients(y**3, v1.trainable_variables()[-2:])], feed))
+                session.run(updates, feed)
+                found.append(session.run(moving))
+        return [array for arrays in found for array in arrays]
+
+    values = [0.9, 0.25]
+    with tf.Graph().as_default(), v1.variable_scope("net", use_resource=resource):
+        momentum = v1.placeholder(tf.float64, [])
+        epsilon = v1.get_variable("small", [], tf.float32, v1.constant_initializer(0.5), trainable=False)
+        found = run(momentum, epsilon, [{momentum: value} for value in values])
+    with tf.Graph().as_default():
+        wanted = run(values[0], 0.5, [{}])
+    for actual, right in zip(found[: len(wanted)], wanted, strict=True):
+        np.testing.assert_allclose(actual, right, rtol=1e-12, atol=1e-12)
+    first, second = found[3], found[len(wanted) + 3]  # moving_mean, after y and two gradients
+    np.testing.assert_allclose(second, first * values[1] + first / (1 - values[0]) * (1 - values[1]), rtol=1e-10)
+    with tf.Graph().as_default(), v1.Session() as session:
+        momentum = v1.placeholder(tf.float32, [])
+        batch_normalization(tf.constant(x), momentum=momentum, training=True)
+        session.run(v1.global_variables_initializer())
+        with pytest.raises(tf.errors.InvalidArgumentError, match="momentum must"):
+            session.run(v1.get_collection(KEYS.UPDATE_OPS), {momentum: 1.5})
+
+
 def test_constraints_names_and_float16() -> None:
     with tf.Graph().as_default(), v1.Session() as session:
         x = tf.constant(np.random.default_rng(2).normal(size=(16, 4)), tf.float16)
@@ -210,6 +248,8 @@ def test_constraints_names_and_float16() -> None:
     [
         (ValueError, "momentum must be in", {"momentum": 1.5}),
         (ValueError, "epsilon must be finite", {"epsilon": -1.0}),
+        (TypeError, "momentum must be a number or a scalar tensor", {"momentum": "much"}),
+        (ValueError, r"epsilon must be a number or a scalar tensor. Received: shape \(1,\)", {"epsilon": tf.zeros(1)}),
         (TypeError, "training must be a bool", {"training": "yes"}),
         (TypeError, "center must be True or False", {"center": 3}),
         (TypeError, "fused must be True or False", {"fused": "yes"}),

@@ -30,9 +30,7 @@ FUNCTIONS = {
 
 # The op has an argument in another form, or has no use for it.
 OP_FORMS = {
-    "momentum": "momentum_bits",  # TensorFlow's float attributes hold 32 bits
-    "epsilon": "epsilon_bits",
-    "negative_slope": "negative_slope_bits",
+    "negative_slope": "negative_slope_bits",  # TensorFlow's float attributes hold 32 bits
     "mean": "saved",  # one tensor (2, C)
     "invstd": "saved",
     "dmean": "statistics",  # a list of none or both
@@ -45,8 +43,8 @@ NOT_IN_OP = {
 }
 ONLY_IN_OP = {
     "BnfastTrain": {"statistics_gradient"},
-    # epsilon_bits: for the second derivative. parameter_type: for a gradient without gamma and beta.
-    "BnfastGrad": {"epsilon_bits", "parameter_type"},
+    # epsilon: for the second derivative. parameter_type: for a gradient without gamma and beta.
+    "BnfastGrad": {"epsilon", "parameter_type"},
 }
 OP_PLUMBING = {"T", "U", "W"}  # dtypes; num_* count optional inputs
 
@@ -170,7 +168,8 @@ def test_the_op_has_the_arguments_of_the_binding(need, op, name):
     wanted = ["residual of grad" if (one, name) == ("residual", "grad") else one for one in wanted]
     forms = {OP_FORMS.get(one, one) for one in wanted}
     assert {*inputs, *attributes} == forms | ONLY_IN_OP[op]
-    # Three required inputs precede the optional ones; both parts have the order of the binding.
-    given = list(dict.fromkeys(OP_FORMS.get(one, one) for one in wanted))
-    assert inputs[:3] == [one for one in given if one in inputs[:3]]
-    assert inputs[3:] == [one for one in given if one in inputs[3:]]
+    # Three required tensors come first, then the scalars, then the optional tensors; each part has the binding's order.
+    given = list(dict.fromkeys([*(OP_FORMS.get(one, one) for one in wanted), "epsilon"]))
+    optional = next(i for i, one in enumerate(definition.input_arg) if one.number_attr)
+    for part in (inputs[:3], inputs[3:optional], inputs[optional:]):
+        assert part == [one for one in given if one in part]

@@ -179,7 +179,10 @@ def test_buffers_that_are_still_read_are_not_overwritten(rng: np.random.Generato
         ({"mask": [np.zeros(3)]}, r"mask must have 4 values, one for all channels. Received: \(3,\)"),
         ({"mask": [np.zeros(4, "float32")]}, "mask must be float64 for float64 x, and float32 for any other x"),
         ({"axis": 5}, r"axis must lie in \[-2, 2\). Received: 5"),
-        ({"epsilon_bits": op._bits(-1.0)}, "epsilon must be finite and >= 0"),
+        ({"epsilon": -1.0}, "epsilon must be finite and >= 0. Received: -1"),
+        ({"epsilon": float("inf")}, "epsilon must be finite and >= 0. Received: inf"),
+        ({"momentum": 1.5}, r"momentum must lie in \[0, 1\]. Received: 1.5"),
+        ({"momentum": float("nan")}, r"momentum must lie in \[0, 1\]. Received: nan"),
         ({"gamma": [np.ones(3)] * 2}, "num_gamma must be 0 or 1"),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
@@ -188,7 +191,7 @@ def test_buffers_that_are_still_read_are_not_overwritten(rng: np.random.Generato
 def test_wrong_inputs_are_invalid_arguments(graph: bool, wrong: dict[str, Any], message: str) -> None:
     ops = op._load().ops
     kwargs = dict(x=np.ones((4, 3)), moving_mean=np.zeros(3), moving_variance=np.zeros(3), gamma=[], beta=[])
-    kwargs |= dict(mask=[], residual=[], momentum_bits=0, **op._attributes(Options())) | wrong
+    kwargs |= dict(momentum=0.5, epsilon=0.0, mask=[], residual=[], **op._attributes(Options())) | wrong
 
     def run() -> Any:
         return ops.bnfast_train(
@@ -202,6 +205,7 @@ def test_wrong_inputs_are_invalid_arguments(graph: bool, wrong: dict[str, Any], 
 def test_y_without_an_activation_is_an_invalid_argument() -> None:
     x, one = tf.ones((4, 3)), tf.ones(3)
     kwargs = dict(dy=x, x=x, saved=tf.ones((2, 3), tf.float64), gamma=[one], beta=[one], mask=[], y=[x], statistics=[])
+    kwargs["epsilon"] = 0.0
     with pytest.raises(tf.errors.InvalidArgumentError, match="num_y must be 0 without an activation"):
         op._load().ops.bnfast_grad(parameter_type=tf.float32, **kwargs, **op._attributes(Options()))
 
@@ -213,12 +217,16 @@ def test_shapes_are_known_inside_the_graph() -> None:
     @tf.function(input_signature=[tf.TensorSpec([None, 7, 3]), tf.TensorSpec(None), tf.TensorSpec(None, "float64")])
     def run(x: Any, unknown: Any, saved: Any) -> None:
         one = tf.ones(3)
-        kwargs = dict(gamma=[one], beta=[one], mask=[], **op._attributes(Options()))
-        forward_kwargs = dict(moving_variance=one, residual=[], momentum_bits=0, **kwargs)
+        kwargs = dict(epsilon=0.0, gamma=[one], beta=[one], mask=[], **op._attributes(Options()))
+        forward_kwargs = dict(moving_variance=one, residual=[], momentum=0.5, **kwargs)
         forward = ops.bnfast_train(x=x, moving_mean=one, **forward_kwargs)
         assert [t.shape.as_list() for t in forward] == [[None, 7, 3], [3], [3], [2, 3]]
         with pytest.raises(ValueError, match="rank 1"):
             ops.bnfast_train(x=x, moving_mean=x, **forward_kwargs)
+        with pytest.raises(ValueError, match="rank 0"):
+            ops.bnfast_train(x=x, moving_mean=one, **{**forward_kwargs, "momentum": [0.5]})
+        with pytest.raises(ValueError, match="rank 0"):
+            ops.bnfast_train(x=x, moving_mean=one, **{**forward_kwargs, "epsilon": [0.5]})
         kwargs |= dict(statistics=[], parameter_type=tf.float32)
         backward = ops.bnfast_grad(dy=x, x=x, saved=forward.saved, y=[x], **kwargs)
         assert [t.shape.as_list() for t in tf.nest.flatten(backward)] == [[None, 7, 3], [3], [3], [None, 7, 3]]

@@ -17,6 +17,7 @@ import numpy as np
 import tensorflow as tf
 
 from .._arguments import checks
+from ..tensorflow import scalars
 from ..tensorflow.axes import Axes
 from ..tensorflow.batch import Batch, Options, parameter
 from ..tensorflow.mode import Mode
@@ -39,8 +40,8 @@ class _Weights(NamedTuple):
 def batch_normalization(
     inputs: Any,
     axis: Any = -1,
-    momentum: float = 0.99,
-    epsilon: float = 1e-3,
+    momentum: Any = 0.99,
+    epsilon: Any = 1e-3,
     center: bool = True,
     scale: bool = True,
     beta_initializer: Any = "zeros",
@@ -70,7 +71,8 @@ def batch_normalization(
     Args:
         inputs: float tensor of known rank, with known extents along axis; float16 and bfloat16 compute in float32.
         axis: the channel axis, or several; variables then have the rank of inputs, with extent 1 off these axes.
-        momentum, epsilon: as in the formulas above, momentum in [0, 1].
+        momentum, epsilon: as in the formulas above, momentum in [0, 1]. Numbers, or scalar tensors such as variables
+            and placeholders, whose range is checked when the graph runs. They get no gradient.
         center, scale: whether to use beta, gamma.
         *_initializer: a name, an initializer of TF 1 or Keras, or a function of shape and dtype; None is the scope's.
         *_regularizer, *_constraint: None, a name or a function of the variable.
@@ -103,7 +105,10 @@ def batch_normalization(
             "tf.compat.v1.disable_eager_execution(). Received: eager execution"
         )
     x = tf.convert_to_tensor(inputs)
-    _check(x, momentum, epsilon, training, fused, center=center, scale=scale, trainable=trainable, renorm=renorm)
+    momentum, epsilon = (
+        scalars.read(name, scalars.check(name, value)) for name, value in (("momentum", momentum), ("epsilon", epsilon))
+    )
+    _check(x, training, fused, center=center, scale=scale, trainable=trainable, renorm=renorm)
     axes = Axes.of(list(axis) if isinstance(axis, (list, tuple)) else [checks.integer("axis", axis)], x.shape)
     if renorm:
         fixed = {bound: value for bound, value in (renorm_clipping or {}).items() if not tf.is_tensor(value)}
@@ -117,7 +122,7 @@ def batch_normalization(
     adjustments.check(adjustment, virtual_batch_size)
     plain = not renorm and virtual_batch_size is None and adjustment is None
     policy = Policy(
-        float(momentum),
+        momentum,
         correction=int(fused is not False and plain and _fusable(x, axes)),
         renorm=renorms.Renorm(renorm_clipping or {}, renorm_momentum) if renorm else None,
         ghosts=None if virtual_batch_size is None else ghosts.Ghosts(virtual_batch_size, "strided"),
@@ -148,13 +153,13 @@ def batch_normalization(
             root = _root(moving_variance_initializer)
             moving |= {"moving_stddev": root, "renorm_mean": moving_mean_initializer, "renorm_stddev": root}
         weights = _Weights(gamma, beta, {name: variable(name, first) for name, first in moving.items()})
-        return _normalize(x, axes, float(epsilon), training, weights, adjustment, policy, trainable)
+        return _normalize(x, axes, epsilon, training, weights, adjustment, policy, trainable)
 
 
 def _normalize(
     x: tf.Tensor,
     axes: Axes,
-    epsilon: float,
+    epsilon: Any,
     training: Any,
     weights: _Weights,
     adjustment: adjustments.Adjustment | None,
@@ -181,7 +186,7 @@ def _normalize(
     return y
 
 
-def _check(x: tf.Tensor, momentum: Any, epsilon: Any, training: Any, fused: Any, **switches: Any) -> None:
+def _check(x: tf.Tensor, training: Any, fused: Any, **switches: Any) -> None:
     """Raises the errors of the arguments that nothing below checks."""
     if not x.dtype.is_floating:
         raise TypeError(f"inputs must be of a float dtype. Received: {x.dtype.name}")
@@ -191,10 +196,6 @@ def _check(x: tf.Tensor, momentum: Any, epsilon: Any, training: Any, fused: Any,
         checks.boolean(name, value)
     if fused is not None:
         checks.boolean("fused", fused)
-    if not 0 <= momentum <= 1:
-        raise ValueError(f"momentum must be in [0, 1]. Received: {momentum}")
-    if not 0 <= epsilon < float("inf"):
-        raise ValueError(f"epsilon must be finite and >= 0. Received: {epsilon}")
     if tf.is_tensor(training):
         if not (training.dtype.base_dtype.is_bool or training.dtype.base_dtype.is_integer):
             raise TypeError(f"training must be a bool or a boolean tensor. Received: dtype {training.dtype.name}")

@@ -6,14 +6,19 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
+from .scalars import Scalar
+
 PRIMALS = ("x", "gamma", "beta", "residual")  # the tensors that get a gradient, in this order
 
 
 class Options(NamedTuple):
-    """What a batch norm computes, its tensors aside. Names and meaning are those of bnfast.batch_norm_train."""
+    """What a batch norm computes, its tensors aside. Names and meaning are those of bnfast.batch_norm_train.
+
+    epsilon is a float or a scalar tensor (see `scalars`). With a tensor an Options isn't hashable.
+    """
 
     axis: int = -1
-    epsilon: float = 1e-3
+    epsilon: Scalar = 1e-3
     activation: str | None = None
     negative_slope: float = 0.2
 

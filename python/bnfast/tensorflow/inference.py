@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import tensorflow as tf
 
+from . import scalars
 from .batch import Batch, Options, compute_dtype, per_channel
 from .reference import activate
 
@@ -29,13 +30,16 @@ def infer(batch: Batch, moving: tuple[tf.Tensor, tf.Tensor], options: Options) -
 def _fused(batch: Batch, moving: tuple[tf.Tensor, tf.Tensor], options: Options) -> tf.Tensor:
     # The raw op: tf.compat.v1.nn.fused_batch_norm silently raises an epsilon below 1.001e-5 to that value.
     mean, variance = (tf.cast(statistic, tf.float32) for statistic in moving)
+    epsilon = options.epsilon
+    if tf.is_tensor(epsilon):  # the op's epsilon is an attribute
+        variance, epsilon = variance + tf.cast(epsilon, tf.float32), 0.0
     return tf.raw_ops.FusedBatchNormV3(
         x=batch.x,
         scale=tf.ones_like(mean) if batch.gamma is None else tf.cast(batch.gamma, tf.float32),
         offset=tf.zeros_like(mean) if batch.beta is None else tf.cast(batch.beta, tf.float32),
         mean=mean,
         variance=variance,
-        epsilon=options.epsilon,
+        epsilon=epsilon,
         is_training=False,
     ).y
 
@@ -44,12 +48,13 @@ def _unfused(batch: Batch, moving: tuple[tf.Tensor, tf.Tensor], options: Options
     def vector(values: tf.Tensor | None) -> tf.Tensor | None:
         return None if values is None else per_channel(values, batch.x, options.axis)
 
+    x = tf.cast(batch.x, compute_dtype(batch.x))
     y = tf.nn.batch_normalization(
-        tf.cast(batch.x, compute_dtype(batch.x)),
+        x,
         mean=vector(moving[0]),
         variance=vector(moving[1]),
         offset=vector(batch.beta),
         scale=vector(batch.gamma),
-        variance_epsilon=options.epsilon,
+        variance_epsilon=scalars.like(options.epsilon, x),
     )
     return tf.cast(y, batch.x.dtype)

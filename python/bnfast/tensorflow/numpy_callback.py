@@ -25,6 +25,7 @@ from ..functional.batch_norm import batch_norm_grad, batch_norm_train
 from ..functional.batch_norm import moments as batch_moments
 from . import reference
 from .batch import PRIMALS, Batch, GradientInputs, Options, compute_dtype
+from .scalars import Scalar
 
 Function = Callable[..., Sequence[np.ndarray]]
 Direct = Callable[[list[str], Function], Function]
@@ -34,6 +35,7 @@ Direct = Callable[[list[str], Function], Function]
 SMALL_BYTES = 256 << 10
 USUAL_BATCH = 32
 
+_SCALARS = ("momentum", "epsilon")  # floats, or tensors of rank 0
 _ADOPT_BYTES = 16 * 1024  # a DLPack capsule costs about 5 us, a copy of 16 KiB about 1 us
 _ALIGNMENT = 64  # TensorFlow aborts the process on a DLPack pointer that is not a multiple of this
 
@@ -61,7 +63,7 @@ def train(
 def train_step(
     batch: Batch,
     moving: tuple[tf.Tensor, tf.Tensor] | None,
-    momentum: float,
+    momentum: Scalar,
     options: Options,
     correction: int = 0,
     nan_policy: str = "propagate",
@@ -69,8 +71,9 @@ def train_step(
     """y and the updated moving statistics; with moving=None y, mean and variance, all three differentiable."""
     primals = _present(**batch.primals)
     statistics = {} if moving is None else _present(moving_mean=moving[0], moving_variance=moving[1])
-    constants = {**_present(mask=batch.mask), **statistics}
     attributes = {**options._asdict(), "momentum": momentum, "correction": correction, "nan_policy": nan_policy}
+    scalars = {name: attributes.pop(name) for name in _SCALARS if tf.is_tensor(attributes[name])}
+    constants = {**_present(mask=batch.mask), **statistics, **scalars}
 
     # The order of outputs is that of _core.Callback: y, mean, invstd, then the moving statistics or the variance.
     def forward(*values: tf.Tensor) -> Any:
@@ -225,8 +228,11 @@ def _present(**tensors: tf.Tensor | None) -> dict[str, tf.Tensor]:
 
 
 def _direct(kernel: str, attributes: dict[str, Any], others: dict[str, tf.Tensor]) -> Direct | None:
-    """The callback without its Python frames, which falls back on them. A mask needs bnfast.functional's checks."""
-    if "mask" in others:
+    """The callback without its Python frames, which falls back on them.
+
+    A mask needs bnfast.functional's checks, and a momentum or epsilon that arrives as an array is no number yet.
+    """
+    if not others.keys().isdisjoint(("mask", *_SCALARS)):
         return None
     return lambda names, fallback: _core.Callback(kernel, names, attributes, fallback)
 
@@ -235,8 +241,16 @@ def _train_callback(x: np.ndarray, **kwargs: Any) -> list[np.ndarray]:
     """y, mean, invstd, and the updated copies of the moving statistics, or the variance if there are none."""
     moving = [kwargs[name].copy() for name in ("moving_mean", "moving_variance") if name in kwargs]
     kwargs.update(zip(("moving_mean", "moving_variance"), moving, strict=False))
+    kwargs.update({name: _number(name, kwargs[name]) for name in _SCALARS if name in kwargs})
     y, mean, variance, invstd = batch_norm_train(x, **kwargs)
     return [y, mean, invstd, *(moving or [variance])]
+
+
+def _number(name: str, value: Any) -> float:
+    """momentum or epsilon, from an attribute or an array."""
+    if np.ndim(value):
+        raise ValueError(f"{name} must be a scalar. Received: shape {np.shape(value)}")
+    return float(value)
 
 
 def _moments_callback(x: np.ndarray, **kwargs: Any) -> list[np.ndarray]:

@@ -25,6 +25,7 @@ import tensorflow as tf
 from .. import _core
 from . import op_library, reference
 from .batch import Batch, GradientInputs, Options, compute_dtype
+from .scalars import Scalar
 
 BRIDGES = op_library.BRIDGES
 
@@ -111,11 +112,9 @@ def _self_test(ops: Any) -> str:
         if not tf.executing_eagerly():
             return ""
         x, two = tf.constant([[1.0, 2.0], [3.0, 6.0]]), tf.constant([2.0, 2.0])
-        shared = dict(axis=-1, epsilon_bits=0, activation="none", negative_slope_bits=0)
+        shared = dict(axis=-1, epsilon=0.0, activation="none", negative_slope_bits=0)
         shared |= dict(x=x, gamma=[two], beta=[two], mask=[])
-        forward = ops.bnfast_train(
-            moving_mean=two, moving_variance=two, residual=[], momentum_bits=_bits(0.5), **shared
-        )
+        forward = ops.bnfast_train(moving_mean=two, moving_variance=two, residual=[], momentum=0.5, **shared)
         backward = ops.bnfast_grad(dy=x, saved=forward.saved, y=[], statistics=[], parameter_type=tf.float32, **shared)
         wanted: dict[str, tuple[Any, Any]] = {
             "y": ([[0, 0], [4, 4]], forward.y),
@@ -159,6 +158,7 @@ def gradient(inputs: GradientInputs, options: Options) -> tuple[tf.Tensor, tf.Te
         dy=inputs.dy,
         x=inputs.x,
         saved=tf.stack([inputs.mean, inputs.invstd]),
+        epsilon=options.epsilon,
         gamma=[inputs.gamma],
         beta=[inputs.beta],
         mask=[] if mask is None else [_weights(mask, inputs.x, options.axis)],
@@ -171,7 +171,7 @@ def gradient(inputs: GradientInputs, options: Options) -> tuple[tf.Tensor, tf.Te
 
 
 def train_step(
-    batch: Batch, moving: tuple[tf.Tensor, tf.Tensor], momentum: float, options: Options, **attributes: Any
+    batch: Batch, moving: tuple[tf.Tensor, tf.Tensor], momentum: Scalar, options: Options, **attributes: Any
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """`ops.train_step`; attributes: further ones of the op. The (C,) vectors share one dtype, float32 or float64."""
     x, gamma, beta, mask, residual = batch
@@ -180,11 +180,12 @@ def train_step(
         x=x,
         moving_mean=moving[0],
         moving_variance=moving[1],
+        momentum=momentum,
+        epsilon=options.epsilon,
         gamma=[] if gamma is None else [gamma],
         beta=[] if beta is None else [beta],
         mask=[] if mask is None else [_weights(mask, x, options.axis)],
         residual=[] if residual is None else [residual],
-        momentum_bits=_bits(momentum),
         **attributes,
         **_attributes(options),
     )
@@ -201,15 +202,15 @@ def _weights(mask: tf.Tensor, x: tf.Tensor, axis: int) -> tf.Tensor:
     return tf.broadcast_to(weights, tf.tensor_scatter_nd_update(tf.shape(x), [[at]], [1]))
 
 
-@functools.lru_cache
 def _attributes(options: Options) -> dict[str, Any]:
-    """The op's attributes. TensorFlow's float attributes hold 32 bits: a float64 is passed as the int of its bits."""
-    return {
-        "axis": options.axis,
-        "epsilon_bits": _bits(options.epsilon),
-        "activation": options.activation or "none",
-        "negative_slope_bits": _bits(options.negative_slope),
-    }
+    """The op's attributes. epsilon is an input, as momentum is."""
+    return _attributes_of(options.axis, options.activation, options.negative_slope)
+
+
+@functools.lru_cache
+def _attributes_of(axis: int, activation: str | None, negative_slope: float) -> dict[str, Any]:
+    """TensorFlow's float attributes hold 32 bits: a float64 is passed as the int of its bits."""
+    return {"axis": axis, "activation": activation or "none", "negative_slope_bits": _bits(negative_slope)}
 
 
 def _bits(value: float) -> int:
@@ -223,29 +224,28 @@ class _Call(NamedTuple):
     options: Options
 
     @staticmethod
-    def of(op: Any, names: tuple[str, ...]) -> _Call:
-        given, place = {}, 3  # in both ops three inputs precede the optional ones
+    def of(op: Any, epsilon_at: int, names: tuple[str, ...]) -> _Call:
+        given, place = {}, epsilon_at + 1  # in both ops epsilon is the last input before the optional ones
         for name in names:
             for i in range(op.get_attr("num_" + name)):
                 given[name if name != "statistics" else ("dmean", "dvariance")[i]] = op.inputs[place]
                 place += 1
         activation = tf.compat.as_str(op.get_attr("activation"))
-        epsilon, slope = (
-            struct.unpack("<d", struct.pack("<q", op.get_attr(name)))[0]
-            for name in ("epsilon_bits", "negative_slope_bits")
-        )
+        (slope,) = struct.unpack("<d", struct.pack("<q", op.get_attr("negative_slope_bits")))
+        epsilon = op.inputs[epsilon_at]
         options = Options(op.get_attr("axis"), epsilon, None if activation == "none" else activation, slope)
         return _Call(given, options)
 
 
 def _train_gradient(op: Any, dy: tf.Tensor, dmean: tf.Tensor, dvariance: tf.Tensor, _: Any) -> list[tf.Tensor | None]:
     """One gradient, or None, for each input of BnfastTrain."""
-    optional, options = _Call.of(op, ("gamma", "beta", "mask", "residual"))
+    optional, options = _Call.of(op, 4, ("gamma", "beta", "mask", "residual"))
     y = [op.outputs[0]] if "residual" in optional and options.activation else []
     result = _load().ops.bnfast_grad(
         dy=dy,
         x=op.inputs[0],
         saved=op.outputs[3],
+        epsilon=options.epsilon,
         **{name: [optional[name]] if name in optional else [] for name in ("gamma", "beta", "mask")},
         y=y,
         parameter_type=op.inputs[1].dtype,  # the dtype of the moving statistics
@@ -253,15 +253,16 @@ def _train_gradient(op: Any, dy: tf.Tensor, dmean: tf.Tensor, dvariance: tf.Tens
         **_attributes(options),
     )
     gradients = {"gamma": result.dgamma, "beta": result.dbeta, "residual": result.dresidual[0] if y else dy}
-    return [result.dx, None, None, *(gradients.get(name) for name in optional)]
+    return [result.dx, None, None, None, None, *(gradients.get(name) for name in optional)]
 
 
 def _grad_gradient(op: Any, *cotangents: tf.Tensor) -> list[tf.Tensor | None]:
     """One gradient, or None, for each input of BnfastGrad."""
-    optional, options = _Call.of(op, ("gamma", "beta", "mask", "y", "statistics"))
+    optional, options = _Call.of(op, 3, ("gamma", "beta", "mask", "y", "statistics"))
     given = {"dy": op.inputs[0], "x": op.inputs[1], **optional}
     mask = given.pop("mask", None)
     outputs = dict(zip(("x", "gamma", "beta", "y"), cotangents, strict=False))
     used = [outputs[name] for name in outputs if name in given]
     derivatives = dict(zip(given, reference.derivative_of_gradient(given, used, mask, options), strict=True))
-    return [derivatives["dy"], derivatives["x"], None, *(derivatives.get(name) for name in optional)]  # y gets none
+    others = (derivatives.get(name) for name in optional)  # y gets none
+    return [derivatives["dy"], derivatives["x"], None, None, *others]

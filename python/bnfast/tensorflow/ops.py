@@ -21,6 +21,7 @@ import tensorflow as tf
 from . import numpy_callback, op
 from .batch import Batch, GradientInputs, Options
 from .inference import infer
+from .scalars import Scalar
 
 __all__ = ["gradient", "infer", "moments", "train", "train_step"]
 
@@ -39,7 +40,7 @@ class Bridge(Protocol):
         self,
         batch: Batch,
         moving: tuple[tf.Tensor, tf.Tensor],
-        momentum: float,
+        momentum: Scalar,
         options: Options,
         *,
         correction: int,
@@ -77,7 +78,7 @@ def train(
 def train_step(
     batch: Batch,
     moving: tuple[tf.Tensor, tf.Tensor],
-    momentum: float,
+    momentum: Scalar,
     options: Options,
     bridge: str = "auto",
     *,
@@ -88,6 +89,7 @@ def train_step(
 
     Args:
         moving: the moving mean and variance before this step.
+        momentum: in [0, 1]; like options.epsilon a float or a float64 scalar tensor, which is checked when it is read.
         nan_policy: "propagate" or "skip_update".
     """
     return _choose(bridge).train_step(batch, moving, momentum, options, correction=correction, nan_policy=nan_policy)

@@ -16,7 +16,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 import tensorflow as tf
 
+from . import scalars
 from .batch import PRIMALS, Batch, Options, compute_dtype, per_channel
+from .scalars import Scalar
 
 Merge = Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor, tf.Tensor]]
 
@@ -90,7 +92,7 @@ def train(
     if merge is not None:
         own = (tf.cast(tf.reshape(t, [-1]), tf.float64) for t in (mean, variance, total))
         mean, variance, total = (per_channel(t, x, options.axis) for t in merge(*own))
-    shifted = variance + options.epsilon
+    shifted = variance + scalars.like(options.epsilon, variance)
     invstd = tf.where(shifted > 0, tf.math.rsqrt(tf.where(shifted > 0, shifted, 1)), 0)
     y = add_affine((values - mean) * invstd, gamma, beta, residual, options.axis)
     mean, variance, total = (tf.cast(tf.reshape(t, [-1]), tf.float64) for t in (mean, variance, total))
@@ -101,7 +103,7 @@ def train(
 def train_step(
     batch: Batch,
     moving: tuple[tf.Tensor, tf.Tensor],
-    momentum: float,
+    momentum: Scalar,
     options: Options,
     *,
     correction: int = 0,
@@ -116,7 +118,8 @@ def train_step(
         variance *= tf.where(total > 1, total / tf.maximum(total - 1, 1e-300), 1)
 
     def update(old: tf.Tensor, new: tf.Tensor) -> tf.Tensor:
-        return tf.where(updated, old * momentum + tf.cast(new, old.dtype) * (1 - momentum), old)
+        weight = scalars.like(momentum, old)
+        return tf.where(updated, old * weight + tf.cast(new, old.dtype) * (1 - weight), old)
 
     return y, update(moving[0], mean), update(moving[1], variance)
 

@@ -1,19 +1,22 @@
 """The arguments of the Keras layer that Keras's own layer doesn't have or doesn't check, and which exclude each other.
 
-`check` looks at a layer after Keras's constructor; `validated_options` returns the attributes that only our layer has.
+`validated_options` returns the attributes that only our layer has. momentum and epsilon are numbers, or tensors or
+variables that each call reads anew: `checked` is for the constructor, `read` for a call, `current` for a config.
 An error names the argument, what was wanted and what was received: TypeError for types, ValueError for values.
 """
 
 from __future__ import annotations
 
-import math
 import operator
 from typing import Any
 
+import keras
+
 from ..._arguments import checks
-from .framework import BRIDGES, NAN_POLICIES, ghosts
+from .framework import BRIDGES, NAN_POLICIES, ghosts, scalars
 from .framework import adjustment as adjustments
 
+SCALARS = ("momentum", "epsilon")
 # The arguments that Keras's layer doesn't have. A config holds them only where they aren't the defaults.
 OWN = (
     "correction",
@@ -39,12 +42,29 @@ def one_axis(axis: Any) -> int:
         raise TypeError(f"axis must be an integer. Received: {axis!r}") from None
 
 
-def check(layer: Any) -> None:
-    """Checks the numbers that Keras accepts unchecked."""
-    if not 0 <= layer.momentum <= 1:
-        raise ValueError(f"momentum must be in [0, 1]. Received: {layer.momentum}")
-    if not (layer.epsilon >= 0 and math.isfinite(layer.epsilon)):
-        raise ValueError(f"epsilon must be finite and >= 0. Received: {layer.epsilon}")
+def checked(name: str, value: Any) -> Any:
+    """momentum or epsilon as the layer holds it: a float, a tensor or a tf.Variable.
+
+    A keras.Variable is replaced by the variable that it wraps: Keras would count it among the layer's weights.
+    """
+    return scalars.check(name, _unwrapped(value))
+
+
+def read(layer: Any, name: str) -> Any:
+    """momentum or epsilon for one call; None stays None."""
+    value = _unwrapped(getattr(layer, name))
+    return None if value is None else scalars.read(name, value)
+
+
+def current(layer: Any) -> dict[str, float]:
+    """The values of momentum and epsilon, where they are tensors or variables."""
+    held = {name: _unwrapped(getattr(layer, name)) for name in SCALARS}
+    return {name: scalars.current(name, value) for name, value in held.items() if keras.ops.is_tensor(value)}
+
+
+def _unwrapped(value: Any) -> Any:
+    """The framework's variable for one of Keras's, whose own value a layer of mixed precision would round."""
+    return value._value if isinstance(value, keras.Variable) else value
 
 
 def validated_options(

@@ -82,8 +82,11 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         activation: None, a name, a function or a layer instance. relu, relu6 and leaky_relu are fused into the kernels
             (also as keras.activations functions and as ReLU, LeakyReLU and Activation layers). Any other activation is
             applied after the kernel.
-        momentum: None makes moving_mean and moving_variance the plain averages over all batches so far. The weight
-            `batches` counts the batches; empty ones aren't counted.
+        momentum: a number in [0, 1], or a scalar tensor or variable, which every call reads: assigning to a variable
+            takes effect without retracing. A config holds its value at that time. It isn't a weight of the layer and
+            gets no gradient. None makes moving_mean and moving_variance the plain averages over all batches so far. The
+            weight `batches` counts the batches; empty ones aren't counted.
+        epsilon: a finite number >= 0, or a scalar tensor or variable, as for momentum.
         correction: 1 puts variance*W/(W - 1), the sample variance, into moving_variance, as PyTorch does; 0 the
             population variance, as Keras does. y is the same. Not with renorm.
         nan_policy: "propagate", or "skip_update": the moving statistics of a channel whose mean or variance isn't
@@ -133,12 +136,14 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
     adjustment: adjustments.Adjustment | None = None
     bridge = "auto"
     momentum: Any
+    epsilon: Any
     _weight_shape: tuple[int, ...] | None = None  # if not (C,)
 
     def __init__(
         self,
         axis: Any = -1,
-        momentum: float | None = 0.99,
+        momentum: Any = 0.99,
+        epsilon: Any = 1e-3,
         *args: Any,
         activation: Any = None,
         correction: int = 0,
@@ -159,10 +164,12 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
             renorms.check(kwargs.get("renorm_clipping"), kwargs.get("renorm_momentum", 0.99))
         axes = [arguments.one_axis(one) for one in axis] if isinstance(axis, (list, tuple)) and len(axis) > 1 else axis
         first = arguments.one_axis(axes[0] if axes is not axis else axis)
-        super().__init__(first, 0.0 if momentum is None else momentum, *args, **kwargs)
+        momentum = None if momentum is None else arguments.checked("momentum", momentum)
+        epsilon = arguments.checked("epsilon", epsilon)
+        super().__init__(first, 0.0, 0.0, *args, **kwargs)  # Keras makes floats of them
+        self.momentum, self.epsilon = momentum, epsilon
         if axes is not axis:
             self.axis = axes
-        arguments.check(self)
         options = arguments.validated_options(
             correction=correction,
             nan_policy=nan_policy,
@@ -179,7 +186,6 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         )
         for name, value in options.items():
             setattr(self, name, value)
-        self.momentum = None if momentum is None else self.momentum
         self.activation = activations.get(activation)
         self.replaces = dict(replaces or {})
         self.supports_jit = False  # XLA has no kernel for either bridge
@@ -237,7 +243,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         )
         state = {name: parameter(getattr(self, name)) for name in self._statistics}
         fused = (self._fused if affine else None) or activations.Fused(None)
-        options = Options(axes.place, self.epsilon, *fused)
+        options = Options(axes.place, arguments.read(self, "epsilon"), *fused)
         mode = Mode(is_training(training, self.trainable), self.use_batch_statistics, self.update_statistics)
         draw = None if self.adjustment is None else partial(adjustments.draw_merged, self.adjustment, x, axes)
 
@@ -275,7 +281,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         groups = None if size is None else ghosts.Ghosts(size, self.virtual_batch_grouping)
         several = self.synchronized and replicas() > 1
         return Policy(
-            self.momentum,
+            arguments.read(self, "momentum"),
             self.correction,
             self.nan_policy,
             self._renorm,
@@ -298,10 +304,12 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
     def not_in_config(self) -> dict[str, Any]:
         """The arguments that a config can't hold; a copy of the layer in the same process needs them."""
         live = {"adjustment": self.adjustment, "renorm_clipping": getattr(self, "renorm_clipping", None)}
-        return {name: value for name, value in live.items() if value}
+        scalars = {name: getattr(self, name) for name in arguments.current(self)}
+        return {**{name: value for name, value in live.items() if value}, **scalars}
 
     def get_config(self) -> dict[str, Any]:
-        config = {**super().get_config(), "activation": keras.activations.serialize(self.activation)}
+        config = {**super().get_config(), **arguments.current(self)}
+        config["activation"] = keras.activations.serialize(self.activation)
         config["axis"] = self.axis if isinstance(self.axis, int) else list(self.axis)
         if "renorm_clipping" in config:
             config["renorm_clipping"] = renorms.plain_clipping(config["renorm_clipping"])

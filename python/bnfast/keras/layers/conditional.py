@@ -52,7 +52,7 @@ class ConditionalBatchNormalization(BatchNormalization):
     Source: Dumoulin, Shlens and Kudlur 2017, arXiv:1610.07629; de Vries et al. 2017, arXiv:1707.00683.
     """
 
-    def __init__(self, num_classes: int, axis: int = -1, momentum: float | None = 0.99, *args: Any, **kwargs: Any):
+    def __init__(self, num_classes: int, axis: int = -1, momentum: Any = 0.99, *args: Any, **kwargs: Any):
         if isinstance(axis, (list, tuple)) and len(axis) != 1:
             raise ValueError(f"axis must be one axis. Received: {axis}")
         super().__init__(axis, momentum, *args, **kwargs)

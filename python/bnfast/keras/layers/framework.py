@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import keras
 
-from ...tensorflow import conditional, group_norm, weight_norm
+from ...tensorflow import conditional, group_norm, scalars, weight_norm
 from ...tensorflow.axes import Axes
 from ...tensorflow.batch import Batch, Options, as_input, parameter
 from ...tensorflow.mode import Mode, is_training, may_train
@@ -37,6 +37,7 @@ __all__ = [
     "parameter",
     "renorm",
     "replicas",
+    "scalars",
     "step",
     "weight_norm",
 ]

@@ -336,7 +336,7 @@ def _affine(norm: Any) -> Affine | None:
     """a and b of y = a*x + b in float64; None if variance + epsilon <= 0, or inference uses the batch's statistics."""
     if getattr(norm, "use_batch_statistics", None):
         return None
-    mean, variance = values(norm.moving_mean), values(norm.moving_variance) + norm.epsilon
+    mean, variance = values(norm.moving_mean), values(norm.moving_variance) + float(norm.epsilon)
     if not (variance > 0).all():
         return None
     a = (values(norm.gamma) if norm.scale else 1.0) / np.sqrt(variance)

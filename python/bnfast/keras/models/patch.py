@@ -10,7 +10,6 @@ made under the patch trains on bnfast's kernels afterwards, too.
 from __future__ import annotations
 
 import inspect
-import math
 import sys
 import threading
 from collections import Counter
@@ -25,11 +24,13 @@ from keras.src import api_export
 from ...tensorflow import op
 from ..layers import arguments
 from ..layers.batch_norm import KERAS, BatchNormalization
-from ..layers.framework import may_train, renorm
+from ..layers.framework import may_train, renorm, scalars
 
 API_NAME = "keras.layers.BatchNormalization"
 OWNERS = ("keras", "tensorflow")  # the packages whose names are replaced
 MOST_NAMES = 3  # layers named per reason
+
+_SCALARS = (("momentum", 0.99, "outside [0, 1]"), ("epsilon", 1e-3, "negative or not finite"))
 
 _lock = threading.RLock()
 
@@ -102,7 +103,7 @@ class PatchedBatchNormalization(BatchNormalization, metaclass=_LikeKeras):
         return KERAS.compute_output_shape(self, input_shape)
 
     def get_config(self) -> dict[str, Any]:
-        config: dict[str, Any] = KERAS.get_config(self)
+        config: dict[str, Any] = {**KERAS.get_config(self), **arguments.current(self)}
         if "renorm_clipping" in config:
             config["renorm_clipping"] = renorm.plain_clipping(config["renorm_clipping"])
         return config
@@ -126,11 +127,11 @@ def _unsupported(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
                 return "renorm=True with synchronized=True"
             renorm.check(given.get("renorm_clipping"), given.get("renorm_momentum", 0.99))
         arguments.one_axis(given.get("axis", -1))
-        if not 0 <= float(given.get("momentum", 0.99)) <= 1:
-            return "momentum outside [0, 1]"
-        epsilon = float(given.get("epsilon", 1e-3))
-        if not (epsilon >= 0 and math.isfinite(epsilon)):
-            return "epsilon negative or not finite"
+        for name, default, wrong in _SCALARS:
+            value = given.get(name, default)
+            if isinstance(value, (int, float)) and not scalars.in_range(name, value):
+                return f"{name} {wrong}"
+            arguments.checked(name, value)
     except (
         TypeError,
         ValueError,

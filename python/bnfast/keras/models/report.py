@@ -9,7 +9,6 @@ removed the names of the layers that this one replaces
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,8 +16,10 @@ from typing import Any
 
 from ...tensorflow import numpy_callback, op, op_library
 from ..layers import activation as activations
+from ..layers import arguments
 from ..layers.batch_norm import KERAS
 from ..layers.batch_norm_add import BatchNormalizationAdd
+from ..layers.framework import scalars
 from .classes import OURS
 from .fusion import Finder
 from .graph_copy import layers
@@ -109,8 +110,16 @@ def why_unchanged(layer: Any, shape: tuple[int | None, ...] | None, bridge: str 
         return "it is quantized"
     if not layer.built:
         return "it is not built"
-    if not (0 <= layer.momentum <= 1 and layer.epsilon >= 0 and math.isfinite(layer.epsilon)):
-        return f"momentum={layer.momentum} or epsilon={layer.epsilon} is out of range"
+    for name in arguments.SCALARS:
+        value = getattr(layer, name)
+        if any(value is weight for weight in layer.weights):
+            return f"{name} is a keras.Variable and so one of the layer's weights (a tf.Variable isn't)"
+        if isinstance(value, (int, float)) and not scalars.in_range(name, value):
+            return f"{name}={value} is out of range"
+        try:
+            arguments.checked(name, value)
+        except (TypeError, ValueError) as error:
+            return str(error)
     return worth_it(layer, shape, bridge)
 
 

@@ -21,23 +21,3 @@ def count(core: CoreStep) -> tuple[CoreStep, Finish]:
         return y, {**state, "batches": old + tf.cast(present, old.dtype)}
 
     return core._replace(momentum=batches / (batches + 1)), finish
-
-
-def blend(core: CoreStep) -> tuple[CoreStep, Finish]:
-    """Transform: a momentum that is a tensor, which the kernels don't accept; with momentum 0 they return the batch's
-    statistics, or the old ones in channels that the update skips."""
-
-    def finish(y: tf.Tensor, state: State) -> tuple[tf.Tensor, State]:
-        blended = {name: _between(state[name], core.state[name], core.momentum) for name in _MOVING}
-        return y, {**state, **blended}
-
-    return core._replace(momentum=0.0), finish
-
-
-_MOVING = ("moving_mean", "moving_variance")
-
-
-def _between(batch: tf.Tensor, old: tf.Tensor, momentum: tf.Tensor) -> tf.Tensor:
-    """old*momentum + batch*(1 - momentum), and exactly old where the two are equal, as in skipped channels."""
-    wide = tf.cast(old, tf.float64)
-    return tf.cast(tf.cast(batch, tf.float64) + (wide - tf.cast(batch, tf.float64)) * momentum, old.dtype)

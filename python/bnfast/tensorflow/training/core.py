@@ -11,11 +11,12 @@ in reverse. Everything a transform adds is TensorFlow ops on vectors of shape (C
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import tensorflow as tf
 
 from ..batch import Batch, Options
+from ..scalars import Scalar
 
 # The weights that aren't trained, by name: (C,) vectors and, if counted, the number of batches. No gradient passes.
 State: TypeAlias = dict[str, tf.Tensor]
@@ -29,7 +30,7 @@ class CoreStep(NamedTuple):
 
     batch: Batch
     state: State
-    momentum: Any  # a float; None (the average over batches) or a float64 scalar tensor until a transform replaces it
+    momentum: Scalar  # or None (the average over batches) until a transform replaces it
     options: Options
     correction: int
     nan_policy: str
@@ -40,7 +41,7 @@ class CoreStep(NamedTuple):
 Transform: TypeAlias = Callable[[CoreStep], tuple[CoreStep, Finish]]
 
 
-def update_valid(state: State, statistics: State, momentum: Any, valid: tf.Tensor) -> State:
+def update_valid(state: State, statistics: State, momentum: Scalar, valid: tf.Tensor) -> State:
     """state*momentum + statistics*(1 - momentum) for the names in `statistics`, where valid; computed in float64."""
     moved = {}
     for name, statistic in statistics.items():

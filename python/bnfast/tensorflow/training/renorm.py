@@ -10,7 +10,6 @@ computed from the renorm statistics before this batch, and moving_variance is mo
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ import tensorflow as tf
 
 from .. import ops, reference
 from ..batch import has_values, mask_varies_by_channel
+from ..scalars import Scalar
 from .core import CoreStep, Finish, State
 
 NAMES = ("moving_stddev", "renorm_mean", "renorm_stddev")  # the weights besides moving_mean and moving_variance
@@ -85,11 +85,11 @@ def compose(
     state: Mapping[str, tf.Tensor],
     gamma: tf.Tensor | None,
     beta: tf.Tensor | None,
-    epsilon: float,
+    epsilon: Scalar,
     renorm: Renorm,
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """gamma*r and beta + gamma*d in the dtype of the state; differentiable with respect to gamma and beta, not x."""
-    floor = tf.maximum(tf.cast(state["renorm_stddev"], tf.float64), math.sqrt(epsilon))
+    floor = tf.maximum(tf.cast(state["renorm_stddev"], tf.float64), tf.sqrt(tf.convert_to_tensor(epsilon, tf.float64)))
     r = tf.sqrt(variance + epsilon) / floor
     d = (mean - tf.cast(state["renorm_mean"], tf.float64)) / floor
     rmin, rmax, dmax = map(_wide, map(renorm.clipping.get, _BOUNDS))
@@ -117,8 +117,8 @@ def update(
     variance: tf.Tensor,
     present: tf.Tensor,
     state: Mapping[str, tf.Tensor],
-    momentum: Any,
-    epsilon: float,
+    momentum: Scalar,
+    epsilon: Scalar,
     renorm: Renorm,
 ) -> dict[str, tf.Tensor]:
     """The state after this batch. present: whether to update, a scalar or one value per channel."""

@@ -20,6 +20,7 @@ import tensorflow as tf
 from .. import ops, reference
 from ..batch import Batch, Options, mask_varies_by_channel
 from ..mode import Mode
+from ..scalars import Scalar
 from . import adjustment, average, bias, ghosts, renorm, synchronized
 from .core import CoreStep, Finish, State, Transform
 
@@ -29,7 +30,7 @@ __all__ = ["Policy", "step"]
 class Policy(NamedTuple):
     """What a layer does in training beyond normalizing."""
 
-    momentum: float | None  # None: the average over all batches
+    momentum: Scalar | None  # None: the average over all batches
     correction: int = 0
     nan_policy: str = "propagate"
     renorm: renorm.Renorm | None = None
@@ -98,11 +99,8 @@ def _transforms(policy: Policy, mode: Mode, draw: Callable[[], Any] | None) -> I
         yield partial(renorm.transform, renorm=policy.renorm)
     elif policy.ghosts is not None:
         yield partial(ghosts.transform, ghosts=policy.ghosts)
-    else:
-        if policy.momentum is None:
-            yield average.blend
-        if policy.absorbs_bias:
-            yield bias.transform
+    elif policy.absorbs_bias:
+        yield bias.transform
 
 
 def _updated(core: CoreStep, policy: Policy) -> State:

@@ -23,6 +23,7 @@ import tensorflow as tf
 from .. import ops, reference
 from ..batch import Batch, GradientInputs, Options, mask_varies_by_channel
 from ..mode import Mode
+from ..scalars import Scalar
 from .core import CoreStep, State, update_valid
 
 
@@ -41,7 +42,7 @@ class ReplicaStatistics(NamedTuple):
     used: Moments  # of all replicas, or the moving statistics where the batch's aren't used
     use_batch: tf.Tensor | None  # whether `used` are the batch's; None: yes
 
-    def invstd(self, epsilon: float) -> tf.Tensor:
+    def invstd(self, epsilon: Scalar) -> tf.Tensor:
         """1/sqrt(variance + epsilon), 0 where that is 1/0, NaN where the variance is."""
         sigma = tf.sqrt(self.used.variance + epsilon)
         inverse = 1 / tf.where(sigma > 0, sigma, 1)
@@ -140,7 +141,7 @@ def _normalize(core: CoreStep, statistics: ReplicaStatistics) -> tf.Tensor:
     primals, own, used = batch.primals, statistics.own, statistics.used
     invstd, zeros = statistics.invstd(options.epsilon), tf.zeros_like(used.mean)
     # r removes whatever this replica's own pass divides by. That must not be 0: a constant shard would lose x.
-    kernel_options = options._replace(epsilon=options.epsilon or 1.0)
+    kernel_options = options._replace(epsilon=_or_one(options.epsilon))
 
     def forward(*values: tf.Tensor) -> Any:
         given = batch._replace(**dict(zip(primals, values, strict=True)))
@@ -206,6 +207,11 @@ def _gradient(dy: tf.Tensor, y: tf.Tensor, core: CoreStep, statistics: ReplicaSt
 
     gradients = tf.custom_gradient(backward)(*tensors.values())
     return (*gradients, dy) if dresidual_is_dy else tuple(gradients)
+
+
+def _or_one(epsilon: Scalar) -> Scalar:
+    """epsilon, or 1 where it is 0."""
+    return tf.where(epsilon > 0, epsilon, tf.ones_like(epsilon)) if tf.is_tensor(epsilon) else epsilon or 1.0
 
 
 def _affine(batch: Batch, like: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
