@@ -479,7 +479,7 @@ class Copier:
             list.extend(new, [self._memo[id(node)][1] for node in nodes if self.has(node)])
 
     def _is_copied(self, tensor: Any) -> bool:
-        operation, index, _ = tensor._keras_history
+        operation, index, _ = getattr(tensor, "_keras_history", (None, 0, 0))
         return operation is None or (self.has(operation) and self.has(operation._inbound_nodes[index]))
 
     def _stub(self, node: Any) -> None:
@@ -490,10 +490,10 @@ class Copier:
             if not self.has(tensor):
                 mine = self.pair(tensor, object.__new__(type(tensor)))
                 vars(mine).update((name, item) for name, item in vars(tensor).items() if name != "_keras_mask")
-                _, index, place = tensor._keras_history
-                mine._keras_history = type(tensor._keras_history)(
-                    source, index if source else 0, place if source else 0
-                )
+                if "_keras_history" in vars(tensor):
+                    history = tensor._keras_history
+                    _, index, place = history if source else (None, 0, 0)
+                    mine._keras_history = type(history)(source, index, place)
         vars(new).update((name, self.copy(item, node.operation.name)) for name, item in vars(node).items())
 
     # What holds ids of other objects
@@ -534,15 +534,14 @@ class Copier:
             wrapped = isinstance(item, dict) and not issubclass(type(item), dict)
             inner = getattr(item, "_self_last_wrapped_dict_snapshot", None) if wrapped else None
             for keys in (getattr(item, "__wrapped__", item), inner):
-                if isinstance(keys, (dict, set)) and keys and all(key in self._keys for key in keys):
-                    if isinstance(keys, dict):
-                        pairs = [(self._keys[key], value) for key, value in keys.items()]
-                        dict.clear(keys)
-                        dict.update(keys, pairs)
-                    else:
-                        new = [self._keys[key] for key in keys]
-                        set.clear(keys)
-                        set.update(keys, new)
+                if isinstance(keys, dict) and not self._keys.keys().isdisjoint(keys):
+                    pairs = [(self._keys.get(key, key), value) for key, value in keys.items()]
+                    dict.clear(keys)
+                    dict.update(keys, pairs)
+                elif isinstance(keys, set) and not self._keys.keys().isdisjoint(keys):
+                    new = [self._keys.get(key, key) for key in keys]
+                    set.clear(keys)
+                    set.update(keys, new)
 
 
 # Which method copies an instance of a class: the first entry that is one of its bases.
@@ -665,7 +664,8 @@ def _held(value: Any) -> Iterator[Any]:
 def _describe(value: Any) -> str:
     if isinstance(value, types.FunctionType):
         return f"the function {value.__qualname__}"
-    name = _dictionary(value).get("name") or _dictionary(value).get("_name")
+    name = value.name if isinstance(value, tf.Variable) else _dictionary(value).get("name")
+    name = name or _dictionary(value).get("_name")
     if isinstance(value, keras.layers.Layer):
         return f"the layer {name} ({type(value).__name__})"
     return f"{name or 'an object'} ({type(value).__name__})"
