@@ -6,6 +6,7 @@ Without TensorFlow each test module is skipped. If BNFAST_REQUIRE contains "tens
 import importlib
 import os
 import sys
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -27,6 +28,19 @@ def each_bridge(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
         (pytest.fail if sys.platform == "linux" else pytest.skip)(f"op: {reason}")
     monkeypatch.setenv("BNFAST_BRIDGE", name)
     return name
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """Keras layers and inputs are float64 in this test."""
+    import keras
+
+    before = keras.config.floatx(), keras.config.dtype_policy()
+    keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
+    yield
+    keras.config.set_floatx(before[0])
+    keras.config.set_dtype_policy(before[1])
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from .. import functional
 from . import group_norm_reference as reference
 from . import numpy_callback
 from .batch import compute_dtype
+from .custom_gradient import custom_gradient
 from .group_norm_reference import Norm
 from .mode import may_train
 from .numpy_callback import USUAL_BATCH
@@ -56,7 +57,7 @@ def normalize(x: Any, gamma: Any, beta: Any, norm: Norm, training: Any, dtype: s
         saved = {"mean": mean, "invstd": invstd}
         return y, lambda dy: _gradient({"dy": tf.convert_to_tensor(dy), **given}, saved, norm)
 
-    return tf.cast(tf.custom_gradient(forward)(*primals.values()), dtype)
+    return tf.cast(custom_gradient(forward, *primals.values()), dtype)
 
 
 def _is_small(x: tf.Tensor, norm: Norm) -> bool:
@@ -90,7 +91,7 @@ def _gradient(given: dict[str, tf.Tensor], saved: dict[str, tf.Tensor], norm: No
             gradient.set_shape(tensor.shape)
         return tuple(gradients), lambda *cotangents: reference.derivative_of_gradient(tensors, cotangents, norm)
 
-    return tf.custom_gradient(backward)(*given.values())
+    return custom_gradient(backward, *given.values())
 
 
 def _forward(x: np.ndarray, gamma: Any = None, beta: Any = None, out: Any = None, *, norm: Norm) -> list[np.ndarray]:

@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from . import scalars
 from .batch import Batch, Options, compute_dtype, per_channel
+from .folding import fold
 from .reference import activate
 
 
@@ -21,10 +22,15 @@ def infer(batch: Batch, moving: tuple[tf.Tensor, tf.Tensor], options: Options) -
 
     The mask of the batch is ignored.
     """
+    folded = fold(batch, moving, options, _normalize)
+    y = _normalize(batch, moving, options) if folded is None else folded
+    return activate(y if batch.residual is None else y + batch.residual, options)
+
+
+def _normalize(batch: Batch, moving: tuple[tf.Tensor, tf.Tensor], options: Options) -> tf.Tensor:
     x = batch.x
     fused = x.shape.rank == 4 and options.axis % 4 == 3 and x.dtype != tf.float64
-    y = (_fused if fused else _unfused)(batch, moving, options)
-    return activate(y if batch.residual is None else y + batch.residual, options)
+    return (_fused if fused else _unfused)(batch, moving, options)
 
 
 def _fused(batch: Batch, moving: tuple[tf.Tensor, tf.Tensor], options: Options) -> tf.Tensor:

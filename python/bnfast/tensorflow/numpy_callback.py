@@ -25,6 +25,7 @@ from ..functional.batch_norm import batch_norm_grad, batch_norm_train
 from ..functional.batch_norm import moments as batch_moments
 from . import reference
 from .batch import PRIMALS, Batch, GradientInputs, Options, compute_dtype
+from .custom_gradient import custom_gradient
 from .scalars import Scalar
 
 Function = Callable[..., Sequence[np.ndarray]]
@@ -67,6 +68,7 @@ def train_step(
     options: Options,
     correction: int = 0,
     nan_policy: str = "propagate",
+    record: Any = None,
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """y and the updated moving statistics; with moving=None y, mean and variance, all three differentiable."""
     primals = _present(**batch.primals)
@@ -96,8 +98,13 @@ def train_step(
         for statistic in (mean, invstd, *rest):
             statistic.set_shape([x.shape[options.axis]])
         saved = {"mean": mean, "invstd": invstd, **_present(mask=batch.mask)}
+        if record is not None:
+            record.saved = saved
 
         def backward(dy: tf.Tensor, dmean: tf.Tensor, dvariance: tf.Tensor) -> Any:
+            if record is not None:
+                gradients = record.gradients(tf.convert_to_tensor(dy), options)
+                return tuple(gradients[name] for name in primals)
             arriving = {"dy": dy} if statistics else {"dy": dy, "dmean": dmean, "dvariance": dvariance}
             upstream = {name: tf.convert_to_tensor(d) for name, d in arriving.items()}  # tf.gather's are IndexedSlices
             gradients = _gradient({**upstream, **reference.kept_for_gradient(tensors, y, options)}, saved, options)
@@ -106,7 +113,16 @@ def train_step(
 
         return (y, *(rest if statistics else (mean, *rest))), backward
 
-    return tuple(tf.custom_gradient(forward)(*primals.values()))
+    return tuple(custom_gradient(forward, *primals.values()))
+
+
+def step_gradient(
+    dy: tf.Tensor, batch: Batch, saved: dict[str, tf.Tensor], options: Options, y: tf.Tensor | None = None
+) -> dict[str, tf.Tensor]:
+    """The gradients of `train_step` by name. y: its output, needed with a residual and an activation."""
+    kept = reference.kept_for_gradient(batch.primals, y, options)
+    gradients = _gradient({"dy": dy, **kept}, saved, options)
+    return {"residual": dy, **dict(zip(batch.primals, gradients, strict=False))}
 
 
 def moments(x: tf.Tensor, mask: tf.Tensor | None, options: Options) -> tuple[tf.Tensor, tf.Tensor]:
@@ -149,7 +165,7 @@ def _gradient(given: dict[str, tf.Tensor], saved: dict[str, tf.Tensor], options:
 
         return tuple(gradients), derivative
 
-    return tf.custom_gradient(backward)(*given.values())
+    return custom_gradient(backward, *given.values())
 
 
 def call(

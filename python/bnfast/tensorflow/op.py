@@ -1,6 +1,7 @@
 """The bridge "op": the TensorFlow ops BnfastTrain and BnfastGrad (csrc/tf/), their loading, calls and gradients.
 
-    status         (available, reason); loads bnfast/_tf.so at the first call, once per process, and never raises
+    register       loads bnfast/_tf.so, once per process; never raises
+    status         (available, reason); registers, and tests the op once per process; never raises
     choose         the bridge that a layer's `bridge` argument and the environment's BNFAST_BRIDGE select
     train, train_step, moments, gradient   as in `ops`, which documents them
 
@@ -29,6 +30,8 @@ from .scalars import Scalar
 
 BRIDGES = op_library.BRIDGES
 
+_RECORD = "_bnfast_record"  # the attribute of y that holds the record of its step (training/fusion.py)
+
 _logger = logging.getLogger("bnfast")
 _lock = threading.RLock()
 
@@ -38,8 +41,15 @@ class _Library(NamedTuple):
     reason: str
 
 
+_registered: _Library | None = None
 _library: _Library | None = None
 _logged = False
+
+
+def register() -> None:
+    """Loads the library, so that graphs and SavedModels that hold the ops can be loaded. Never raises, and leaves
+    TensorFlow's devices unconfigured: the self-test, which needs them, comes with the first use."""
+    _register()
 
 
 def status() -> tuple[bool, str]:
@@ -82,8 +92,27 @@ def _load() -> _Library:
     if _library is None:
         with _lock:
             if _library is None:
-                _library = _try_to_load()
+                _library = _tested(_register())
     return _library
+
+
+def _register() -> _Library:
+    global _registered
+    if _registered is None:
+        with _lock:
+            if _registered is None:
+                _registered = _try_to_load()
+    return _registered
+
+
+def _tested(library: _Library) -> _Library:
+    if library.ops is None:
+        return library
+    try:
+        reason = _self_test(library.ops)
+    except Exception as error:  # as in _try_to_load
+        reason = str(error).strip() or type(error).__name__
+    return _Library(None, f"{op_library.PATH}: {reason}") if reason else library
 
 
 def _try_to_load() -> _Library:
@@ -93,7 +122,7 @@ def _try_to_load() -> _Library:
     path = os.fspath(op_library.PATH)
     try:
         ops = tf.load_op_library(path)
-        reason = _core._connect_tf(path) or _self_test(ops)
+        reason = _core._connect_tf(path)
         if reason:
             return _Library(None, f"{path}: {reason}")
         tf.RegisterGradient("BnfastTrain")(_train_gradient)
@@ -153,30 +182,24 @@ def moments(x: tf.Tensor, mask: tf.Tensor | None, options: Options) -> tuple[tf.
 
 def gradient(inputs: GradientInputs, options: Options) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor | None]:
     """`ops.gradient`."""
-    mask, y = inputs.mask, inputs.y
-    result = _load().ops.bnfast_grad(
-        dy=inputs.dy,
-        x=inputs.x,
-        saved=tf.stack([inputs.mean, inputs.invstd]),
-        epsilon=options.epsilon,
-        gamma=[inputs.gamma],
-        beta=[inputs.beta],
-        mask=[] if mask is None else [_weights(mask, inputs.x, options.axis)],
-        y=[] if y is None else [y],
-        parameter_type=tf.float64,
-        statistics=[inputs.dmean, inputs.dvariance],
-        **_attributes(options),
-    )
-    return result.dx, result.dgamma, result.dbeta, None if y is None else result.dresidual[0]
+    batch = Batch(inputs.x, inputs.gamma, inputs.beta, inputs.mask)
+    saved, statistics = tf.stack([inputs.mean, inputs.invstd]), [inputs.dmean, inputs.dvariance]
+    result = _grad(inputs.dy, batch, saved, options, inputs.y, statistics, tf.float64)
+    return result.dx, result.dgamma, result.dbeta, None if inputs.y is None else result.dresidual[0]
 
 
 def train_step(
-    batch: Batch, moving: tuple[tf.Tensor, tf.Tensor], momentum: Scalar, options: Options, **attributes: Any
+    batch: Batch,
+    moving: tuple[tf.Tensor, tf.Tensor],
+    momentum: Scalar,
+    options: Options,
+    record: Any = None,
+    **attributes: Any,
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """`ops.train_step`; attributes: further ones of the op. The (C,) vectors share one dtype, float32 or float64."""
     x, gamma, beta, mask, residual = batch
     x = tf.convert_to_tensor(x)
-    y, mean, variance, _ = _load().ops.bnfast_train(
+    y, mean, variance, saved = _load().ops.bnfast_train(
         x=x,
         moving_mean=moving[0],
         moving_variance=moving[1],
@@ -189,7 +212,58 @@ def train_step(
         **attributes,
         **_attributes(options),
     )
+    if record is not None:
+        record.saved = saved
+        setattr(y, _RECORD, record)
     return y, mean, variance
+
+
+def step_gradient(
+    dy: tf.Tensor, batch: Batch, saved: tf.Tensor, options: Options, y: tf.Tensor | None = None
+) -> dict[str, tf.Tensor]:
+    """The gradients of `train_step` by name. saved and y: its outputs; y is read with a residual and an activation."""
+    vectors = [vector for vector in (batch.gamma, batch.beta) if vector is not None]
+    return _step_gradient(dy, batch, saved, options, y, [], vectors[0].dtype if vectors else tf.float64)
+
+
+def _step_gradient(
+    dy: tf.Tensor,
+    batch: Batch,
+    saved: tf.Tensor,
+    options: Options,
+    y: tf.Tensor | None,
+    statistics: list[tf.Tensor],
+    parameter_type: tf.DType,
+) -> dict[str, tf.Tensor]:
+    y = y if batch.residual is not None and options.activation is not None else None
+    result = _grad(dy, batch, saved, options, y, statistics, parameter_type)
+    dresidual = dy if y is None else result.dresidual[0]
+    return {"x": result.dx, "gamma": result.dgamma, "beta": result.dbeta, "residual": dresidual}
+
+
+def _grad(
+    dy: tf.Tensor,
+    batch: Batch,
+    saved: tf.Tensor,
+    options: Options,
+    y: tf.Tensor | None,
+    statistics: list[tf.Tensor],
+    parameter_type: tf.DType,
+) -> Any:
+    """The outputs of BnfastGrad. statistics: upstream gradients of mean and variance, or none."""
+    return _load().ops.bnfast_grad(
+        dy=dy,
+        x=batch.x,
+        saved=saved,
+        epsilon=options.epsilon,
+        gamma=[] if batch.gamma is None else [batch.gamma],
+        beta=[] if batch.beta is None else [batch.beta],
+        mask=[] if batch.mask is None else [_weights(batch.mask, batch.x, options.axis)],
+        y=[] if y is None else [y],
+        parameter_type=parameter_type,
+        statistics=statistics,
+        **_attributes(options),
+    )
 
 
 def _weights(mask: tf.Tensor, x: tf.Tensor, axis: int) -> tf.Tensor:
@@ -240,20 +314,22 @@ class _Call(NamedTuple):
 def _train_gradient(op: Any, dy: tf.Tensor, dmean: tf.Tensor, dvariance: tf.Tensor, _: Any) -> list[tf.Tensor | None]:
     """One gradient, or None, for each input of BnfastTrain."""
     optional, options = _Call.of(op, 4, ("gamma", "beta", "mask", "residual"))
-    y = [op.outputs[0]] if "residual" in optional and options.activation else []
-    result = _load().ops.bnfast_grad(
-        dy=dy,
-        x=op.inputs[0],
-        saved=op.outputs[3],
-        epsilon=options.epsilon,
-        **{name: [optional[name]] if name in optional else [] for name in ("gamma", "beta", "mask")},
-        y=y,
-        parameter_type=op.inputs[1].dtype,  # the dtype of the moving statistics
-        statistics=[dmean, dvariance] if op.get_attr("statistics_gradient") else [],
-        **_attributes(options),
-    )
-    gradients = {"gamma": result.dgamma, "beta": result.dbeta, "residual": result.dresidual[0] if y else dy}
-    return [result.dx, None, None, None, None, *(gradients.get(name) for name in optional)]
+    record = getattr(op.outputs[0], _RECORD, None)
+    if record is not None:
+        gradients = record.gradients(dy, options)
+    else:
+        batch, statistics = Batch(op.inputs[0], **optional), op.get_attr("statistics_gradient")
+        gradients = _step_gradient(
+            dy,
+            batch,
+            op.outputs[3],
+            options,
+            op.outputs[0],
+            [dmean, dvariance] if statistics else [],
+            op.inputs[1].dtype,  # that of the moving statistics
+        )
+    given = (gradients[name] if name != "mask" else None for name in optional)
+    return [gradients["x"], None, None, None, None, *given]
 
 
 def _grad_gradient(op: Any, *cotangents: tf.Tensor) -> list[tf.Tensor | None]:

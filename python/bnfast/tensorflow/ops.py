@@ -14,7 +14,7 @@ has the rank of x and extent 1 on the channel axis. Another framework's bridge n
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import tensorflow as tf
 
@@ -45,7 +45,12 @@ class Bridge(Protocol):
         *,
         correction: int,
         nan_policy: str,
+        record: Any = None,
     ) -> _Three: ...
+
+    def step_gradient(
+        self, dy: tf.Tensor, batch: Batch, saved: Any, options: Options, y: tf.Tensor | None
+    ) -> dict[str, tf.Tensor]: ...
 
     def moments(self, x: tf.Tensor, mask: tf.Tensor | None, options: Options) -> tuple[tf.Tensor, tf.Tensor]: ...
 
@@ -54,7 +59,8 @@ class Bridge(Protocol):
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor | None]: ...
 
 
-def _choose(bridge: str) -> Bridge:
+def choose(bridge: str) -> Bridge:
+    """The module of the bridge that the word stands for (`op.choose`)."""
     return op if op.choose(bridge) == "op" else numpy_callback
 
 
@@ -72,7 +78,7 @@ def train(
     y has the shape and dtype of x. mean and variance (population) have shape (C,) and are float64 for float64 x and
     float32 otherwise.
     """
-    return _choose(bridge).train(x, gamma, beta, mask, options)
+    return choose(bridge).train(x, gamma, beta, mask, options)
 
 
 def train_step(
@@ -92,14 +98,14 @@ def train_step(
         momentum: in [0, 1]; like options.epsilon a float or a float64 scalar tensor, which is checked when it is read.
         nan_policy: "propagate" or "skip_update".
     """
-    return _choose(bridge).train_step(batch, moving, momentum, options, correction=correction, nan_policy=nan_policy)
+    return choose(bridge).train_step(batch, moving, momentum, options, correction=correction, nan_policy=nan_policy)
 
 
 def moments(
     x: tf.Tensor, *, mask: tf.Tensor | None = None, options: Options = _DEFAULT, bridge: str = "auto"
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """(mean, variance) of one batch as float64 of shape (C,). They pass no gradient on."""
-    mean, variance = _choose(bridge).moments(x, mask, options)
+    mean, variance = choose(bridge).moments(x, mask, options)
     for statistic in (mean, variance):
         statistic.set_shape([x.shape[options.axis]])
     return tf.stop_gradient(mean), tf.stop_gradient(variance)
@@ -113,4 +119,4 @@ def gradient(
     Do not differentiate this function; only the gradients of `train` and `train_step` support it. Its derivative would
     be the one that belongs to x's own mean and invstd. The vectors of `inputs` are float64.
     """
-    return _choose(bridge).gradient(inputs, options)
+    return choose(bridge).gradient(inputs, options)

@@ -157,5 +157,10 @@ def derivative_of_gradient(
         gradients = inner.gradient(
             [outputs[name] for name in upstream], primals, output_gradients=[given[name] for name in upstream]
         )
+    if any(gradient is None for gradient in gradients):  # TensorFlow has stopped all tapes, this one, too
+        raise NotImplementedError(
+            "forward-mode differentiation (tf.autodiff.ForwardAccumulator) needs bnfast's TensorFlow op, and this call "
+            'goes through numpy_function: bridge="op", or leave BNFAST_BRIDGE unset'
+        )
     derivatives = outer.gradient(gradients, watched, output_gradients=list(cotangents), unconnected_gradients="zero")
     return [derivatives.get(name) for name in given]

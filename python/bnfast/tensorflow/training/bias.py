@@ -1,15 +1,9 @@
-"""A bias that the layer before added last, left out of the training step: the batch's mean takes it away again.
+"""The gradient of a bias that a layer adds before a batch norm: 0, without TensorFlow's pass over memory.
 
-    x = values + bias:  x - mean(x) = values - mean(values),  so y is the same and the gradient of the bias is 0
-
-TensorFlow finds that 0 by summing dx over all axes but one, which costs a pass over memory. With this transform the
-core step reads `values`; the moving mean is still that of x, and the bias gets its gradient 0 along with beta or gamma.
-
-    of             the bias in x, if it may be left out
-    without        the batch with `values` in place of x
-    less, more     the moving mean before and after a step on `values`
-
-It applies only where nothing else reads x: a gradient that someone asks for at x would not pass here.
+The batch's mean takes a bias away again, so dx, the gradient at the biased tensor, sums to 0 over each channel. For the
+gradient of the bias TensorFlow computes that sum. `pass_over` gives the bias the gradient 0 instead, if the gradient
+that arrives is exactly such a dx. In all other cases (other readers of the tensor, frozen statistics, a mask, several
+replicas) it sums.
 """
 
 from __future__ import annotations
@@ -18,58 +12,36 @@ from typing import Any
 
 import tensorflow as tf
 
-from ..batch import Batch
-from .core import CoreStep, Finish, State
+from ..custom_gradient import custom_gradient
+
+_AXIS = "_bnfast_sums_to_zero"  # the attribute of such a dx: its channel axis
 
 
-def transform(core: CoreStep) -> tuple[CoreStep, Finish]:
-    bias = of(core.batch, core.options.axis)
-    if bias is None:
-        return core, lambda y, state: (y, state)
-    moving_mean = core.state["moving_mean"]
-
-    def finish(y: tf.Tensor, state: State) -> tuple[tf.Tensor, State]:
-        return y, {**state, "moving_mean": more(state["moving_mean"], moving_mean, bias)}
-
-    state = {**core.state, "moving_mean": less(moving_mean, bias)}
-    return core._replace(batch=without(core.batch, bias), state=state), finish
+def mark(dx: tf.Tensor, axis: int) -> None:
+    """Marks dx of a training step without mask, whose mean and variance pass no gradient on. Eager tensors are not."""
+    if not tf.executing_eagerly():
+        setattr(dx, _AXIS, axis % dx.shape.rank)
 
 
-def of(batch: Batch, axis: int) -> tf.Tensor | None:
-    """The bias, or None if x is no such sum (an eager tensor doesn't tell) or the bias has an effect.
+def pass_over(biased: tf.Tensor) -> tf.Tensor:
+    """The same sum of values and a bias, whose gradient for the bias is 0 where that is known.
 
-    With a mask it may have one: the mean of a channel without weight is 0. Without gamma and beta there is no tensor
-    that could carry its gradient.
+    Returns the tensor itself if it isn't the output of a BiasAdd in a graph.
     """
-    op, rank = getattr(batch.x, "op", None), batch.x.shape.rank
-    if op is None or op.type != "BiasAdd" or batch.mask is not None or (batch.gamma is None and batch.beta is None):
-        return None
-    place = 1 if op.get_attr("data_format") == b"NCHW" else rank - 1
-    return op.inputs[1] if place == axis % rank else None
+    made_by = getattr(biased, "op", None) if not tf.executing_eagerly() else None
+    if made_by is None or made_by.type != "BiasAdd":
+        return biased
+    data_format = made_by.get_attr("data_format")
+    axis = 1 if data_format == b"NCHW" else biased.shape.rank - 1
 
+    def forward(values: tf.Tensor, bias: tf.Tensor) -> Any:
+        def backward(dy: tf.Tensor) -> Any:
+            if getattr(dy, _AXIS, None) == axis:
+                return dy, tf.zeros_like(bias)
+            return dy, tf.raw_ops.BiasAddGrad(out_backprop=dy, data_format=data_format)
 
-def without(batch: Batch, bias: tf.Tensor) -> Batch:
-    values = batch.x.op.inputs[0]
-    values.set_shape(batch.x.shape)
-    if batch.beta is not None:
-        return batch._replace(x=values, beta=_with_gradient_of(bias, batch.beta))
-    return batch._replace(x=values, gamma=_with_gradient_of(bias, batch.gamma))
+        return tf.raw_ops.BiasAdd(value=values, bias=bias, data_format=data_format), backward
 
-
-def _with_gradient_of(bias: tf.Tensor, vector: tf.Tensor) -> tf.Tensor:
-    """The vector, unchanged; its gradient gives the bias one of 0. Without one optimizers would warn."""
-
-    def both(vector: tf.Tensor, bias: tf.Tensor) -> Any:
-        return tf.identity(vector), lambda dvector: (dvector, tf.zeros_like(bias))
-
-    return tf.custom_gradient(both)(vector, bias)
-
-
-def less(moving_mean: tf.Tensor, bias: tf.Tensor) -> tf.Tensor:
-    return moving_mean - tf.stop_gradient(tf.cast(bias, moving_mean.dtype))
-
-
-def more(moved: tf.Tensor, moving_mean: tf.Tensor, bias: tf.Tensor) -> tf.Tensor:
-    """The inverse of `less` after the step; exactly moving_mean where the step left it unchanged (an empty batch)."""
-    unchanged = tf.equal(moved, less(moving_mean, bias))
-    return tf.where(unchanged, moving_mean, moved + tf.stop_gradient(tf.cast(bias, moving_mean.dtype)))
+    same = custom_gradient(forward, *made_by.inputs)
+    same.set_shape(biased.shape)
+    return same

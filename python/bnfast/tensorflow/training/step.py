@@ -3,7 +3,7 @@
     step    batch, state -> y, state
 
 The mode of the call selects the statistics that normalize. In training, each feature that a layer adds to plain batch
-norm (averages, renorm, ghost batches, a bias, adjustment) is a transform around one core step, ops.train_step.
+norm (averages, renorm, ghost batches, adjustment) is a transform around one core step, ops.train_step.
 Passes over x beyond those of plain training (one or two reads and one write): renorm reads x once more for its moments
 and, through bnfast's TensorFlow op, which has none for moments alone, writes once more; adjustment is described in its
 file. Normalizing with the moving statistics while updating them takes a second pass, too.
@@ -21,7 +21,7 @@ from .. import ops, reference
 from ..batch import Batch, Options, mask_varies_by_channel
 from ..mode import Mode
 from ..scalars import Scalar
-from . import adjustment, average, bias, ghosts, renorm, synchronized
+from . import adjustment, average, fusion, ghosts, renorm, synchronized
 from .core import CoreStep, Finish, State, Transform
 
 __all__ = ["Policy", "step"]
@@ -37,7 +37,7 @@ class Policy(NamedTuple):
     ghosts: ghosts.Ghosts | None = None  # not together with renorm
     bridge: str = "auto"
     synchronized: bool = False  # more than one replica: `synchronized.step` replaces this one
-    absorbs_bias: bool = False  # nothing else reads x, so that a bias added last may be left out (see `bias`)
+    trace: fusion.Trace | None = None  # what follows may be fused in a graph, and is noted here
 
 
 def step(
@@ -69,7 +69,11 @@ def step(
     moving = core.state["moving_mean"], core.state["moving_variance"]
     if mode.use_batch:
         on_reference = core.on_reference or mask_varies_by_channel(core.batch.mask, core.options)
-        train_step = reference.train_step if on_reference else partial(ops.train_step, bridge=core.bridge)
+        train_step: Any = partial(ops.train_step, bridge=core.bridge)
+        if on_reference:
+            train_step = reference.train_step
+        elif policy.trace is not None and mode.is_training and tf.inside_function():
+            train_step = partial(fusion.train_step, bridge=core.bridge, trace=policy.trace)
         y, mean, variance = train_step(
             core.batch,
             moving,
@@ -99,8 +103,6 @@ def _transforms(policy: Policy, mode: Mode, draw: Callable[[], Any] | None) -> I
         yield partial(renorm.transform, renorm=policy.renorm)
     elif policy.ghosts is not None:
         yield partial(ghosts.transform, ghosts=policy.ghosts)
-    elif policy.absorbs_bias:
-        yield bias.transform
 
 
 def _updated(core: CoreStep, policy: Policy) -> State:

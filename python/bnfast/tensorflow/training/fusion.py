@@ -1,0 +1,224 @@
+"""Fusion while a graph is traced: what reads a batch norm's output becomes part of the batch norm's op.
+
+A training step marks its output y with a `Stage`. `add(y, residual)` and `activate(y, ...)` find the mark and emit a
+second op for the same step, which computes the whole in one pass over memory; readers of the moving statistics of the
+first op are moved to the second. The first op stays in the graph for other readers of y. TensorFlow prunes it if there
+are none, and the sum of BN + Add + activation likewise.
+
+Gradients stay those of the ops as written. The fused op hands dy = dout*activation'(out) to y, where readers of y and
+gradients at y find it. If exactly this tensor arrives at the batch norm, the gradient of the batch norm is the fused
+one, which the kernel computes from dout, and dy is pruned. If anything was added to it, the gradient is that of dy.
+
+    a stage is used only in the graph that made it, so inside one tf.function, tf.cond branch or loop body
+    eager tensors carry no stage: eager calls run unfused
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import tensorflow as tf
+
+from .. import ops
+from ..batch import Batch, Options
+from ..custom_gradient import custom_gradient
+from ..reference import slope_at
+from . import bias
+
+_STAGE = "_bnfast_stage"  # the attribute of a tensor, as Keras's `_keras_mask`
+
+Gradients = dict[str, tf.Tensor]  # of x, gamma, beta and residual, where present
+
+
+@dataclass
+class Trace:
+    """What became of one call of a layer while it was traced, for reports."""
+
+    most: int = 2  # operations that may be fused: more would repeat the step for other readers of what lies between
+    in_graph: bool = False
+    fused: tuple[str, ...] = ()
+
+
+@dataclass(eq=False)
+class Record:
+    """One training step: its arguments, and the op that computes it now."""
+
+    batch: Batch
+    moving: tuple[tf.Tensor, tf.Tensor]
+    momentum: Any
+    options: Options
+    attributes: dict[str, Any]
+    bridge: ops.Bridge
+    trace: Trace
+    last: int  # the id of the last operation that the graph had before
+    saved: Any = None  # the batch's statistics, from the op that computes the step now; the bridge sets it
+    updated: tuple[tf.Tensor, ...] = ()  # the moving statistics, from that op
+    _fused: list[tuple[tf.Tensor, Gradients]] = field(default_factory=list)
+
+    def run(self, options: Options, residual: tf.Tensor | None = None) -> tf.Tensor:
+        """Emits an op for the step and makes it the one that updates the moving statistics."""
+        batch = self.batch._replace(residual=residual)
+        y, *updated = self.bridge.train_step(batch, self.moving, self.momentum, options, **self.attributes, record=self)
+        for old, new in zip(self.updated, updated, strict=False):
+            _move_readers(old, new)
+        self.updated = tuple(updated)
+        return y
+
+    def gradients(self, dy: tf.Tensor, options: Options) -> Gradients:
+        """The fused gradients if dy is what a fused op handed back, else those of dy."""
+        for handed, gradients in self._fused:
+            if handed is dy:
+                return gradients
+        return self.gradients_of(dy, options)
+
+    def gradients_of(self, dy: tf.Tensor, options: Options, residual: Any = None, y: Any = None) -> Gradients:
+        """The gradients for the gradient dy of y, the output of `run` with these options and this residual."""
+        batch = self.batch._replace(residual=residual)
+        gradients = self.bridge.step_gradient(dy, batch, self.saved, options, y)
+        if batch.mask is None:
+            bias.mark(gradients["x"], options.axis)
+        return gradients
+
+    def was_handed(self, dy: tf.Tensor) -> bool:
+        return any(handed is dy for handed, _ in self._fused)
+
+    def hand_back(self, dy: tf.Tensor, gradients: Gradients) -> tf.Tensor:
+        self._fused.append((dy, gradients))
+        return dy
+
+
+@dataclass(eq=False)
+class Stage:
+    """The mark of a tensor: a training step, and the residual that was added to its output."""
+
+    record: Record
+    residual: tf.Tensor | None = None
+
+
+def train_step(
+    batch: Batch,
+    moving: tuple[tf.Tensor, tf.Tensor],
+    momentum: Any,
+    options: Options,
+    bridge: str,
+    trace: Trace,
+    **attributes: Any,
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """`ops.train_step` without residual and activation, whose y is marked."""
+    trace.in_graph = True
+    last = tf.compat.v1.get_default_graph().version + 1
+    record = Record(batch, moving, momentum, options, attributes, ops.choose(bridge), trace, last)
+    y = record.run(options)
+    setattr(y, _STAGE, Stage(record))
+    return (y, *record.updated)
+
+
+def add(tensor: tf.Tensor, other: tf.Tensor) -> tf.Tensor | None:
+    """tensor + other as part of the batch norm that made one of them, or None if neither carries a stage."""
+    for y, residual in ((tensor, other), (other, tensor)):
+        stage = _stage(y)
+        if stage is not None and stage.residual is None and _fits(y, residual, stage.record):
+            break
+    else:
+        return None
+    record = stage.record
+
+    def forward(y: tf.Tensor, residual: tf.Tensor, *_: tf.Tensor) -> Any:
+        def backward(dsum: tf.Tensor) -> Any:
+            handed = record.was_handed(dsum)
+            dresidual = record.gradients(dsum, record.options)["residual"] if handed else dsum
+            return (dsum, dresidual, *[None] * len(_))
+
+        return record.run(record.options, residual), backward
+
+    total = custom_gradient(forward, y, residual, *_tensors(record))
+    total.set_shape(y.shape)
+    setattr(total, _STAGE, Stage(record, residual))
+    record.trace.fused = ("add",)
+    return total
+
+
+def activate(tensor: tf.Tensor, activation: str, negative_slope: float = 0.2) -> tf.Tensor | None:
+    """The activation of a tensor as part of the batch norm that made it, or None if the tensor carries no stage."""
+    stage = _stage(tensor)
+    if stage is None:
+        return None
+    record, residual = stage.record, stage.residual
+    options = record.options._replace(activation=activation, negative_slope=negative_slope)
+
+    def forward(_: tf.Tensor, *others: tf.Tensor) -> Any:
+        out = record.run(options, residual)
+
+        def backward(dout: tf.Tensor) -> Any:
+            dout = tf.convert_to_tensor(dout)
+            gradients = record.gradients_of(dout, options, residual, out)
+            slope = slope_at(out, options)
+            dy = tf.cast(tf.cast(dout, slope.dtype) * slope, out.dtype)
+            return (record.hand_back(dy, gradients), *[None] * len(others))
+
+        return out, backward
+
+    out = custom_gradient(forward, tensor, *_tensors(record), *([] if residual is None else [residual]))
+    out.set_shape(tensor.shape)
+    record.trace.fused = (*record.trace.fused, activation)
+    return out
+
+
+def _stage(tensor: Any) -> Stage | None:
+    """The stage of a tensor, if the graph being traced made it and nothing reads it yet.
+
+    With another reader the tensor is needed anyway: a fused op would be a second pass, not a saved one.
+    """
+    stage: Stage | None = getattr(tensor, _STAGE, None)
+    if stage is None or tensor.graph is not tf.compat.v1.get_default_graph() or tensor.consumers():
+        return None
+    trace = stage.record.trace
+    return stage if len(trace.fused) < trace.most else None
+
+
+def _fits(y: tf.Tensor, residual: Any, record: Record) -> bool:
+    """Whether the op of the step can add the residual: no broadcasting that the graph knows of, no cast, no cycle."""
+    if not isinstance(residual, tf.Tensor) or getattr(residual, "graph", None) is not y.graph or y.shape.rank is None:
+        return False
+    alike = residual.shape.rank == y.shape.rank and list(residual.shape) == list(y.shape)
+    return alike and residual.dtype == y.dtype and not _may_wait(residual, record)
+
+
+def _may_wait(residual: tf.Tensor, record: Record) -> bool:
+    """Whether the residual may depend on statistics that a batch norm updates after this step was emitted.
+
+    With a layer that is called twice, or a script that reads moving_mean, the step would wait for itself. Looks at
+    operations that are newer than the step, and gives up at 64 of them.
+    """
+    seen: set[int] = set()
+    waiting = [residual.op]
+    while waiting:
+        op = waiting.pop()
+        if op._id <= record.last or op._id in seen:
+            continue
+        seen.add(op._id)
+        resources = [tensor for tensor in op.inputs if tensor.dtype == tf.resource]
+        if len(seen) > 64 or any(_is_assigned(handle) for handle in resources):
+            return True
+        waiting += [tensor.op for tensor in op.inputs] + list(op.control_inputs)
+    return False
+
+
+def _is_assigned(handle: tf.Tensor) -> bool:
+    """Whether anything but a plain read uses the variable in this graph."""
+    return any(reader.type != "ReadVariableOp" for reader in handle.consumers())
+
+
+def _tensors(record: Record) -> Sequence[tf.Tensor]:
+    """What the ops of a step read. custom_gradient searches the graph upwards for variables and stops at these."""
+    given = (*record.batch, *record.moving, record.momentum)
+    return [tensor for tensor in given if tf.is_tensor(tensor)]
+
+
+def _move_readers(old: tf.Tensor, new: tf.Tensor) -> None:
+    for reader in old.consumers():
+        for index, tensor in enumerate(reader.inputs):
+            if tensor is old:
+                reader._update_input(index, new)
