@@ -1,13 +1,11 @@
-"""Small Keras models with batch norms, and a comparison of two models' predictions."""
+"""Small Keras models with batch norms, and comparisons of two models."""
 
 from typing import Any
 
 import keras
 import numpy as np
-from bnfast.keras import (
-    accelerate,
-    report,
-)
+import tensorflow as tf
+from bnfast.keras import accelerate, report
 from keras import layers as L
 
 KERAS = keras.layers.BatchNormalization
@@ -26,6 +24,11 @@ def states(model: Any) -> dict[str, str]:
     return {row.name: row.state for row in report(model).rows}
 
 
+def fused(model: Any) -> list[str]:
+    """What each batch norm of report(model) is fused with."""
+    return [row.fused for row in report(model).rows]
+
+
 def quiet(model: Any, **kwargs: Any) -> Any:
     return accelerate(model, verbose=False, **kwargs)
 
@@ -36,6 +39,29 @@ def same_predictions(model: Any, other: Any, *shapes: tuple[int, ...]) -> None:
     given = x[0] if len(x) == 1 else x
     for a, b in zip(keras.tree.flatten(model(given)), keras.tree.flatten(other(given)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def step(model: Any, *x: Any, training: Any = True) -> list[np.ndarray]:
+    """Two steps in a graph: outputs, gradients of the inputs and of the trainable weights, and the weights after it."""
+
+    @tf.function
+    def run(*x: Any) -> Any:
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            outputs = keras.tree.flatten(model(list(x) if len(x) > 1 else x[0], training=training))
+            ramps = [tf.reshape(tf.range(tf.size(y), dtype=y.dtype), tf.shape(y)) for y in outputs]
+            sums = (tf.reduce_sum(tf.sin(y) * ramp) for y, ramp in zip(outputs, ramps, strict=True))
+            loss = sum(tf.cast(value, "float64") for value in (*sums, *model.losses))
+        sources = [*x, *(v.value for v in model.trainable_variables)]
+        return [*outputs, *tape.gradient(loss, sources, unconnected_gradients="zero")]
+
+    given = [tf.constant(value) for value in x]
+    return [np.asarray(value) for value in (*run(*given), *run(*given), *model.weights)]
+
+
+def same_steps(model: Any, other: Any, *x: Any, tolerance: float = 1e-9, **kwargs: Any) -> None:
+    for i, (a, b) in enumerate(zip(step(model, *x, **kwargs), step(other, *x, **kwargs), strict=True)):
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * max(1, np.abs(b).max()), err_msg=str(i))
 
 
 def residual_net(dtype: str = "float32", compiled: Any = None, add: Any = None, **norm: Any) -> Any:

@@ -20,6 +20,7 @@ if not hasattr(_keras, "__version__") or int(_keras.__version__.split(".")[0]) <
         "bnfast.keras needs Keras 3. Received: Keras " + getattr(_keras, "__version__", "of unknown version")
     )
 
+from ..tensorflow import op as _op
 from .layers.batch_norm import BatchNormalization
 from .layers.batch_norm_add import BatchNormalizationAdd
 from .layers.conditional import ConditionalBatchNormalization
@@ -50,4 +51,6 @@ __all__ = [
     "uses_bnfast",
 ]
 
-del _keras, _tensorflow
+_op.register()  # so that a SavedModel with a training signature can be loaded
+
+del _keras, _op, _tensorflow

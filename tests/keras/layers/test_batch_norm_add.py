@@ -129,13 +129,12 @@ def test_the_output_has_the_mask_of_add(rng: np.random.Generator) -> None:
 
 def test_model_file(tmp_path: Path, rng: np.random.Generator) -> None:
     inputs = [keras.Input((4, 4, 3), name=name) for name in ("x", "residual")]
-    layer = BatchNormalizationAdd(activation=keras.layers.ReLU(6), name="end", replaces={"norm": "bn", "place": 1})
+    layer = BatchNormalizationAdd(activation=keras.layers.ReLU(6), name="end")
     model = keras.Model(inputs, layer(inputs))
     layer.set_weights([rng.uniform(0.5, 1.5, 3) for _ in range(4)])
     model.save(tmp_path / "model.keras")
     again = keras.models.load_model(tmp_path / "model.keras")
     assert again.get_layer("end").activation.max_value == 6
-    assert again.get_layer("end").replaces == {"norm": "bn", "place": 1}
     given = [rng.normal(size=(2, 4, 4, 3)).astype("float32") for _ in range(2)]
     np.testing.assert_array_equal(again(given), model(given))
 

@@ -231,7 +231,7 @@ def test_summary(rng: np.random.Generator) -> None:
         keras.layers.BatchNormalization(momentum=1.5, name=f"odd_{index}")
     first, second = summary().splitlines()
     assert first.startswith("8 batch norms: 5 on Keras's own layer, 2 trained on ")
-    assert first.endswith(", 1 never trained")
+    assert first.endswith(", 1 never trained, 1 fused")
     assert second == "Keras's own for odd_0, odd_1, odd_2 and 2 more: momentum outside [0, 1]"
 
 
@@ -293,6 +293,7 @@ def test_training_equals_keras(kwargs: dict[str, Any]) -> None:
         model = trained(small_model(**kwargs), np.random.default_rng(0))
         results.append({w.path: w.numpy() for w in model.weights if w.path != "head/bias"})  # true gradient 0
     assert uses_bnfast(model)
+    assert [row.fused for row in bnfast.keras.report(model).rows] == ["leaky_relu", ""]
     assert results[0].keys() == results[1].keys()
     for path, theirs in results[0].items():
         np.testing.assert_allclose(results[1][path], theirs, rtol=1e-3, atol=1e-4, err_msg=path)

@@ -25,6 +25,8 @@ from .framework import (
     Policy,
     as_input,
     check_backend,
+    folding,
+    fusion,
     ghosts,
     is_training,
     parameter,
@@ -37,6 +39,8 @@ from .framework import (
 from .framework import (
     renorm as renorms,
 )
+from .fusion import fusable, has_other_readers
+from .fusion import install as install_fusion
 
 KERAS: Any = keras.layers.BatchNormalization  # the class itself, whatever that name is patched to later
 
@@ -106,9 +110,6 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         bridge: how TensorFlow calls the kernels in training: "op" (bnfast's own TensorFlow op), "numpy_function" (a
             Python callback each way), or "auto": the op if it loads, else numpy_function and one warning in the logger
             `bnfast`. The environment variable BNFAST_BRIDGE decides for "auto".
-        replaces: the layers that this one was made from, written by `accelerate` and read by `to_keras`: the names
-            "norm" and "add", and "place", the batch norm's position among Add's inputs. "bias" names the layer before,
-            whose output only this layer reads: training leaves out its bias (see `bnfast.keras.accelerate`).
 
     Call arguments:
         inputs: float tensor of any rank; integers are computed in float32, as in Keras.
@@ -135,6 +136,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
     virtual_batch_grouping = "contiguous"
     adjustment: adjustments.Adjustment | None = None
     bridge = "auto"
+    trace: fusion.Trace | None = None  # of the last call that may train
     momentum: Any
     epsilon: Any
     _weight_shape: tuple[int, ...] | None = None  # if not (C,)
@@ -156,7 +158,6 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         adjustment: adjustments.Adjustment | None = None,
         bridge: str = "auto",
         fused: bool | None = None,
-        replaces: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         check_backend("BatchNormalization")
@@ -187,7 +188,6 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         for name, value in options.items():
             setattr(self, name, value)
         self.activation = activations.get(activation)
-        self.replaces = dict(replaces or {})
         self.supports_jit = False  # XLA has no kernel for either bridge
 
     def build(self, input_shape: Any) -> None:
@@ -230,6 +230,8 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         Without `affine` that output is xhat: gamma, beta and the activation are left out.
         """
         x = as_input(inputs, getattr(self.input_spec, "ndim", None))
+        if has_other_readers(self):
+            folding.keep(x)
         axes = Axes.of(self._axes, x.shape, known=len(self._axes) > 1)
         attached = getattr(inputs, "_keras_mask", None)
         if mask is None and keras.ops.is_tensor(training):  # Keras passes masks only to calls with one tensor argument
@@ -257,7 +259,8 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
                 return y
             return keras.ops.cast(self.activation(y), self.compute_dtype)
 
-        return (batch, state, options, self._policy, mode, draw), finish
+        trace = self._new_trace() if mode.is_training is not False and residual is None and affine else None
+        return (batch, state, options, self._policy(trace), mode, draw), finish
 
     @property
     def _axes(self) -> list[int]:
@@ -275,8 +278,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
             return None
         return renorms.Renorm(self.renorm_clipping, self.renorm_momentum)
 
-    @property
-    def _policy(self) -> Policy:
+    def _policy(self, trace: fusion.Trace | None) -> Policy:
         size = self.virtual_batch_size
         groups = None if size is None else ghosts.Ghosts(size, self.virtual_batch_grouping)
         several = self.synchronized and replicas() > 1
@@ -288,8 +290,16 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
             groups,
             self.bridge,
             several,
-            "bias" in self.replaces,
+            trace,
         )
+
+    def _new_trace(self) -> fusion.Trace | None:
+        """Where a training call notes what is fused with it; None if nothing may be, as its output is needed."""
+        self.trace = fusion.Trace(fusable(self))
+        if self.activity_regularizer is not None or self.activation is not keras.activations.linear:
+            return None
+        install_fusion()
+        return self.trace
 
     @property
     def _fused(self) -> activations.Fused | None:
@@ -317,4 +327,4 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
             _logger.warning("the adjustment of layer %s is left out of its config", self.name)
         own = {name: getattr(self, name) for name in arguments.OWN}
         changed = {name: value for name, value in own.items() if value != getattr(BatchNormalization, name)}
-        return {**config, **changed, **({"replaces": dict(self.replaces)} if self.replaces else {})}
+        return {**config, **changed}

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import keras
 
-from ...tensorflow import conditional, group_norm, scalars, weight_norm
+from ...tensorflow import conditional, folding, group_norm, scalars, weight_norm
 from ...tensorflow.axes import Axes
 from ...tensorflow.batch import Batch, Options, as_input, parameter
 from ...tensorflow.mode import Mode, is_training, may_train
 from ...tensorflow.op import BRIDGES
-from ...tensorflow.training import adjustment, ghosts, renorm
+from ...tensorflow.training import adjustment, bias, fusion, ghosts, renorm
 from ...tensorflow.training.core import NAN_POLICIES
 from ...tensorflow.training.step import Policy, step
 from ...tensorflow.training.synchronized import replicas
@@ -28,8 +28,11 @@ __all__ = [
     "Policy",
     "adjustment",
     "as_input",
+    "bias",
     "check_backend",
     "conditional",
+    "folding",
+    "fusion",
     "ghosts",
     "group_norm",
     "is_training",

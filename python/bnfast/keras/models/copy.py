@@ -64,12 +64,15 @@ DEPENDENCIES = ("_self_unconditional_checkpoint_dependencies", "_self_unconditio
 SMALLEST_ID = 1 << 20
 
 
-def duplicate(model: Any) -> Any:
+def duplicate(model: Any, shared: Iterable[Any] = ()) -> Any:
     """An independent copy of a built model, equal in everything; the original is not changed.
 
+    shared: objects that the copy refers to as the original does.
     Raises ValueError, with the path of the attribute, if the model holds something that can't be copied.
     """
     copier = Copier()
+    for thing in shared:
+        copier.pair(thing, thing)
     copy = copier.copy(model, "model")
     copier.finish()
     return copy

@@ -22,7 +22,6 @@ from ..layers import activation as activations
 from ..layers.batch_norm import KERAS, BatchNormalization
 from ..layers.batch_norm_add import BatchNormalizationAdd
 from .foldable import Affine, FoldableLayer, channel_axis, values
-from .fusion import layer_of
 from .graph_copy import (
     Graph,
     Replacement,
@@ -235,7 +234,7 @@ class Folding:
             relu = graph.sole_consumer(call.node)
             if relu is None or only_input(relu) is None or not self._is_called_once(relu):
                 return "no ReLU of its own follows it"
-            activation = layer_of(relu.operation, norm)
+            activation = _activation_layer(relu.operation, norm)
         if getattr(relu.outputs[0], "_keras_mask", None) is not None:
             return "keras.ops, unlike layers, don't pass its mask on"
         fused, after = activations.fuse(activation, norm.compute_dtype), graph.sole_consumer(relu)
@@ -388,10 +387,30 @@ def _rest(norm: Any) -> Replacement:
     elif activation not in (None, keras.activations.linear):
         rest = [keras.layers.Activation(activation, **kwargs)]
     if isinstance(norm, BatchNormalizationAdd):
-        rest.insert(
-            0, keras.layers.Add(**{**kwargs, "name": norm.replaces.get("add", f"{norm.name}_add")} if rest else kwargs)
-        )
+        rest.insert(0, keras.layers.Add(**{**kwargs, "name": f"{norm.name}_add"} if rest else kwargs))
     return tuple(rest)
+
+
+def _activation_layer(operation: Any, norm: Any) -> Any:
+    """The activation as a layer, if the kernels support it; else None. A layer is returned unchanged."""
+    layer = operation if isinstance(operation, keras.layers.Layer) else _layer_of_op(operation, norm)
+    fused = None if layer is None else activations.fuse(layer, norm.compute_dtype)
+    return layer if fused is not None and fused.activation is not None else None
+
+
+def _layer_of_op(op: Any, norm: Any) -> Any:
+    """The layer equivalent to an activation from keras.ops or keras.activations; None for other operations."""
+    words: dict[str, Any] = {"name": op.name, "dtype": norm.dtype_policy}
+    match type(op).__module__, type(op).__name__:
+        case "keras.src.ops.nn", "Relu":
+            return keras.layers.ReLU(**words)
+        case "keras.src.ops.nn", "Relu6":
+            return keras.layers.ReLU(6, **words)
+        case "keras.src.ops.nn", "LeakyRelu":
+            return keras.layers.LeakyReLU(op.negative_slope, **words) if op.negative_slope >= 0 else None
+        case "keras.src.activations.activations", "ReLU":
+            return keras.layers.ReLU(op.max_value, op.negative_slope, op.threshold, **words)
+    return None
 
 
 def _has_linear_output(layer: Any) -> bool:

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 
+from ..layers.bias import keras_class
+
 CONVOLUTIONS = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
 TRANSPOSES = (keras.layers.Conv1DTranspose, keras.layers.Conv2DTranspose, keras.layers.Conv3DTranspose)
 DEPTHWISE = (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)
@@ -49,7 +51,7 @@ class FoldableLayer:
     def accepts(layer: Any) -> bool:
         """Whether the layer computes with exactly these weights: no subclass, quantization or LoRA."""
         return (
-            type(layer) in KINDS
+            keras_class(layer) in KINDS
             and layer.built
             and layer.dtype_policy.quantization_mode is None
             and not getattr(layer, "lora_enabled", False)

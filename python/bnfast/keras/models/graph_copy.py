@@ -1,9 +1,9 @@
 """Copies a Keras model and replaces, fuses or drops some of its operations. All other names stay.
 
 The original is only read: operations are cloned by config, and values are copied. Models keep their classes and their
-attributes, without a call of a subclass's __init__. `graphs(model)` gives the model and
-the models nested in it; the nodes of a graph are its calls of operations, in the order of the data flow. `calls(model)`
-gives the nodes of an operation in all graphs: more than one for a shared layer. Operations in the plan are replaced:
+attributes, without a call of a subclass's __init__. `graphs(model)` gives the model and the models nested in it; the
+nodes of a graph are its calls of operations, in the order of the data flow. `calls(model)` gives the nodes of an
+operation in all graphs: more than one for a shared layer. Operations in the plan are replaced:
 
     plan[id(relu)] = (fused,)              # called with the ReLU's inputs: x -> fused(x)
     plan[id(bn)] = ()                      # dropped: its consumers get its input
@@ -11,7 +11,7 @@ gives the nodes of an operation in all graphs: more than one for a shared layer.
     copy = rebuild(model, plan)            # copy.model, copy.of[id(operation)] = its clone
     transfer(bn, fused)                    # after rebuild: the caller copies the values of its replacements
 
-In a Sequential model replacements are layers. Elsewhere they are any callables; a Bundle passes several tensors on.
+In a Sequential model replacements are layers. Elsewhere they are any callables.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from typing import Any
 import keras
 from keras.src.models.functional import Functional  # Keras has no public name for it
 
+from ..layers.bias import keras_class
 from .copy import Copier, find
 
 Replacement = tuple[Callable[..., Any], ...]
@@ -37,13 +38,6 @@ COMPILED_STATE = frozenset(
     {"_compile_config", "_compiled_trainable_state", "history", "optimizer", "stop_evaluating", "stop_predicting"}
     | {"_eval_epoch_iterator", "stop_training"}
 )
-
-
-@dataclass
-class Bundle:
-    """Several tensors that replace one, for an operation that consumes them all."""
-
-    tensors: list[Any]
 
 
 @dataclass
@@ -216,7 +210,7 @@ def _copy_functional(model: Any, replacement: Callable[[Any], Replacement], copy
         with name_scopes(node.operation):
             for step in replacement(node.operation):
                 args, kwargs = (step(*args, **kwargs),), {}
-        outputs = args if isinstance(args[0], Bundle) else keras.tree.flatten(args)
+        outputs = keras.tree.flatten(args)
         pairs = list(zip(node.outputs, outputs, strict=True))
         values.update((id(tensor), value) for tensor, value in pairs)
         copy.tensors += pairs
@@ -249,7 +243,7 @@ def _copy_attributes(model: Any, plan: Mapping[int, Replacement], copy: Copy) ->
         copier.pair(old, new)
         copier.pair(old._tracker, new._tracker)
     for tensor, value in copy.tensors:
-        copier.pair(tensor, None if isinstance(value, Bundle) else value)
+        copier.pair(tensor, value)
     for old, new in copy.models:
         names = extra[id(old)]
         _check_call(old, names, plan)
@@ -289,7 +283,7 @@ def clone(thing: Any, kind: Any = None, **changes: Any) -> Any:
         same = shallow_copy(thing)
         same._inbound_nodes, same._outbound_nodes = [], []
         return same
-    kind, held = kind or type(thing), vars(thing)
+    kind, held = kind or keras_class(thing), vars(thing)
     try:
         config = thing.get_config()
         own = {name: held.get(name, held.get(f"_{name}")) for name in config}

@@ -22,9 +22,9 @@ import keras
 from keras.src import api_export
 
 from ...tensorflow import op
-from ..layers import arguments
+from ..layers import arguments, bias
 from ..layers.batch_norm import KERAS, BatchNormalization
-from ..layers.framework import may_train, renorm, scalars
+from ..layers.framework import fusion, may_train, renorm, scalars
 
 API_NAME = "keras.layers.BatchNormalization"
 OWNERS = ("keras", "tensorflow")  # the packages whose names are replaced
@@ -37,11 +37,12 @@ _lock = threading.RLock()
 
 @dataclass
 class Entry:
-    """The state of one layer that was made under the patch."""
+    """The state of one layer that was made under the patch or changed by `accelerate`."""
 
     name: str
     reason: str | None  # why it runs Keras's own code; None if it uses bnfast
     bridge: str | None = None  # the bridge of its last training call; None before one
+    trace: fusion.Trace | None = None  # of that call
 
     @property
     def state(self) -> str:
@@ -82,7 +83,7 @@ class PatchedBatchNormalization(BatchNormalization, metaclass=_LikeKeras):
             super().__init__(*args, **kwargs)
         else:
             KERAS.__init__(self, *args, **kwargs)
-            self.activation, self.bridge, self.replaces = keras.activations.linear, "auto", {}
+            self.activation, self.bridge = keras.activations.linear, "auto"
         self.entry = Entry(self.name, reason)
         made.append(self.entry)
 
@@ -92,15 +93,42 @@ class PatchedBatchNormalization(BatchNormalization, metaclass=_LikeKeras):
         else:
             KERAS.build(self, input_shape)
 
+    @classmethod
+    def adopt(cls, layer: Any, bridge: str) -> None:
+        """Changes the class of a built layer of exactly Keras's class, and nothing else."""
+        layer.activation, layer.bridge = keras.activations.linear, bridge
+        layer.entry = Entry(layer.name, None)
+        layer.supports_jit = False  # XLA has no kernel for either bridge
+        layer.__class__ = cls
+
+    def release(self) -> None:
+        """Undoes `adopt`."""
+        self.supports_jit = True
+        for name in {"activation", "bridge", "entry", "trace"} & vars(self).keys():
+            delattr(self, name)
+        self.__class__ = KERAS
+
+    def symbolic_call(self, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(args[0], keras.KerasTensor) and self.entry.reason is None:
+            bias.adopt(args[0]._keras_history.operation)
+        return super().symbolic_call(*args, **kwargs)
+
     def call(self, inputs: Any, training: Any = None, mask: Any = None) -> Any:
+        self.entry.reason = self.entry.reason or overridden_hook(self)
         if self.entry.reason is not None:
             return KERAS.call(self, inputs, training=training, mask=mask)
         if self.trainable and may_train(training):
-            self.entry.bridge = _bridge(self)
-        return super().call(inputs, training=training, mask=mask)
+            self.entry.bridge = op.choose(self.bridge)
+        y = super().call(inputs, training=training, mask=mask)
+        self.entry.trace = self.trace
+        return y
 
     def compute_output_shape(self, input_shape: Any) -> Any:
         return KERAS.compute_output_shape(self, input_shape)
+
+    def __reduce__(self) -> Any:
+        rebuild, state = super().__reduce__()
+        return rebuild.__func__.__get__(KERAS), state  # a pickle names Keras's class, as a file does
 
     def get_config(self) -> dict[str, Any]:
         config: dict[str, Any] = {**KERAS.get_config(self), **arguments.current(self)}
@@ -114,13 +142,26 @@ PatchedBatchNormalization.__name__ = PatchedBatchNormalization.__qualname__ = KE
 api_export.REGISTERED_OBJS_TO_NAMES[PatchedBatchNormalization] = API_NAME
 
 
+def overridden_hook(layer: Any) -> str | None:
+    """Why a layer has to run Keras's code: a hook that Keras's `call` uses is not Keras's own; or None."""
+    for name in _HOOKS:
+        function = vars(layer).get(name) or getattr(type(layer), name, None)
+        if getattr(function, "__module__", None) != KERAS.__module__:
+            return f"{name} of Keras's layer is overridden"
+    return None
+
+
+# The private methods of Keras's layer: _moments, and those of renorm.
+_HOOKS = [name for name, value in vars(KERAS).items() if inspect.isfunction(value) and name[0] == "_" != name[1]]
+
+
 def _unsupported(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     """Why bnfast's layer doesn't support these arguments of Keras's layer, or None if it does."""
     if keras.backend.backend() != "tensorflow":
         return f"Keras runs on {keras.backend.backend()}"
     try:
         given = inspect.signature(KERAS.__init__).bind(None, *args, **kwargs).arguments
-        if unknown := sorted({"activation", "replaces", *arguments.OWN} & set(given.get("kwargs", {}))):
+        if unknown := sorted({"activation", *arguments.OWN} & set(given.get("kwargs", {}))):
             return f"Keras's layer has no argument {unknown[0]}"
         if given.get("renorm"):
             if given.get("synchronized"):
@@ -139,11 +180,6 @@ def _unsupported(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     ) as error:  # arguments that Keras itself rejects, with its own message
         return str(error)
     return None
-
-
-def _bridge(ours: BatchNormalization) -> str:
-    """The bridge this layer trains on."""
-    return op.choose(ours.bridge)
 
 
 class Patch:
@@ -231,7 +267,9 @@ def summary() -> str:
     if not made:
         return "no batch norm was made"
     states = Counter(entry.state for entry in made)
-    lines = [f"{len(made)} batch norms: " + ", ".join(f"{count} {state}" for state, count in states.most_common())]
+    fused = sum(entry.trace is not None and bool(entry.trace.fused) for entry in made)
+    counts = [f"{count} {state}" for state, count in states.most_common()] + [f"{fused} fused"] * bool(fused)
+    lines = [f"{len(made)} batch norms: " + ", ".join(counts)]
     for reason in dict.fromkeys(entry.reason for entry in made if entry.reason is not None):
         names = list(dict.fromkeys(entry.name for entry in made if entry.reason == reason))
         more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""

@@ -1,18 +1,18 @@
-"""The state of a model's batch norms, one row per layer, read from the layers: so it works for loaded models, too.
+"""The state of a model's batch norms, one row per layer.
 
-state   "bnfast", followed by what is fused into the layer ("bnfast + relu", "bnfast + add", "bnfast + add + relu"), or
-        "keras": the layer runs Keras's own code, or that of a derived class
+state   "bnfast", or "keras": the layer runs Keras's own code, or that of a derived class
+fused   what the last training call of the layer that was traced is fused with: "relu", "add", "add + relu" ...
 bridge  how TensorFlow calls the kernels: "numpy_function" or "op"; "" if the state is "keras"
-reason  why the state is "keras", or why nothing is fused into the layer; "" otherwise
-removed the names of the layers that this one replaces
+reason  why the state is "keras", or why nothing is fused; "" otherwise
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+
+import keras
 
 from ...tensorflow import numpy_callback, op, op_library
 from ..layers import activation as activations
@@ -20,10 +20,8 @@ from ..layers import arguments
 from ..layers.batch_norm import KERAS
 from ..layers.batch_norm_add import BatchNormalizationAdd
 from ..layers.framework import scalars
-from .classes import OURS
-from .fusion import Finder
-from .graph_copy import layers
-from .patch import PatchedBatchNormalization, uses_bnfast
+from .norms import OURS, norms
+from .patch import PatchedBatchNormalization, overridden_hook, uses_bnfast
 
 
 @dataclass(frozen=True)
@@ -32,9 +30,9 @@ class Row:
 
     name: str
     state: str
+    fused: str
     bridge: str
     reason: str
-    removed: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -45,51 +43,58 @@ class Report:
     rows: tuple[Row, ...]
 
     @property
-    def removed(self) -> dict[str, str]:
-        """{name of a layer that was removed: name of the layer that does its work}."""
-        return {name: row.name for row in self.rows for name in row.removed}
-
-    @property
     def keras(self) -> tuple[Row, ...]:
         return tuple(row for row in self.rows if row.state == "keras")
 
     def __str__(self) -> str:
-        heads = ("layer", "state", "bridge", "replaces", "reason")
-        rows = [(row.name, row.state, row.bridge, ", ".join(row.removed), row.reason) for row in self.rows]
+        heads = ("layer", "state", "fused", "bridge", "reason")
+        rows = [(row.name, row.state, row.fused, row.bridge, row.reason) for row in self.rows]
         widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
         lines = ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in (heads, *rows)]
         ours = len(self.rows) - len(self.keras)
-        fused = sum("+" in row.state for row in self.rows)
+        fused = sum(bool(row.fused) for row in self.rows)
         return "\n".join([f"{self.model}: {ours} of {len(self.rows)} batch norms on bnfast, {fused} fused", *lines])
 
 
 def report(model: Any) -> Report:
     """The report of any Keras model, accelerated or not."""
-    finder = Finder(model)
     found = list(norms(model))
     times = Counter(layer.name for layer in found)
     names = [layer.name if times[layer.name] == 1 else layer.path or layer.name for layer in found]
-    return Report(model.name, tuple(_row(name, layer, finder) for name, layer in zip(names, found, strict=True)))
+    return Report(model.name, tuple(_row(name, layer) for name, layer in zip(names, found, strict=True)))
 
 
-def norms(model: Any) -> Iterator[Any]:
-    """Every batch norm: Keras's class and classes derived from it."""
-    return (layer for layer in layers(model) if isinstance(layer, KERAS))
+def shape_of(norm: Any) -> tuple[int | None, ...] | None:
+    """The shape of a batch norm's input in the first model that calls it; None if no model does directly."""
+    nodes = norm._inbound_nodes
+    return tuple(nodes[0].input_tensors[0].shape) if nodes else None
 
 
-def _row(name: str, layer: Any, finder: Finder) -> Row:
+def _row(name: str, layer: Any) -> Row:
     if type(layer) not in OURS or not uses_bnfast(layer):
-        reason = why_unchanged(layer, finder.shape(layer)) or "accelerate() has not been applied"
-        return Row(name, "keras", "", reason, ())
-    fused = activations.fuse(layer.activation, layer.compute_dtype)
-    add = ["add"] if isinstance(layer, BatchNormalizationAdd) else []
-    parts = ["bnfast", *add, *([fused.activation] if fused is not None and fused.activation else [])]
-    gone = tuple(layer.replaces[part] for part in ("norm", "add") if part in layer.replaces)
-    reason = ""
-    if len(parts) == 1:
-        found = finder.find(layer)
-        reason = found if isinstance(found, str) else f"{found.last.name} follows and could be fused"
-    return Row(name, " + ".join(parts), _bridge(layer), reason, gone)
+        reason = why_unchanged(layer, shape_of(layer)) or "accelerate() has not been applied"
+        return Row(name, "keras", "", "", reason)
+    built_in = activations.fuse(layer.activation, layer.compute_dtype)
+    add = ("add",) if isinstance(layer, BatchNormalizationAdd) else ()
+    trace = layer.trace
+    fused = (*add, *filter(None, [built_in and built_in.activation]), *(trace.fused if trace else ()))
+    return Row(name, "bnfast", " + ".join(fused), _bridge(layer), "" if fused else _why_unfused(layer))
+
+
+def _why_unfused(layer: Any) -> str:
+    if layer.activity_regularizer is not None:
+        return "it has an activity regularizer, which reads its output"
+    if layer.activation is not keras.activations.linear:
+        return "its activation is not relu, relu6 or leaky_relu"
+    if not layer.trainable:
+        return "it is frozen"
+    if layer.trace is None:
+        return "no training call of it has been seen yet"
+    if not isinstance(layer.axis, int) or layer.virtual_batch_size is not None or layer.adjustment is not None:
+        return "several axes, virtual_batch_size or adjustment change its output after the kernel"
+    if not layer.trace.in_graph:
+        return "its last training call ran eagerly, and only graphs are fused"
+    return "no relu, relu6, leaky_relu or add of Keras's alone reads its output (tf.nn functions and + aren't seen)"
 
 
 def _bridge(layer: Any) -> str:
@@ -102,6 +107,8 @@ def _bridge(layer: Any) -> str:
 def why_unchanged(layer: Any, shape: tuple[int | None, ...] | None, bridge: str = "auto") -> str | None:
     """Why `accelerate` leaves this batch norm unchanged, or None. shape: that of its input, None if unknown."""
     kind = type(layer)
+    if (hook := overridden_hook(layer)) is not None:
+        return hook
     if kind not in (KERAS, PatchedBatchNormalization):
         return f"{kind.__name__} is a class of its own: what it computes is unknown"
     if getattr(layer, "renorm", False) and layer.synchronized:

@@ -1,9 +1,9 @@
 """`to_keras(model)`: the inverse of `accelerate`; a model with only Keras's layers, which loads without bnfast.
 
-Layer, group and instance norms, which `accelerate` never makes, become Keras's, too. A fused layer is split into batch
-norm, Add and activation, with the names of the layers that it replaces (its `replaces`). For a layer written by hand,
-BatchNormalization(activation=...), the batch norm keeps the name; if it is an output of the model, whose names must not
-change, the activation keeps it. The others are called NAME_bn, NAME_add or NAME_activation.
+Layer, group and instance norms, which `accelerate` never makes, become Keras's, too. Classes change, nothing else. Only
+a layer that was built with an activation or an Add inside is split. The batch norm keeps its name; if it is an output
+of the model, whose names must not change, the last part keeps it. Others are called NAME_bn, NAME_add or
+NAME_activation.
 """
 
 from __future__ import annotations
@@ -14,50 +14,60 @@ from typing import Any
 import keras
 
 from ..layers import activation as activations
+from ..layers import bias
 from ..layers.batch_norm import KERAS
 from ..layers.batch_norm_add import BatchNormalizationAdd
 from ..layers.framework import renorm
-from .classes import OURS, RELATIVES, check_model
 from .compiled import carry_over
+from .copy import duplicate
 from .graph_copy import Graph, Replacement, assign, clone, graphs, is_graph, layers, operations, paired, rebuild
-from .inplace import convert_layer_inplace, reset_compiled_functions
+from .inplace import reset_compiled_functions
+from .norms import OURS, RELATIVES, check_model, scalars
+from .patch import PatchedBatchNormalization
 
 
 def to_keras(model: Any, *, inplace: bool = False) -> Any:
     """A model with the same weights, names and outputs and with Keras's own norms. Use it to export and convert.
 
     Args:
-        model: a built Functional or Sequential model with layers of bnfast's. It is not changed.
-        inplace: True changes the given model and returns it, as in `accelerate`. Subclassed models need this.
+        model: a built model with layers of bnfast's. It is not changed.
+        inplace: True changes the given model and returns it, as in `accelerate`.
 
     Returns:
         The new model, compiled if the model was, as in `accelerate`.
 
     Raises:
         TypeError, RuntimeError: as `accelerate`.
-        ValueError: the model has no layer of bnfast's or isn't built; it is subclassed and inplace isn't True; an
-            activation or an Add is fused into a batch norm that is converted in place or lies inside a layer of another
-            kind; a batch norm has an argument that Keras's layer lacks (momentum=None, correction=1, several axes ...).
+        ValueError: the model has no layer of bnfast's or isn't built, or can't be copied; an activation or an Add is
+            built into a batch norm that is converted in place, or whose model is subclassed or a layer of another kind;
+            a batch norm has an argument that Keras's layer lacks (momentum=None, correction=1, several axes ...).
     """
     check_model(model, "to_keras")
     ours = [layer for layer in layers(model) if _is_ours(layer)]
     if not ours:
         raise ValueError(f"model {model.name} has no layer of bnfast's: its layers are Keras's already")
-    if inplace:
-        for layer in ours:
-            _alone(layer)
-        for layer, keras_layer in [
-            (layer, _norm(layer, layer.name)) for layer in ours
-        ]:  # all are made before one changes
-            convert_layer_inplace(layer, keras_layer)
-        reset_compiled_functions(model)
-        return model
-    if not is_graph(model):
+    if not inplace and not all(map(_is_alone, ours)):
+        if is_graph(model):
+            return _copied(model, ours)
         raise ValueError(
-            f"model {model.name} ({type(model).__name__}) is neither Functional nor Sequential, so it can't be copied "
-            "layer by layer: to_keras(model, inplace=True) replaces the layers of the model itself"
+            f"model {model.name} ({type(model).__name__}) is neither Functional nor Sequential, so the activation or "
+            f"Add that is built into {next(layer.name for layer in ours if not _is_alone(layer))} can't become a layer"
         )
-    return _copied(model, ours)
+    for layer in ours:
+        _require_alone(layer)
+    if not inplace:
+        model = duplicate(model, shared=scalars(ours))
+        ours = [layer for layer in layers(model) if _is_ours(layer)]
+    # all are made before one changes
+    for layer, keras_layer in [(layer, None if _is_patched(layer) else _norm(layer, layer.name)) for layer in ours]:
+        if keras_layer is None:
+            layer.release()
+        else:
+            _convert(layer, keras_layer)
+    for layer in layers(model):
+        bias.release(layer)
+    reset_compiled_functions(model)
+    return model
 
 
 def _copied(model: Any, ours: list[Any]) -> Any:
@@ -70,7 +80,7 @@ def _copied(model: Any, ours: list[Any]) -> Any:
             new, plan[id(layer)] = _apart(layer, id(layer) in outputs)
             parts.append((layer, new))
         else:
-            _alone(layer)
+            _require_alone(layer)
     copy = rebuild(model, plan)
     pairs = [pair for layer, new in parts for pair in _pairs(layer, *new)]
     assign(pairs)
@@ -78,7 +88,7 @@ def _copied(model: Any, ours: list[Any]) -> Any:
         if isinstance(original, keras.layers.Layer) and id(original) in copy.of:
             for inner in list(layers(copy.of[id(original)])):
                 if _is_ours(inner):
-                    convert_layer_inplace(inner, _norm(inner, inner.name))
+                    _convert(inner, _norm(inner, inner.name))
     variables = copy.variables(operations(model))
     variables.update((id(old), new) for old, new in pairs)
     carry_over(model, copy.model, variables)
@@ -94,8 +104,17 @@ def _is_ours(layer: Any) -> bool:
     return type(layer) in OURS or type(layer) in RELATIVES
 
 
-def _alone(layer: Any) -> None:
-    if isinstance(layer, BatchNormalizationAdd) or not _linear(layer):
+def _is_patched(layer: Any) -> bool:
+    return type(layer) is PatchedBatchNormalization
+
+
+def _is_alone(layer: Any) -> bool:
+    """Whether no activation or Add is built into the layer."""
+    return not isinstance(layer, BatchNormalizationAdd) and _linear(layer)
+
+
+def _require_alone(layer: Any) -> None:
+    if not _is_alone(layer):
         raise ValueError(
             f"layer {layer.path or layer.name} has an activation or an Add fused into it: not convertible in place"
         )
@@ -112,7 +131,7 @@ def _norm(layer: Any, name: str) -> Any:
     if type(layer) in RELATIVES:
         kind, kwargs = RELATIVES[type(layer)]
         return clone(layer, kind, name=name, **kwargs)
-    return clone(layer, KERAS, name=name, activation=..., bridge=..., fused=..., replaces=...)
+    return clone(layer, KERAS, name=name, activation=..., bridge=..., fused=...)
 
 
 def _pairs(layer: Any, norm: Any, activation: Any = None) -> list[tuple[Any, Any]]:
@@ -128,16 +147,13 @@ def _apart(layer: Any, is_output: bool) -> tuple[list[Any], Replacement]:
     if not has_add and linear:
         norm = _norm(layer, layer.name)
         return [norm], (norm,)
-    names = layer.replaces
-    own_last = bool(names) or is_output  # the layer's own name belongs to the last step
-    norm = _norm(layer, names.get("norm") or (f"{layer.name}_bn" if own_last else layer.name))
-    last = layer.name if own_last else f"{layer.name}_{'add' if linear else 'activation'}"
+    norm = _norm(layer, f"{layer.name}_bn" if is_output else layer.name)
+    last = layer.name if is_output else f"{layer.name}_{'add' if linear else 'activation'}"
     steps: list[Callable[..., Any]] = []
     if has_add:
-        add_name = last if linear else names.get("add") or f"{layer.name}_add"
+        add_name = last if linear else f"{layer.name}_add"
         add = keras.layers.Add(name=add_name, dtype=layer.dtype_policy)
-        order = slice(None, None, -1 if names.get("place") else 1)
-        steps.append(lambda tensors, **kwargs: add([norm(tensors[0], **_first(kwargs)), tensors[1]][order]))
+        steps.append(lambda tensors, **kwargs: add([norm(tensors[0], **_first(kwargs)), tensors[1]]))
     else:
         steps.append(norm)
     if linear:
@@ -151,3 +167,22 @@ def _apart(layer: Any, is_output: bool) -> tuple[list[Any], Replacement]:
 def _first(kwargs: dict[str, Any]) -> dict[str, Any]:
     """The call arguments for the batch norm alone: from a list of masks, that of x."""
     return {name: word[0] if isinstance(word, (list, tuple)) else word for name, word in kwargs.items()}
+
+
+_ARGUMENTS = ("activation", "bridge", "trace")
+# Our LayerNormalization has a `training` argument, Keras's has none. Keras inspects `call` only when a layer is made.
+_SIGNATURE = ("_call_signature", "call_signature_parameters", "_call_has_training_arg", "_call_has_context_arg")
+
+
+def _convert(layer: Any, other: Any) -> None:
+    """Give a built layer the class of `other`, a layer made from its config."""
+    for name in _ARGUMENTS:
+        if hasattr(other, name):
+            setattr(layer, name, getattr(other, name))
+        elif name in vars(layer):  # it may also be a class attribute, which stays
+            delattr(layer, name)
+    for name in _SIGNATURE:
+        if hasattr(other, name):
+            setattr(layer, name, getattr(other, name))
+    layer.supports_jit = other.supports_jit
+    layer.__class__ = type(other)

@@ -1,16 +1,18 @@
-"""The classes of norm layers that the functions of whole models distinguish, and the checks that these share."""
+"""The norm layers of a model as accelerate, report and to_keras see them, and the checks that these share."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import keras
 
-from ..layers.batch_norm import BatchNormalization
+from ..layers.batch_norm import KERAS, BatchNormalization
 from ..layers.batch_norm_add import BatchNormalizationAdd
 from ..layers.framework import check_backend
 from ..layers.group_norm import GroupNormalization, InstanceNormalization
 from ..layers.layer_norm import LayerNormalization
+from .graph_copy import layers
 from .patch import PatchedBatchNormalization
 
 # bnfast's batch norms. A class derived from one of them may compute anything, so it doesn't count.
@@ -22,6 +24,17 @@ RELATIVES: dict[Any, tuple[Any, dict[str, Any]]] = {
     GroupNormalization: (GroupNormalization.__bases__[0], {}),
     InstanceNormalization: (GroupNormalization.__bases__[0], {"groups": -1}),
 }
+
+
+def norms(model: Any) -> Iterator[Any]:
+    """Every batch norm: Keras's class and classes derived from it."""
+    return (layer for layer in layers(model) if isinstance(layer, KERAS))
+
+
+def scalars(layers: list[Any]) -> list[Any]:
+    """The variables and tensors that serve as momentum and epsilon: a script that changes them means every copy."""
+    values = [getattr(layer, name, None) for layer in layers for name in ("momentum", "epsilon")]
+    return [value for value in values if keras.ops.is_tensor(value)]
 
 
 def check_model(model: Any, function: str) -> None:

@@ -1,0 +1,183 @@
+"""Inference of accelerated and patched models: folded while traced, exact gradients, exports that need no bnfast."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("tensorflow")
+import keras
+import tensorflow as tf
+from bnfast.keras import accelerate
+from keras import layers as L
+from keras_models import data, quiet, randomize, residual_net
+from needs import need_module
+
+IMAGE = (8, 8, 4)
+PRODUCTS: dict[str, Callable[[], Any]] = {
+    "conv": lambda: L.Conv2D(6, 3, padding="same"),
+    "strides": lambda: L.Conv2D(6, 3, strides=2, use_bias=False),
+    "dilation": lambda: L.Conv2D(6, 3, dilation_rate=2),
+    "groups": lambda: L.Conv2D(6, 3, groups=2),
+    "depthwise": lambda: L.DepthwiseConv2D(3, depth_multiplier=2),
+    "separable": lambda: L.SeparableConv2D(6, 3, use_bias=False),
+    "transpose": lambda: L.Conv2DTranspose(6, 3),
+    "dense": lambda: L.Dense(6),
+    "activation": lambda: L.Conv2D(6, 3, activation="relu"),
+    "regularizer": lambda: L.Conv2D(6, 3, activity_regularizer="l2"),
+}
+FOLDED = ("conv", "strides", "depthwise", "separable")  # the regularizer reads the product, too
+
+
+def network(product: Any, shape: tuple[int, ...] = IMAGE, **norm: Any) -> Any:
+    inputs = keras.Input(shape)
+    x = L.BatchNormalization(**norm)(product(inputs))
+    return randomize(keras.Model(inputs, L.ReLU()(x)))
+
+
+def batch(model: Any) -> Any:
+    return tf.constant(np.random.default_rng(3).normal(size=(3, *model.input_shape[1:])), model.inputs[0].dtype)
+
+
+def graph_of(model: Any) -> Any:
+    function = tf.function(lambda x: model(x, training=False))
+    return function.get_concrete_function(tf.TensorSpec([None, *model.input_shape[1:]], model.inputs[0].dtype)).graph
+
+
+def values_and_gradients(model: Any, product: Any) -> list[np.ndarray]:
+    both = keras.Model(model.inputs, [product.output, model.output])
+    norm = next(layer for layer in model.layers if isinstance(layer, L.BatchNormalization))
+    weights = [variable.value for variable in (*product.trainable_variables, *norm.variables)]
+
+    @tf.function
+    def run(x: Any) -> Any:
+        with tf.GradientTape() as tape:
+            tape.watch([x, *weights])
+            between, y = both(x, training=False)
+            loss = tf.reduce_sum(tf.sin(y))
+        return [between, y, *tape.gradient(loss, [x, between, *weights])]
+
+    return [np.asarray(value) for value in run(batch(model))]
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_values_and_gradients_equal_keras(name: str, float64: None) -> None:
+    product = PRODUCTS[name]()
+    model = network(product)
+    wanted = values_and_gradients(model, product)
+    folded = accelerate(model, inplace=True, verbose=False)
+    for a, b in zip(values_and_gradients(folded, product), wanted, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9 * max(1, np.abs(b).max()))
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_which_products_are_folded(name: str) -> None:
+    types = [op.type for op in graph_of(quiet(network(PRODUCTS[name]()))).get_operations()]
+    kernels = sum(kind in ("Conv2D", "DepthwiseConv2dNative") for kind in types)
+    once = {"separable": 2, "dense": 0, "transpose": 0, "groups": 0}.get(
+        name, 1
+    )  # groups: inside a function of Keras's
+    assert kernels == once + (name in FOLDED)
+
+
+@pytest.mark.parametrize("case", ["vector", "half", "other axis", "no scale", "no center", "mask"])
+def test_other_forms(case: str) -> None:
+    """Dense on vectors folds; a half type and another axis don't; all equal Keras's values."""
+    shape, norm = {"vector": (4,), "other axis": (6, 6, 6)}.get(case, IMAGE), {}
+    product: Any = L.Dense(6) if case == "vector" else L.Conv2D(6, 3, padding="same")
+    if case == "half":
+        product, norm = L.Conv2D(6, 3, dtype="mixed_float16"), {"dtype": "mixed_float16"}
+    if case == "other axis":
+        norm = {"axis": 1}
+    if case in ("no scale", "no center"):
+        norm = {case[3:]: False}
+    model = network(product, shape, **norm)
+    x, tolerance = batch(model), 5e-3 if case == "half" else 1e-5
+    wanted, fast = model.predict(x, verbose=0), quiet(model)
+    np.testing.assert_allclose(fast.predict(x, verbose=0), wanted, rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(fast(x), model(x), rtol=tolerance, atol=tolerance)
+
+
+def test_new_weights_are_seen_without_a_new_trace() -> None:
+    """The kernel is scaled when the graph runs: weights that change between two predictions count."""
+    model = network(L.Conv2D(6, 3))
+    fast, x = quiet(model), batch(model)
+    fast.predict(x, verbose=0)
+    for each in (model, fast):
+        each.set_weights([weight * 1.5 for weight in model.get_weights()] if each is fast else each.get_weights())
+    model.set_weights(fast.get_weights())
+    np.testing.assert_allclose(fast.predict(x, verbose=0), model.predict(x, verbose=0), rtol=1e-5, atol=1e-5)
+
+
+def test_frozen_batch_norms_in_training() -> None:
+    """Fine-tuning: the batch norms are frozen, the convolutions train."""
+    x, y = data()
+    models = residual_net(), quiet(residual_net())
+    for model in models:
+        for layer in model.layers:
+            layer.trainable = not isinstance(layer, L.BatchNormalization)
+        model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    losses = [[float(model.train_on_batch(x, y)) for _ in range(4)] for model in models]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
+    for a, b in zip(*(model.get_weights() for model in models), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_evaluate_equals_keras() -> None:
+    x, y = data()
+    keras_model = residual_net(compiled="sgd")
+    fast = quiet(keras_model)
+    np.testing.assert_allclose(fast.evaluate(x, y, verbose=0), keras_model.evaluate(x, y, verbose=0), rtol=1e-5)
+
+
+LOAD = """
+import sys
+sys.modules["bnfast"] = None  # an import of it fails
+import keras, numpy, tensorflow
+x = numpy.load("x.npy")
+numpy.save("keras.npy", keras.models.load_model("model.keras")(x))
+exported = tensorflow.saved_model.load("exported")
+numpy.save("export.npy", exported.serve(x))
+"""
+
+
+def trained() -> Any:
+    model = quiet(residual_net(compiled="adam"))
+    model.fit(*data(), epochs=1, verbose=0)
+    return model
+
+
+def test_files_and_exports_of_a_trained_model_load_without_bnfast(tmp_path: Path) -> None:
+    model, x = trained(), data()[0]
+    model.save(tmp_path / "model.keras")
+    model.export(tmp_path / "exported", verbose=False)
+    np.save(tmp_path / "x.npy", x)
+    run = subprocess.run([sys.executable, "-c", LOAD], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    for name in ("keras.npy", "export.npy"):
+        np.testing.assert_allclose(np.load(tmp_path / name), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_tflite_of_a_trained_model() -> None:
+    model, x = trained(), data()[0][:1]
+    interpreter = tf.lite.Interpreter(model_content=tf.lite.TFLiteConverter.from_keras_model(model).convert())
+    interpreter.allocate_tensors()
+    interpreter.set_tensor(interpreter.get_input_details()[0]["index"], x)
+    interpreter.invoke()
+    y = interpreter.get_tensor(interpreter.get_output_details()[0]["index"])
+    np.testing.assert_allclose(y, model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_onnx_of_a_trained_model(tmp_path: Path) -> None:
+    onnx = need_module("onnx")
+    need_module("tf2onnx")
+    model, x = trained(), data()[0]
+    model.export(tmp_path / "model.onnx", format="onnx", verbose=False)
+    exported = onnx.load(tmp_path / "model.onnx")
+    onnx.checker.check_model(exported)
+    (y,) = need_module("onnx.reference").ReferenceEvaluator(exported).run(None, {exported.graph.input[0].name: x})
+    np.testing.assert_allclose(y, model(x), rtol=1e-4, atol=1e-5)
