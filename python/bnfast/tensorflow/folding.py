@@ -43,7 +43,6 @@ def fold(batch: Batch, moving: tuple[tf.Tensor, tf.Tensor], options: Options, in
     product, bias = found
     names = [name for name in ("x", "gamma", "beta") if getattr(batch, name) is not None]
     given = [getattr(batch, name) for name in names] + list(moving)
-    others = [*product.inputs, *([] if bias is None else [bias])]
 
     def unfolded(*tensors: tf.Tensor) -> tf.Tensor:
         return infer(Batch(**dict(zip(names, tensors, strict=False))), tensors[-2:], options)
@@ -58,11 +57,11 @@ def fold(batch: Batch, moving: tuple[tf.Tensor, tf.Tensor], options: Options, in
                 y = unfolded(given[0], *vectors)
             # dx doesn't read x: if nobody wants the gradients of the vectors, the first product is pruned here, too.
             dx = dy * tf.cast(per_channel(a, dy, options.axis % dy.shape.rank), dy.dtype)
-            return (dx, *tape.gradient(y, vectors, dy), *[None] * len(others))
+            return (dx, *tape.gradient(y, vectors, dy))
 
         return _scaled(product, bias, a, shift), backward
 
-    y = custom_gradient(forward, *given, *others)
+    y = custom_gradient(forward, *given)
     y.set_shape(batch.x.shape)
     return y
 

@@ -18,6 +18,7 @@ import logging
 import os
 import struct
 import threading
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -219,22 +220,20 @@ def train_step(
 
 
 def step_gradient(
-    dy: tf.Tensor, batch: Batch, saved: tf.Tensor, options: Options, y: tf.Tensor | None = None
-) -> dict[str, tf.Tensor]:
-    """The gradients of `train_step` by name. saved and y: its outputs; y is read with a residual and an activation."""
-    vectors = [vector for vector in (batch.gamma, batch.beta) if vector is not None]
-    return _step_gradient(dy, batch, saved, options, y, [], vectors[0].dtype if vectors else tf.float64)
-
-
-def _step_gradient(
     dy: tf.Tensor,
     batch: Batch,
     saved: tf.Tensor,
     options: Options,
-    y: tf.Tensor | None,
-    statistics: list[tf.Tensor],
-    parameter_type: tf.DType,
+    y: tf.Tensor | None = None,
+    statistics: Sequence[tf.Tensor] = (),
+    parameter_type: tf.DType | None = None,
 ) -> dict[str, tf.Tensor]:
+    """The gradients of `train_step` by name. saved and y: its outputs; y is read with a residual and an activation.
+
+    statistics: upstream gradients of mean and variance, if they have any. parameter_type: that of gamma and beta.
+    """
+    vectors = [vector for vector in (batch.gamma, batch.beta) if vector is not None]
+    parameter_type = parameter_type or (vectors[0].dtype if vectors else tf.float64)
     y = y if batch.residual is not None and options.activation is not None else None
     result = _grad(dy, batch, saved, options, y, statistics, parameter_type)
     dresidual = dy if y is None else result.dresidual[0]
@@ -247,7 +246,7 @@ def _grad(
     saved: tf.Tensor,
     options: Options,
     y: tf.Tensor | None,
-    statistics: list[tf.Tensor],
+    statistics: Sequence[tf.Tensor],
     parameter_type: tf.DType,
 ) -> Any:
     """The outputs of BnfastGrad. statistics: upstream gradients of mean and variance, or none."""
@@ -261,7 +260,7 @@ def _grad(
         mask=[] if batch.mask is None else [_weights(batch.mask, batch.x, options.axis)],
         y=[] if y is None else [y],
         parameter_type=parameter_type,
-        statistics=statistics,
+        statistics=list(statistics),
         **_attributes(options),
     )
 
@@ -319,7 +318,7 @@ def _train_gradient(op: Any, dy: tf.Tensor, dmean: tf.Tensor, dvariance: tf.Tens
         gradients = record.gradients(dy, options)
     else:
         batch, statistics = Batch(op.inputs[0], **optional), op.get_attr("statistics_gradient")
-        gradients = _step_gradient(
+        gradients = step_gradient(
             dy,
             batch,
             op.outputs[3],

@@ -15,7 +15,6 @@ one, which the kernel computes from dout, and dy is pruned. If anything was adde
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -125,15 +124,15 @@ def add(tensor: tf.Tensor, other: tf.Tensor) -> tf.Tensor | None:
         return None
     record = stage.record
 
-    def forward(y: tf.Tensor, residual: tf.Tensor, *_: tf.Tensor) -> Any:
+    def forward(*_: tf.Tensor) -> Any:
         def backward(dsum: tf.Tensor) -> Any:
             handed = record.was_handed(dsum)
             dresidual = record.gradients(dsum, record.options)["residual"] if handed else dsum
-            return (dsum, dresidual, *[None] * len(_))
+            return dsum, dresidual
 
         return record.run(record.options, residual), backward
 
-    total = custom_gradient(forward, y, residual, *_tensors(record))
+    total = custom_gradient(forward, y, residual)
     total.set_shape(y.shape)
     setattr(total, _STAGE, Stage(record, residual))
     record.trace.fused = ("add",)
@@ -148,7 +147,7 @@ def activate(tensor: tf.Tensor, activation: str, negative_slope: float = 0.2) ->
     record, residual = stage.record, stage.residual
     options = record.options._replace(activation=activation, negative_slope=negative_slope)
 
-    def forward(_: tf.Tensor, *others: tf.Tensor) -> Any:
+    def forward(_: tf.Tensor) -> Any:
         out = record.run(options, residual)
 
         def backward(dout: tf.Tensor) -> Any:
@@ -156,11 +155,11 @@ def activate(tensor: tf.Tensor, activation: str, negative_slope: float = 0.2) ->
             gradients = record.gradients_of(dout, options, residual, out)
             slope = slope_at(out, options)
             dy = tf.cast(tf.cast(dout, slope.dtype) * slope, out.dtype)
-            return (record.hand_back(dy, gradients), *[None] * len(others))
+            return record.hand_back(dy, gradients)
 
         return out, backward
 
-    out = custom_gradient(forward, tensor, *_tensors(record), *([] if residual is None else [residual]))
+    out = custom_gradient(forward, tensor)
     out.set_shape(tensor.shape)
     record.trace.fused = (*record.trace.fused, activation)
     return out
@@ -209,12 +208,6 @@ def _may_wait(residual: tf.Tensor, record: Record) -> bool:
 def _is_assigned(handle: tf.Tensor) -> bool:
     """Whether anything but a plain read uses the variable in this graph."""
     return any(reader.type != "ReadVariableOp" for reader in handle.consumers())
-
-
-def _tensors(record: Record) -> Sequence[tf.Tensor]:
-    """What the ops of a step read. custom_gradient searches the graph upwards for variables and stops at these."""
-    given = (*record.batch, *record.moving, record.momentum)
-    return [tensor for tensor in given if tf.is_tensor(tensor)]
 
 
 def _move_readers(old: tf.Tensor, new: tf.Tensor) -> None:
