@@ -50,7 +50,6 @@ public:
         a.type = type("T");
         a.gamma = optional("num_gamma");
         a.beta = optional("num_beta");
-        a.mask = optional("num_mask");
         return a;
     }
 
@@ -64,15 +63,24 @@ private:
 Attributes read_train_attributes(TF_OpKernelConstruction* context) {
     const Reader reader(context);
     Attributes a = reader.common();
+    a.mask = reader.optional("num_mask");
     a.residual = reader.optional("num_residual");
     a.correction = int(reader.integer("correction"));
     a.nan_policy = NanPolicy(reader.choice("nan_policy", {"propagate", "skip_update"}));
     return a;
 }
 
+Attributes read_infer_attributes(TF_OpKernelConstruction* context) {
+    const Reader reader(context);
+    Attributes a = reader.common();
+    a.residual = reader.optional("num_residual");
+    return a;
+}
+
 Attributes read_grad_attributes(TF_OpKernelConstruction* context) {
     const Reader reader(context);
     Attributes a = reader.common();
+    a.mask = reader.optional("num_mask");
     a.y = reader.optional("num_y");
     if (a.y && a.activation == Activation::none)
         throw Failure{TF_INVALID_ARGUMENT, "num_y must be 0 without an activation"};

@@ -1,4 +1,4 @@
-// The attributes of BnfastTrain and BnfastGrad, read once when TensorFlow builds a kernel. They are read-only
+// The attributes of the three ops, read once when TensorFlow builds a kernel. They are read-only
 // afterwards, so one kernel may run on many threads at once. TensorFlow's float attributes hold 32 bits; a float64
 // therefore travels as an int attribute with the same bits (negative_slope_bits).
 #pragma once
@@ -13,10 +13,12 @@ struct Attributes {
     int type = 0;                                    // TF_DataType of x
     bool gamma = false, beta = false, mask = false;  // whether the optional input is given
 
+    // BnfastTrain and BnfastInfer
+    bool residual = false;
+
     // BnfastTrain
     int correction = 0;
     NanPolicy nan_policy = NanPolicy::propagate;
-    bool residual = false;
 
     // BnfastGrad
     bool y = false;           // y is given and dresidual wanted
@@ -25,6 +27,7 @@ struct Attributes {
 };
 
 Attributes read_train_attributes(TF_OpKernelConstruction* context);
+Attributes read_infer_attributes(TF_OpKernelConstruction* context);
 Attributes read_grad_attributes(TF_OpKernelConstruction* context);
 
 }  // namespace bnfast::tf

@@ -53,6 +53,11 @@ void Call::run(const TrainArgs& args) const {
     require_fine(core->train(args, message), message);
 }
 
+void Call::run(const InferArgs& args) const {
+    Message message;
+    require_fine(core->infer(args, message), message);
+}
+
 void Call::run(const GradArgs& args) const {
     Message message;
     require_fine(core->grad(args, message), message);

@@ -101,6 +101,7 @@ public:
     Tensor output_in(int i, std::initializer_list<int> candidates, const Dims& dims) const;
     Shape shape(const Dims& dims, std::int64_t axis) const;
     void run(const TrainArgs& args) const;
+    void run(const InferArgs& args) const;
     void run(const GradArgs& args) const;
 
 private:

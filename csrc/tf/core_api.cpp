@@ -31,11 +31,13 @@ template <class F> Outcome guarded(Message& message, F f) noexcept {
 constexpr CoreApi api{
     BNFAST_VERSION,
     sizeof(TrainArgs),
+    sizeof(InferArgs),
     sizeof(GradArgs),
     [](const std::int64_t* dims, int rank, int axis, Shape& shape, Message& message) noexcept {
         return guarded(message, [&] { shape = bnfast::shape_of(dims, rank, axis); });
     },
     [](const TrainArgs& args, Message& message) noexcept { return guarded(message, [&] { bnfast::train(args); }); },
+    [](const InferArgs& args, Message& message) noexcept { return guarded(message, [&] { bnfast::infer(args); }); },
     [](const GradArgs& args, Message& message) noexcept { return guarded(message, [&] { bnfast::grad(args); }); },
 };
 

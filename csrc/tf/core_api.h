@@ -15,12 +15,13 @@ struct Message {
 };
 
 struct CoreApi {
-    // Both libraries must come from one build. These three members detect a mismatch.
+    // Both libraries must come from one build. These four members detect a mismatch.
     const char* version;
-    std::size_t train_args_bytes, grad_args_bytes;
+    std::size_t train_args_bytes, infer_args_bytes, grad_args_bytes;
 
     Outcome (*shape_of)(const std::int64_t* dims, int rank, int axis, Shape&, Message&) noexcept;
     Outcome (*train)(const TrainArgs&, Message&) noexcept;
+    Outcome (*infer)(const InferArgs&, Message&) noexcept;
     Outcome (*grad)(const GradArgs&, Message&) noexcept;
 };
 

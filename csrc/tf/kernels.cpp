@@ -13,7 +13,7 @@ ConstVector input_vector(const Tensor& tensor) {
 }
 Vector output_vector(const Tensor& tensor) { return {tensor.data(), dtype_of(tensor.type())}; }
 
-// The optional inputs that both ops have in common.
+// The optional inputs that the ops have in common.
 struct OptionalInputs {
     Tensor gamma, beta, mask;
 
@@ -26,7 +26,6 @@ struct OptionalInputs {
     template <class Args> void set(Args& args, const Attributes& a) const {
         args.gamma = input_vector(gamma);
         args.beta = input_vector(beta);
-        args.mask = mask.data();
         args.dtype = dtype_of(a.type);
         args.activation = a.activation;
         args.negative_slope = a.negative_slope;
@@ -74,6 +73,7 @@ void train(const Attributes& a, TF_OpKernelContext* context) {
 
     TrainArgs args;
     optional.set(args, a);
+    args.mask = optional.mask.data();
     args.residual = residual.data();
     args.x = x.data();
     args.y = y.data();
@@ -87,6 +87,35 @@ void train(const Attributes& a, TF_OpKernelContext* context) {
     args.mean = static_cast<double*>(saved.data());
     args.invstd = args.mean + shape.C;
     args.variance = batch_variance.get();
+    call.run(args);
+}
+
+void infer(const Attributes& a, TF_OpKernelContext* context) {
+    constexpr int x_at = position(infer_inputs, "x");
+    static_assert(ends_with(infer_inputs, {"gamma", "beta", "residual"}), "the order they are read in here");
+    const Call call(context);
+    const Dims dims = call.input(x_at).dims();
+    const Shape shape = call.shape(dims, a.axis);
+    const Tensor y = call.output_in(position(infer_outputs, "y"), {x_at}, dims);  // before x is held here, as in train
+    const Tensor x = call.input(x_at), mean = call.input(position(infer_inputs, "moving_mean")),
+                 variance = call.input(position(infer_inputs, "moving_variance"));
+    require_vector(mean, "moving_mean", shape.C, a.axis);
+    require_vector(variance, "moving_variance", shape.C, a.axis);
+    const double epsilon = require_scalar(call.input(position(infer_inputs, "epsilon")), "epsilon");
+    int next = position(infer_inputs, "gamma");
+    const OptionalInputs optional(call, a, next, shape);
+    Tensor residual;
+    if (a.residual) require_like(residual = call.input(next++), "residual", dims);
+
+    InferArgs args;
+    optional.set(args, a);
+    args.residual = residual.data();
+    args.x = x.data();
+    args.y = y.data();
+    args.shape = shape;
+    args.moving_mean = input_vector(mean);
+    args.moving_variance = input_vector(variance);
+    args.epsilon = epsilon;
     call.run(args);
 }
 
@@ -121,6 +150,7 @@ void grad(const Attributes& a, TF_OpKernelContext* context) {
 
     GradArgs args;
     optional.set(args, a);
+    args.mask = optional.mask.data();
     args.y = y.data();
     args.dy = dy.data();
     args.x = x.data();

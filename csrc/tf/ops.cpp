@@ -1,5 +1,5 @@
-// Registers the ops BnfastTrain and BnfastGrad and their shape functions, while tf.load_op_library loads this library.
-// signatures.h says what the ops take and return.
+// Registers the ops BnfastTrain, BnfastInfer and BnfastGrad and their shape functions, while tf.load_op_library loads
+// this library. signatures.h says what the ops take and return.
 #include "kernels.h"
 #include "signatures.h"
 
@@ -50,6 +50,15 @@ void train_shapes(TF_ShapeInferenceContext* context, TF_Status* status) {
     shapes.output(position(train_outputs, "saved"), saved);
 }
 
+void infer_shapes(TF_ShapeInferenceContext* context, TF_Status* status) {
+    const Shapes shapes(context, status);
+    const Shapes::Handle x, vector, scalar;
+    shapes.input(position(infer_inputs, "x"), x);
+    shapes.output(position(infer_outputs, "y"), x);
+    if (shapes.fine()) shapes.input(position(infer_inputs, "epsilon"), scalar, 0);
+    if (shapes.fine()) shapes.input(position(infer_inputs, "moving_mean"), vector, 1);
+}
+
 void grad_shapes(TF_ShapeInferenceContext* context, TF_Status* status) {
     const Shapes shapes(context, status);
     const Shapes::Handle x, saved, vector, scalar;
@@ -96,6 +105,8 @@ const bool registered = [] {
     if (!registration_error.empty()) return false;
     define("BnfastTrain", train_inputs, train_outputs, train_attributes, train_shapes,
            TF_NewKernelBuilder("BnfastTrain", "CPU", create<read_train_attributes>, compute<train>, destroy));
+    define("BnfastInfer", infer_inputs, infer_outputs, infer_attributes, infer_shapes,
+           TF_NewKernelBuilder("BnfastInfer", "CPU", create<read_infer_attributes>, compute<infer>, destroy));
     define("BnfastGrad", grad_inputs, grad_outputs, grad_attributes, grad_shapes,
            TF_NewKernelBuilder("BnfastGrad", "CPU", create<read_grad_attributes>, compute<grad>, destroy));
     return true;
@@ -109,7 +120,7 @@ extern "C" __attribute__((visibility("default"))) const char* bnfast_connect(con
     using namespace bnfast;
     if (!tf::registration_error.empty()) return tf::registration_error.c_str();
     if (std::strcmp(api->version, BNFAST_VERSION) != 0 || api->train_args_bytes != sizeof(TrainArgs) ||
-        api->grad_args_bytes != sizeof(GradArgs))
+        api->infer_args_bytes != sizeof(InferArgs) || api->grad_args_bytes != sizeof(GradArgs))
         return "it was built with another version of bnfast";
     tf::core = api;
     return nullptr;

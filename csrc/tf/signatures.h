@@ -1,8 +1,9 @@
-// The inputs, outputs and attributes of BnfastTrain and BnfastGrad, as TensorFlow's op definitions write them. ops.cpp
-// registers them; kernels.cpp takes its positions from them. Both ops are stateless.
+// The inputs, outputs and attributes of the three ops, as TensorFlow's op definitions write them. ops.cpp registers
+// them; kernels.cpp takes its positions from them. The ops are stateless.
 //
 //   BnfastTrain: x, moving_mean, moving_variance, momentum, epsilon, [gamma], [beta], [mask], [residual]
 //             -> y, new_mean, new_variance (the updated moving statistics), saved (2, C): mean and invstd of the batch
+//   BnfastInfer: x, moving_mean, moving_variance, epsilon, [gamma], [beta], [residual] -> y
 //   BnfastGrad:  dy, x, saved, epsilon, [gamma], [beta], [mask], [y], [dmean, dvariance]
 //             -> dx, dgamma, dbeta, [dresidual]
 //
@@ -30,9 +31,22 @@ inline constexpr const char* train_inputs[] = {"x: T",
                                                "mask: num_mask * W",
                                                "residual: num_residual * T"};
 inline constexpr const char* train_outputs[] = {"y: T", "new_mean: U", "new_variance: U", "saved: double"};
-inline constexpr const char* train_attributes[] = {"num_residual: int >= 0 = 0", "correction: int >= 0 = 0",
+inline constexpr const char* train_attributes[] = {"W: {float, double} = DT_FLOAT",
+                                                   "num_mask: int >= 0 = 0",
+                                                   "num_residual: int >= 0 = 0",
+                                                   "correction: int >= 0 = 0",
                                                    "nan_policy: {'propagate', 'skip_update'} = 'propagate'",
                                                    "statistics_gradient: bool = false"};
+
+inline constexpr const char* infer_inputs[] = {"x: T",
+                                               "moving_mean: U",
+                                               "moving_variance: U",
+                                               "epsilon: double",
+                                               "gamma: num_gamma * U",
+                                               "beta: num_beta * U",
+                                               "residual: num_residual * T"};
+inline constexpr const char* infer_outputs[] = {"y: T"};
+inline constexpr const char* infer_attributes[] = {"num_residual: int >= 0 = 0"};
 
 inline constexpr const char* grad_inputs[] = {"dy: T",
                                               "x: T",
@@ -45,16 +59,15 @@ inline constexpr const char* grad_inputs[] = {"dy: T",
                                               "statistics: num_statistics * U"};
 inline constexpr const char* grad_outputs[] = {"dx: T", "dgamma: parameter_type", "dbeta: parameter_type",
                                                "dresidual: num_y * T"};
-inline constexpr const char* grad_attributes[] = {"num_y: int >= 0 = 0", "num_statistics: int >= 0 = 0",
+inline constexpr const char* grad_attributes[] = {"W: {float, double} = DT_FLOAT", "num_mask: int >= 0 = 0",
+                                                  "num_y: int >= 0 = 0", "num_statistics: int >= 0 = 0",
                                                   "parameter_type: {float, double}"};
 
 inline constexpr const char* common_attributes[] = {
     "T: {half, bfloat16, float, double}",
     "U: {float, double} = DT_FLOAT",
-    "W: {float, double} = DT_FLOAT",
     "num_gamma: int >= 0 = 0",
     "num_beta: int >= 0 = 0",
-    "num_mask: int >= 0 = 0",
     "axis: int = -1",
     "activation: {'none', 'relu', 'relu6', 'leaky_relu'} = 'none'",
     "negative_slope_bits: int = 0",

@@ -39,10 +39,12 @@ OP_FORMS = {
 }
 NOT_IN_OP = {
     "BnfastTrain": {"out"},  # TensorFlow allocates outputs
+    "BnfastInfer": {"out"},
     "BnfastGrad": {"out", "out_dresidual", "training"},  # a frozen gradient is made of TensorFlow's ops
 }
 ONLY_IN_OP = {
     "BnfastTrain": {"statistics_gradient"},
+    "BnfastInfer": set(),
     # epsilon: for the second derivative. parameter_type: for a gradient without gamma and beta.
     "BnfastGrad": {"epsilon", "parameter_type"},
 }
@@ -151,7 +153,7 @@ def test_the_group_norm_validation_calls_the_binding_with_its_list(monkeypatch, 
     assert {argument for argument in wanted if not same(received[argument], wanted[argument])} == set()
 
 
-@pytest.mark.parametrize(("op", "name"), [("BnfastTrain", "train"), ("BnfastGrad", "grad")])
+@pytest.mark.parametrize(("op", "name"), [("BnfastTrain", "train"), ("BnfastInfer", "infer"), ("BnfastGrad", "grad")])
 def test_the_op_has_the_arguments_of_the_binding(need, op, name):
     need("tensorflow")
     from bnfast.tensorflow import op as bridge

@@ -13,7 +13,7 @@ from bnfast.keras import BatchNormalization
 from bnfast.tensorflow import op
 
 HOME = Path(bnfast.__file__).parent
-BEFORE = ["batch_norm.call", "step.step", "fusion.train_step", "fusion.run"]
+BEFORE = ["batch_norm.call", "step.step", "record.train_step", "record.run"]
 FRAMES = {
     "op": [*BEFORE, "op.train_step"],
     "numpy_function": [

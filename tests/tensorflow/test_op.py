@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import bnfast
 import tensorflow as tf
 from bnfast import _core
 from bnfast.keras import BatchNormalization
-from bnfast.tensorflow import op, ops
+from bnfast.tensorflow import op, ops, reference
 from bnfast.tensorflow import op_library as _tf_library
 from bnfast.tensorflow.batch import Batch, Options
 
@@ -99,6 +100,59 @@ def test_both_bridges_give_the_same_bits(axis: int, dtype: str, rng: np.random.G
                 for first, *others in zip(*results, strict=True):
                     assert all(other.dtype == first.dtype for other in others)
                     assert len({tf.io.serialize_tensor(t).numpy() for t in (first, *others)}) == 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
+@pytest.mark.parametrize("axis", [0, -1])
+def test_inference_has_the_bits_of_the_numpy_function(axis: int, dtype: str, rng: np.random.Generator) -> None:
+    shape = (6, 5, 4, 3)
+    x, residual = (tf.cast(rng.normal(1, 2, shape), dtype) for _ in range(2))
+    parameter = "float64" if dtype == "float64" else "float32"
+    gamma, beta, *moving = (tf.constant(rng.uniform(0.5, 2, shape[axis]), parameter) for _ in range(4))
+    for activation in (None, "relu", "relu6", "leaky_relu"):
+        for added in (None, residual):
+            options = Options(axis, 1 / 3, activation, 1 / 7)
+            run = partial(op.infer, Batch(x, gamma, beta, residual=added), tuple(moving), options)
+            wanted = bnfast.batch_norm_infer(
+                *(t.numpy() for t in (x, *moving, gamma, beta)),
+                axis=axis,
+                epsilon=1 / 3,
+                activation=activation,
+                negative_slope=1 / 7,
+                residual=None if added is None else added.numpy(),
+            )
+            assert run().numpy().tobytes() == tf.function(run)().numpy().tobytes() == wanted.tobytes()
+
+
+def test_inference_with_a_variance_that_has_no_root() -> None:
+    x, beta = tf.constant([[1.0, 2.0]]), tf.constant([3.0, 4.0])
+    for variance, wanted in ((0.0, [[3.0, 4.0]]), (-1.0, [[np.nan, np.nan]])):
+        y = op.infer(Batch(x, beta=beta), (tf.zeros(2), tf.fill([2], variance)), Options(-1, 0.0))
+        np.testing.assert_array_equal(y, wanted)
+
+
+@pytest.mark.parametrize("given", [("gamma", "beta", "residual"), ("beta",), ()])
+def test_gradients_of_inference(given: tuple[str, ...], rng: np.random.Generator) -> None:
+    """Against the gradients of the formula in TensorFlow's ops, second order too."""
+    shape, options = (4, 5, 3), Options(-1, 0.1, "leaky_relu", 0.3)
+    values = {name: tf.constant(rng.uniform(0.5, 2, 3)) for name in ("gamma", "beta", "mean", "variance")}
+    values |= {name: tf.constant(rng.normal(size=shape)) for name in ("x", "residual")}
+    names = ["x", "mean", "variance", *given]
+
+    def gradients(infer: Any) -> list[Any]:
+        sources = [values[name] for name in names]
+        with tf.GradientTape() as outer:
+            outer.watch(sources)
+            with tf.GradientTape() as tape:
+                tape.watch(sources)
+                batch = Batch(values["x"], **{name: values[name] for name in given})
+                y = tf.sin(infer(batch, (values["mean"], values["variance"]), options))
+            first = tape.gradient(y, sources)
+            total = sum(tf.reduce_sum(tf.sin(gradient)) for gradient in first)
+        return [*first, *outer.gradient(total, sources, unconnected_gradients="zero")]
+
+    for actual, wanted in zip(gradients(op.infer), gradients(reference.infer), strict=True):
+        np.testing.assert_allclose(actual, wanted, rtol=1e-12, atol=1e-12)
 
 
 def test_scalars_are_passed_in_float64(rng: np.random.Generator) -> None:
@@ -202,6 +256,27 @@ def test_wrong_inputs_are_invalid_arguments(graph: bool, wrong: dict[str, Any], 
         (tf.function(run) if graph else run)()
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"moving_mean": np.zeros(2)}, r"moving_mean must have shape \(3,\) to match axis -1 of x. Received: \(2,\)"),
+        ({"moving_variance": np.zeros((3, 1))}, r"moving_variance must have shape \(3,\) .* Received: \(3, 1\)"),
+        ({"gamma": [np.zeros(4)]}, r"gamma must have shape \(3,\) to match axis -1 of x. Received: \(4,\)"),
+        ({"residual": [np.zeros((4, 2))]}, r"residual must have the shape of x, \(4, 3\). Received: \(4, 2\)"),
+        ({"epsilon": -1.0}, "epsilon must be finite and >= 0. Received: -1"),
+        ({"beta": [np.ones(3)] * 2}, "num_beta must be 0 or 1"),
+    ],
+    ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
+)
+def test_wrong_inputs_of_inference(wrong: dict[str, Any], message: str) -> None:
+    kwargs = dict(x=np.ones((4, 3)), moving_mean=np.zeros(3), moving_variance=np.zeros(3), gamma=[], beta=[])
+    kwargs |= dict(epsilon=0.0, residual=[], **op._attributes(Options())) | wrong
+    with pytest.raises(tf.errors.InvalidArgumentError, match=message):
+        op._load().ops.bnfast_infer(
+            **{k: v if np.isscalar(v) else tf.nest.map_structure(tf.constant, v) for k, v in kwargs.items()}
+        )
+
+
 def test_y_without_an_activation_is_an_invalid_argument() -> None:
     x, one = tf.ones((4, 3)), tf.ones(3)
     kwargs = dict(dy=x, x=x, saved=tf.ones((2, 3), tf.float64), gamma=[one], beta=[one], mask=[], y=[x], statistics=[])
@@ -227,6 +302,12 @@ def test_shapes_are_known_inside_the_graph() -> None:
             ops.bnfast_train(x=x, moving_mean=one, **{**forward_kwargs, "momentum": [0.5]})
         with pytest.raises(ValueError, match="rank 0"):
             ops.bnfast_train(x=x, moving_mean=one, **{**forward_kwargs, "epsilon": [0.5]})
+        inference = {**forward_kwargs, "moving_mean": one, "x": x}
+        del inference["mask"], inference["momentum"]
+        assert ops.bnfast_infer(**inference).shape.as_list() == [None, 7, 3]
+        for name, rank in (("moving_mean", 1), ("epsilon", 0)):
+            with pytest.raises(ValueError, match=f"rank {rank}"):
+                ops.bnfast_infer(**{**inference, name: x if rank else [0.5]})
         kwargs |= dict(statistics=[], parameter_type=tf.float32)
         backward = ops.bnfast_grad(dy=x, x=x, saved=forward.saved, y=[x], **kwargs)
         assert [t.shape.as_list() for t in tf.nest.flatten(backward)] == [[None, 7, 3], [3], [3], [None, 7, 3]]

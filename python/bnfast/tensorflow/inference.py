@@ -1,30 +1,77 @@
-"""Batch normalization in inference mode as TensorFlow's own ops, so that an exported graph runs without bnfast.
+"""Batch normalization in inference mode.
 
     y = activation(gamma*(x - moving_mean)/sqrt(moving_variance + epsilon) + beta + residual)
 
-Computes in float32, or in float64 for float64 x. 4-D channels_last uses TensorFlow's fused op: (32, 56, 56, 64) takes
-2.2 ms, Keras's own ops 4.0 ms. Other layouts use those ops: fused channels_first is slower (5.0 ms against 2.8 ms),
-other ranks gain nothing, and float64 has no fused op.
+Computes in float32, or in float64 for float64 x. After a convolution or matrix product of this graph the batch norm is
+folded into that op (`folding`). Elsewhere it is made of TensorFlow's own ops, so that an exported graph runs without
+bnfast. 4-D channels_last uses TensorFlow's fused op: (32, 56, 56, 64) takes 2.2 ms, Keras's own ops 4.0 ms. Other
+layouts use those ops: fused channels_first is slower (5.0 ms against 2.8 ms), other ranks gain nothing, and float64 has
+no fused op.
+
+Graphs that are traced inside `on_kernels()`, which nobody exports, run bnfast's op instead, and what follows the batch
+norm is fused with it: one pass over memory in place of two or three.
 """
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import tensorflow as tf
 
-from . import scalars
+from . import fusion, op, scalars
 from .batch import Batch, Options, compute_dtype, per_channel
 from .folding import fold
 from .reference import activate
 
+_local = threading.local()
 
-def infer(batch: Batch, moving: tuple[tf.Tensor, tf.Tensor], options: Options) -> tf.Tensor:
+
+@contextmanager
+def on_kernels() -> Iterator[None]:
+    """Graphs that this thread traces inside may hold bnfast's op for inference."""
+    before, _local.on_kernels = getattr(_local, "on_kernels", False), True
+    try:
+        yield
+    finally:
+        _local.on_kernels = before
+
+
+def infer(
+    batch: Batch,
+    moving: tuple[tf.Tensor, tf.Tensor],
+    options: Options,
+    bridge: str = "auto",
+    trace: fusion.Trace | None = None,
+) -> tf.Tensor:
     """y in the shape and dtype of x. gamma, beta and the moving mean and variance have shape (C,) and any float dtype.
 
     The mask of the batch is ignored.
+
+    Args:
+        trace: if given, what reads y may be fused with it. Batch and options then have no residual and no activation.
     """
-    folded = fold(batch, moving, options, _normalize)
-    y = _normalize(batch, moving, options) if folded is None else folded
+    y = fold(batch, moving, options, _normalize)
+    if y is None and _may_run_on_kernels(bridge):
+        last = fusion.last_operation()
+        y = op.infer(batch, moving, options)
+        if trace is not None:
+            fusion.mark(y, _Call(batch, moving, options, trace, last))
+        return y
+    y = _normalize(batch, moving, options) if y is None else y
     return activate(y if batch.residual is None else y + batch.residual, options)
+
+
+class _Call(fusion.Record):
+    """One call on bnfast's op."""
+
+    def run(self, options: Options, residual: tf.Tensor | None = None) -> tf.Tensor:
+        return op.infer(self.batch._replace(residual=residual), self.moving, options)
+
+
+def _may_run_on_kernels(bridge: str) -> bool:
+    return tf.inside_function() and getattr(_local, "on_kernels", False) and op.choose(bridge) == "op"
 
 
 def _normalize(batch: Batch, moving: tuple[tf.Tensor, tf.Tensor], options: Options) -> tf.Tensor:

@@ -1,9 +1,11 @@
-"""The bridge "op": the TensorFlow ops BnfastTrain and BnfastGrad (csrc/tf/), their loading, calls and gradients.
+"""The bridge "op": the TensorFlow ops BnfastTrain, BnfastInfer and BnfastGrad (csrc/tf/), their loading, calls and
+gradients.
 
     register       loads bnfast/_tf.so, once per process; never raises
     status         (available, reason); registers, and tests the op once per process; never raises
     choose         the bridge that a layer's `bridge` argument and the environment's BNFAST_BRIDGE select
     train, train_step, moments, gradient   as in `ops`, which documents them
+    infer          one pass over memory, where `inference` may use it
 
 The kernels run inside TensorFlow's executor, without Python and without the GIL, on bnfast._core's threads and scratch.
 y may reuse the buffer of x, dx that of dy or x, and dresidual that of x, if TensorFlow holds the buffer for nothing
@@ -31,7 +33,7 @@ from .scalars import Scalar
 
 BRIDGES = op_library.BRIDGES
 
-_RECORD = "_bnfast_record"  # the attribute of y that holds the record of its step (training/fusion.py)
+_RECORD = "_bnfast_record"  # the attribute of y that holds the record of its step (training/record.py)
 
 _logger = logging.getLogger("bnfast")
 _lock = threading.RLock()
@@ -127,6 +129,7 @@ def _try_to_load() -> _Library:
         if reason:
             return _Library(None, f"{path}: {reason}")
         tf.RegisterGradient("BnfastTrain")(_train_gradient)
+        tf.RegisterGradient("BnfastInfer")(_infer_gradient)
         tf.RegisterGradient("BnfastGrad")(_grad_gradient)
     except Exception as error:  # any error of TensorFlow's: the other bridge works without the op
         return _Library(None, f"{path}: {str(error).strip() or type(error).__name__}")
@@ -143,17 +146,20 @@ def _self_test(ops: Any) -> str:
             return ""
         x, two = tf.constant([[1.0, 2.0], [3.0, 6.0]]), tf.constant([2.0, 2.0])
         shared = dict(axis=-1, epsilon=0.0, activation="none", negative_slope_bits=0)
-        shared |= dict(x=x, gamma=[two], beta=[two], mask=[])
-        forward = ops.bnfast_train(moving_mean=two, moving_variance=two, residual=[], momentum=0.5, **shared)
-        backward = ops.bnfast_grad(dy=x, saved=forward.saved, y=[], statistics=[], parameter_type=tf.float32, **shared)
+        shared |= dict(x=x, gamma=[two], beta=[two])
+        moving = dict(moving_mean=two, moving_variance=two * 2, residual=[])
+        forward = ops.bnfast_train(mask=[], momentum=0.5, **moving, **shared)
+        grad = dict(saved=forward.saved, mask=[], y=[], statistics=[], parameter_type=tf.float32)
+        backward = ops.bnfast_grad(dy=x, **grad, **shared)
         wanted: dict[str, tuple[Any, Any]] = {
             "y": ([[0, 0], [4, 4]], forward.y),
             "moving_mean": ([2, 3], forward.new_mean),
-            "moving_variance": ([1.5, 3], forward.new_variance),
+            "moving_variance": ([2.5, 4], forward.new_variance),
             "mean and invstd": ([[2, 4], [1, 0.5]], forward.saved),
             "dx": ([[0, 0], [0, 0]], backward.dx),
             "dgamma": ([2, 4], backward.dgamma),
             "dbeta": ([4, 8], backward.dbeta),
+            "y of inference": ([[1, 2], [3, 6]], ops.bnfast_infer(**moving, **shared)),
         }
         wrong = [name for name, (right, actual) in wanted.items() if not np.array_equal(actual.numpy(), right)]
     return f"it computes {', '.join(wrong)} wrong under TensorFlow {tf.__version__}" if wrong else ""
@@ -217,6 +223,20 @@ def train_step(
         record.saved = saved
         setattr(y, _RECORD, record)
     return y, mean, variance
+
+
+def infer(batch: Batch, moving: tuple[tf.Tensor, tf.Tensor], options: Options) -> tf.Tensor:
+    """y in inference mode, with residual and activation; the batch has no mask."""
+    return _load().ops.bnfast_infer(
+        x=batch.x,
+        moving_mean=moving[0],
+        moving_variance=moving[1],
+        epsilon=options.epsilon,
+        gamma=[] if batch.gamma is None else [batch.gamma],
+        beta=[] if batch.beta is None else [batch.beta],
+        residual=[] if batch.residual is None else [batch.residual],
+        **_attributes(options),
+    )
 
 
 def step_gradient(
@@ -291,14 +311,14 @@ def _bits(value: float) -> int:
 
 
 class _Call(NamedTuple):
-    """One call of either op, as its gradient needs it: `optional` holds the optional inputs that are given, by name."""
+    """One call of an op, as its gradient needs it: `optional` holds the optional inputs that are given, by name."""
 
     optional: dict[str, Any]
     options: Options
 
     @staticmethod
     def of(op: Any, epsilon_at: int, names: tuple[str, ...]) -> _Call:
-        given, place = {}, epsilon_at + 1  # in both ops epsilon is the last input before the optional ones
+        given, place = {}, epsilon_at + 1  # epsilon is the last input before the optional ones
         for name in names:
             for i in range(op.get_attr("num_" + name)):
                 given[name if name != "statistics" else ("dmean", "dvariance")[i]] = op.inputs[place]
@@ -329,6 +349,18 @@ def _train_gradient(op: Any, dy: tf.Tensor, dmean: tf.Tensor, dvariance: tf.Tens
         )
     given = (gradients[name] if name != "mask" else None for name in optional)
     return [gradients["x"], None, None, None, None, *given]
+
+
+def _infer_gradient(op: Any, dy: tf.Tensor) -> list[tf.Tensor | None]:
+    """One gradient, or None, for each input of BnfastInfer: those of the formula in TensorFlow's ops."""
+    optional, options = _Call.of(op, 3, ("gamma", "beta", "residual"))
+    x, mean, variance = op.inputs[:3]
+    primals = {"x": x, "mean": mean, "variance": variance, **optional}
+    with tf.GradientTape() as tape:
+        tape.watch(list(primals.values()))
+        y = reference.infer(Batch(x, **optional), (mean, variance), options)
+    gradients = tape.gradient(y, primals, dy)
+    return [gradients.pop("x"), gradients.pop("mean"), gradients.pop("variance"), None, *gradients.values()]
 
 
 def _grad_gradient(op: Any, *cotangents: tf.Tensor) -> list[tf.Tensor | None]:

@@ -4,7 +4,7 @@
     train_step  the same for a layer: moving statistics in, y and the updated moving statistics out
     moments     x -> mean, variance, which pass no gradient on
     gradient    the backward pass alone, with statistics that the caller gives
-    infer       y from given statistics, made of TensorFlow's own ops
+    infer       y from given statistics, as a rule made of TensorFlow's own ops
 
 The bridge is bnfast's TensorFlow op (`op`) or, where that can't be loaded, a callback (`numpy_callback`). The gradients
 are the kernels' own; second and higher derivatives are those of the same formula in TensorFlow's ops (`reference`).

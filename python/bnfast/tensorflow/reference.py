@@ -100,6 +100,15 @@ def train(
     return tf.cast(y, x.dtype), mean, variance, total
 
 
+def infer(batch: Batch, moving: tuple[tf.Tensor, tf.Tensor], options: Options) -> tf.Tensor:
+    """y in inference mode, in the dtype of x; the mask is ignored."""
+    x = tf.cast(batch.x, compute_dtype(batch.x))
+    mean, variance = (per_channel(statistic, x, options.axis) for statistic in moving)
+    xhat = (x - mean) * tf.math.rsqrt(variance + scalars.like(options.epsilon, x))
+    y = add_affine(xhat, batch.gamma, batch.beta, batch.residual, options.axis)
+    return tf.cast(activate(y, options), batch.x.dtype)
+
+
 def train_step(
     batch: Batch,
     moving: tuple[tf.Tensor, tf.Tensor],

@@ -12,7 +12,8 @@ import pytest
 pytest.importorskip("tensorflow")
 import keras
 import tensorflow as tf
-from bnfast.keras import accelerate
+from bnfast.keras import BatchNormalization, accelerate, patch
+from bnfast.tensorflow import op
 from keras import layers as L
 from keras_models import data, quiet, randomize, residual_net
 from needs import need_module
@@ -134,6 +135,106 @@ def test_evaluate_equals_keras() -> None:
     np.testing.assert_allclose(fast.evaluate(x, y, verbose=0), keras_model.evaluate(x, y, verbose=0), rtol=1e-5)
 
 
+def preactivated(norm: Any = L.BatchNormalization, add: bool = True, **kwargs: Any) -> Any:
+    """A batch norm before its convolution: nothing to fold it into, as in DenseNet and ResNetV2."""
+    inputs = keras.Input(IMAGE)
+    x = norm(**kwargs)(L.MaxPooling2D(1)(inputs))
+    x = L.ReLU()(L.Add()([inputs, x]) if add else x)
+    return randomize(keras.Model(inputs, L.Dense(2)(L.Conv2D(3, 3, padding="same")(x))))
+
+
+def live(function: Any) -> list[str]:
+    """The types of the operations that run for the result of a compiled function."""
+    (concrete,) = function._list_all_concrete_functions()
+    seen: dict[str, str] = {}
+    waiting = tf.nest.flatten(concrete.structured_outputs)
+    while waiting:
+        tensor = waiting.pop()
+        if tensor.op.type == "IdentityN":  # TensorFlow prunes the inputs whose outputs nobody reads
+            waiting.append(tensor.op.inputs[tensor.value_index])
+        elif tensor.op.name not in seen:
+            seen[tensor.op.name] = tensor.op.type
+            waiting += tensor.op.inputs
+    return list(seen.values())
+
+
+@pytest.mark.parametrize("add", [False, True])
+def test_predict_is_one_pass_where_nothing_can_be_folded(add: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Normalization, sum and ReLU are one op of bnfast's in predict and evaluate, and only on the op's bridge."""
+    monkeypatch.setenv("BNFAST_BRIDGE", "op")
+    model = preactivated(add=add)
+    model.compile(loss="mse")
+    fast, x = quiet(model), batch(model)
+    emitted = []
+    monkeypatch.setattr(op, "infer", lambda *args, own=op.infer: emitted.append(args) or own(*args))
+    np.testing.assert_allclose(fast.predict(x, verbose=0), model.predict(x, verbose=0), rtol=1e-5, atol=1e-5)
+    found = live(fast.predict_function)
+    assert found.count("BnfastInfer") == 1
+    assert not {"Relu", "AddV2", "FusedBatchNormV3"} & set(found)
+    y, before = np.zeros(model.compute_output_shape(x.shape)), len(emitted)
+    np.testing.assert_allclose(fast.evaluate(x, y, verbose=0), model.evaluate(x, y, verbose=0), rtol=1e-5)
+    assert len(emitted) == 2 * before  # evaluate as predict; what follows must not emit any
+    graph_of(fast)
+    fast(x)
+    fast.fit(x, y, verbose=0)
+    monkeypatch.setenv("BNFAST_BRIDGE", "numpy_function")
+    fast.make_predict_function(force=True)
+    fast.predict(x, verbose=0)
+    assert len(emitted) == 2 * before
+
+
+def test_predict_of_a_patched_model_and_of_a_layer_with_an_activation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BNFAST_BRIDGE", "op")
+    reference = preactivated()
+    with patch():
+        patched = preactivated(norm=keras.layers.BatchNormalization)
+    own = preactivated(norm=BatchNormalization, activation="relu", add=False)
+    plain = preactivated(add=False)
+    x = batch(reference)
+    for model, wanted in ((patched, reference), (own, plain)):
+        np.testing.assert_allclose(model.predict(x, verbose=0), wanted.predict(x, verbose=0), rtol=1e-5, atol=1e-5)
+        assert live(model.predict_function).count("BnfastInfer") == 1
+
+
+def test_predict_with_steps_per_execution_eagerly_and_with_xla(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BNFAST_BRIDGE", "op")
+    model = preactivated()
+    x = np.concatenate([batch(model)] * 5)
+    wanted = model.predict(x, verbose=0)
+    for kwargs in ({"steps_per_execution": 3}, {"run_eagerly": True}, {"jit_compile": True}):
+        fast = quiet(model)
+        fast.compile(loss="mse", **kwargs)
+        np.testing.assert_allclose(fast.predict(x, batch_size=2, verbose=0), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_new_moving_statistics_are_seen_by_predict() -> None:
+    model = preactivated()
+    fast, x = quiet(model), batch(model)
+    fast.predict(x, verbose=0)
+    for each in (model, fast):
+        each.layers[2].moving_mean.assign_add(tf.ones(4))
+        each.layers[2].gamma.assign(-each.layers[2].gamma)
+    np.testing.assert_allclose(fast.predict(x, verbose=0), model.predict(x, verbose=0), rtol=1e-5, atol=1e-5)
+
+
+def test_a_gradient_inside_of_test_step(float64: None) -> None:
+    class Penalized(keras.Model):
+        def test_step(self, given: Any) -> Any:
+            x = keras.utils.unpack_x_y_sample_weight(given)[0]
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                y = self(x, training=False)
+            return {"penalty": tf.reduce_sum(tape.gradient(y, x) ** 2)}
+
+    model = preactivated()
+    penalized = Penalized(model.inputs, model.outputs)
+    penalized.compile()
+    fast, x = quiet(penalized), batch(model)
+    wanted = penalized.evaluate(x, verbose=0, return_dict=True)
+    actual = fast.evaluate(x, verbose=0, return_dict=True)
+    np.testing.assert_allclose(actual["penalty"], wanted["penalty"], rtol=1e-9)
+
+
 LOAD = """
 import sys
 sys.modules["bnfast"] = None  # an import of it fails
@@ -147,7 +248,8 @@ numpy.save("export.npy", exported.serve(x))
 
 def trained() -> Any:
     model = quiet(residual_net(compiled="adam"))
-    model.fit(*data(), epochs=1, verbose=0)
+    model.fit(*data(), validation_data=data(), epochs=1, verbose=0)
+    model.predict(data()[0], verbose=0)
     return model
 
 

@@ -189,6 +189,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
             setattr(self, name, value)
         self.activation = activations.get(activation)
         self.supports_jit = False  # XLA has no kernel for either bridge
+        install_fusion()
 
     def build(self, input_shape: Any) -> None:
         axes = Axes.of(self._axes, input_shape)
@@ -259,7 +260,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
                 return y
             return keras.ops.cast(self.activation(y), self.compute_dtype)
 
-        trace = self._new_trace() if mode.is_training is not False and residual is None and affine else None
+        trace = self._new_trace(mode) if residual is None and affine else None
         return (batch, state, options, self._policy(trace), mode, draw), finish
 
     @property
@@ -293,13 +294,13 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
             trace,
         )
 
-    def _new_trace(self) -> fusion.Trace | None:
-        """Where a training call notes what is fused with it; None if nothing may be, as its output is needed."""
-        self.trace = fusion.Trace(fusable(self))
-        if self.activity_regularizer is not None or self.activation is not keras.activations.linear:
-            return None
-        install_fusion()
-        return self.trace
+    def _new_trace(self, mode: Mode) -> fusion.Trace | None:
+        """Where a call notes what is fused with it; None if nothing may be, as its output is needed."""
+        trace = fusion.Trace(fusable(self))
+        if mode.is_training is not False:
+            self.trace = trace
+        alone = self.activity_regularizer is None and self.activation is keras.activations.linear
+        return trace if alone else None
 
     @property
     def _fused(self) -> activations.Fused | None:

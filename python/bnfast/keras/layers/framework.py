@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import keras
 
-from ...tensorflow import conditional, folding, group_norm, scalars, weight_norm
+from ...tensorflow import conditional, folding, fusion, group_norm, inference, scalars, weight_norm
 from ...tensorflow.axes import Axes
 from ...tensorflow.batch import Batch, Options, as_input, parameter
 from ...tensorflow.mode import Mode, is_training, may_train
 from ...tensorflow.op import BRIDGES
-from ...tensorflow.training import adjustment, bias, fusion, ghosts, renorm
+from ...tensorflow.training import adjustment, bias, ghosts, renorm
 from ...tensorflow.training.core import NAN_POLICIES
 from ...tensorflow.training.step import Policy, step
 from ...tensorflow.training.synchronized import replicas
@@ -35,6 +35,7 @@ __all__ = [
     "fusion",
     "ghosts",
     "group_norm",
+    "inference",
     "is_training",
     "may_train",
     "parameter",

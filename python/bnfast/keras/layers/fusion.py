@@ -1,10 +1,13 @@
-"""Where Keras's operations see that a batch norm of bnfast's made their input, and become part of its op.
+"""Where Keras's operations see that a batch norm of bnfast's made their input, and become part of its op; and where
+Keras's own compiled functions let inference run on the kernels.
 
 All of Keras's layers, keras.ops and keras.activations reach TensorFlow through the functions of its backend. `install`
 puts a function of the same signature in the place of four of these: relu, relu6, leaky_relu and add. Each asks
-`training.fusion` whether its input is the output of a batch norm's training step in the graph being traced; if it
-isn't, Keras's own function computes the result. TensorFlow's own modules stay as they are. Calls of tf.nn.relu, and `+`
-on tensors, are not fused.
+`tensorflow.fusion` whether its input is the output of a batch norm in the graph being traced; if it isn't, Keras's own
+function computes the result. TensorFlow's own modules stay as they are: tf.nn.relu and `+` on tensors are not fused.
+
+The functions that `evaluate` and `predict` compile are never exported, so in them inference may use bnfast's op
+(`tensorflow.inference`). `install` also has them wrapped. `export` and tf.function trace functions of their own.
 """
 
 from __future__ import annotations
@@ -17,13 +20,13 @@ from typing import Any
 import keras
 import numpy as np
 
-from .framework import fusion
+from .framework import fusion, inference
 
 _installed = False
 
 
 def install() -> None:
-    """Called by the first batch norm that trains. Without effect afterwards."""
+    """Called by the first batch norm that is made or adopted. Without effect afterwards."""
     global _installed
     if _installed:
         return
@@ -36,6 +39,9 @@ def install() -> None:
         (backend.numpy, "add", _add),
     ):
         setattr(module, name, _first(fused, getattr(module, name)))
+    trainer: Any = keras.src.backend.tensorflow.trainer.TensorFlowTrainer
+    for kind in ("test", "predict"):
+        _wrap_compiled(trainer, f"make_{kind}_function", f"{kind}_function")
 
 
 def fusable(operation: Any) -> int:
@@ -68,6 +74,36 @@ def _first(fused: Callable[..., Any], own: Callable[..., Any]) -> Callable[..., 
         return own(*args, **kwargs) if result is None else result
 
     return function
+
+
+def _wrap_compiled(trainer: Any, make: str, attribute: str) -> None:
+    own = getattr(trainer, make)
+
+    @wraps(own)
+    def function(self: Any, force: bool = False) -> Any:
+        result = own(self, force)
+        compiled = getattr(self, attribute)
+        if not isinstance(compiled, _OnKernels) and not self.jit_compile:  # XLA has no kernel for the op
+            setattr(self, attribute, _OnKernels(compiled))
+        return result
+
+    setattr(trainer, make, function)
+
+
+class _OnKernels:
+    """A function that may run inference on the kernels while it is traced by a call."""
+
+    def __init__(self, function: Any) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with inference.on_kernels():
+            return self._function(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "_function":
+            raise AttributeError(name)
+        return getattr(self._function, name)
 
 
 def _relu(x: Any) -> Any:

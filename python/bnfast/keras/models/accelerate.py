@@ -2,7 +2,7 @@
 
 Nothing changes but classes: that of each batch norm, and that of a convolution whose bias a batch norm takes away
 again. Layers, names, order, weights, paths and tensors stay, so whatever addresses them goes on working.
-What follows a batch norm is fused with it when a graph is traced (tensorflow/training/fusion.py).
+What follows a batch norm is fused with it when a graph is traced (tensorflow/fusion.py).
 """
 
 from __future__ import annotations

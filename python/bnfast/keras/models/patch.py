@@ -25,6 +25,7 @@ from ...tensorflow import op
 from ..layers import arguments, bias
 from ..layers.batch_norm import KERAS, BatchNormalization
 from ..layers.framework import fusion, may_train, renorm, scalars
+from ..layers.fusion import install as install_fusion
 
 API_NAME = "keras.layers.BatchNormalization"
 OWNERS = ("keras", "tensorflow")  # the packages whose names are replaced
@@ -99,6 +100,7 @@ class PatchedBatchNormalization(BatchNormalization, metaclass=_LikeKeras):
         layer.activation, layer.bridge = keras.activations.linear, bridge
         layer.entry = Entry(layer.name, None)
         layer.supports_jit = False  # XLA has no kernel for either bridge
+        install_fusion()
         layer.__class__ = cls
 
     def release(self) -> None:

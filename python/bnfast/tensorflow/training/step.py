@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from .. import ops, reference
+from .. import fusion, ops, reference
 from ..batch import Batch, Options, mask_varies_by_channel
 from ..mode import Mode
 from ..scalars import Scalar
-from . import adjustment, average, fusion, ghosts, renorm, synchronized
+from . import adjustment, average, ghosts, record, renorm, synchronized
 from .core import CoreStep, Finish, State, Transform
 
 __all__ = ["Policy", "step"]
@@ -73,7 +73,7 @@ def step(
         if on_reference:
             train_step = reference.train_step
         elif policy.trace is not None and mode.is_training and tf.inside_function():
-            train_step = partial(fusion.train_step, bridge=core.bridge, trace=policy.trace)
+            train_step = partial(record.train_step, bridge=core.bridge, trace=policy.trace)
         y, mean, variance = train_step(
             core.batch,
             moving,
@@ -84,7 +84,7 @@ def step(
         )
         new = {**core.state, "moving_mean": mean, "moving_variance": variance}
     else:
-        y = ops.infer(core.batch, moving, core.options)
+        y = ops.infer(core.batch, moving, core.options, core.bridge, policy.trace)
         new = _updated(core, policy) if mode.update else state
     for finish in reversed(finishes):
         y, new = finish(y, new)

@@ -1,13 +1,11 @@
 """Fusion while a graph is traced: what reads a batch norm's output becomes part of the batch norm's op.
 
-A training step marks its output y with a `Stage`. `add(y, residual)` and `activate(y, ...)` find the mark and emit a
-second op for the same step, which computes the whole in one pass over memory; readers of the moving statistics of the
-first op are moved to the second. The first op stays in the graph for other readers of y. TensorFlow prunes it if there
-are none, and the sum of BN + Add + activation likewise.
+A batch norm marks its output y with a `Stage`. `add(y, residual)` and `activate(y, ...)` find the mark and emit a
+second op for the same call, which computes the whole in one pass over memory. The first op stays in the graph for other
+readers of y. TensorFlow prunes it if there are none, and the sum of BN + Add + activation likewise.
 
-Gradients stay those of the ops as written. The fused op hands dy = dout*activation'(out) to y, where readers of y and
-gradients at y find it. If exactly this tensor arrives at the batch norm, the gradient of the batch norm is the fused
-one, which the kernel computes from dout, and dy is pruned. If anything was added to it, the gradient is that of dy.
+Gradients stay those of the ops as written: what is fused hands dy = dout*activation'(out) to y, where readers of y and
+gradients at y find it.
 
     a stage is used only in the graph that made it, so inside one tf.function, tf.cond branch or loop body
     eager tensors carry no stage: eager calls run unfused
@@ -15,103 +13,69 @@ one, which the kernel computes from dout, and dy is pruned. If anything was adde
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import tensorflow as tf
 
-from .. import ops
-from ..batch import Batch, Options
-from ..custom_gradient import custom_gradient
-from ..reference import slope_at
-from . import bias
+from .batch import Batch, Options
+from .custom_gradient import custom_gradient
+from .reference import slope_at
 
 _STAGE = "_bnfast_stage"  # the attribute of a tensor, as Keras's `_keras_mask`
-
-Gradients = dict[str, tf.Tensor]  # of x, gamma, beta and residual, where present
 
 
 @dataclass
 class Trace:
     """What became of one call of a layer while it was traced, for reports."""
 
-    most: int = 2  # operations that may be fused: more would repeat the step for other readers of what lies between
+    most: int = 2  # operations that may be fused: more would repeat the call for other readers of what lies between
     in_graph: bool = False
     fused: tuple[str, ...] = ()
 
 
 @dataclass(eq=False)
 class Record:
-    """One training step: its arguments, and the op that computes it now."""
+    """One call of a batch norm in a graph: its arguments and how to compute it."""
 
     batch: Batch
     moving: tuple[tf.Tensor, tf.Tensor]
-    momentum: Any
     options: Options
-    attributes: dict[str, Any]
-    bridge: ops.Bridge
     trace: Trace
     last: int  # the id of the last operation that the graph had before
-    saved: Any = None  # the batch's statistics, from the op that computes the step now; the bridge sets it
-    updated: tuple[tf.Tensor, ...] = ()  # the moving statistics, from that op
-    _fused: list[tuple[tf.Tensor, Gradients]] = field(default_factory=list)
 
     def run(self, options: Options, residual: tf.Tensor | None = None) -> tf.Tensor:
-        """Emits an op for the step and makes it the one that updates the moving statistics."""
-        batch = self.batch._replace(residual=residual)
-        y, *updated = self.bridge.train_step(batch, self.moving, self.momentum, options, **self.attributes, record=self)
-        for old, new in zip(self.updated, updated, strict=False):
-            _move_readers(old, new)
-        self.updated = tuple(updated)
-        return y
+        """Emits an op for the call, with these options and this residual."""
+        raise NotImplementedError
 
-    def gradients(self, dy: tf.Tensor, options: Options) -> Gradients:
-        """The fused gradients if dy is what a fused op handed back, else those of dy."""
-        for handed, gradients in self._fused:
-            if handed is dy:
-                return gradients
-        return self.gradients_of(dy, options)
+    def gradient_of_residual(self, dsum: tf.Tensor) -> tf.Tensor:
+        """The gradient of a residual, from that of the sum."""
+        return dsum
 
-    def gradients_of(self, dy: tf.Tensor, options: Options, residual: Any = None, y: Any = None) -> Gradients:
-        """The gradients for the gradient dy of y, the output of `run` with these options and this residual."""
-        batch = self.batch._replace(residual=residual)
-        gradients = self.bridge.step_gradient(dy, batch, self.saved, options, y)
-        if batch.mask is None:
-            bias.mark(gradients["x"], options.axis)
-        return gradients
-
-    def was_handed(self, dy: tf.Tensor) -> bool:
-        return any(handed is dy for handed, _ in self._fused)
-
-    def hand_back(self, dy: tf.Tensor, gradients: Gradients) -> tf.Tensor:
-        self._fused.append((dy, gradients))
-        return dy
+    def gradient_before_activation(
+        self, dout: tf.Tensor, out: tf.Tensor, options: Options, residual: tf.Tensor | None
+    ) -> tf.Tensor:
+        """The gradient of what an activation read, from that of out, the output of `run` with these arguments."""
+        slope = slope_at(out, options)
+        return tf.cast(tf.cast(dout, slope.dtype) * slope, out.dtype)
 
 
 @dataclass(eq=False)
 class Stage:
-    """The mark of a tensor: a training step, and the residual that was added to its output."""
+    """The mark of a tensor: the call that made it, and the residual that was added to its output."""
 
     record: Record
     residual: tf.Tensor | None = None
 
 
-def train_step(
-    batch: Batch,
-    moving: tuple[tf.Tensor, tf.Tensor],
-    momentum: Any,
-    options: Options,
-    bridge: str,
-    trace: Trace,
-    **attributes: Any,
-) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """`ops.train_step` without residual and activation, whose y is marked."""
-    trace.in_graph = True
-    last = tf.compat.v1.get_default_graph().version + 1
-    record = Record(batch, moving, momentum, options, attributes, ops.choose(bridge), trace, last)
-    y = record.run(options)
+def last_operation() -> int:
+    """The id of the last operation of the graph being traced."""
+    return int(tf.compat.v1.get_default_graph().version) + 1
+
+
+def mark(y: tf.Tensor, record: Record) -> None:
+    """Marks y, the output of `run` with the record's own options, so that what reads it may be fused."""
     setattr(y, _STAGE, Stage(record))
-    return (y, *record.updated)
 
 
 def add(tensor: tf.Tensor, other: tf.Tensor) -> tf.Tensor | None:
@@ -126,9 +90,7 @@ def add(tensor: tf.Tensor, other: tf.Tensor) -> tf.Tensor | None:
 
     def forward(*_: tf.Tensor) -> Any:
         def backward(dsum: tf.Tensor) -> Any:
-            handed = record.was_handed(dsum)
-            dresidual = record.gradients(dsum, record.options)["residual"] if handed else dsum
-            return dsum, dresidual
+            return dsum, record.gradient_of_residual(dsum)
 
         return record.run(record.options, residual), backward
 
@@ -151,11 +113,7 @@ def activate(tensor: tf.Tensor, activation: str, negative_slope: float = 0.2) ->
         out = record.run(options, residual)
 
         def backward(dout: tf.Tensor) -> Any:
-            dout = tf.convert_to_tensor(dout)
-            gradients = record.gradients_of(dout, options, residual, out)
-            slope = slope_at(out, options)
-            dy = tf.cast(tf.cast(dout, slope.dtype) * slope, out.dtype)
-            return record.hand_back(dy, gradients)
+            return record.gradient_before_activation(tf.convert_to_tensor(dout), out, options, residual)
 
         return out, backward
 
@@ -208,10 +166,3 @@ def _may_wait(residual: tf.Tensor, record: Record) -> bool:
 def _is_assigned(handle: tf.Tensor) -> bool:
     """Whether anything but a plain read uses the variable in this graph."""
     return any(reader.type != "ReadVariableOp" for reader in handle.consumers())
-
-
-def _move_readers(old: tf.Tensor, new: tf.Tensor) -> None:
-    for reader in old.consumers():
-        for index, tensor in enumerate(reader.inputs):
-            if tensor is old:
-                reader._update_input(index, new)
