@@ -12,6 +12,7 @@ from typing import Any
 import tensorflow as tf
 
 from .batch import compute_dtype, per_channel
+from .custom_gradient import custom_gradient
 
 
 def check_labels(x: tf.Tensor, labels: Any, num_classes: int) -> tuple[tf.Tensor, tf.Tensor]:
@@ -50,11 +51,10 @@ def of_samples(table: Any, labels: tf.Tensor, num_classes: int, x: tf.Tensor) ->
     The gradient is dense: optimizers and gradient clipping often treat tf.gather's sparse one differently.
     """
 
-    @tf.custom_gradient  # type: ignore[untyped-decorator]
     def look_up(rows: tf.Tensor) -> Any:
         return tf.gather(rows, labels), lambda upstream: tf.math.unsorted_segment_sum(upstream, labels, num_classes)
 
-    return look_up(tf.cast(tf.convert_to_tensor(table), compute_dtype(x)))
+    return custom_gradient(look_up, tf.cast(tf.convert_to_tensor(table), compute_dtype(x)))
 
 
 def apply(xhat: tf.Tensor, gamma: Any, beta: Any, axis: int, dtype: str) -> tf.Tensor:

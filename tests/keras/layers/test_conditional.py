@@ -1,5 +1,7 @@
 """Gamma and beta per class: against a float64 reference; one class, call-time gamma and beta, errors."""
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -272,3 +274,23 @@ def test_bad_arguments() -> None:
         ConditionalBatchNormalization(3, axis=0).build([(6, 4), (6,)])
     with pytest.raises(ValueError, match="gamma must be None with scale=False"):
         ConditionalBatchNormalization(3, scale=False)([tf.ones([6, 4]), LABELS], gamma=tf.ones(4))
+
+
+def test_graphs_are_freed() -> None:
+    layer = ConditionalBatchNormalization(3)
+    x, labels = tf.ones((4, 2)), tf.constant([0, 1, 2, 0])
+    layer.build([(4, 2), (4,)])
+
+    def trace() -> Any:
+        @tf.function
+        def run(x: Any, labels: Any) -> Any:
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_sum(layer([x, labels], training=True))
+            return tape.gradient(loss, layer.trainable_variables[0].value)
+
+        run(x, labels)
+        return weakref.ref(run.get_concrete_function(x, labels).graph)
+
+    graphs = [trace() for _ in range(2)]
+    gc.collect()
+    assert [graph() for graph in graphs] == [None, None]

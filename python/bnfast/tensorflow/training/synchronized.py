@@ -22,6 +22,7 @@ import tensorflow as tf
 
 from .. import ops, reference
 from ..batch import Batch, GradientInputs, Options, mask_varies_by_channel
+from ..custom_gradient import custom_gradient
 from ..mode import Mode
 from ..scalars import Scalar
 from .core import CoreStep, State, update_valid
@@ -162,7 +163,7 @@ def _normalize(core: CoreStep, statistics: ReplicaStatistics) -> tf.Tensor:
         y = by_kernels() if statistics.use_batch is None else tf.cond(statistics.use_batch, by_kernels, frozen)
         return y, backward
 
-    y = tf.custom_gradient(forward)(*primals.values())
+    y = custom_gradient(forward, *primals.values())
     y.set_shape(batch.x.shape)
     return y
 
@@ -205,7 +206,7 @@ def _gradient(dy: tf.Tensor, y: tf.Tensor, core: CoreStep, statistics: ReplicaSt
 
         return tuple(tf.cast(results[name], given[name].dtype) for name in given if name != "dy"), derivative
 
-    gradients = tf.custom_gradient(backward)(*tensors.values())
+    gradients = custom_gradient(backward, *tensors.values())
     return (*gradients, dy) if dresidual_is_dy else tuple(gradients)
 
 
