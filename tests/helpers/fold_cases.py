@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import pytest
 from bnfast.keras import fold
-from bnfast.keras.models.graph_copy import layers as all_layers
+from bnfast.keras.models.graph import layers as all_layers
 from keras import layers
 
 Keras = layers.BatchNormalization

@@ -126,7 +126,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
     Source: Ioffe and Szegedy 2015, arXiv:1502.03167.
     """
 
-    # Defaults, also for a layer of Keras's whose class is changed to this one (models/inplace.py).
+    # Defaults, also for a layer of Keras's whose class is changed to this one (models/patch.py).
     correction = 0
     nan_policy = "propagate"
     update_statistics = trainable_affine = True

@@ -11,8 +11,7 @@ from typing import Any
 
 from ..layers import bias
 from .copy import duplicate
-from .inplace import reset_compiled_functions
-from .norms import check_model, norms, scalars
+from .norms import check_model, norms, reset_compiled_functions, scalars
 from .patch import PatchedBatchNormalization, uses_bnfast
 from .report import report, shape_of, why_unchanged
 

@@ -12,30 +12,34 @@ arithmetic is float64, rounded once to the dtype of the layer's weights (foldabl
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 
 from ..layers import activation as activations
+from ..layers import bias
 from ..layers.batch_norm import KERAS, BatchNormalization
 from ..layers.batch_norm_add import BatchNormalizationAdd
+from .copy import Copier
 from .foldable import Affine, FoldableLayer, channel_axis, values
-from .graph_copy import (
+from .graph import (
     Graph,
     Replacement,
     calls,
-    clone,
+    check_call,
     graphs,
     has_default_arguments,
     is_graph,
     layers,
     only_input,
     operations,
-    rebuild,
-    transfer,
+    rewire,
 )
+from .norms import part
 from .patch import PatchedBatchNormalization
 
 NORMS = (KERAS, BatchNormalization, PatchedBatchNormalization, BatchNormalizationAdd)
@@ -72,11 +76,7 @@ def fold(model: Any, *, check: bool = False, verbose: bool = False) -> Any:
     """
     _validate(model)
     folding = Folding(model)
-    copy = rebuild(model, folding.plan).model
-    for foldable, new in folding.folded:
-        new.set_weights(foldable.weights())
-    for activation, new in folding.left:
-        transfer(activation, new)
+    copy = _apply(folding, model)
     if check:
         _check(model, copy)
     if verbose:
@@ -96,6 +96,24 @@ def _validate(model: Any) -> None:
         )
     if not any(isinstance(layer, KERAS) for layer in layers(model)):
         raise ValueError(f"model has no batch norm to fold. Received: {model.name}")
+
+
+def _apply(folding: Folding, model: Any) -> Any:
+    check_call(model, folding.plan)
+    functions = [getattr(layer, name, None) for layer in layers(model) for name in ("function", "activation")]
+    # also those that capture a layer: nothing trains it here
+    copier = Copier(compiled=False, shared=[each for each in functions if isinstance(each, FunctionType)])
+    for operation in operations(model):
+        if id(operation) in folding.plan:  # for attributes that hold it
+            first = next(iter(folding.plan[id(operation)]), None)
+            copier.pair(operation, first if isinstance(first, keras.layers.Layer) else None)
+    copy = copier.duplicate(model)
+    for foldable in folding.folded:
+        foldable.assign_to(copier.of(foldable.layer))
+    rewire(copier, folding.plan)
+    for layer in layers(copy):
+        bias.release(layer)
+    return copy
 
 
 class Candidate(NamedTuple):
@@ -123,20 +141,25 @@ class Call(NamedTuple):
 
 
 class Folding:
-    """What becomes of a model's layers: the plan for `rebuild`, and the values for the layers that it adds.
+    """What becomes of a model's layers.
 
-    folded:   layers with new weights, each with the layer that will have them
-    left:     activations that were part of a batch norm, each with the layer that they become
+    plan:     for `rewire`: the batch norms, and activations that become limits
+    folded:   the layers that get other weights
     outcomes: by the name of each batch norm, the layer it was folded into, or why it stays
     """
 
     def __init__(self, model: Any) -> None:
         self.plan: dict[int, Replacement] = {}
-        self.left: list[tuple[Any, Any]] = []
         self.outcomes: dict[str, str] = {}
         self._into: dict[int, str] = {}  # by id of a folded batch norm, the name of the layer
         self._foldables: dict[int, FoldableLayer] = {}  # by id of the layer, and of every batch norm folded into it
         self._calls = calls(model)
+        self._owners = Counter(
+            id(variable)
+            for operation in operations(model)
+            if isinstance(operation, keras.layers.Layer)
+            for variable in {id(variable): variable for variable in operation.variables}.values()
+        )
         self._taken = {operation.name for operation in operations(model)}
         in_training = _called_in_training(model)
         for graph in graphs(model):
@@ -154,15 +177,16 @@ class Folding:
                 self.outcomes.setdefault(layer.path or layer.name, f"stays, because {found}")
 
     @property
-    def folded(self) -> list[tuple[FoldableLayer, Any]]:
-        foldables = {id(foldable.layer): foldable for foldable in self._foldables.values()}
-        return [(foldable, self.plan[key][0]) for key, foldable in foldables.items()]
+    def folded(self) -> list[FoldableLayer]:
+        return list({id(foldable.layer): foldable for foldable in self._foldables.values()}.values())
 
     def _where(self, node: Any) -> str:
         return f"folded into {self._into[id(node.operation)]}"
 
     def _is_called_once(self, node: Any) -> bool:
-        return len(self._calls[id(node.operation)]) == 1
+        """Whether nothing else in the model uses the operation or, as part of another layer, its variables."""
+        variables = getattr(node.operation, "variables", ())
+        return len(self._calls[id(node.operation)]) == 1 and all(self._owners[id(v)] == 1 for v in variables)
 
     def _fold(self, graph: Graph, node: Any) -> str | None:
         """Folds one batch norm into the first layer that accepts it; why it stays, or None."""
@@ -294,18 +318,11 @@ class Folding:
     def _commit(self, call: Call, candidate: Candidate) -> None:
         """Enters the candidate into the plan."""
         layer, norm = candidate.foldable.layer, call.norm
-        if id(layer) not in self.plan:
-            penalties = {name: None for name in layer.get_config() if name.endswith(("_regularizer", "_constraint"))}
-            penalties.pop("activity_regularizer", None)
-            self.plan[id(layer)] = (clone(layer, use_bias=True, **penalties),)
         for key in (id(layer), *(key for key, known in self._foldables.items() if known.layer is layer)):
             self._foldables[key] = candidate.foldable
         self.plan[id(norm)] = candidate.replaces_norm
         if candidate.before and not call.rest:  # a batch norm that follows this one now follows that layer
             self._foldables[id(norm)] = candidate.foldable
-        activation = getattr(norm, "activation", None)
-        if candidate.replaces_norm and isinstance(activation, keras.layers.Layer):
-            self.left.append((activation, candidate.replaces_norm[-1]))
         if candidate.limit is not None:
             operation, clip = candidate.limit
             self.plan[id(operation)] = (clip,)
@@ -383,7 +400,7 @@ def _rest(norm: Any) -> Replacement:
     activation, kwargs = getattr(norm, "activation", None), {"name": norm.name, "dtype": norm.dtype_policy}
     rest: list[Any] = []
     if isinstance(activation, keras.layers.Layer):
-        rest = [clone(activation, name=norm.name)]
+        rest = [part(activation, norm.name, norm)]
     elif activation not in (None, keras.activations.linear):
         rest = [keras.layers.Activation(activation, **kwargs)]
     if isinstance(norm, BatchNormalizationAdd):

@@ -105,6 +105,22 @@ class FoldableLayer:
             return np.repeat(channels.reshape(groups, -1).T, self.kernels[0].shape[-1] // groups, axis=1)
         return channels[:, None]
 
+    def assign_to(self, layer: Any) -> None:
+        """Give a copy of the layer these weights, without regularizers and constraints."""
+        if not layer.use_bias:
+            layer._tracker.unlock()
+            layer.bias = layer.add_weight(name="bias", shape=(self._outputs,))
+            layer._tracker.lock()
+            layer.bias._path = f"{layer.path}/bias"  # whatever name scope is open here
+            layer.bias.trainable = layer.variables[0].trainable
+            layer.use_bias = True
+        for name in vars(layer).keys() - {"activity_regularizer"}:
+            if name.endswith(("_regularizer", "_constraint")):
+                setattr(layer, name, None)
+        for variable in layer.variables:
+            variable.regularizer = variable.constraint = None
+        layer.set_weights(self.weights())
+
     def weights(self) -> list[np.ndarray]:
         """Kernels and bias in the dtype and the order of the layer's variables."""
         dtype = keras.ops.convert_to_numpy(self.layer.variables[0]).dtype

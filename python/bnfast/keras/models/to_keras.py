@@ -9,6 +9,7 @@ NAME_activation.
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import keras
@@ -17,12 +18,9 @@ from ..layers import activation as activations
 from ..layers import bias
 from ..layers.batch_norm import KERAS
 from ..layers.batch_norm_add import BatchNormalizationAdd
-from ..layers.framework import renorm
-from .compiled import carry_over
-from .copy import duplicate
-from .graph_copy import Graph, Replacement, assign, clone, graphs, is_graph, layers, operations, paired, rebuild
-from .inplace import reset_compiled_functions
-from .norms import OURS, RELATIVES, check_model, scalars
+from .copy import Copier
+from .graph import Replacement, check_call, graphs, is_graph, layers, operations, rewire
+from .norms import OURS, RELATIVES, check_model, part, rename, reset_compiled_functions, scalars
 from .patch import PatchedBatchNormalization
 
 
@@ -46,20 +44,33 @@ def to_keras(model: Any, *, inplace: bool = False) -> Any:
     ours = [layer for layer in layers(model) if _is_ours(layer)]
     if not ours:
         raise ValueError(f"model {model.name} has no layer of bnfast's: its layers are Keras's already")
-    if not inplace and not all(map(_is_alone, ours)):
-        if is_graph(model):
-            return _copied(model, ours)
+    in_graphs = operations(model) if is_graph(model) and not inplace else []
+    split = {id(layer): layer for layer in in_graphs if _is_ours(layer) and not _is_alone(layer)}
+    if not inplace and not is_graph(model) and not all(map(_is_alone, ours)):
         raise ValueError(
             f"model {model.name} ({type(model).__name__}) is neither Functional nor Sequential, so the activation or "
             f"Add that is built into {next(layer.name for layer in ours if not _is_alone(layer))} can't become a layer"
         )
     for layer in ours:
-        _require_alone(layer)
-    if not inplace:
-        model = duplicate(model, shared=scalars(ours))
-        ours = [layer for layer in layers(model) if _is_ours(layer)]
+        if id(layer) not in split:
+            _require_alone(layer)
+    if inplace:
+        _convert_all(model)
+        return model
+    check_call(model, split)
+    copier = Copier(shared=scalars(ours))
+    copy = copier.duplicate(model)
+    outputs = _output_operations(model)
+    plan = {key: _apart(copier.of(layer), key in outputs) for key, layer in split.items()}
+    _convert_all(copy)
+    rewire(copier, plan)
+    return copy
+
+
+def _convert_all(model: Any) -> None:
+    ours = [layer for layer in layers(model) if _is_ours(layer)]
     # all are made before one changes
-    for layer, keras_layer in [(layer, None if _is_patched(layer) else _norm(layer, layer.name)) for layer in ours]:
+    for layer, keras_layer in [(layer, None if _is_patched(layer) else _norm(layer)) for layer in ours]:
         if keras_layer is None:
             layer.release()
         else:
@@ -67,37 +78,12 @@ def to_keras(model: Any, *, inplace: bool = False) -> Any:
     for layer in layers(model):
         bias.release(layer)
     reset_compiled_functions(model)
-    return model
 
 
-def _copied(model: Any, ours: list[Any]) -> Any:
-    in_graphs = {id(operation) for operation in operations(model)}
-    outputs = {id(node.operation) for graph in graphs(model) for node in _output_nodes(graph)}
-    plan: dict[int, Replacement] = {}
-    parts: list[tuple[Any, list[Any]]] = []  # (our layer; its batch norm and, if it is a layer, its activation)
-    for layer in ours:
-        if id(layer) in in_graphs:
-            new, plan[id(layer)] = _apart(layer, id(layer) in outputs)
-            parts.append((layer, new))
-        else:
-            _require_alone(layer)
-    copy = rebuild(model, plan)
-    pairs = [pair for layer, new in parts for pair in _pairs(layer, *new)]
-    assign(pairs)
-    for original in operations(model):
-        if isinstance(original, keras.layers.Layer) and id(original) in copy.of:
-            for inner in list(layers(copy.of[id(original)])):
-                if _is_ours(inner):
-                    _convert(inner, _norm(inner, inner.name))
-    variables = copy.variables(operations(model))
-    variables.update((id(old), new) for old, new in pairs)
-    carry_over(model, copy.model, variables)
-    return copy.model
-
-
-def _output_nodes(graph: Graph) -> list[Any]:
-    nodes = (graph.producer(tensor) for tensor in keras.tree.flatten(graph.outputs))
-    return [node for node in nodes if node is not None]
+def _output_operations(model: Any) -> set[int]:
+    """The ids of the operations whose results are outputs of the model, or of one nested in it."""
+    tensors = [tensor for graph in graphs(model) for tensor in keras.tree.flatten(graph.outputs)]
+    return {id(tensor._keras_history.operation) for tensor in tensors}
 
 
 def _is_ours(layer: Any) -> bool:
@@ -126,42 +112,49 @@ def _linear(layer: Any) -> bool:
     return activations.fuse(layer.activation, layer.compute_dtype) == activations.Fused(None)
 
 
-def _norm(layer: Any, name: str) -> Any:
+def _norm(layer: Any) -> Any:
     """The unbuilt layer of Keras's for this one."""
     if type(layer) in RELATIVES:
         kind, kwargs = RELATIVES[type(layer)]
-        return clone(layer, kind, name=name, **kwargs)
-    return clone(layer, KERAS, name=name, activation=..., bridge=..., fused=...)
+        return _clone(layer, kind, kwargs)
+    return _clone(layer, KERAS, dict.fromkeys(("activation", "bridge", "fused"), ...))
 
 
-def _pairs(layer: Any, norm: Any, activation: Any = None) -> list[tuple[Any, Any]]:
-    """(variable, its counterpart) for a layer and its parts."""
-    names = ("gamma", "beta", "moving_mean", "moving_variance", *renorm.NAMES)
-    own = [(getattr(layer, name), getattr(norm, name)) for name in names if getattr(norm, name, None) is not None]
-    return [*own, *([] if activation is None else paired(layer.activation, activation))]
+def _clone(layer: Any, kind: Any, changes: dict[str, Any]) -> Any:
+    """A new, unbuilt layer with this class and the config of another one. The value ... removes an argument."""
+    held = vars(layer)
+    try:
+        config = layer.get_config()
+        config.update((name, held[name]) for name in config if isinstance(held.get(name), FunctionType))
+        config = {name: value for name, value in {**config, **changes}.items() if value is not ...}
+        with keras.saving.custom_object_scope({type(value).__name__: type(value) for value in held.values()}):
+            return kind.from_config(config)
+    except Exception as error:
+        raise ValueError(
+            f"{layer.name} ({kind.__name__}) can't be copied: {kind.__name__}.from_config(get_config()) fails with "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
-def _apart(layer: Any, is_output: bool) -> tuple[list[Any], Replacement]:
-    """The batch norm and, if it is a layer, the activation; and the steps that replace the layer."""
-    has_add, linear = isinstance(layer, BatchNormalizationAdd), _linear(layer)
-    if not has_add and linear:
-        norm = _norm(layer, layer.name)
-        return [norm], (norm,)
-    norm = _norm(layer, f"{layer.name}_bn" if is_output else layer.name)
-    last = layer.name if is_output else f"{layer.name}_{'add' if linear else 'activation'}"
-    steps: list[Callable[..., Any]] = []
+def _apart(norm: Any, is_output: bool) -> Replacement:
+    """What takes the place of a layer in the copy: itself as a batch norm, then an Add and an activation."""
+    has_add, linear = isinstance(norm, BatchNormalizationAdd), _linear(norm)
+    name, activation = norm.name, norm.activation
+    last = name if is_output else f"{name}_{'add' if linear else 'activation'}"
+    words = {"name": last, "dtype": norm.dtype_policy}
+    norm._inbound_nodes.clear()  # it is called again
+    steps: list[Callable[..., Any]] = [norm]
     if has_add:
-        add_name = last if linear else f"{layer.name}_add"
-        add = keras.layers.Add(name=add_name, dtype=layer.dtype_policy)
-        steps.append(lambda tensors, **kwargs: add([norm(tensors[0], **_first(kwargs)), tensors[1]]))
-    else:
-        steps.append(norm)
-    if linear:
-        return [norm], tuple(steps)
-    if isinstance(layer.activation, keras.layers.Layer):
-        activation = clone(layer.activation, name=last)
-        return [norm, activation], (*steps, activation)
-    return [norm], (*steps, keras.layers.Activation(layer.activation, name=last, dtype=layer.dtype_policy))
+        add = keras.layers.Add(**{**words, "name": last if linear else f"{name}_add"})
+        steps = [lambda tensors, **kwargs: add([norm(tensors[0], **_first(kwargs)), tensors[1]])]
+    if isinstance(activation, keras.layers.Layer):  # the optimizer knows its variables
+        steps.append(part(activation, last, norm, shared=activation.variables))
+        norm._tracker.untrack(activation)
+    elif not linear:
+        steps.append(keras.layers.Activation(activation, **words))
+    if is_output:
+        rename(norm, f"{name}_bn", norm)
+    return tuple(steps)
 
 
 def _first(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -184,5 +177,8 @@ def _convert(layer: Any, other: Any) -> None:
     for name in _SIGNATURE:
         if hasattr(other, name):
             setattr(layer, name, getattr(other, name))
+    if isinstance(layer, BatchNormalizationAdd):  # it was built for two tensors
+        layer.input_spec = layer.input_spec[0]
+        layer._build_shapes_dict = {name: shapes[0] for name, shapes in layer._build_shapes_dict.items()}
     layer.supports_jit = other.supports_jit
     layer.__class__ = type(other)
