@@ -43,7 +43,7 @@ from .norms import part
 from .patch import PatchedBatchNormalization
 
 NORMS = (KERAS, BatchNormalization, PatchedBatchNormalization, BatchNormalizationAdd)
-UPPER_LIMIT = {"relu": np.inf, "relu6": 6.0}
+UPPER_LIMIT: dict[str | None, float] = {"relu": np.inf, "relu6": 6.0}
 TOLERANCE = {"float16": 2e-2, "bfloat16": 1e-1}  # of `check`; other dtypes 1e-5
 
 
@@ -99,12 +99,13 @@ def _validate(model: Any) -> None:
 
 
 def _apply(folding: Folding, model: Any) -> Any:
+    """The folded copy. A batch norm that is gone is None in the attributes that held it."""
     check_call(model, folding.plan)
     functions = [getattr(layer, name, None) for layer in layers(model) for name in ("function", "activation")]
     # also those that capture a layer: nothing trains it here
     copier = Copier(compiled=False, shared=[each for each in functions if isinstance(each, FunctionType)])
     for operation in operations(model):
-        if id(operation) in folding.plan:  # for attributes that hold it
+        if id(operation) in folding.plan:
             first = next(iter(folding.plan[id(operation)]), None)
             copier.pair(operation, first if isinstance(first, keras.layers.Layer) else None)
     copy = copier.duplicate(model)
@@ -154,12 +155,8 @@ class Folding:
         self._into: dict[int, str] = {}  # by id of a folded batch norm, the name of the layer
         self._foldables: dict[int, FoldableLayer] = {}  # by id of the layer, and of every batch norm folded into it
         self._calls = calls(model)
-        self._owners = Counter(
-            id(variable)
-            for operation in operations(model)
-            if isinstance(operation, keras.layers.Layer)
-            for variable in {id(variable): variable for variable in operation.variables}.values()
-        )
+        held = [{id(variable) for variable in getattr(each, "variables", ())} for each in operations(model)]
+        self._owners = Counter(key for keys in held for key in keys)  # how many operations hold a variable
         self._taken = {operation.name for operation in operations(model)}
         in_training = _called_in_training(model)
         for graph in graphs(model):
@@ -258,11 +255,11 @@ class Folding:
             relu = graph.sole_consumer(call.node)
             if relu is None or only_input(relu) is None or not self._is_called_once(relu):
                 return "no ReLU of its own follows it"
-            activation = _activation_layer(relu.operation, norm)
+            activation = relu.operation
         if getattr(relu.outputs[0], "_keras_mask", None) is not None:
             return "keras.ops, unlike layers, don't pass its mask on"
-        fused, after = activations.fuse(activation, norm.compute_dtype), graph.sole_consumer(relu)
-        if fused is None or fused.activation not in UPPER_LIMIT:
+        limit, after = _upper_limit(activation, norm.compute_dtype), graph.sole_consumer(relu)
+        if limit is None:
             return "no ReLU or ReLU6 follows it"
         if isinstance(norm, BatchNormalizationAdd) or isinstance(graph.model, keras.Sequential):
             return "its ReLU comes after a sum or in a Sequential model, and can't become per-channel limits"
@@ -275,7 +272,7 @@ class Folding:
             return foldable
         clip, rest = _clip(
             call.affine,
-            UPPER_LIMIT[fused.activation],
+            limit,
             norm.compute_dtype,
             call.rank - 1 - call.axis,
             self._two_names(relu.operation.name),
@@ -408,26 +405,16 @@ def _rest(norm: Any) -> Replacement:
     return tuple(rest)
 
 
-def _activation_layer(operation: Any, norm: Any) -> Any:
-    """The activation as a layer, if the kernels support it; else None. A layer is returned unchanged."""
-    layer = operation if isinstance(operation, keras.layers.Layer) else _layer_of_op(operation, norm)
-    fused = None if layer is None else activations.fuse(layer, norm.compute_dtype)
-    return layer if fused is not None and fused.activation is not None else None
-
-
-def _layer_of_op(op: Any, norm: Any) -> Any:
-    """The layer equivalent to an activation from keras.ops or keras.activations; None for other operations."""
-    words: dict[str, Any] = {"name": op.name, "dtype": norm.dtype_policy}
-    match type(op).__module__, type(op).__name__:
-        case "keras.src.ops.nn", "Relu":
-            return keras.layers.ReLU(**words)
-        case "keras.src.ops.nn", "Relu6":
-            return keras.layers.ReLU(6, **words)
-        case "keras.src.ops.nn", "LeakyRelu":
-            return keras.layers.LeakyReLU(op.negative_slope, **words) if op.negative_slope >= 0 else None
+def _upper_limit(activation: Any, dtype: str) -> float | None:
+    """The limit of a ReLU (infinity) or ReLU6, as a function, a layer or an operation; None for anything else."""
+    match type(activation).__module__, type(activation).__name__:
+        case "keras.src.ops.nn", name:
+            return UPPER_LIMIT.get(name.lower())
         case "keras.src.activations.activations", "ReLU":
-            return keras.layers.ReLU(op.max_value, op.negative_slope, op.threshold, **words)
-    return None
+            words = activation.max_value, activation.negative_slope, activation.threshold
+            activation = keras.layers.ReLU(*words, dtype=dtype)
+    fused = activations.fuse(activation, dtype)
+    return None if fused is None else UPPER_LIMIT.get(fused.activation)
 
 
 def _has_linear_output(layer: Any) -> bool:

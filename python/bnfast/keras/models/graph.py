@@ -2,7 +2,7 @@
 
 `graphs(model)` gives the model and the models nested in it; the nodes of a graph are its calls of operations, in the
 order of the data flow. `calls(model)` gives the nodes of an operation in all graphs: more than one for a shared layer.
-`rewire` replaces operations in a copy that a Copier made (copy.py), by their originals:
+`rewire` edits the copy that a Copier has made of a model (copy.py). Its plan names operations of the original:
 
     plan[id(relu)] = (maximum, minimum)    # called with the ReLU's inputs: x -> minimum(maximum(x))
     plan[id(bn)] = ()                      # dropped: its consumers get its input
@@ -130,7 +130,8 @@ def layers(model: Any) -> Iterator[Any]:
 def rewire(copier: Copier, plan: Mapping[int, Replacement]) -> None:
     """Replace operations in the copy of a model. The plan is described at the top of this file.
 
-    A call keeps its place, its outputs and whoever reads them; those of replaced operations give way to new ones.
+    All other calls stay the same objects, with the same outputs. Only the inputs change of those that read a result of
+    a replaced operation.
     """
     moved: dict[int, Any] = {}  # id(tensor of the copy) -> the one that takes its place
 
@@ -143,7 +144,8 @@ def rewire(copier: Copier, plan: Mapping[int, Replacement]) -> None:
         if steps is None and not any(id(tensor) in moved for tensor in twin.input_tensors):
             continue
         for source in _sources(twin):
-            source._outbound_nodes.remove(twin)
+            if twin in source._outbound_nodes:
+                source._outbound_nodes.remove(twin)
         args, kwargs = twin.arguments.convert(follow)
         if steps is None:
             twin.arguments = SymbolicArguments(*args, **kwargs)
@@ -163,8 +165,8 @@ def rewire(copier: Copier, plan: Mapping[int, Replacement]) -> None:
 
 def _sources(node: Any) -> list[Any]:
     """The operations whose results a call reads, as often as it reads them; not those that were dropped."""
-    operations = (tensor._keras_history.operation for tensor in node.input_tensors)
-    return [operation for operation in operations if operation is not None]
+    found = (tensor._keras_history.operation for tensor in node.input_tensors)
+    return [operation for operation in found if operation is not None]
 
 
 def _call(steps: Replacement, args: Any, kwargs: dict[str, Any]) -> list[Any]:

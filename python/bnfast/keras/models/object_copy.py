@@ -50,7 +50,7 @@ class ObjectCopier:
     """`copy` allocates, `finish` fills what was allocated. `pair` declares an existing object as the copy of another.
 
     Only immutable objects are copied recursively: the others wait in a list until they are filled, because graphs are a
-    thousand nodes deep. A function or another object that is shared must hold no `state`, which would be shared, too.
+    thousand nodes deep. What is shared must not hold anything that has to be copied (`_state`).
     """
 
     def __init__(self) -> None:

@@ -69,12 +69,12 @@ def to_keras(model: Any, *, inplace: bool = False) -> Any:
 
 def _convert_all(model: Any) -> None:
     ours = [layer for layer in layers(model) if _is_ours(layer)]
+    patched = [layer for layer in ours if type(layer) is PatchedBatchNormalization]
     # all are made before one changes
-    for layer, keras_layer in [(layer, None if _is_patched(layer) else _norm(layer)) for layer in ours]:
-        if keras_layer is None:
-            layer.release()
-        else:
-            _convert(layer, keras_layer)
+    for layer, other in [(layer, _norm(layer)) for layer in ours if layer not in patched]:
+        _convert(layer, other)
+    for layer in patched:
+        layer.release()
     for layer in layers(model):
         bias.release(layer)
     reset_compiled_functions(model)
@@ -88,10 +88,6 @@ def _output_operations(model: Any) -> set[int]:
 
 def _is_ours(layer: Any) -> bool:
     return type(layer) in OURS or type(layer) in RELATIVES
-
-
-def _is_patched(layer: Any) -> bool:
-    return type(layer) is PatchedBatchNormalization
 
 
 def _is_alone(layer: Any) -> bool:
@@ -170,9 +166,7 @@ _SIGNATURE = ("_call_signature", "call_signature_parameters", "_call_has_trainin
 def _convert(layer: Any, other: Any) -> None:
     """Give a built layer the class of `other`, a layer made from its config."""
     for name in _ARGUMENTS:
-        if hasattr(other, name):
-            setattr(layer, name, getattr(other, name))
-        elif name in vars(layer):  # it may also be a class attribute, which stays
+        if name in vars(layer):
             delattr(layer, name)
     for name in _SIGNATURE:
         if hasattr(other, name):
