@@ -49,7 +49,7 @@ void check_epsilon(double epsilon) {
 }
 
 void check_activation(Activation a, double negative_slope) {
-    require(int(a) >= 0 && int(a) <= 3, "activation must be a valid Activation. Received: ", int(a));
+    require(int(a) >= 0 && a <= Activation::mish, "activation must be a valid Activation. Received: ", int(a));
     require(negative_slope >= 0 && std::isfinite(negative_slope),
             "negative_slope must be finite and >= 0. Received: ", negative_slope);
 }
@@ -100,6 +100,10 @@ void check(const GradArgs& a) {
             "mean, invstd, dgamma and dbeta must not be null");
     require(!a.residual || !a.y, "residual and y must not be given together");
     check_activation(a.activation, a.negative_slope);
+    require(!a.y || gated_by_y(a.activation),
+            "y must be null for an activation whose gradient it doesn't tell; residual takes its place. Received: "
+            "Activation ",
+            int(a.activation));
 }
 
 void check(const MomentsArgs& a) {
@@ -113,6 +117,7 @@ void check(const GroupNormArgs& a) {
     check_vector(a.gamma, "gamma");
     check_vector(a.beta, "beta");
     check_epsilon(a.epsilon);
+    check_activation(a.activation, a.negative_slope);
     require((a.mean && a.invstd) || a.shape.N == 0, "mean and invstd must not be null");
 }
 
@@ -121,8 +126,10 @@ void check(const GroupNormGradArgs& a) {
     check_tensor(a.x, a.shape, a.dtype, "x");
     check_tensor(a.dx, a.shape, a.dtype, "dx");
     check_vector(a.gamma, "gamma");
+    check_vector(a.beta, "beta");
     check_vector(a.dgamma, "dgamma");
     check_vector(a.dbeta, "dbeta");
+    check_activation(a.activation, a.negative_slope);
     require((a.mean && a.invstd) || a.shape.N == 0, "mean and invstd must not be null");
     require((a.dgamma.data && a.dbeta.data) || a.shape.C == 0, "dgamma and dbeta must not be null");
 }

@@ -20,10 +20,16 @@
     F(dy), F(x), F(mean), F(invstd), F(gamma), F(beta), F(axis), F(mask), F(activation), F(negative_slope),           \
     F(residual), F(y), F(training), F(dmean), F(dvariance), F(out), F(out_dresidual)
 #define BNFAST_MOMENTS_ARGUMENTS(F) F(x), F(axis), F(mask)
-#define BNFAST_GROUP_NORM_ARGUMENTS(F) F(x), F(groups), F(gamma), F(beta), F(axis), F(epsilon), F(out)
-#define BNFAST_GROUP_NORM_GRAD_ARGUMENTS(F) F(dy), F(x), F(mean), F(invstd), F(groups), F(gamma), F(axis), F(out)
-#define BNFAST_LAYER_NORM_ARGUMENTS(F) F(x), F(gamma), F(beta), F(axis), F(epsilon), F(out)
-#define BNFAST_LAYER_NORM_GRAD_ARGUMENTS(F) F(dy), F(x), F(mean), F(invstd), F(gamma), F(axis), F(out)
+#define BNFAST_GROUP_NORM_ARGUMENTS(F)                                                                                \
+    F(x), F(groups), F(gamma), F(beta), F(axis), F(epsilon), F(activation), F(negative_slope), F(residual), F(out)
+#define BNFAST_GROUP_NORM_GRAD_ARGUMENTS(F)                                                                           \
+    F(dy), F(x), F(mean), F(invstd), F(groups), F(gamma), F(beta), F(axis), F(activation), F(negative_slope),         \
+    F(residual), F(out), F(out_dresidual)
+#define BNFAST_LAYER_NORM_ARGUMENTS(F)                                                                                \
+    F(x), F(gamma), F(beta), F(axis), F(epsilon), F(activation), F(negative_slope), F(residual), F(out)
+#define BNFAST_LAYER_NORM_GRAD_ARGUMENTS(F)                                                                           \
+    F(dy), F(x), F(mean), F(invstd), F(gamma), F(beta), F(axis), F(activation), F(negative_slope), F(residual),       \
+    F(out), F(out_dresidual)
 // clang-format on
 
 #define BNFAST_PARAMETER(name) pybind11::handle name

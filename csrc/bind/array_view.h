@@ -156,7 +156,9 @@ template <int n> int choice(py::handle h, const char* const (&choices)[n]) {
     throw Declined{};
 }
 inline Activation activation_of(py::handle h) {
-    static constexpr const char* names[] = {"relu", "relu6", "leaky_relu"};
+    static constexpr const char* names[] = {"relu",    "relu6",        "leaky_relu", "silu", "hard_silu",
+                                            "sigmoid", "hard_sigmoid", "tanh",       "gelu", "gelu_tanh",
+                                            "elu",     "selu",         "softplus",   "mish"};
     return h.is_none() ? Activation::none : Activation(1 + choice(h, names));
 }
 inline NanPolicy nan_policy_of(py::handle h) {

@@ -93,6 +93,7 @@ py::object grad(BNFAST_GRAD_ARGUMENTS(BNFAST_PARAMETER)) {
         a.activation = activation_of(activation);
         a.negative_slope = number_in(negative_slope, 0, largest);
         decline_unless(!rv.dims || !yv.dims);
+        decline_unless(!yv.dims || gated_by_y(a.activation));
         a.residual = rv.data;
         a.y = yv.data;
         a.training = boolean(training);

@@ -86,8 +86,8 @@ py::object Callback::grad_on(const py::args& arrays) const {
     py::list made;
     made.append(r[0]);
     constexpr std::size_t gamma = position(grad_names, "gamma"), beta = position(grad_names, "beta"),
-                          y = position(grad_names, "y");
-    for (const auto& [i, at] : {std::pair{1, gamma}, {2, beta}, {3, y}}) {
+                          y = position(grad_names, "y"), residual = position(grad_names, "residual");
+    for (const auto& [i, at] : {std::pair{1, gamma}, {2, beta}, {3, y}, {3, residual}}) {
         if (a[at].is_none()) continue;
         const py::dtype wanted = py::reinterpret_borrow<py::array>(a[at]).dtype();  // grad makes dbeta in gamma's dtype
         const py::array gradient = r[i];

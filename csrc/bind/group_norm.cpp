@@ -49,9 +49,11 @@ const double* statistics(const ArrayView& v, const Dims& d) {
 }
 
 py::object forward(py::handle x, py::handle groups, py::handle gamma, py::handle beta, py::handle axis,
-                   py::handle epsilon, py::handle out, bool layer) {
+                   py::handle epsilon, py::handle activation, py::handle negative_slope, py::handle residual,
+                   py::handle out, bool layer) {
     return or_none([&]() -> py::object {
-        const ArrayView xv = input(x), gv = optional_input(gamma), bv = optional_input(beta);
+        const ArrayView xv = input(x), rv = optional_like(residual, xv), gv = optional_input(gamma),
+                        bv = optional_input(beta);
         GroupNormArgs a;
         a.x = xv.data;
         a.dtype = xv.dtype;
@@ -59,7 +61,10 @@ py::object forward(py::handle x, py::handle groups, py::handle gamma, py::handle
         a.gamma = vector(gv, a.shape.C);
         a.beta = vector(bv, a.shape.C);
         a.epsilon = number_in(epsilon, 0, largest);
-        const py::array y = output_for(out, x, xv, {xv}, {gv, bv});
+        a.activation = activation_of(activation);
+        a.negative_slope = number_in(negative_slope, 0, largest);
+        a.residual = rv.data;
+        const py::array y = output_for(out, x, xv, {xv}, {rv, gv, bv});
         const Dims dims(xv, a.shape, layer);
         const std::int64_t bytes = a.shape.N * a.shape.G * 8;
         const py::array mean = new_array(py::dtype::of<double>(), dims.at, dims.rank, bytes);
@@ -73,10 +78,12 @@ py::object forward(py::handle x, py::handle groups, py::handle gamma, py::handle
 }
 
 py::object backward(py::handle dy, py::handle x, py::handle mean, py::handle invstd, py::handle groups,
-                    py::handle gamma, py::handle axis, py::handle out, bool layer) {
+                    py::handle gamma, py::handle beta, py::handle axis, py::handle activation,
+                    py::handle negative_slope, py::handle residual, py::handle out, py::handle out_dresidual,
+                    bool layer) {
     return or_none([&]() -> py::object {
-        const ArrayView xv = input(x), dyv = optional_like(dy, xv), mv = input(mean), sv = input(invstd),
-                        gv = optional_input(gamma);
+        const ArrayView xv = input(x), dyv = optional_like(dy, xv), rv = optional_like(residual, xv), mv = input(mean),
+                        sv = input(invstd), gv = optional_input(gamma), bv = optional_input(beta);
         decline_unless(dyv.dims);
         GroupNormGradArgs a;
         a.dy = dyv.data;
@@ -87,28 +94,44 @@ py::object backward(py::handle dy, py::handle x, py::handle mean, py::handle inv
         a.mean = statistics(mv, dims);
         a.invstd = statistics(sv, dims);
         a.gamma = vector(gv, a.shape.C);
-        const py::array dx = output_for(out, x, xv, {dyv, xv}, {mv, sv, gv});
+        a.beta = vector(bv, a.shape.C);
+        a.activation = activation_of(activation);
+        a.negative_slope = number_in(negative_slope, 0, largest);
+        a.residual = rv.data;
+        const py::array dx = output_for(out, x, xv, {dyv, xv}, {rv, mv, sv, gv, bv});
         a.dx = data_of(dx);
-        const py::array dgamma = new_parameter_gradient(gv, {}, xv, a.shape.C, a.dgamma);
-        const py::array dbeta = new_parameter_gradient(gv, {}, xv, a.shape.C, a.dbeta);
+        const py::array dgamma = new_parameter_gradient(gv, bv, xv, a.shape.C, a.dgamma);
+        const py::array dbeta = new_parameter_gradient(gv, bv, xv, a.shape.C, a.dbeta);
+        py::object dresidual = py::none();
+        const bool gated = rv.dims && a.activation != Activation::none;
+        decline_unless(gated || out_dresidual.is_none());
+        if (gated) {
+            const py::array made = output_for(out_dresidual, x, xv, {xv}, {output(dx), dyv, rv, mv, sv, gv, bv});
+            a.dresidual = data_of(made);
+            dresidual = made;
+        } else if (rv.dims) {
+            dresidual = a.dx == dyv.data ? dy.attr("copy")() : py::reinterpret_borrow<py::object>(dy);
+        }
         without_gil([&] { bnfast::group_norm_grad(a); });
-        return py::make_tuple(dx, dgamma, dbeta);
+        return py::make_tuple(dx, dgamma, dbeta, dresidual);
     });
 }
 
 }  // namespace
 
 py::object group_norm(BNFAST_GROUP_NORM_ARGUMENTS(BNFAST_PARAMETER)) {
-    return forward(x, groups, gamma, beta, axis, epsilon, out, false);
+    return forward(x, groups, gamma, beta, axis, epsilon, activation, negative_slope, residual, out, false);
 }
 py::object group_norm_grad(BNFAST_GROUP_NORM_GRAD_ARGUMENTS(BNFAST_PARAMETER)) {
-    return backward(dy, x, mean, invstd, groups, gamma, axis, out, false);
+    return backward(dy, x, mean, invstd, groups, gamma, beta, axis, activation, negative_slope, residual, out,
+                    out_dresidual, false);
 }
 py::object layer_norm(BNFAST_LAYER_NORM_ARGUMENTS(BNFAST_PARAMETER)) {
-    return forward(x, py::none(), gamma, beta, axis, epsilon, out, true);
+    return forward(x, py::none(), gamma, beta, axis, epsilon, activation, negative_slope, residual, out, true);
 }
 py::object layer_norm_grad(BNFAST_LAYER_NORM_GRAD_ARGUMENTS(BNFAST_PARAMETER)) {
-    return backward(dy, x, mean, invstd, py::none(), gamma, axis, out, true);
+    return backward(dy, x, mean, invstd, py::none(), gamma, beta, axis, activation, negative_slope, residual, out,
+                    out_dresidual, true);
 }
 
 }  // namespace bnfast::bind

@@ -127,6 +127,7 @@ void grad(const GradArgs& a) {
     PlanRequest request = request_of(a.shape, a.dtype, Op::grad);
     request.masked = a.mask != nullptr && a.training;
     request.inputs = a.residual || a.y ? 3 : 2;
+    request.operations = operations_of(a.activation);
     request.outputs = a.dresidual ? 2 : 1;
     const Plan plan = make_plan(request, machine());
     Scratch scratch;

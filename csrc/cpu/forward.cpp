@@ -155,6 +155,7 @@ double train(const TrainArgs& a) {
     PlanRequest request = request_of(a.shape, a.dtype, Op::train);
     request.whole_first = a.nan_policy == NanPolicy::raise;
     request.inputs = a.residual ? 2 : 1;
+    request.operations = operations_of(a.activation);
     const Plan plan = make_plan(request, machine());
     Scratch scratch;
     Reduction reduction(plan, kernel, a.x, a.mask, scratch);
@@ -193,6 +194,7 @@ void infer(const InferArgs& a) {
     const TypeKernels& kernel = table.types[int(a.dtype)];
     PlanRequest request = request_of(a.shape, a.dtype, Op::infer);
     request.inputs = a.residual ? 2 : 1;
+    request.operations = operations_of(a.activation);
     const Plan plan = make_plan(request, machine());
     Scratch scratch;
     const ParamSpace space(scratch, plan.grid, 3);

@@ -1,4 +1,5 @@
-// Group norm, forward: y = gamma*(x - mean)*invstd + beta, with the mean and variance of each row (sample, norm group).
+// Group norm, forward: y = activation(gamma*(x - mean)*invstd + beta + residual), with the mean and variance of each
+// row (sample, norm group).
 //
 // The moments kernels reduce a span as if each row were a channel of one sample. Then each channel of each sample gets
 // its row's mean and invstd and its own gamma and beta, and batch norm's apply kernels take them as channels.
@@ -134,12 +135,14 @@ private:
         ApplyArgs y{};
         y.grid = grid;
         y.x = spans.begin(a.x, span);
+        y.residual = a.residual ? spans.begin(a.residual, span) : nullptr;
         y.y = spans.begin(a.y, span);
         y.params = w.params;
-        y.act = activation_args(Activation::none, 0);
+        y.act = activation_args(a.activation, a.negative_slope);
         y.stream = plan.stream;
         y.prefetch_distance = spans.prefetch_distance(span);
-        const ApplyStep<ApplyArgs> step{plan, y, kernel.apply_rows[act_none], kernel.apply_columns[act_none]};
+        const int act = kernel_activation(a.activation, a.negative_slope);
+        const ApplyStep<ApplyArgs> step{plan, y, kernel.apply_rows[act], kernel.apply_columns[act]};
         step.task(task);
     }
 
@@ -173,7 +176,8 @@ void group_norm(const GroupNormArgs& a) {
     const IeeeMode mode;
     const KernelTable& table = kernels();
     record_isa(table);
-    with_spans(canonical_of(a), a.dtype, 1, [&](const auto& spans) { run(a, spans, table); });
+    with_spans(canonical_of(a), a.dtype, a.residual ? 2 : 1, a.activation,
+               [&](const auto& spans) { run(a, spans, table); });
 }
 
 }  // namespace bnfast

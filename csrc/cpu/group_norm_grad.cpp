@@ -2,6 +2,7 @@
 //
 //   dx = invstd*(g - sum(g)/M - xhat*sum(g*xhat)/M), sums over the row;  dgamma = sum(dy*xhat), dbeta = sum(dy)
 //
+// With an activation, dy stands for dy*activation'(z), which is dresidual too. The kernels recompute it in each pass.
 // Batch norm's gradient kernels leave sum(dy) and sum(dy*xhat) of each channel of each sample. Added up with gamma they
 // are the row's. dx needs the row's sums where batch norm uses the channel's: the difference goes into grad_finalize as
 // gradients that reach the channel's mean and variance. If a row is a single channel there is no difference, and the
@@ -40,15 +41,15 @@ struct Workspace {
               channels(spans.units_per_span * spans.rows_per_unit * spans.channels_per_row) {}
         int64_t reduce_scratch() const { return grid.pack > 1 ? 2 * grid.pack * grid.C : 0; }  // doubles
     };
-    double *sum_dy, *sum_dy_centered_x;  // reduce's results, [chunks][channels]
-    double *mean, *invstd, *gamma;       // [channels]; mean and invstd are the row's
-    double *dmean, *dvariance;           // [channels]; see set_differences
-    double *dgamma, *dbeta;              // [channels]; of one sample each
+    double *sum_dy, *sum_dy_centered_x;    // reduce's results, [chunks][channels]
+    double *mean, *invstd, *gamma, *beta;  // [channels]; mean and invstd are the row's
+    double *dmean, *dvariance;             // [channels]; see set_differences
+    double *dgamma, *dbeta;                // [channels]; of one sample each
     Params params;
 
     Workspace(Carver& carver, const Sizes& n) {
         for (double** each : {&sum_dy, &sum_dy_centered_x}) *each = carver.array(n.grid.chunks * n.channels);
-        for (double** each : {&mean, &invstd, &gamma, &dmean, &dvariance, &dgamma, &dbeta})
+        for (double** each : {&mean, &invstd, &gamma, &beta, &dmean, &dvariance, &dgamma, &dbeta})
             *each = carver.array(n.channels);
         carve(params, carver, n.grid.pack * n.grid.C, true);
     }
@@ -97,6 +98,11 @@ public:
 
 private:
     Grid grid_of(int64_t span) const { return channel_grid(spans, span, workspaces.sizes().grid); }
+    int act() const { return kernel_activation(a.activation, a.negative_slope); }
+    template <class Args> void set_gate(Args& args, int64_t span) const {
+        args.act = activation_args(a.activation, a.negative_slope);
+        args.gate_input = a.residual ? spans.begin(a.residual, span) : nullptr;
+    }
 
     // The row's mean and invstd for each of its channels, gamma, and the constants that reduce needs.
     void prepare(const Workspace& w, int64_t span) const {
@@ -116,6 +122,10 @@ private:
             repeat(a.gamma, C, first * K % C, channels, w.gamma);
             f.gamma = {w.gamma, 1};
         }
+        if (a.beta.data && a.activation != Activation::none) {
+            repeat(a.beta, C, first * K % C, channels, w.beta);
+            f.beta = {w.beta, 1};
+        }
         f.params = w.params;
         kernel.finalize(f);
     }
@@ -126,13 +136,13 @@ private:
         r.dy = spans.begin(a.dy, span);
         r.x = spans.begin(a.x, span);
         r.params = w.params;
-        r.act = activation_args(Activation::none, 0);
+        set_gate(r, span);
         r.chunk = chunk;
         r.c1 = r.grid.C;
         r.sum_dy = w.sum_dy;
         r.sum_dy_centered_x = w.sum_dy_centered_x;
         r.scratch = scratch.at(scratch_at + rank * each_scratch);
-        (r.grid.S > 1 ? kernel.grad_reduce_rows : kernel.grad_reduce_columns)[act_none](r);
+        (r.grid.S > 1 ? kernel.grad_reduce_rows : kernel.grad_reduce_columns)[act()](r);
     }
 
     void finalize(const Workspace& w, int64_t span) const {
@@ -211,11 +221,12 @@ private:
         d.x = spans.begin(a.x, span);
         d.dx = spans.begin(a.dx, span);
         d.params = w.params;
-        d.act = activation_args(Activation::none, 0);
+        d.dresidual = a.dresidual ? spans.begin(a.dresidual, span) : nullptr;
+        set_gate(d, span);
         d.stream = plan.stream;
         d.prefetch_distance = spans.prefetch_distance(span);
-        const ApplyStep<GradApplyArgs> step{plan, d, kernel.grad_apply_rows[grad_batch][act_none],
-                                            kernel.grad_apply_columns[grad_batch][act_none]};
+        const ApplyStep<GradApplyArgs> step{plan, d, kernel.grad_apply_rows[grad_batch][act()],
+                                            kernel.grad_apply_columns[grad_batch][act()]};
         step.task(task);
     }
 
@@ -253,7 +264,8 @@ void group_norm_grad(const GroupNormGradArgs& a) {
     const IeeeMode mode;
     const KernelTable& table = kernels();
     record_isa(table);
-    with_spans(a.shape, a.dtype, 2, [&](const auto& spans) { run(a, spans, table); });
+    with_spans(a.shape, a.dtype, a.residual && a.activation != Activation::none ? 3 : 2, a.activation,
+               [&](const auto& spans) { run(a, spans, table); });
 }
 
 }  // namespace bnfast

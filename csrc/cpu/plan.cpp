@@ -121,7 +121,8 @@ void schedule_finalize(Plan& plan) {
 
 void schedule_apply(Plan& plan, const PlanRequest& request) {
     const Grid& g = plan.apply_grid;
-    const int64_t item = item_bytes(request.dtype);
+    // What a task's bytes amount to per value, so that tasks of much arithmetic are as long as others.
+    const int64_t item = work_bytes(1, request.dtype, request.operations);
     if (plan.rows) {
         plan.apply_task_size = round_up(apply_task_bytes / item, 64);
         plan.num_apply_tasks = ceil_div(g.N * g.C * g.S, plan.apply_task_size);
@@ -157,7 +158,8 @@ Plan make_plan(const PlanRequest& request, const Machine& machine) {
     if (request.masked) plan.apply_grid.pack = 1;
     plan.rows = plan.grid.S > 1;
     const int64_t tensor = request.shape.size() * item_bytes(request.dtype);
-    plan.threads = threads_for(tensor, request.threads, request.serial_bytes);
+    const int64_t work = work_bytes(request.shape.size(), request.dtype, request.operations);
+    plan.threads = threads_for(work, request.threads, request.serial_bytes);
     plan.stream = streams(tensor * (request.inputs + request.outputs), machine);
     // Where x lies in L2, prefetching costs a quarter of the reduce step.
     plan.prefetch_next = tensor > plan.threads * machine.l2;
@@ -183,6 +185,11 @@ bool streams(int64_t bytes, const Machine& machine) { return bytes > machine.l3 
 
 int threads_for(int64_t tensor_bytes, int threads, int64_t serial) {
     return tensor_bytes < (serial >= 0 ? serial : default_serial_bytes) ? 1 : std::max(1, threads);
+}
+
+int64_t work_bytes(int64_t values, DType dtype, int operations) {
+    const int64_t compute = dtype == DType::float64 ? 8 : 4;
+    return values * (item_bytes(dtype) + compute * operations / 16);
 }
 
 void set_serial_bytes(int64_t bytes) { serial_override = bytes; }

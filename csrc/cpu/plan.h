@@ -55,6 +55,7 @@ struct PlanRequest {
     bool masked = false;
     bool whole_first = false;        // no output before every statistic is known (NanPolicy::raise)
     int inputs = 1, outputs = 1;     // tensors of x's size that the apply step reads and writes
+    int operations = 0;              // of an activation function, per value; 0 for the relus, which memory hides
     std::int64_t serial_bytes = -1;  // smaller tensors run on one thread; -1: the measured default
 };
 Plan make_plan(const PlanRequest& request, const Machine& machine);
@@ -66,6 +67,10 @@ std::int64_t cache_per_thread(const Machine& machine, int threads);
 bool streams(std::int64_t bytes, const Machine& machine);
 
 int threads_for(std::int64_t tensor_bytes, int threads, std::int64_t serial_bytes);  // 1 below serial_bytes
+
+// The bytes whose reading and writing in cache takes as long as a call over so many values: arithmetic counted too. 16
+// operations take as long as a float32 (docs/performance/activations.md).
+std::int64_t work_bytes(std::int64_t values, DType dtype, int operations);
 
 void set_serial_bytes(std::int64_t bytes);  // tests only; -1: the measured default
 std::int64_t serial_bytes();

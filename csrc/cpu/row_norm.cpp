@@ -18,9 +18,10 @@ void convert(const ConstVector& v, int64_t C, double absent, DType dtype, double
 }
 
 struct RowTensors {
-    const void *x, *dy;
-    void* y;  // or dx
+    const void *x, *dy, *residual;
+    void *y, *dresidual;  // y: or dx
     const double *gamma, *beta;
+    ActivationArgs act;
 };
 
 // The rows of norm group g in the span's samples [first, first + samples), with the constants of the span's rows.
@@ -38,7 +39,10 @@ RowArgs row_args(const RowNormSpans& spans, int64_t span, int64_t g, int64_t fir
     RowArgs r{};
     r.x = tensor(t.x);
     r.dy = tensor(t.dy);
+    r.residual = tensor(t.residual);
     r.y = const_cast<char*>(tensor(t.y));
+    r.dresidual = const_cast<char*>(tensor(t.dresidual));
+    r.act = t.act;
     r.rows = samples;
     r.stride = C;
     r.k1 = K;
@@ -120,13 +124,21 @@ private:
         std::copy_n(w.invstd, rows, a.invstd + first);
     }
     void apply(const ForwardWorkspace& w, int64_t span, int64_t k0, int64_t k1) const {
-        const RowTensors tensors{a.x, nullptr, a.y, scratch.at(gamma_at), scratch.at(beta_at)};
+        const RowTensors tensors{a.x,
+                                 nullptr,
+                                 a.residual,
+                                 a.y,
+                                 nullptr,
+                                 scratch.at(gamma_at),
+                                 scratch.at(beta_at),
+                                 activation_args(a.activation, a.negative_slope)};
+        const bool active = a.residual || a.activation != Activation::none;
         for (int64_t g = 0; g < spans.shape.G; ++g) {
             RowArgs r = row_args(spans, span, g, 0, spans.span_units(span), w.params, tensors);
             r.k0 = k0;
             r.k1 = std::min(spans.row_size, k1);
             r.prefetch_distance = spans.prefetch_distance(span);
-            kernel.row_apply(r);
+            kernel.row_apply[active](r);
         }
     }
 
@@ -182,9 +194,12 @@ public:
           row_blocks(ceil_div(s.row_size, row_block)),
           workspaces(scratch, {s.units_per_span * s.rows_per_unit, row_blocks}, workspace_count(s)),
           gamma_at(scratch.count(s.shape.C)),
+          beta_at(scratch.count(s.shape.C)),
+          active(args.activation != Activation::none),
           sums(scratch, s.shape.C, s.num_partials) {
         scratch.take();
         convert(a.gamma, spans.shape.C, 1, a.dtype, scratch.at(gamma_at));
+        if (active) convert(a.beta, spans.shape.C, 0, a.dtype, scratch.at(beta_at));
         if (spans.by_steps)
             for (int64_t span = 0; span < spans.num_spans; ++span) prepare(workspaces[span], span);
     }
@@ -229,7 +244,16 @@ private:
         kernel.finalize(f);
     }
 
-    RowTensors tensors() const { return {a.x, a.dy, a.dx, scratch.at(gamma_at), nullptr}; }
+    RowTensors tensors() const {
+        return {a.x,
+                a.dy,
+                a.residual,
+                a.dx,
+                a.dresidual,
+                scratch.at(gamma_at),
+                scratch.at(beta_at),
+                activation_args(a.activation, a.negative_slope)};
+    }
 
     // One norm group and one block of its columns, as the task says, over one block of samples from the span's `first`
     // on: the rows' sums, and what these samples add to the columns' sums.
@@ -246,7 +270,7 @@ private:
         r.sum_dy_xhat = sums.dgamma(span) + g * spans.row_size;
         if (first == 0)
             for (int64_t k = r.k0; k < r.k1; ++k) r.sum_dy[k] = r.sum_dy_xhat[k] = 0;
-        kernel.row_grad_reduce(r);
+        kernel.row_grad_reduce[active](r);
     }
     void finalize(const BackwardWorkspace& w, int64_t span, int64_t first, int64_t samples) const {
         GradFinalizeArgs f{};
@@ -267,7 +291,7 @@ private:
             r.k0 = k0;
             r.k1 = std::min(spans.row_size, k1);
             r.prefetch_distance = spans.stream && !spans.by_steps ? samples * spans.unit_size : 0;  // the next block
-            kernel.row_grad_apply(r);
+            kernel.row_grad_apply[active](r);
         }
     }
 
@@ -278,7 +302,8 @@ private:
     const int64_t row_blocks;  // of row_block columns, per row
     Scratch scratch;
     const Workspaces<BackwardWorkspace> workspaces;
-    const int64_t gamma_at;
+    const int64_t gamma_at, beta_at;
+    const bool active;  // there is an activation; without one the residual's gradient is dy
     const ParameterSums sums;
 };
 

@@ -39,8 +39,8 @@ struct Spans {
     bool stream;    // non-temporal stores
     bool by_steps;  // the team shares each span
 
-    // inputs: tensors of x's size that are read.
-    Spans(GroupShape s, DType type, int inputs, std::int64_t units, std::int64_t rows)
+    // inputs: tensors of x's size that are read. operations: as in PlanRequest.
+    Spans(GroupShape s, DType type, int inputs, int operations, std::int64_t units, std::int64_t rows)
         : shape(s),
           dtype(type),
           channels_per_row(s.C / s.G),
@@ -50,7 +50,7 @@ struct Spans {
           unit_size(rows * row_size),
           num_partials(std::min(s.N, max_partials)) {
         const std::int64_t tensor = s.size() * item_bytes(dtype), unit_bytes = unit_size * item_bytes(dtype) * inputs;
-        threads = threads_for(tensor, get_num_threads(), serial_bytes());
+        threads = threads_for(work_bytes(s.size(), dtype, operations), get_num_threads(), serial_bytes());
         stream = streams(tensor * (inputs + 1), machine());
         const std::int64_t wanted_tasks = tasks_per_thread * threads;
         by_steps = threads > 1 && (units < wanted_tasks || unit_bytes > cache_per_thread(machine(), threads));
@@ -115,7 +115,8 @@ private:
 };
 
 struct ChannelsFirstSpans : Spans {
-    ChannelsFirstSpans(GroupShape s, DType type, int inputs) : Spans(s, type, inputs, s.N * s.G, 1) {}
+    ChannelsFirstSpans(GroupShape s, DType type, int inputs, int operations)
+        : Spans(s, type, inputs, operations, s.N * s.G, 1) {}
     Shape row_shape(std::int64_t units) const { return {1, units, row_size}; }
     std::int64_t columns_per_row() const { return 1; }
     Shape channel_shape(std::int64_t units) const { return {1, units * channels_per_row, shape.S}; }
@@ -123,7 +124,8 @@ struct ChannelsFirstSpans : Spans {
 };
 
 struct ChannelsLastSpans : Spans {
-    ChannelsLastSpans(GroupShape s, DType type, int inputs) : Spans(s, type, inputs, s.N, s.G) {
+    ChannelsLastSpans(GroupShape s, DType type, int inputs, int operations)
+        : Spans(s, type, inputs, operations, s.N, s.G) {
         set_units_per_span(1);  // the columns kernels take one matrix
     }
     // The values of a single norm group are contiguous. They are reduced as one row, because without gamma and beta the
@@ -135,17 +137,18 @@ struct ChannelsLastSpans : Spans {
 };
 
 struct RowNormSpans : Spans {
-    RowNormSpans(GroupShape s, DType type, int inputs) : Spans(s, type, inputs, s.N, s.G) {}
+    RowNormSpans(GroupShape s, DType type, int inputs, int operations) : Spans(s, type, inputs, operations, s.N, s.G) {}
     Shape row_shape(std::int64_t units) const { return {1, units * rows_per_unit, row_size}; }
     std::int64_t columns_per_row() const { return 1; }
 };
 
 // Calls visit with the spans of the layout that the shape asks for.
-template <class Visit> void with_spans(GroupShape s, DType dtype, int inputs, Visit visit) {
+template <class Visit> void with_spans(GroupShape s, DType dtype, int inputs, Activation activation, Visit visit) {
+    const int operations = operations_of(activation);
     if (s.C == 1) s = {s.N, 1, 1, s.A * s.S, 1};
-    if (s.A != 1) visit(ChannelsLastSpans(s, dtype, inputs));
-    else if (s.S == 1 && s.C > s.G) visit(RowNormSpans(s, dtype, inputs));
-    else visit(ChannelsFirstSpans(s, dtype, inputs));
+    if (s.A != 1) visit(ChannelsLastSpans(s, dtype, inputs, operations));
+    else if (s.S == 1 && s.C > s.G) visit(RowNormSpans(s, dtype, inputs, operations));
+    else visit(ChannelsFirstSpans(s, dtype, inputs, operations));
 }
 
 // The grid of a span. `full` is that of units_per_span units, which all but a few spans have: making a grid for each

@@ -13,11 +13,29 @@ namespace bnfast {
 
 inline int kernel_activation(Activation a, double negative_slope) {
     if (a == Activation::none) return act_none;
+    if (a > Activation::leaky_relu) return act_function;
     return a == Activation::leaky_relu && negative_slope != 0 ? act_leaky : act_relu;  // 0*-inf would be NaN
 }
 inline ActivationArgs activation_args(Activation a, double negative_slope) {
     const double unbounded = std::numeric_limits<double>::quiet_NaN();  // every comparison with it is false
-    return {a == Activation::relu6 ? 6.0 : unbounded, negative_slope};
+    return {a == Activation::relu6 ? 6.0 : unbounded, negative_slope,
+            a == Activation::leaky_relu && negative_slope == 0 ? int(Activation::relu) : int(a)};
+}
+static_assert(int(Activation::silu) == function_silu && int(Activation::mish) == function_mish, "one order");
+// Instructions of a function per vector, rounded: the plan weighs them against bytes.
+inline int operations_of(Activation a) {
+    switch (a) {
+        case Activation::none:
+        case Activation::relu:
+        case Activation::relu6:
+        case Activation::leaky_relu: return 0;
+        case Activation::hard_silu:
+        case Activation::hard_sigmoid: return 8;
+        case Activation::gelu:
+        case Activation::softplus:
+        case Activation::mish: return 64;
+        default: return 40;
+    }
 }
 inline PlanRequest request_of(Shape shape, DType dtype, Op op) {
     PlanRequest request;

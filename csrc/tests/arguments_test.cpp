@@ -108,7 +108,7 @@ template <class Args> std::vector<Bad<Args>> common() {
 template <class Args> std::vector<Bad<Args>> affine() {
     auto list = common<Args>();
     const std::vector<Bad<Args>> more = {
-        {"activation must be a valid Activation. Received: 9", [](Args& a) { a.activation = Activation(9); }},
+        {"activation must be a valid Activation. Received: 99", [](Args& a) { a.activation = Activation(99); }},
         {"negative_slope must be finite and >= 0", [](Args& a) { a.negative_slope = -0.1; }},
         {"negative_slope must be finite and >= 0", [](Args& a) { a.negative_slope = NAN; }},
         {"gamma must be float32 or float64", [](Args& a) { a.gamma = {a.x, DType::float16}; }},

@@ -70,7 +70,12 @@ std::vector<Case> cases_of(Shape shape, DType dtype) {
     if (shape.size() > 100000)  // long double is slow, and smaller shapes cover all options
         return {{shape, dtype, A::relu6, true, true, true, true},
                 {shape, dtype, A::none, true, false, false, true, 100}};
+    // One of the functions per shape; activation_test.cpp has all of them.
+    const A smooth = smooth_activations[shape.size() % 11], other = smooth_activations[(shape.size() + 5) % 11];
     return {
+        {shape, dtype, smooth, true, true, false, true},
+        {shape, dtype, other, true, false, true, true},
+        {shape, dtype, other, false, true, false, false},
         {shape, dtype, A::none, false, false, false, true},
         {shape, dtype, A::relu, true, false, false, true},
         {shape, dtype, A::relu6, true, true, true, true},
@@ -222,7 +227,9 @@ Worst check_forward(const Case& c, const Inputs& in, const Forward& out) {
         const long double expected = activated(z[std::size_t(i)], c.act, c.negative_slope);
         const long double size = (std::fabs(xhat[std::size_t(i)]) + 1) * std::fabs(gamma ? gamma->get(k) : 1) +
                                  std::fabs(beta ? beta->get(k) : 0) + std::fabs(residual ? residual->get(i) : 0);
-        worst.add("y", i, out.y.get(i), expected, 4 * eps * size + storage_error(c.dtype, expected) * 1.01L);
+        const long double function_error = gated_by_y(c.act) ? 0 : 8 * eps * (std::fabs(expected) + size);
+        worst.add("y", i, out.y.get(i), expected,
+                  4 * eps * size + function_error + storage_error(c.dtype, expected) * 1.01L);
     }
     return worst;
 }
@@ -237,20 +244,27 @@ Worst check_backward(const Case& c, const Inputs& in, const Forward& forward, co
     const auto C = std::size_t(c.shape.C);
     Wide dbeta(C), dgamma(C), size_dbeta(C), size_dgamma(C), g(z.size());
     Wide uncertain_dbeta(C), uncertain_dgamma(C);  // the possible error from gates that rounding may flip
+    Wide size_g(z.size());  // what the error of g is relative to: where a function is curved, z's error counts too
+    const bool curved = !gated_by_y(c.act);
     std::vector<bool> uncertain(z.size());
     for (int64_t i = 0; i < c.shape.size(); ++i) {
         const auto j = std::size_t(i), k = std::size_t(channel_of(c.shape, i));
         g[j] = in.dy.get(i) * activation_slope(z[j], c.act, (long double)c.negative_slope);
         const long double tolerance = c.dtype == DType::float64 ? 1e-12L : 1e-4L;
-        uncertain[j] = c.act != Activation::none && (std::fabs(z[j]) < tolerance || std::fabs(z[j] - 6) < tolerance);
+        for (long double kink : {-3, 0, 3, 6})
+            if (c.act != Activation::none && std::fabs(z[j] - kink) < tolerance) uncertain[j] = true;
+        const long double size_z =
+            (std::fabs(xhat[j]) + 1) * std::fabs(gamma ? gamma->get(channel_of(c.shape, i)) : 1) +
+            std::fabs(beta ? beta->get(channel_of(c.shape, i)) : 0) + std::fabs(c.residual ? in.residual.get(i) : 0);
+        size_g[j] = std::fabs(g[j]) + (curved ? std::fabs(in.dy.get(i)) * (size_z + 2) : 0);
         if (uncertain[j]) {
             uncertain_dbeta[k] += std::fabs(in.dy.get(i));
             uncertain_dgamma[k] += std::fabs(in.dy.get(i) * xhat[j]);
         }
         dbeta[k] += g[j];
         dgamma[k] += g[j] * xhat[j];
-        size_dbeta[k] += std::fabs(g[j]);
-        size_dgamma[k] += std::fabs(g[j]) * (std::fabs(xhat[j]) + 1);
+        size_dbeta[k] += size_g[j];
+        size_dgamma[k] += size_g[j] * (std::fabs(xhat[j]) + 1);
     }
     long double W = 0, max_weight = 1;
     for (int64_t i = 0; i < c.shape.per_channel(); ++i) {
@@ -268,7 +282,7 @@ Worst check_backward(const Case& c, const Inputs& in, const Forward& forward, co
         if (uncertain[j]) continue;
         const long double scale = (gamma ? gamma->get(int64_t(k)) : 1) * invstd[k];
         const long double w = c.mask ? in.mask.get(weight_of(c.shape, i)) : 1;
-        long double expected = scale * g[j], size = std::fabs(g[j]), uncertain_size = 0;
+        long double expected = scale * g[j], size = size_g[j], uncertain_size = 0;
         if (c.training) {
             expected -= scale * w / W * (dbeta[k] + xhat[j] * dgamma[k]);
             size += max_weight / W * (size_dbeta[k] + (std::fabs(xhat[j]) + 1) * size_dgamma[k]);
@@ -278,7 +292,7 @@ Worst check_backward(const Case& c, const Inputs& in, const Forward& forward, co
                   std::fabs(scale) * (4 * eps * size + uncertain_size) + storage_error(c.dtype, expected) * 1.01L);
         if (c.residual && c.act != Activation::none)
             worst.add("dresidual", i, out.dresidual.get(i), g[j],
-                      eps * std::fabs(g[j]) + storage_error(c.dtype, g[j]) * 1.01L);
+                      (curved ? 4 : 1) * eps * size_g[j] + storage_error(c.dtype, g[j]) * 1.01L);
     }
     return worst;
 }

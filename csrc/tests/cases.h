@@ -20,6 +20,10 @@ struct Case {
 
 // Shapes for every kernel layout: packed and plain columns, short and long rows, one chunk and many.
 const std::vector<Shape>& kernel_shapes();
+constexpr Activation smooth_activations[] = {Activation::silu,         Activation::hard_silu, Activation::sigmoid,
+                                             Activation::hard_sigmoid, Activation::tanh,      Activation::gelu,
+                                             Activation::gelu_tanh,    Activation::elu,       Activation::selu,
+                                             Activation::softplus,     Activation::mish};
 // A small set of option combinations in which every option occurs with the others.
 std::vector<Case> cases_of(Shape shape, DType dtype);
 

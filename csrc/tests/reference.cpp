@@ -136,16 +136,90 @@ Wide preactivation(Shape shape, const Array& x, const Wide& mean, const Wide& in
     return z;
 }
 
-long double activated(long double z, Activation a, long double negative_slope) {
-    if (a == Activation::none || std::isnan(z)) return z;
-    if (a == Activation::leaky_relu) return z > 0 ? z : z * negative_slope;
-    return a == Activation::relu6 && z > 6 ? 6 : z > 0 ? z : 0;
+namespace {
+
+constexpr long double pi = 3.14159265358979323846264338327950288L;
+constexpr long double selu_scale = 1.0507009873554804934193349852946L, selu_alpha = 1.6732632423543772848170429916717L;
+
+template <class Real> Real sigmoid(Real z) { return z < 0 ? std::exp(z) / (1 + std::exp(z)) : 1 / (1 + std::exp(-z)); }
+template <class Real> Real normal_cdf(Real z) { return std::erfc(-z / std::sqrt(Real(2))) / 2; }
+template <class Real> Real normal_density(Real z) { return std::exp(-z * z / 2) / std::sqrt(Real(2 * pi)); }
+// gelu_tanh(z) = z*sigmoid(u(z))
+template <class Real> Real gelu_argument(Real z) {
+    return 2 * std::sqrt(Real(2 / pi)) * (z + Real(0.044715L) * z * z * z);
+}
+template <class Real> Real gelu_argument_slope(Real z) {
+    return 2 * std::sqrt(Real(2 / pi)) * (1 + 3 * Real(0.044715L) * z * z);
+}
+// tanh(softplus(z)) and 1 - its square
+template <class Real> Real tanh_softplus(Real z) {
+    const Real w = std::exp(-std::fabs(z));
+    return z < 0 ? w * (w + 2) / (w * (w + 2) + 2) : (1 + 2 * w) / (1 + 2 * w * (1 + w));
+}
+template <class Real> Real one_less_square(Real z) {
+    const Real w = std::exp(-std::fabs(z)), divisor = z < 0 ? w * (w + 2) + 2 : 1 + 2 * w * (1 + w);
+    return 4 * (z < 0 ? 1 : w * w) * (1 + w) * (1 + w) / (divisor * divisor);
 }
 
+template <class Real> Real value_at(Real z, Activation a, Real negative_slope) {
+    if (std::isnan(z)) return z;
+    const Real hard = std::min(std::max(z + 3, Real(0)), Real(6)) / 6;
+    switch (a) {
+        case Activation::none: return z;
+        case Activation::relu: return z > 0 ? z : 0;
+        case Activation::relu6: return z > 6 ? 6 : z > 0 ? z : 0;
+        case Activation::leaky_relu: return z > 0 ? z : z * negative_slope;
+        case Activation::silu: return z * sigmoid(z);
+        case Activation::hard_silu: return z * hard;
+        case Activation::sigmoid: return sigmoid(z);
+        case Activation::hard_sigmoid: return hard;
+        case Activation::tanh: return std::tanh(z);
+        case Activation::gelu: return z * normal_cdf(z);
+        case Activation::gelu_tanh: return z * sigmoid(gelu_argument(z));
+        case Activation::elu: return z < 0 ? std::expm1(z) : z;
+        case Activation::selu: return Real(selu_scale) * (z < 0 ? Real(selu_alpha) * std::expm1(z) : z);
+        case Activation::softplus: return std::max(z, Real(0)) + std::log1p(std::exp(-std::fabs(z)));
+        case Activation::mish: return z * tanh_softplus(z);
+    }
+    return z;
+}
+
+template <class Real> Real slope_at(Real z, Activation a, Real negative_slope) {
+    const Real s = sigmoid(z), both = s * sigmoid(-z);
+    const Real hard = std::min(std::max(z + 3, Real(0)), Real(6)) / 6, hard_slope = z > -3 && z < 3 ? 1 / Real(6) : 0;
+    switch (a) {
+        case Activation::none: return 1;
+        case Activation::relu: return z > 0;
+        case Activation::relu6: return z > 0 && z < 6;
+        case Activation::leaky_relu: return z > 0 ? 1 : negative_slope;
+        case Activation::silu: return s + z * both;
+        case Activation::hard_silu: return hard + z * hard_slope;
+        case Activation::sigmoid: return both;
+        case Activation::hard_sigmoid: return hard_slope;
+        case Activation::tanh: return 4 * sigmoid(2 * z) * sigmoid(-2 * z);
+        case Activation::gelu: return normal_cdf(z) + z * normal_density(z);
+        case Activation::gelu_tanh: {
+            const Real u = gelu_argument(z);
+            return sigmoid(u) + z * sigmoid(u) * sigmoid(-u) * gelu_argument_slope(z);
+        }
+        case Activation::elu: return z < 0 ? std::exp(z) : 1;
+        case Activation::selu: return Real(selu_scale) * (z < 0 ? Real(selu_alpha) * std::exp(z) : 1);
+        case Activation::softplus: return s;
+        case Activation::mish: return tanh_softplus(z) + z * one_less_square(z) * s;
+    }
+    return 1;
+}
+
+}  // namespace
+
+long double activated(long double z, Activation a, long double negative_slope) {
+    return value_at(z, a, negative_slope);
+}
 long double activation_slope(long double z, Activation a, long double negative_slope) {
-    if (a == Activation::none) return 1;
-    if (a == Activation::leaky_relu) return z > 0 ? 1 : negative_slope;
-    return z > 0 && !(a == Activation::relu6 && z >= 6) ? 1 : 0;
+    return slope_at(z, a, negative_slope);
+}
+double smooth_function(double z, Activation a, bool gradient) {
+    return gradient ? slope_at(z, a, 0.0) : value_at(z, a, 0.0);
 }
 
 }  // namespace bnfast::test

@@ -68,5 +68,6 @@ Wide preactivation(Shape shape, const Array& x, const Wide& mean, const Wide& in
                    const Array* beta, const Array* residual);
 long double activated(long double z, Activation a, long double negative_slope);
 long double activation_slope(long double z, Activation a, long double negative_slope);
+double smooth_function(double z, Activation a, bool gradient);  // either, in double: faster
 
 }  // namespace bnfast::test

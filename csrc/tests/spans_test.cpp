@@ -23,7 +23,7 @@ template <class Check> void each_spans(Check check) {
         for (DType dtype : all_dtypes)
             for (int threads : {1, 2, 7}) {
                 const Settings settings("baseline", threads);
-                with_spans(shape, dtype, 2, [&](auto spans) {
+                with_spans(shape, dtype, 2, Activation::none, [&](auto spans) {
                     INFO(Case{{shape.N * shape.A, shape.C, shape.S}, dtype}.text() << " threads " << threads);
                     check(spans);
                 });
@@ -74,7 +74,7 @@ TEST_CASE("each task made by cut holds whole partial sums") {
 }
 
 TEST_CASE("the example at Spans::cut") {
-    ChannelsFirstSpans spans({100, 1, 4, 9, 2}, DType::float32, 2);
+    ChannelsFirstSpans spans({100, 1, 4, 9, 2}, DType::float32, 2, 0);
     spans.set_units_per_span(10);
     spans.cut(8);
     CHECK(spans.num_units == 200);

@@ -46,7 +46,9 @@ public:
         Attributes a;
         a.axis = integer("axis");
         a.negative_slope = real("negative_slope_bits");
-        a.activation = Activation(choice("activation", {"none", "relu", "relu6", "leaky_relu"}));
+        a.activation = Activation(
+            choice("activation", {"none", "relu", "relu6", "leaky_relu", "silu", "hard_silu", "sigmoid", "hard_sigmoid",
+                                  "tanh", "gelu", "gelu_tanh", "elu", "selu", "softplus", "mish"}));
         a.type = type("T");
         a.gamma = optional("num_gamma");
         a.beta = optional("num_beta");

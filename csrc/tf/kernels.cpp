@@ -151,7 +151,7 @@ void grad(const Attributes& a, TF_OpKernelContext* context) {
     GradArgs args;
     optional.set(args, a);
     args.mask = optional.mask.data();
-    args.y = y.data();
+    (gated_by_y(a.activation) ? args.y : args.residual) = y.data();
     args.dy = dy.data();
     args.x = x.data();
     args.dx = dx.data();

@@ -97,17 +97,61 @@ class Callback:
 
 def moments(x: Any, axis: Any, mask: Any, /) -> tuple[float, _Stats, _Stats] | None: ...
 def group_norm(
-    x: Any, groups: Any, gamma: Any, beta: Any, axis: Any, epsilon: Any, out: Any, /
+    x: Any,
+    groups: Any,
+    gamma: Any,
+    beta: Any,
+    axis: Any,
+    epsilon: Any,
+    activation: Any,
+    negative_slope: Any,
+    residual: Any,
+    out: Any,
+    /,
 ) -> tuple[_Array, _Stats, _Stats] | None: ...
 def group_norm_grad(
-    dy: Any, x: Any, mean: Any, invstd: Any, groups: Any, gamma: Any, axis: Any, out: Any, /
-) -> tuple[_Array, _Array, _Array] | None: ...
+    dy: Any,
+    x: Any,
+    mean: Any,
+    invstd: Any,
+    groups: Any,
+    gamma: Any,
+    beta: Any,
+    axis: Any,
+    activation: Any,
+    negative_slope: Any,
+    residual: Any,
+    out: Any,
+    out_dresidual: Any,
+    /,
+) -> tuple[_Array, _Array, _Array, _Array | None] | None: ...
 def layer_norm(
-    x: Any, gamma: Any, beta: Any, axis: Any, epsilon: Any, out: Any, /
+    x: Any,
+    gamma: Any,
+    beta: Any,
+    axis: Any,
+    epsilon: Any,
+    activation: Any,
+    negative_slope: Any,
+    residual: Any,
+    out: Any,
+    /,
 ) -> tuple[_Array, _Stats, _Stats] | None: ...
 def layer_norm_grad(
-    dy: Any, x: Any, mean: Any, invstd: Any, gamma: Any, axis: Any, out: Any, /
-) -> tuple[_Array, _Array, _Array] | None: ...
+    dy: Any,
+    x: Any,
+    mean: Any,
+    invstd: Any,
+    gamma: Any,
+    beta: Any,
+    axis: Any,
+    activation: Any,
+    negative_slope: Any,
+    residual: Any,
+    out: Any,
+    out_dresidual: Any,
+    /,
+) -> tuple[_Array, _Array, _Array, _Array | None] | None: ...
 def empty(shape: tuple[int, ...], dtype: npt.DTypeLike, /) -> _Array: ...
 def get_num_threads() -> int: ...
 def set_num_threads(n: int | None, /) -> None: ...

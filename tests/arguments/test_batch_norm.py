@@ -115,7 +115,7 @@ MASK = [
     ([1] * 6, TypeError, "must be a NumPy array.*Received: list"),
 ]
 ACTIVATION = [
-    ("tanh", ValueError, "must be one of .*'relu6', 'leaky_relu'.*Received: 'tanh'"),
+    ("cosh", ValueError, "must be one of .*'relu6', 'leaky_relu'.*'mish'.*Received: 'cosh'"),
     (b"relu", TypeError, "must be one of .*Received: b'relu'"),
     (np.tanh, TypeError, "must be one of .*Received: "),
 ]

@@ -224,4 +224,6 @@ def test_statistics_may_be_float32_and_buffers_are_read():
     narrow = bnfast.group_norm_grad(dy, x, *(a.astype(np.float32) for a in forward[1:]), 3, gamma, axis=1)
     np.testing.assert_allclose(narrow.dx, backward.dx, atol=1e-5)
     assert same(bnfast.group_norm(memoryview(x), 3, memoryview(gamma), memoryview(beta), axis=1), forward)
-    assert _core.group_norm(x, 3, gamma, beta, 1, 1e-3, None) is not None  # _core accepts this call without _arguments
+    assert (
+        _core.group_norm(x, 3, gamma, beta, 1, 1e-3, None, 0.2, None, None) is not None
+    )  # _core accepts this call without _arguments

@@ -76,9 +76,63 @@ def inverse_std(variance, epsilon):
         return np.where(total == 0, 0, 1 / np.sqrt(total))
 
 
+SELU_SCALE, SELU_ALPHA = np.longdouble("1.0507009873554804934193"), np.longdouble("1.6732632423543772848170")
+
+
+def sigmoid(z):
+    w = np.exp(-abs(z))
+    return np.where(z < 0, w, 1) / (1 + w)
+
+
+def normal_cdf(z):
+    """Phi, with the digits of float64."""
+    return np.vectorize(math.erfc, otypes=[np.float64])(-np.asarray(z, np.float64) / math.sqrt(2)) / 2
+
+
+def gelu_argument(z):
+    """gelu_tanh(z) is z*sigmoid of it."""
+    return 2 * np.sqrt(2 / z.dtype.type(np.pi)) * (z + z.dtype.type(0.044715) * z**3)
+
+
+def gelu_tanh_slope(z):
+    u = gelu_argument(z)
+    return sigmoid(u) + sigmoid(u) * sigmoid(-u) * (3 * u - 4 * np.sqrt(2 / z.dtype.type(np.pi)) * z)  # z*u'(z)
+
+
+SMOOTH = {  # by name: the function and its derivative
+    "silu": (lambda z: z * sigmoid(z), lambda z: sigmoid(z) * (1 + z * sigmoid(-z))),
+    "hard_silu": (
+        lambda z: z * (z + 3).clip(0, 6) / 6,
+        lambda z: np.where(z <= -3, 0, np.where(z >= 3, 1, (2 * z + 3) / 6)),
+    ),
+    "sigmoid": (sigmoid, lambda z: sigmoid(z) * sigmoid(-z)),
+    "hard_sigmoid": (lambda z: (z + 3).clip(0, 6) / 6, lambda z: np.where(abs(z) < 3, 1 / z.dtype.type(6), 0)),
+    "tanh": (np.tanh, lambda z: 4 * sigmoid(2 * z) * sigmoid(-2 * z)),
+    "gelu": (
+        lambda z: z * normal_cdf(z),
+        lambda z: normal_cdf(z) + z * np.exp(-z * z / 2) / np.sqrt(2 * z.dtype.type(np.pi)),
+    ),
+    "gelu_tanh": (lambda z: z * sigmoid(gelu_argument(z)), lambda z: gelu_tanh_slope(z)),
+    "elu": (lambda z: np.where(z < 0, np.expm1(z.clip(None, 0)), z), lambda z: np.exp(z.clip(None, 0))),
+    "selu": (
+        lambda z: (
+            SELU_SCALE.astype(z.dtype) * np.where(z < 0, SELU_ALPHA.astype(z.dtype) * np.expm1(z.clip(None, 0)), z)
+        ),
+        lambda z: SELU_SCALE.astype(z.dtype) * np.where(z < 0, SELU_ALPHA.astype(z.dtype) * np.exp(z.clip(None, 0)), 1),
+    ),
+    "softplus": (lambda z: z.clip(0, None) + np.log1p(np.exp(-abs(z))), sigmoid),
+    "mish": (
+        lambda z: z * np.tanh(SMOOTH["softplus"][0](z)),
+        lambda z: np.tanh(SMOOTH["softplus"][0](z)) + z * sigmoid(z) * (1 - np.tanh(SMOOTH["softplus"][0](z)) ** 2),
+    ),
+}
+
+
 def activate(z, activation, negative_slope=0.2):
     if activation is None:
         return z
+    if activation in SMOOTH:
+        return SMOOTH[activation][0](z)
     if activation == "leaky_relu":
         return np.where(z < 0, z * negative_slope, z)
     z = np.where(z < 0, 0, z)  # NaN stays NaN
@@ -88,6 +142,8 @@ def activate(z, activation, negative_slope=0.2):
 def activation_slope(z, activation, negative_slope=0.2):
     if activation is None:
         return np.ones_like(z)
+    if activation in SMOOTH:
+        return SMOOTH[activation][1](z)
     if activation == "leaky_relu":
         return np.where(z > 0, 1, np.asarray(negative_slope, z.dtype))
     return ((z > 0) & ((z < 6) if activation == "relu6" else True)).astype(z.dtype)

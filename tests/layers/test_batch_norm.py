@@ -280,7 +280,7 @@ def test_bad_state_changes_nothing(change, error, text):
         ({"epsilon": -1}, ValueError, "epsilon must be finite and at least 0. Received: -1"),
         ({"center": 1}, TypeError, "center must be True or False. Received: 1"),
         ({"scale": "yes"}, TypeError, "scale must be True or False. Received: 'yes'"),
-        ({"activation": "tanh"}, ValueError, "activation must be one of.*Received: 'tanh'"),
+        ({"activation": "cosh"}, ValueError, "activation must be one of.*Received: 'cosh'"),
         ({"negative_slope": -0.1}, ValueError, "negative_slope must be finite and at least 0. Received: -0.1"),
         ({"nan_policy": "ignore"}, ValueError, "nan_policy must be one of.*Received: 'ignore'"),
         ({"correction": 2}, ValueError, r"correction must be 0 .* or 1 .*Received: 2"),

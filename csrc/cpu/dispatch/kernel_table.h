@@ -12,7 +12,27 @@
 
 namespace bnfast {
 
-enum KernelActivation { act_none = 0, act_relu = 1, act_leaky = 2, act_count = 3 };  // relu6 is relu with a bound of 6
+// relu6 is relu with a bound of 6. act_function calls one of the functions below; only row norm's kernels call the
+// first four, which the others have inlined.
+enum KernelActivation { act_none = 0, act_relu = 1, act_leaky = 2, act_function = 3, act_count = 4 };
+enum ActivationFunction {  // in the order of bnfast::Activation
+    function_none,
+    function_relu,
+    function_relu6,
+    function_leaky_relu,
+    function_silu,
+    function_hard_silu,
+    function_sigmoid,
+    function_hard_sigmoid,
+    function_tanh,
+    function_gelu,
+    function_gelu_tanh,
+    function_elu,
+    function_selu,
+    function_softplus,
+    function_mish,
+    function_count
+};
 enum GradMode { grad_batch = 0, grad_weighted = 1, grad_frozen = 2, grad_mode_count = 3 };
 
 // The reduction grid. It fixes the order of summation, and with it the bits, so plan.cpp derives it from shape and
@@ -34,6 +54,7 @@ struct Params {
 
 struct ActivationArgs {
     double bound, negative_slope;  // relu: min(z, bound), NaN for no bound; leaky: z > 0 ? z : z*negative_slope
+    int function;                  // act_function: an ActivationFunction
 };
 
 struct ReduceArgs {  // moments of one chunk over channels [c0, c1)
@@ -123,8 +144,9 @@ constexpr int64_t row_block = 2048;  // columns per block of a row; a row_grad_r
 
 // Columns [k0, k1) of `rows` rows, which are `stride` values apart. Row i has its constants at index i*constant_step.
 struct RowArgs {
-    const void *x, *dy;
-    void* y;  // or dx
+    const void *x, *dy, *residual;
+    void *y, *dresidual;  // y: or dx
+    ActivationArgs act;   // act.function is called, if the kernel is the active one
     int64_t rows, stride, k0, k1, constant_step;
     int64_t prefetch_distance;  // in values; 0 disables prefetching
     Params params;
@@ -145,9 +167,9 @@ struct TypeKernels {
     void (*grad_apply_columns[grad_mode_count][act_count])(const GradApplyArgs&) noexcept;
     void (*finalize)(const FinalizeArgs&) noexcept;
     void (*grad_finalize)(const GradFinalizeArgs&) noexcept;
-    void (*row_apply)(const RowArgs&) noexcept;
-    void (*row_grad_reduce)(const RowArgs&) noexcept;
-    void (*row_grad_apply)(const RowArgs&) noexcept;
+    void (*row_apply[2])(const RowArgs&) noexcept;  // [active: with an activation or a residual]
+    void (*row_grad_reduce[2])(const RowArgs&) noexcept;
+    void (*row_grad_apply[2])(const RowArgs&) noexcept;
 };
 
 struct KernelTable {

@@ -28,7 +28,7 @@ template <class X, int mode, int act> void grad_apply_rows(const GradApplyArgs& 
          gate_input = static_cast<const S*>(a.gate_input);
     auto dx = static_cast<S*>(a.dx), dres = static_cast<S*>(a.dresidual);
     auto w = static_cast<const T*>(a.mask);
-    const T bound = T(a.act.bound), slope = T(a.act.negative_slope);
+    const Activated<X, act> activation(a.act);
     constexpr bool frozen = mode == grad_frozen, gated = act != act_none, reads_x = !frozen || gated;
     const Params p = a.params;  // a copy, because the compiler assumes that each store may change `a`
     auto constants_of = [&](int64_t c) {
@@ -50,7 +50,7 @@ template <class X, int mode, int act> void grad_apply_rows(const GradApplyArgs& 
             if (gated) {
                 V z = pre_activation(xi, mean_hi, scale, shift);
                 if (has_gate_input.value) z = gated_by(z, load_some<X>(gate_input + i, n, whole), a.gate_input_is_y);
-                grad = gate<act>(z, grad, bound, slope);
+                grad = activation.gate(z, grad);
                 if (has_gate_input.value && dres) store_some<X>(dres + i, grad, n, whole, No{});
             }
             V out = scale * grad;
@@ -90,7 +90,7 @@ template <class X, int mode, int act> void grad_apply_columns(const GradApplyArg
          gate_input = static_cast<const S*>(a.gate_input);
     auto dx = static_cast<S*>(a.dx), dres = static_cast<S*>(a.dresidual);
     auto w = static_cast<const T*>(a.mask);
-    const T bound = T(a.act.bound), slope = T(a.act.negative_slope);
+    const Activated<X, act> activation(a.act);
     constexpr bool frozen = mode == grad_frozen, gated = act != act_none, reads_x = !frozen || gated;
     with_flags(a.stream && may_stream<X>(dx, K, a.c0), gated && gate_input, [&](auto stream, auto has_gate_input) {
         const bool tiled = a.c1 - a.c0 >= wide_row;
@@ -106,7 +106,7 @@ template <class X, int mode, int act> void grad_apply_columns(const GradApplyArg
                     V z = pre_activation(xi, mean_hi, scale, constant(a.params.shift));
                     if (has_gate_input.value)
                         z = gated_by(z, load_some<X>(gate_input + at, n, whole), a.gate_input_is_y);
-                    grad = gate<act>(z, grad, bound, slope);
+                    grad = activation.gate(z, grad);
                     if (has_gate_input.value && dres) store_some<X>(dres + at, grad, n, whole, No{});
                 }
                 V out;

@@ -26,7 +26,7 @@ BNFAST_INLINE void grad_column_sums(const GradColumns<X>& a, const ActivationArg
     using T = typename X::T;
     using V = typename X::V;
     using P = typename ComputeStorage<T>::type;
-    const T bound = T(args.bound), slope = T(args.negative_slope);
+    const Activated<X, act> activation(args);
     across<X>(a.width, [&](int64_t k, int, auto) {
         store_vector(t.s0 + k, V{});
         store_vector(t.s1 + k, V{});
@@ -49,7 +49,7 @@ BNFAST_INLINE void grad_column_sums(const GradColumns<X>& a, const ActivationArg
             if (act != act_none) {
                 V z = pre_activation(value, m, sc, sh);
                 if (HasGateInput::value) z = gated_by(z, load_some<X>(a.gate_input + j, n, whole), a.gate_input_is_y);
-                g[i] = gate<act>(z, g[i], bound, slope);
+                g[i] = activation.gate(z, g[i]);
             }
             gx[i] = g[i] * minus(value, m);
         }
@@ -132,7 +132,7 @@ template <class X, int act> void grad_reduce_rows(const GradReduceArgs& a) noexc
          gate_input = static_cast<const S*>(a.gate_input);
     auto mean_hi = static_cast<const T*>(a.params.mean_hi), scale = static_cast<const T*>(a.params.scale),
          shift = static_cast<const T*>(a.params.shift);
-    const T bound = T(a.act.bound), slope = T(a.act.negative_slope);
+    const Activated<X, act> activation(a.act);
     double *sum_dy = a.sum_dy + a.chunk * g.C, *sum_dy_centered_x = a.sum_dy_centered_x + a.chunk * g.C;
     for (int64_t c = a.c0; c < a.c1; ++c) sum_dy[c] = sum_dy_centered_x[c] = 0;
     for (int64_t b = a.chunk * g.chunk_blocks; b < chunk_end(g, a.chunk); ++b) {
@@ -148,8 +148,7 @@ template <class X, int act> void grad_reduce_rows(const GradReduceArgs& a) noexc
             const bool gate_input_is_y = a.gate_input_is_y;
             auto add = [&](int v, V grad, V value, V r) {
                 if (act != act_none)
-                    grad =
-                        gate<act>(gated_by(pre_activation(value, m, sc, sh), r, gate_input_is_y), grad, bound, slope);
+                    grad = activation.gate(gated_by(pre_activation(value, m, sc, sh), r, gate_input_is_y), grad);
                 s0[v] += grad;
                 s1[v] += grad * minus(value, m);
             };

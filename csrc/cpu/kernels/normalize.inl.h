@@ -5,7 +5,7 @@
 // 1/sqrt(variance + epsilon), or 0 if that sum is 0, which avoids 0*inf. A channel of one value has x - mean_hi = 0, so
 // y = beta.
 #pragma once
-#include "simd.inl.h"
+#include "activation.inl.h"
 
 namespace bnfast {
 namespace {
@@ -133,7 +133,7 @@ template <class X, int act> void apply_rows(const ApplyArgs& a) noexcept {
     auto y = static_cast<S*>(a.y);
     auto mean_hi = static_cast<const T*>(a.params.mean_hi), scale = static_cast<const T*>(a.params.scale),
          shift = static_cast<const T*>(a.params.shift);
-    const T bound = T(a.act.bound), slope = T(a.act.negative_slope);
+    const Activated<X, act> activation(a.act);
     const int64_t prefetch_distance = a.prefetch_distance;
     auto constants_of = [&](int64_t c) {
         return Constants<V>{X::splat(mean_hi[c]), X::splat(scale[c]), X::splat(shift[c]), {}, {}, {}};
@@ -143,7 +143,7 @@ template <class X, int act> void apply_rows(const ApplyArgs& a) noexcept {
             if (prefetch_distance) prefetch(x + i + prefetch_distance);
             V z = pre_activation(load_some<X>(x + i, n, whole), k.mean_hi, k.scale, k.shift);
             if (has_residual.value) z += load_some<X>(res + i, n, whole);
-            store_some<X>(y + i, activate<act>(z, bound, slope), n, whole, stream);
+            store_some<X>(y + i, activation.activate(z), n, whole, stream);
         });
         if (stream.value) fence_streams();
     });
@@ -195,7 +195,7 @@ template <class X, int act> void apply_columns(const ApplyArgs& a) noexcept {
     auto y = static_cast<S*>(a.y);
     auto mean_hi = static_cast<const T*>(a.params.mean_hi), scale = static_cast<const T*>(a.params.scale),
          shift = static_cast<const T*>(a.params.shift);
-    const T bound = T(a.act.bound), slope = T(a.act.negative_slope);
+    const Activated<X, act> activation(a.act);
     with_flags(a.stream && may_stream<X>(y, K, a.c0), res != nullptr, [&](auto stream, auto has_residual) {
         const bool tiled = a.c1 - a.c0 >= wide_row && !stream.value;
         over_columns<X>(
@@ -205,7 +205,7 @@ template <class X, int act> void apply_columns(const ApplyArgs& a) noexcept {
                 V z = pre_activation(load_some<X>(x + at, n, whole), load_some<P>(mean_hi + k, n, whole),
                                      load_some<P>(scale + k, n, whole), load_some<P>(shift + k, n, whole));
                 if (has_residual.value) z += load_some<X>(res + at, n, whole);
-                store_some<X>(y + at, activate<act>(z, bound, slope), n, whole, stream);
+                store_some<X>(y + at, activation.activate(z), n, whole, stream);
             },
             [&](int64_t r, int64_t k, int64_t n) {
                 prefetch_row(x + r * K + k, n);

@@ -24,6 +24,7 @@ constexpr int lanes = 64;  // virtual lanes of a sum, for every vector width
 typedef float F32v __attribute__((vector_size(BNFAST_VBYTES)));
 typedef double F64v __attribute__((vector_size(BNFAST_VBYTES)));
 typedef uint32_t U32v __attribute__((vector_size(BNFAST_VBYTES)));
+typedef uint64_t U64v __attribute__((vector_size(BNFAST_VBYTES)));
 typedef uint16_t U16h __attribute__((vector_size(BNFAST_VBYTES / 2)));
 
 template <class V> BNFAST_INLINE V load_vector(const void* p) {
@@ -320,20 +321,6 @@ BNFAST_INLINE double sum_vector(F64v v) {
 template <class X> BNFAST_INLINE typename X::T sum_lanes(typename X::V (&v)[X::NV]) {
     BNFAST_UNROLL for (int h = X::NV / 2; h > 0; h /= 2) { BNFAST_UNROLL for (int i = 0; i < h; ++i) v[i] += v[i + h]; }
     return sum_vector(v[0]);
-}
-
-// ---- activation, and its gate in the backward pass ------------------------------------------------------------------
-
-// bound: 6 for relu6, NaN for relu. Every comparison with NaN is false, so relu has no bound.
-template <int act, class V, class T> BNFAST_INLINE V activate(V z, T bound, T negative_slope) {
-    if (act == act_relu) return z <= T(0) ? V{} : (z > bound ? bound - V{} : z);  // NaN fails both: it passes through
-    if (act == act_leaky) return z > T(0) ? z : z * negative_slope;
-    return z;
-}
-template <int act, class V, class T> BNFAST_INLINE V gate(V z, V dy, T bound, T negative_slope) {
-    if (act == act_relu) return z <= T(0) ? V{} : (z >= bound ? V{} : dy);
-    if (act == act_leaky) return z > T(0) ? dy : dy * negative_slope;
-    return dy;
 }
 
 }  // namespace

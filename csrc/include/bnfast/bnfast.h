@@ -20,7 +20,25 @@
 namespace bnfast {
 
 enum class DType : int { float32 = 0, float64 = 1, float16 = 2, bfloat16 = 3 };
-enum class Activation : int { none, relu, relu6, leaky_relu };
+enum class Activation : int {
+    none,
+    relu,
+    relu6,
+    leaky_relu,
+    silu,          // z*sigmoid(z)
+    hard_silu,     // z*hard_sigmoid(z)
+    sigmoid,       // 1/(1 + exp(-z))
+    hard_sigmoid,  // relu6(z + 3)/6
+    tanh,
+    gelu,       // z*Phi(z) = z*(1 + erf(z/sqrt(2)))/2
+    gelu_tanh,  // z*(1 + tanh(sqrt(2/pi)*(z + 0.044715*z^3)))/2
+    elu,        // z < 0: exp(z) - 1
+    selu,       // 1.0507*(z < 0 ? 1.6733*(exp(z) - 1) : z)
+    softplus,   // log(1 + exp(z))
+    mish        // z*tanh(softplus(z))
+};
+// Whether the gradient can be told from y, so that grad takes y in place of the residual.
+constexpr bool gated_by_y(Activation a) { return int(a) <= int(Activation::leaky_relu); }
 enum class NanPolicy : int { propagate, skip_update, raise };
 
 struct Shape {
@@ -83,7 +101,7 @@ struct GradArgs {
     Activation activation = Activation::none;
     double negative_slope = 0.2;
     const void* residual = nullptr;
-    const void* y = nullptr;       // the y of train; given instead of residual, it supplies the activation's gate
+    const void* y = nullptr;       // train's y in place of the residual, where gated_by_y(activation)
     void* dresidual = nullptr;     // written if an activation and residual or y are given; x (if dx isn't) or disjoint
     bool training = true;          // false: mean and invstd are constants, dx = gamma*invstd*dy
     ConstVector dmean, dvariance;  // upstream gradients of the batch mean and variance
@@ -114,6 +132,9 @@ struct GroupNormArgs {
     DType dtype = DType::float32;
     ConstVector gamma, beta;  // (C,); absent: 1 and 0
     double epsilon = 1e-3;
+    Activation activation = Activation::none;
+    double negative_slope = 0.2;
+    const void* residual = nullptr;             // like x; added before the activation
     double *mean = nullptr, *invstd = nullptr;  // (N, G) results; an empty group has mean and variance 0
 };
 void group_norm(const GroupNormArgs& args);
@@ -124,8 +145,12 @@ struct GroupNormGradArgs {
     GroupShape shape;
     DType dtype = DType::float32;
     const double *mean = nullptr, *invstd = nullptr;  // (N, G), as group_norm returned them
-    ConstVector gamma;
-    Vector dgamma, dbeta;  // (C,) results
+    ConstVector gamma, beta;                          // beta: read if there is an activation
+    Activation activation = Activation::none;
+    double negative_slope = 0.2;
+    const void* residual = nullptr;
+    void* dresidual = nullptr;  // written if activation and residual are given; x (if dx isn't) or disjoint
+    Vector dgamma, dbeta;       // (C,) results
 };
 void group_norm_grad(const GroupNormGradArgs& args);
 

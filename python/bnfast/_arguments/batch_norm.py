@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from . import checks
 from .array_checks import (
     check_disjoint,
     grad_vectors,
@@ -25,7 +26,7 @@ from .array_checks import (
     vector,
 )
 from .axes import Axes
-from .checks import ACTIVATIONS, NAN_POLICIES, boolean, check_correction, choice, real
+from .checks import NAN_POLICIES, boolean, check_correction, choice, real
 
 __all__ = ["grad", "infer", "moments", "train"]
 
@@ -60,7 +61,7 @@ def train(
     momentum = real("momentum", momentum, 1.0)
     epsilon = real("epsilon", epsilon)
     weights = mask_weights(mask, x, axes)
-    activation = choice("activation", activation, ACTIVATIONS)
+    activation = checks.activation(activation)
     negative_slope = real("negative_slope", negative_slope)
     residual = like("residual", residual, "x", x)
     correction = check_correction(correction)
@@ -109,7 +110,7 @@ def infer(
     gamma = vector("gamma", gamma, axes)
     beta = vector("beta", beta, axes)
     epsilon = real("epsilon", epsilon)
-    activation = choice("activation", activation, ACTIVATIONS)
+    activation = checks.activation(activation)
     negative_slope = real("negative_slope", negative_slope)
     residual = like("residual", residual, "x", x)
     inputs = {"gamma": gamma, "beta": beta, "moving_mean": moving_mean, "moving_variance": moving_variance}
@@ -152,12 +153,17 @@ def grad(
     dy = like("dy", tensor("dy", dy), "x", x)
     vectors = grad_vectors(axes, mean, invstd, gamma=gamma, beta=beta, dmean=dmean, dvariance=dvariance)
     weights = mask_weights(mask, x, axes)
-    activation = choice("activation", activation, ACTIVATIONS)
+    activation = checks.activation(activation)
     negative_slope = real("negative_slope", negative_slope)
     residual = like("residual", residual, "x", x)
     y = like("y", y, "x", x)
     if residual is not None and y is not None:
         raise ValueError("y must be None if residual is given, as y replaces it. Received: both")
+    if y is not None and activation not in checks.PIECEWISE_LINEAR:
+        raise ValueError(
+            f"y must be None with activation={activation!r}, whose gradient needs the residual in its place. "
+            f"Received: an array"
+        )
     training = boolean("training", training)
     others = vectors | {"mask": optional_mask(mask), "residual": residual, "y": y}
     out = output(out, {"dy": dy, "x": x}, others)

@@ -13,6 +13,8 @@ import numpy as np
 __all__ = [
     "ACTIVATIONS",
     "NAN_POLICIES",
+    "PIECEWISE_LINEAR",
+    "activation",
     "boolean",
     "channel_axes",
     "check_correction",
@@ -24,7 +26,23 @@ __all__ = [
     "real",
 ]
 
-ACTIVATIONS = (None, "relu", "relu6", "leaky_relu")
+# The gradient of these can be told from y, and their second derivative is 0.
+PIECEWISE_LINEAR = (None, "relu", "relu6", "leaky_relu")
+SMOOTH = (
+    "silu",
+    "hard_silu",
+    "sigmoid",
+    "hard_sigmoid",
+    "tanh",
+    "gelu",
+    "gelu_tanh",
+    "elu",
+    "selu",
+    "softplus",
+    "mish",
+)
+ACTIVATIONS = PIECEWISE_LINEAR + SMOOTH
+ALIASES = {"swish": "silu", "hard_swish": "hard_silu"}
 NAN_POLICIES = ("propagate", "skip_update", "raise")
 
 
@@ -66,6 +84,11 @@ def choice(name: str, value: Any, allowed: tuple[str | None, ...]) -> str | None
     if value not in allowed:
         raise ValueError(f"{name} must be one of {allowed}. Received: {value!r}")
     return value
+
+
+def activation(value: Any) -> str | None:
+    """One of ACTIVATIONS; an alias becomes the word that it stands for."""
+    return choice("activation", ALIASES.get(value, value) if isinstance(value, str) else value, ACTIVATIONS)
 
 
 def check_correction(correction: Any) -> int:

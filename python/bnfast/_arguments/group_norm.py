@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import _core
+from . import checks
 from .array_checks import like, output, parameter, tensor, vector
 from .arrays import Array, contiguous
 from .axes import Axes
@@ -104,32 +105,53 @@ class CoreLayout(NamedTuple):
         return out
 
 
-def group_norm(x: Any, groups: Any, gamma: Any, beta: Any, axis: Any, epsilon: Any, out: Any) -> tuple[Array, ...]:
+def group_norm(
+    x: Any, groups: Any, gamma: Any, beta: Any, axis: Any, epsilon: Any, activation: Any, negative_slope: Any,
+    residual: Any, out: Any,
+) -> tuple[Array, ...]:  # fmt: skip
     x = tensor("x", x)
-    return _forward(x, CoreLayout.of_groups(x, groups, axis), gamma, beta, epsilon, out)
+    layout = CoreLayout.of_groups(x, groups, axis)
+    return _forward(x, layout, gamma, beta, epsilon, activation, negative_slope, residual, out)
 
 
-def layer_norm(x: Any, gamma: Any, beta: Any, axis: Any, epsilon: Any, out: Any) -> tuple[Array, ...]:
+def layer_norm(
+    x: Any, gamma: Any, beta: Any, axis: Any, epsilon: Any, activation: Any, negative_slope: Any, residual: Any,
+    out: Any,
+) -> tuple[Array, ...]:  # fmt: skip
     x = tensor("x", x)
-    return _forward(x, CoreLayout.of_layers(x, axis), gamma, beta, epsilon, out)
+    layout = CoreLayout.of_layers(x, axis)
+    return _forward(x, layout, gamma, beta, epsilon, activation, negative_slope, residual, out)
 
 
 def group_norm_grad(
-    dy: Any, x: Any, mean: Any, invstd: Any, groups: Any, gamma: Any, axis: Any, out: Any
-) -> tuple[Array, ...]:
+    dy: Any, x: Any, mean: Any, invstd: Any, groups: Any, gamma: Any, beta: Any, axis: Any, activation: Any,
+    negative_slope: Any, residual: Any, out: Any, out_dresidual: Any,
+) -> tuple[Array, Array, Array, Array | None]:  # fmt: skip
     x = tensor("x", x)
-    return _backward(dy, x, CoreLayout.of_groups(x, groups, axis), mean, invstd, gamma, out)
+    fused = activation, negative_slope, residual
+    return _backward(
+        dy, x, CoreLayout.of_groups(x, groups, axis), mean, invstd, gamma, beta, *fused, out, out_dresidual
+    )
 
 
-def layer_norm_grad(dy: Any, x: Any, mean: Any, invstd: Any, gamma: Any, axis: Any, out: Any) -> tuple[Array, ...]:
+def layer_norm_grad(
+    dy: Any, x: Any, mean: Any, invstd: Any, gamma: Any, beta: Any, axis: Any, activation: Any, negative_slope: Any,
+    residual: Any, out: Any, out_dresidual: Any,
+) -> tuple[Array, Array, Array, Array | None]:  # fmt: skip
     x = tensor("x", x)
-    return _backward(dy, x, CoreLayout.of_layers(x, axis), mean, invstd, gamma, out)
+    fused = activation, negative_slope, residual
+    return _backward(dy, x, CoreLayout.of_layers(x, axis), mean, invstd, gamma, beta, *fused, out, out_dresidual)
 
 
-def _forward(x: Array, layout: CoreLayout, gamma: Any, beta: Any, epsilon: Any, out: Any) -> tuple[Array, ...]:
+def _forward(
+    x: Array, layout: CoreLayout, gamma: Any, beta: Any, epsilon: Any, activation: Any, negative_slope: Any,
+    residual: Any, out: Any,
+) -> tuple[Array, ...]:  # fmt: skip
     gamma, beta = vector("gamma", gamma, layout.axes), vector("beta", beta, layout.axes)
     epsilon = real("epsilon", epsilon)
-    out = output(out, {"x": x}, {"gamma": gamma, "beta": beta})
+    activation, negative_slope = checks.activation(activation), real("negative_slope", negative_slope)
+    residual = like("residual", residual, "x", x)
+    out = output(out, {"x": x}, {"gamma": gamma, "beta": beta, "residual": residual})
     result = _core.group_norm(
         layout.to_core(x),
         layout.groups,
@@ -137,6 +159,9 @@ def _forward(x: Array, layout: CoreLayout, gamma: Any, beta: Any, epsilon: Any, 
         _flatten(beta),
         layout.channel_axis,
         epsilon,
+        activation,
+        negative_slope,
+        None if residual is None else layout.to_core(residual),
         layout.out_to_core(out),
     )
     assert result is not None, "internal error: _core.group_norm declined valid arguments"
@@ -148,12 +173,28 @@ def _forward(x: Array, layout: CoreLayout, gamma: Any, beta: Any, epsilon: Any, 
     )
 
 
-def _backward(dy: Any, x: Array, layout: CoreLayout, mean: Any, invstd: Any, gamma: Any, out: Any) -> tuple[Array, ...]:
+def _backward(
+    dy: Any, x: Array, layout: CoreLayout, mean: Any, invstd: Any, gamma: Any, beta: Any, activation: Any,
+    negative_slope: Any, residual: Any, out: Any, out_dresidual: Any,
+) -> tuple[Array, Array, Array, Array | None]:  # fmt: skip
     dy = like("dy", tensor("dy", dy), "x", x)
     assert dy is not None
     mean, invstd = _statistics("mean", mean, layout), _statistics("invstd", invstd, layout)
-    gamma = vector("gamma", gamma, layout.axes)
-    out = output(out, {"dy": dy, "x": x}, {"mean": mean, "invstd": invstd, "gamma": gamma})
+    gamma, beta = vector("gamma", gamma, layout.axes), vector("beta", beta, layout.axes)
+    activation, negative_slope = checks.activation(activation), real("negative_slope", negative_slope)
+    residual = like("residual", residual, "x", x)
+    others = {"mean": mean, "invstd": invstd, "gamma": gamma, "beta": beta, "residual": residual}
+    out = output(out, {"dy": dy, "x": x}, others)
+    out_dresidual = output(out_dresidual, {"x": x}, others | {"dy": dy, "out": out}, "out_dresidual")
+    if out_dresidual is not None and (activation is None or residual is None):
+        raise ValueError(
+            "out_dresidual must be None without an activation and a residual, as dresidual is then dy or None. "
+            f"Received: {'no residual' if activation else 'activation=None'}"
+        )
+    # Without an activation dresidual is dy itself, or a copy of it where dx overwrites dy.
+    plain = None
+    if residual is not None and activation is None:
+        plain = dy.copy() if out is not None and np.shares_memory(out, dy) else dy
     core_shape = (layout.shape[0], layout.groups)
     result = _core.group_norm_grad(
         layout.to_core(dy),
@@ -162,12 +203,19 @@ def _backward(dy: Any, x: Array, layout: CoreLayout, mean: Any, invstd: Any, gam
         _reshaped(_flatten(invstd, np.float64), core_shape),
         layout.groups,
         _flatten(gamma),
+        _flatten(beta),
         layout.channel_axis,
+        activation,
+        negative_slope,
+        None if residual is None or activation is None else layout.to_core(residual),
         layout.out_to_core(out),
+        layout.out_to_core(out_dresidual),
     )
     assert result is not None, "internal error: _core.group_norm_grad declined valid arguments"
-    dx, dgamma, dbeta = result
-    return layout.from_core(dx, out), dgamma.reshape(layout.axes.shape), dbeta.reshape(layout.axes.shape)
+    dx, dgamma, dbeta, dresidual = result
+    dresidual = plain if dresidual is None else layout.from_core(dresidual, out_dresidual)
+    shape = layout.axes.shape
+    return layout.from_core(dx, out), dgamma.reshape(shape), dbeta.reshape(shape), dresidual
 
 
 def _flatten(array: Array | None, dtype: Any = None) -> Array | None:

@@ -113,7 +113,9 @@ def batch_norm_train(
         mask: weights >= 0 for the statistics; W, the sum of the weights, replaces M. All of x is normalized. The mask
             has the shape of x without the channel axes, or the rank of x with extent 1 on the channel axes and 1 or
             x's extent on the others. Converted to float64 for float64 x, else to float32.
-        activation: None, "relu", "relu6" or "leaky_relu" (with slope `negative_slope` below 0).
+        activation: None, "relu", "relu6", "leaky_relu" (with slope `negative_slope` below 0), "silu" (or "swish"),
+            "hard_silu" (or "hard_swish"), "sigmoid", "hard_sigmoid", "tanh", "gelu" (with erf), "gelu_tanh", "elu"
+            (alpha 1), "selu", "softplus" or "mish", as Keras defines them.
         residual: array with the shape and dtype of x, added before the activation.
         correction: 0 averages the population variance in moving_variance, as Keras does; 1 averages the sample
             variance, variance * W/(W - 1), as PyTorch does. y is the same.
@@ -246,7 +248,8 @@ def batch_norm_grad(
         gamma, beta, axis, mask, activation, negative_slope, residual: as in the forward call. beta and residual are
             used only if there is an activation.
         y: the forward call's result, instead of residual. activation'(z) is then derived from y, so that the residual
-            need not be kept. A z that x's dtype rounds to 0, or to relu6's 6, counts as that value.
+            need not be kept. A z that x's dtype rounds to 0, or to relu6's 6, counts as that value. Only for "relu",
+            "relu6" and "leaky_relu": the other gradients can't be told from y, and need the residual.
         training: True if mean and invstd are those of this batch, False if they are constants.
         dmean, dvariance: float64 or float32 of shape (C,): gradients of the loss with respect to the batch mean and
             variance, if the loss uses them in addition to y. Ignored with training=False.

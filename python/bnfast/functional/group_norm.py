@@ -43,13 +43,20 @@ class NormResult(NamedTuple):
     invstd: npt.NDArray[np.float64]
 
 
-class NormGradResult(NamedTuple):
+class _Gradients(NamedTuple):
+    dx: Array
+    dgamma: Array
+    dbeta: Array
+
+
+class NormGradResult(_Gradients):
     """What `group_norm_grad`, `instance_norm_grad` and `layer_norm_grad` return.
 
     Attributes:
         dx: in the shape and dtype of x.
         dgamma, dbeta: in the shape of gamma, even if it was None; in the dtype of gamma, else float64 for float64 x
             and float32 otherwise.
+        dresidual: in the shape and dtype of x; None without a residual. An attribute that is not part of the tuple.
 
     Example:
         >>> import bnfast
@@ -61,9 +68,14 @@ class NormGradResult(NamedTuple):
         (array([-4.,  6.]), array([4., 6.]))
     """
 
-    dx: Array
-    dgamma: Array
-    dbeta: Array
+    dresidual: Array | None = None
+
+    @classmethod
+    def of(cls, dx: Array, dgamma: Array, dbeta: Array, dresidual: Array | None) -> NormGradResult:
+        """The result with its attribute."""
+        result = cls(dx, dgamma, dbeta)
+        result.dresidual = dresidual
+        return result
 
 
 def group_norm(
@@ -74,11 +86,14 @@ def group_norm(
     *,
     axis: int = -1,
     epsilon: float = 1e-3,
+    activation: str | None = None,
+    negative_slope: float = 0.2,
+    residual: Any = None,
     out: Array | None = None,
 ) -> NormResult:
     """Normalize each group of channels of each sample.
 
-        y = gamma * (x - mean)*invstd + beta,  invstd = 1/sqrt(variance + epsilon)
+        y = activation(gamma * (x - mean)*invstd + beta + residual),  invstd = 1/sqrt(variance + epsilon)
 
     Args:
         x: array of rank >= 2, float32, float64, float16 or bfloat16; anything `batch_norm_train` reads. Axis 0 is the
@@ -88,6 +103,7 @@ def group_norm(
         gamma, beta: scale and offset, float32 or float64 of shape (C,). None means ones and zeros.
         axis: the channel axis, not 0.
         epsilon: added to the variance, >= 0.
+        activation, negative_slope, residual: as in `batch_norm_train`.
         out: the array for y: exactly x (which is then overwritten, but the gradient needs it), or disjoint from every
             input.
 
@@ -110,8 +126,9 @@ def group_norm(
 
     Source: Wu and He 2018, https://arxiv.org/abs/1803.08494.
     """
-    result = None if groups is None else _core.group_norm(x, groups, gamma, beta, axis, epsilon, out)
-    return NormResult(*(result or arguments.group_norm(x, groups, gamma, beta, axis, epsilon, out)))
+    args = gamma, beta, axis, epsilon, activation, negative_slope, residual, out
+    result = None if groups is None else _core.group_norm(x, groups, *args)
+    return NormResult(*(result or arguments.group_norm(x, groups, *args)))
 
 
 def group_norm_grad(
@@ -121,23 +138,33 @@ def group_norm_grad(
     invstd: Any,
     groups: int,
     gamma: Any = None,
+    beta: Any = None,
     *,
     axis: int = -1,
+    activation: str | None = None,
+    negative_slope: float = 0.2,
+    residual: Any = None,
     out: Array | None = None,
+    out_dresidual: Array | None = None,
 ) -> NormGradResult:
     """Gradients of a loss with respect to x, gamma and beta, from dy, its gradient with respect to y.
 
-        xhat = (x - mean)*invstd;  dbeta = sum dy;  dgamma = sum dy*xhat, over all axes except `axis`
-        g = gamma*dy;  dx = invstd*(g - sum(g)/M - xhat * sum(g*xhat)/M), over the M values of the group
+        dz = dy * activation'(z), where z is recomputed from x with the operations of the forward pass
+        xhat = (x - mean)*invstd;  dbeta = sum dz;  dgamma = sum dz*xhat, over all axes except `axis`
+        g = gamma*dz;  dx = invstd*(g - sum(g)/M - xhat * sum(g*xhat)/M), over the M values of the group
 
     Args:
         dy, x: arrays of equal shape and dtype; x as in the forward call.
         mean, invstd: float64 or float32 of shape (N, groups), as returned by `group_norm`.
-        groups, gamma, axis: as in the forward call.
+        groups, gamma, beta, axis, activation, negative_slope, residual: as in the forward call.
+            beta is used only if there is an activation.
         out: the array for dx: exactly dy, exactly x, or disjoint from every input.
+        out_dresidual: the array for dresidual, allowed only with an activation and a residual: exactly x, or disjoint
+            from every input and from `out`.
 
     Returns:
-        NormGradResult(dx, dgamma, dbeta). dgamma and dbeta are zeros if x is empty.
+        NormGradResult(dx, dgamma, dbeta), with the attribute dresidual: dz if a residual was given, which without an
+        activation is dy itself, or a copy of it if `out` is dy. dgamma and dbeta are zeros if x is empty.
 
     Raises:
         ValueError, TypeError: an argument is wrong; nothing is changed. A non-finite dy is not an error.
@@ -153,19 +180,29 @@ def group_norm_grad(
 
     Source: the chain rule on the formulas of Wu and He 2018, https://arxiv.org/abs/1803.08494.
     """
-    result = None if groups is None else _core.group_norm_grad(dy, x, mean, invstd, groups, gamma, axis, out)
-    return NormGradResult(*(result or arguments.group_norm_grad(dy, x, mean, invstd, groups, gamma, axis, out)))
+    args = gamma, beta, axis, activation, negative_slope, residual, out, out_dresidual
+    result = None if groups is None else _core.group_norm_grad(dy, x, mean, invstd, groups, *args)
+    return NormGradResult.of(*(result or arguments.group_norm_grad(dy, x, mean, invstd, groups, *args)))
 
 
 def instance_norm(
-    x: Any, gamma: Any = None, beta: Any = None, *, axis: int = -1, epsilon: float = 1e-3, out: Array | None = None
+    x: Any,
+    gamma: Any = None,
+    beta: Any = None,
+    *,
+    axis: int = -1,
+    epsilon: float = 1e-3,
+    activation: str | None = None,
+    negative_slope: float = 0.2,
+    residual: Any = None,
+    out: Array | None = None,
 ) -> NormResult:
     """Normalize each channel of each sample: `group_norm` with groups = C.
 
-        y = gamma * (x - mean)*invstd + beta,  invstd = 1/sqrt(variance + epsilon)
+        y = activation(gamma * (x - mean)*invstd + beta + residual),  invstd = 1/sqrt(variance + epsilon)
 
     Args:
-        x, gamma, beta, axis, epsilon, out: as in `group_norm`.
+        all: as in `group_norm`.
 
     Returns:
         NormResult(y, mean, invstd): mean and invstd are float64 of shape (N, C).
@@ -182,18 +219,30 @@ def instance_norm(
 
     Source: Ulyanov et al. 2016, https://arxiv.org/abs/1607.08022.
     """
-    result = _core.group_norm(x, None, gamma, beta, axis, epsilon, out)
-    return NormResult(*(result or arguments.group_norm(x, arguments.PER_CHANNEL, gamma, beta, axis, epsilon, out)))
+    args = gamma, beta, axis, epsilon, activation, negative_slope, residual, out
+    return NormResult(*(_core.group_norm(x, None, *args) or arguments.group_norm(x, arguments.PER_CHANNEL, *args)))
 
 
 def instance_norm_grad(
-    dy: Any, x: Any, mean: Any, invstd: Any, gamma: Any = None, *, axis: int = -1, out: Array | None = None
+    dy: Any,
+    x: Any,
+    mean: Any,
+    invstd: Any,
+    gamma: Any = None,
+    beta: Any = None,
+    *,
+    axis: int = -1,
+    activation: str | None = None,
+    negative_slope: float = 0.2,
+    residual: Any = None,
+    out: Array | None = None,
+    out_dresidual: Array | None = None,
 ) -> NormGradResult:
     """Gradients of a loss with respect to x, gamma and beta through `instance_norm`: `group_norm_grad` with groups = C.
 
     Args:
         mean, invstd: float64 or float32 of shape (N, C), as returned by `instance_norm`.
-        dy, x, gamma, axis, out: as in `group_norm_grad`.
+        All others: as in `group_norm_grad`.
 
     Returns:
         NormGradResult(dx, dgamma, dbeta).
@@ -211,7 +260,6 @@ def instance_norm_grad(
 
     Source: the chain rule on the formulas of Ulyanov et al. 2016, https://arxiv.org/abs/1607.08022.
     """
-    result = _core.group_norm_grad(dy, x, mean, invstd, None, gamma, axis, out)
-    return NormGradResult(
-        *(result or arguments.group_norm_grad(dy, x, mean, invstd, arguments.PER_CHANNEL, gamma, axis, out))
-    )
+    args = gamma, beta, axis, activation, negative_slope, residual, out, out_dresidual
+    result = _core.group_norm_grad(dy, x, mean, invstd, None, *args)
+    return NormGradResult.of(*(result or arguments.group_norm_grad(dy, x, mean, invstd, arguments.PER_CHANNEL, *args)))

@@ -23,11 +23,14 @@ def layer_norm(
     *,
     axis: int | Sequence[int] = -1,
     epsilon: float = 1e-3,
+    activation: str | None = None,
+    negative_slope: float = 0.2,
+    residual: Any = None,
     out: Array | None = None,
 ) -> NormResult:
     """Normalize over `axis`, separately for each index of the other axes.
 
-        y = gamma * (x - mean)*invstd + beta,  invstd = 1/sqrt(variance + epsilon)
+        y = activation(gamma * (x - mean)*invstd + beta + residual),  invstd = 1/sqrt(variance + epsilon)
 
     Args:
         x: array of rank >= 1, float32, float64, float16 or bfloat16; anything `batch_norm_train` reads. Read in place
@@ -36,6 +39,7 @@ def layer_norm(
             (768,), or (56, 64) for axis=(-2, -1). None means ones and zeros.
         axis: the axes that are normalized, one or several.
         epsilon: added to the variance, >= 0.
+        activation, negative_slope, residual: as in `batch_norm_train`.
         out: the array for y: exactly x (which is then overwritten, but the gradient needs it), or disjoint from every
             input.
 
@@ -57,8 +61,8 @@ def layer_norm(
 
     Source: Ba, Kiros and Hinton 2016, https://arxiv.org/abs/1607.06450.
     """
-    result = _core.layer_norm(x, gamma, beta, axis, epsilon, out)
-    return NormResult(*(result or arguments.layer_norm(x, gamma, beta, axis, epsilon, out)))
+    args = gamma, beta, axis, epsilon, activation, negative_slope, residual, out
+    return NormResult(*(_core.layer_norm(x, *args) or arguments.layer_norm(x, *args)))
 
 
 def layer_norm_grad(
@@ -67,23 +71,33 @@ def layer_norm_grad(
     mean: Any,
     invstd: Any,
     gamma: Any = None,
+    beta: Any = None,
     *,
     axis: int | Sequence[int] = -1,
+    activation: str | None = None,
+    negative_slope: float = 0.2,
+    residual: Any = None,
     out: Array | None = None,
+    out_dresidual: Array | None = None,
 ) -> NormGradResult:
     """Gradients of a loss with respect to x, gamma and beta, from dy, its gradient with respect to y.
 
-        xhat = (x - mean)*invstd;  dbeta = sum dy;  dgamma = sum dy*xhat, over the other axes
-        g = gamma*dy;  dx = invstd*(g - sum(g)/M - xhat * sum(g*xhat)/M), over the M values on `axis`
+        dz = dy * activation'(z), where z is recomputed from x with the operations of the forward pass
+        xhat = (x - mean)*invstd;  dbeta = sum dz;  dgamma = sum dz*xhat, over the other axes
+        g = gamma*dz;  dx = invstd*(g - sum(g)/M - xhat * sum(g*xhat)/M), over the M values on `axis`
 
     Args:
         dy, x: arrays of equal shape and dtype; x as in the forward call.
         mean, invstd: float64 or float32 in the shape of x without `axis`, as returned by `layer_norm`.
-        gamma, axis: as in the forward call.
+        gamma, beta, axis, activation, negative_slope, residual: as in the forward call.
+            beta is used only if there is an activation.
         out: the array for dx: exactly dy, exactly x, or disjoint from every input.
+        out_dresidual: the array for dresidual, allowed only with an activation and a residual: exactly x, or disjoint
+            from every input and from `out`.
 
     Returns:
-        NormGradResult(dx, dgamma, dbeta). dgamma and dbeta are zeros if x is empty.
+        NormGradResult(dx, dgamma, dbeta), with the attribute dresidual: dz if a residual was given, which without an
+        activation is dy itself, or a copy of it if `out` is dy. dgamma and dbeta are zeros if x is empty.
 
     Raises:
         ValueError, TypeError: an argument is wrong; nothing is changed. A non-finite dy is not an error.
@@ -99,5 +113,5 @@ def layer_norm_grad(
 
     Source: the chain rule on the formulas of Ba, Kiros and Hinton 2016, https://arxiv.org/abs/1607.06450.
     """
-    result = _core.layer_norm_grad(dy, x, mean, invstd, gamma, axis, out)
-    return NormGradResult(*(result or arguments.layer_norm_grad(dy, x, mean, invstd, gamma, axis, out)))
+    args = dy, x, mean, invstd, gamma, beta, axis, activation, negative_slope, residual, out, out_dresidual
+    return NormGradResult.of(*(_core.layer_norm_grad(*args) or arguments.layer_norm_grad(*args)))

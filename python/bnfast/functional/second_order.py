@@ -77,7 +77,8 @@ def batch_norm_grad_grad(
         dx = s*(t - p*(sum t + xhat*(sum t*xhat + gamma*dgamma)))
         frozen (training=False: mean and invstd are constants): U = V = 0;  dgamma = s*sum u*dz;  dx = s*ddgamma*dz
 
-    The activations are piecewise linear; their second derivative at the kinks counts as 0. In training, mean and invstd
+    The activation must be piecewise linear: None, "relu", "relu6" or "leaky_relu". Its second derivative at the kinks
+    counts as 0. In training, mean and invstd
     are treated as functions of x.
 
     Args:
@@ -117,7 +118,12 @@ def batch_norm_grad_grad(
     tensors |= {"residual": residual, "ddresidual": ddresidual}
     tensors = {name: like(name, value, "x", x) for name, value in tensors.items()}
     weights = mask_weights(mask, x, axes)
-    activation = checks.choice("activation", activation, checks.ACTIVATIONS)
+    activation = checks.activation(activation)
+    if activation not in checks.PIECEWISE_LINEAR:
+        raise ValueError(
+            f"activation must be one of {checks.PIECEWISE_LINEAR}, whose second derivative is 0. "
+            f"Received: {activation!r}"
+        )
     negative_slope = checks.real("negative_slope", negative_slope)
     training = checks.boolean("training", training)
 

@@ -64,7 +64,7 @@ class BatchNormalization:
             the plain averages over all batches so far, except empty and fully masked ones.
         epsilon: added to the variance, >= 0. The default is Keras's; PyTorch's is 1e-5.
         center, scale: whether the layer has beta and gamma; if not, they are None.
-        activation: None, "relu", "relu6" or "leaky_relu" (with slope `negative_slope` below 0), fused.
+        activation: one of the words of `batch_norm_train`, fused; "leaky_relu" has slope `negative_slope` below 0.
         nan_policy: "propagate", "skip_update" or "raise", see `batch_norm_train`.
         correction: 0 averages the population variance in moving_variance (Keras), 1 the sample variance (PyTorch).
         dtype: of the parameters, "float32" or "float64". None: float64 if the first x is float64, else float32.
@@ -172,7 +172,7 @@ class BatchNormalization:
         self.epsilon = checks.real("epsilon", epsilon)
         self.center = checks.boolean("center", center)
         self.scale = checks.boolean("scale", scale)
-        self.activation = checks.choice("activation", activation, checks.ACTIVATIONS)
+        self.activation = checks.activation(activation)
         self.negative_slope = checks.real("negative_slope", negative_slope)
         self.nan_policy = str(checks.choice("nan_policy", nan_policy, checks.NAN_POLICIES))
         self.correction = checks.check_correction(correction)

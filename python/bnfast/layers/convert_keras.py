@@ -269,8 +269,4 @@ def _activation(activation: Any) -> str | None:
     name = activation
     if activation is not None and not isinstance(activation, str):
         name = getattr(activation, "__name__", type(activation).__name__)
-    if name == "linear":
-        name = None
-    if name not in checks.ACTIVATIONS:
-        raise ValueError(f"activation must be one of {checks.ACTIVATIONS}. Received: {name!r}")
-    return None if name is None else str(name)
+    return checks.activation(None if name == "linear" else name)

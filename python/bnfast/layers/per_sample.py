@@ -15,13 +15,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .._arguments import checks
 from .._arguments.array_checks import like, tensor
 from .._arguments.arrays import Array, as_array
 from .._arguments.axes import Axes
-from ..functional.batch_norm import GradResult
+from ..functional.batch_norm import GradResult, batch_norm_grad, batch_norm_infer
 from .batch import Batch, ForwardPass
 
 __all__ = ["PerSampleAffine", "apply", "check_adjustment", "check_labels"]
+
+ZERO, ONE = np.zeros(1), np.ones(1)  # mean and invstd, or variance, of a batch norm that only applies its activation
 
 
 def check_adjustment(adjustment: Any, virtual_batch_size: Any) -> Any:
@@ -143,9 +146,12 @@ def _add_affine(u: Array, affine: PerSampleAffine) -> Array:
 
 
 def _activate(z: Array, batch: Batch) -> Array:
-    """y, computed in place of z. NaN stays NaN."""
+    """y, which may be z overwritten. NaN stays NaN."""
     if _is_leaky(batch):
         np.multiply(z, batch.negative_slope, out=z, where=z < 0)
+    elif batch.activation not in checks.PIECEWISE_LINEAR:
+        flat = batch_norm_infer(z.reshape(-1, 1), ZERO, ONE, epsilon=0.0, activation=batch.activation)
+        return flat.reshape(z.shape)
     elif batch.activation is not None:
         np.clip(z, 0, 6 if batch.activation == "relu6" else None, out=z)
     return z
@@ -155,6 +161,9 @@ def _multiply_by_slope(dz: Array, z: Array, batch: Batch) -> None:
     """dz*activation'(z) in place. As in the kernels, a slope of 0 selects 0 instead of multiplying: 0*inf is NaN."""
     if _is_leaky(batch):
         np.multiply(dz, batch.negative_slope, out=dz, where=~(z > 0))
+    elif batch.activation not in checks.PIECEWISE_LINEAR:
+        flat = dz.reshape(-1, 1), z.reshape(-1, 1)
+        dz[...] = batch_norm_grad(*flat, ZERO, ONE, activation=batch.activation, training=False).dx.reshape(dz.shape)
     else:
         np.copyto(dz, 0, where=(z <= 0) | (z >= 6) if batch.activation == "relu6" else z <= 0)
 
