@@ -15,7 +15,7 @@ struct Bounds {
 constexpr Bounds bounds[] = {
     {"silu", Activation::silu, 4, 4, 5, 5},
     {"hard_silu", Activation::hard_silu, 3, 3, 2, 2},
-    {"sigmoid", Activation::sigmoid, 2, 2.5, 4, 4},
+    {"sigmoid", Activation::sigmoid, 3, 3, 4, 4},
     {"hard_sigmoid", Activation::hard_sigmoid, 1.5, 1.5, 0.5, 0.5},
     {"tanh", Activation::tanh, 2, 2, 4, 4.5},
     {"gelu", Activation::gelu, 8, 9, 9, 9},
