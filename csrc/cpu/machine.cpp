@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <fstream>
 #include <string>
 #include <thread>
@@ -50,10 +52,37 @@ std::int64_t sysconf_cache(int level) {
 #endif
 }
 
+// The largest size that a BNFAST_* variable may give: 1 TiB. The plan multiplies a size by up to 4096 threads, and 2^52
+// is far from an int64's end.
+constexpr std::int64_t most_cache_bytes = std::int64_t(1) << 40;
+
+// A whole decimal number from 1 to most_cache_bytes, else 0: "1e9" is not 1, and nothing is cut to 64 bits.
+std::int64_t whole_size(const char* text) {
+    std::int64_t n = 0;
+    for (; *text >= '0' && *text <= '9'; ++text) {
+        n = 10 * n + (*text - '0');
+        if (n > most_cache_bytes) return 0;
+    }
+    return *text == '\0' ? n : 0;
+}
+
+// One line on stderr, whatever the value holds: its first 80 bytes, with "?" for those that aren't printable ASCII.
+void report_ignored(const char* variable, const char* value) {
+    std::string shown(value, ::strnlen(value, 80));
+    for (char& c : shown)
+        if (c < ' ' || c > '~') c = '?';
+    if (::strnlen(value, 81) > 80) shown += "...";
+    std::fprintf(
+        stderr,
+        "bnfast: %s must be a whole number of bytes from 1 to %lld. Received: '%s'. The detected size is used.\n",
+        variable, static_cast<long long>(most_cache_bytes), shown.c_str());
+}
+
 // The environment variable overrides what the machine reports, which may be wrong. It affects speed, never bits.
 std::int64_t cache_bytes(int level, const char* variable, std::int64_t fallback, std::int64_t limit) {
     if (const char* forced = std::getenv(variable)) {
-        if (const std::int64_t n = std::strtoll(forced, nullptr, 10); n > 0) return n;
+        if (const std::int64_t n = whole_size(forced); n > 0) return n;
+        report_ignored(variable, forced);
     }
     std::int64_t n = sysfs_cache(level);
     if (n <= 0) n = sysconf_cache(level);
