@@ -1,21 +1,20 @@
 """Peak memory of training one variant: VmHWM of a fresh process that builds it and runs a few steps (Linux).
 
-    python -m bnfast.benchmark.model_memory '{"model": ..., "batch": ..., "size": ..., "variant": ..., ...}'
-prints {"before_bytes", "peak_bytes"} as its last line: the peak before the first step (Python, TensorFlow, the weights)
-and the peak after the last one, which is the memory a machine needs. `peaks` starts these processes one at a time.
+`peaks` starts these processes one at a time. Each runs `main` with one argument, the task as JSON: {"model": ...,
+"batch": ..., "size": ..., "variant": ..., "threads": ...}. It prints {"before_bytes", "peak_bytes"} as its last line:
+the peak before the first step (Python, TensorFlow, the weights) and the peak after the last one, which is the memory a
+machine needs.
 """
 
 from __future__ import annotations
 
 import gc
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bnfast import _child_process
 from bnfast.benchmark.models import TITLES, TRAINABLE, Spec
 
 STEPS = 3
@@ -26,7 +25,7 @@ Runs = dict[str, list[dict[str, int]]]
 
 def available() -> bool:
     """Whether this system reports the peak memory of a process."""
-    return STATUS.exists() and "VmHWM" in STATUS.read_text()
+    return STATUS.exists() and "VmHWM" in _status()
 
 
 def peaks(
@@ -53,9 +52,10 @@ def peaks(
 def _run_child(spec: Spec, name: str, threads: int | None) -> dict[str, int] | str:
     """What one process measured; if it failed, the last line of its output."""
     task = {"model": spec.text, "batch": spec.batch, "size": spec.size, "variant": name, "threads": threads}
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    command = [sys.executable, "-m", __name__, json.dumps(task)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    try:
+        done = _child_process.run_module(__name__, json.dumps(task))
+    except OSError as error:
+        return f"no process could be started: {error.strerror}"
     output = done.stdout if done.returncode in (0, EXIT_UNSUPPORTED) else done.stderr
     lines = output.strip().splitlines()
     last = lines[-1] if lines else f"exit status {done.returncode}"
@@ -65,12 +65,12 @@ def _run_child(spec: Spec, name: str, threads: int | None) -> dict[str, int] | s
     return result
 
 
-def main(text: str) -> int:
-    """The child process: measure one variant and print the result. `text` is the task as JSON."""
+def main(arguments: Sequence[str]) -> int:
+    """The child process: measure one variant and print the result. The only argument is the task as JSON."""
     from bnfast.benchmark import models
     from bnfast.benchmark.peers.base import Unsupported
 
-    task = json.loads(text)
+    task = json.loads(arguments[0])
     spec = models.parse(task["model"], task["batch"], task["size"])
     models.load_keras(task["threads"])
     base = models.build_model(spec)
@@ -91,9 +91,9 @@ def main(text: str) -> int:
 
 def _peak() -> int:
     """The peak memory of this process so far, in bytes."""
-    line: Any = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
+    line: Any = next(line for line in _status().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
 
 
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+def _status() -> str:
+    return STATUS.read_text(encoding="utf-8", errors="replace")  # a process may have any bytes as its name

@@ -7,25 +7,22 @@ from __future__ import annotations
 import importlib.util
 import os
 import struct
-import subprocess
 import sys
 from pathlib import Path
 
-from .. import _core
+from .. import _child_process
 
 PATH = Path(__file__).parents[1] / "_tf.so"  # beside _core, where CMake installs it
 BRIDGES = ("auto", "numpy_function", "op")
 
-# Arguments: TensorFlow's library, ours, the core. A process of its own: whatever is wrong with them can end no other.
+# Arguments: TensorFlow's library, ours. A process of its own: whatever is wrong with them can end no other.
 _PROBE = """
-import ctypes, importlib.util, sys
-framework, op, core = sys.argv[1:]
+import ctypes
+from bnfast import _core
+framework, op = sys.argv[1:]
 try:
     libraries = [ctypes.CDLL(framework), ctypes.CDLL(op)]
-    spec = importlib.util.spec_from_file_location("bnfast._core", core)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    print(module._connect_tf(op))
+    print(_core._connect_tf(op))
 except OSError as error:
     print(error)
 """
@@ -76,8 +73,10 @@ def probe() -> tuple[bool, str]:
     framework = Path(found.submodule_search_locations[0]) / "libtensorflow_framework.so.2"
     if not framework.exists():
         return False, f"{framework} is not there"
-    command = [sys.executable, "-c", _PROBE, os.fspath(framework), os.fspath(PATH), _core.__file__]
-    result = subprocess.run(command, capture_output=True, text=True)
+    try:
+        result = _child_process.run(_PROBE, os.fspath(framework), os.fspath(PATH))
+    except OSError as error:
+        return False, f"no process could be started to test {PATH.name}: {error.strerror}"
     reason = (result.stdout if result.returncode == 0 else result.stderr or f"status {result.returncode}").strip()
     if reason:
         return False, reason.splitlines()[-1]
