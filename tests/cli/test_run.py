@@ -132,6 +132,7 @@ def test_an_interrupt_has_the_traceback_and_status_of_python(need, folder):
         (["absent.py"], "run: can't open absent.py: No such file or directory"),
         (["-m", "absent"], "run: no module named absent"),
         (["-m", "absent.part"], "run: no module named absent.part"),
+        (["-m", "sys"], "run: sys has no Python code"),
     ],
 )
 def test_errors_are_one_line(need, folder, args, message):
@@ -146,6 +147,45 @@ def test_help(need):
     done = bnfast_run("--help")
     assert (done.returncode, done.stderr) == (0, "")
     assert all(part in done.stdout for part in ("SCRIPT", "-m MODULE", "--no-summary", "--quiet"))
+
+
+@pytest.mark.parametrize("redirection", ["2> /dev/full", "2>&-", "> /dev/full", ">&-"])
+def test_the_script_runs_where_the_terminal_cannot_be_written(need, folder, redirection):
+    """With the status and effects that it has under Python: bnfast's lines are lost, and nothing else."""
+    need("tensorflow")
+    (folder / "ran.py").write_text("import sys\nopen(sys.argv[1], 'w').close()\n")
+    for name, words in {"ours": ["-m", "bnfast", "run"], "python's": []}.items():
+        command = ["sh", "-c", f'"$@" {redirection}', "sh", sys.executable, *words, "ran.py", name]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        assert (folder / name).exists()
+        assert done.stdout == ""
+
+
+def test_a_forked_child_prints_no_summary(need, folder):
+    need("tensorflow")
+    (folder / "forks.py").write_text("import os, sys\nif os.fork() == 0:\n    sys.exit(0)\nos.wait()\n")
+    assert len(said(bnfast_run("forks.py", cwd=folder))) == 2
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver", "fork"])
+def test_processes_that_bnfast_does_not_reach_are_named(need, folder, method):
+    need("tensorflow")
+    script = "import multiprocessing, os\nif __name__ == '__main__':\n"
+    script += f"    process = multiprocessing.get_context({method!r}).Process(target=os.getpid)\n"
+    script += "    process.start()\n    process.join()\n"
+    (folder / "starts.py").write_text(script)
+    named = "processes that multiprocessing spawned aren't covered: Keras's own layer runs there"
+    assert said(bnfast_run("starts.py", cwd=folder))[2:] == ([] if method == "fork" else [named])
+
+
+def test_a_broken_module_has_python_s_message(need, folder):
+    need("tensorflow")
+    (folder / "broken.py").write_text("x = = 1\n")
+    done = bnfast_run("--quiet", "-m", "broken", cwd=folder)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == python("-m", "broken", cwd=folder).stderr.splitlines()[-1]
+    assert "bnfast" not in done.stderr
 
 
 @pytest.mark.parametrize("module", ["tensorflow", "keras"])

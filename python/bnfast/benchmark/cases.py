@@ -130,7 +130,7 @@ def make_arrays(case: Case) -> Arrays:
 
 def read_shapes(path: Path = SHAPES_CSV) -> list[NamedShape]:
     """Every row of shapes.csv, in order."""
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         return [
             NamedShape(row["set"], row["name"], int(row["N"]), int(row["C"]), _extents(row["spatial"]))
             for row in csv.DictReader(file)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
+from bnfast.benchmark import style
 from bnfast.benchmark.cases import OPS
 from bnfast.benchmark.report import Row, Summary, summarize, with_best_torch
-from bnfast.benchmark.style import INK, MUTED, OURS, SETTINGS
+from bnfast.benchmark.style import INK, MUTED, OURS
 
 COLOURS = {
     "torch": "#c2571a",
@@ -28,15 +29,14 @@ MARKERS = {"torch": "o", "tensorflow": "s", "keras-eager": "v", "keras-function"
 OP_TITLES = {"train": "training forward", "grad": "gradient", "infer": "inference"}
 
 
-def save(path: Path, rows: list[Row], titles: dict[str, str], machine: str) -> None:
-    """Draw `rows` and write the picture to `path` (PNG)."""
-    import matplotlib
+def save(target: Path | BinaryIO, rows: list[Row], titles: dict[str, str], machine: str) -> None:
+    """Draw `rows` and write the picture to `target` (PNG)."""
     from matplotlib.figure import Figure  # not pyplot: Figure needs no display and has no global state
 
     dtype = "float32" if any(row["dtype"] == "float32" for row in rows) else rows[0]["dtype"]
     rows = [row for row in with_best_torch(rows) if row["dtype"] == dtype]
     first_op = next(op for op in OPS if any(row["op"] == op for row in rows))
-    with matplotlib.rc_context(SETTINGS):
+    with style.settings():
         figure: Any = Figure(figsize=(13.5, 7.6), dpi=150, layout="constrained", facecolor="white")
         figure.get_layout_engine().set(rect=(0.008, 0.0, 0.984, 0.895), wspace=0.06)
         figure.text(0.013, 0.955, "Batch norm on a CPU: bnfast and its peers", fontsize=15, fontweight="bold")
@@ -46,7 +46,7 @@ def save(path: Path, rows: list[Row], titles: dict[str, str], machine: str) -> N
         _draw_times(left, [row for row in rows if row["op"] == first_op], titles)
         left.set_title(f"Time of the {OP_TITLES[first_op]}, fresh outputs")
         _draw_ratios(right, summarize(rows), titles)
-        figure.savefig(path)
+        figure.savefig(target, format="png")
 
 
 def _draw_times(axes: Any, rows: list[Row], titles: dict[str, str]) -> None:
@@ -111,7 +111,7 @@ def _draw_ratios(axes: Any, summaries: list[Summary], titles: dict[str, str]) ->
         place = {"transform": axes.get_yaxis_transform(), "ha": "right", "va": "center"}
         axes.text(-0.012, at, text, fontweight="bold", **place)
     axes.axvline(1, color=OURS, linewidth=1.6, zorder=4)
-    axes.set(xscale="log", yticks=list(labels), yticklabels=list(labels.values()), ylim=(height - 0.7, -0.7))
+    axes.set(xscale="log", yticks=list(labels), yticklabels=list(labels.values()), ylim=(max(height, 1) - 0.7, -0.7))
     low, high = axes.get_xlim()
     axes.set_xlim(min(0.8, low), max(3.0, high) * 1.9)  # room for the figures beside the bars
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")

@@ -45,7 +45,7 @@ def sentence(machine: dict[str, Any]) -> str:
 def _field(path: Path, name: str) -> str:
     """The value of the first line that starts with `name`, in a file of lines "name: value"; "" if there is none."""
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return ""
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(name)), "")

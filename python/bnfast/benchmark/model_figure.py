@@ -7,24 +7,24 @@ its value and, in brackets, its ratio to Keras's layer.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from bnfast.benchmark import style
 from bnfast.benchmark.model_report import QUANTITIES
 from bnfast.benchmark.models import TITLES
 from bnfast.benchmark.report import Row, digits
-from bnfast.benchmark.style import INK, MUTED, OURS, SETTINGS
+from bnfast.benchmark.style import INK, MUTED, OURS
 
 COLOURS = {"keras": "#9a6fb5", "tf-fused": "#d9a400", "left-out": "#b9c2c9"}
 PANEL_TITLES = {"train": "Training step, ms", "predict": "Prediction, ms", "memory": "Peak memory of training, MB"}
 
 
-def save(path: Path, rows: list[Row], label: str, machine: str) -> None:
-    """Draw `rows` and write the picture to `path` (PNG)."""
-    import matplotlib
+def save(target: Path | BinaryIO, rows: list[Row], label: str, machine: str) -> None:
+    """Draw `rows` and write the picture to `target` (PNG)."""
     from matplotlib.figure import Figure  # not pyplot: Figure needs no display and has no global state
 
     panels = [what for what in QUANTITIES if any(row["what"] == what for row in rows)]
-    with matplotlib.rc_context(SETTINGS):
+    with style.settings():
         figure: Any = Figure(figsize=(13.5, 4.4), dpi=150, layout="constrained", facecolor="white")
         figure.get_layout_engine().set(rect=(0.008, 0.0, 0.984, 0.83), wspace=0.06)
         figure.text(0.013, 0.925, f"{label}: one model, several batch norms", fontsize=15, fontweight="bold")
@@ -35,7 +35,7 @@ def save(path: Path, rows: list[Row], label: str, machine: str) -> None:
             _draw_bars(axes, names, {row["variant"]: row for row in rows if row["what"] == what}, what)
             if what != panels[0]:
                 axes.set_yticklabels([])
-        figure.savefig(path)
+        figure.savefig(target, format="png")
 
 
 def _draw_bars(axes: Any, names: list[str], rows: dict[str, Row], what: str) -> None:

@@ -135,7 +135,7 @@ def build_model(spec: Spec) -> Any:
             raise InvalidModel(f"{spec.name} has no argument {name}")
     try:
         model = constructor(weights=None, input_shape=(spec.size, spec.size, 3), **dict(spec.arguments))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise InvalidModel(f"{spec.label}: {error}") from error
     layers = batch_norms(model)
     if not layers:

@@ -1,7 +1,8 @@
 """Starts TensorFlow without its log lines.
 
 TensorFlow's C++ code writes to file descriptor 2 before any logging level applies, so the descriptor itself is
-redirected for a moment. If the block raises, everything that was written is shown, so no error message is lost.
+redirected for a moment. If the block raises, everything that was written is shown, so no error message is lost;
+but not after an interrupt, which needs no explanation.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
+from typing import IO
 
 
 def prepare_tensorflow() -> None:
@@ -24,19 +26,36 @@ def prepare_tensorflow() -> None:
 @contextlib.contextmanager
 def quiet_stderr() -> Iterator[None]:
     """Redirect file descriptor 2 to a temporary file; copy that file to stderr if the block raises."""
-    sys.stderr.flush()
-    saved = os.dup(2)
-    with tempfile.TemporaryFile() as noise:
+    try:
+        saved = os.dup(2)
+    except OSError:  # stderr is closed
+        yield
+        return
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # it can't be written, is closed, or is None
+        sys.stderr.flush()
+    with _temporary_file() as noise:
         os.dup2(noise.fileno(), 2)
         try:
             yield
-        except BaseException:
+        except BaseException as error:
             _restore(saved)
-            noise.seek(0)
-            with os.fdopen(os.dup(2), "wb") as stderr:
-                shutil.copyfileobj(noise, stderr)
+            if not isinstance(error, KeyboardInterrupt):
+                _show(noise)
             raise
         _restore(saved)
+
+
+def _temporary_file() -> IO[bytes]:
+    """An unnamed file: in memory where the system has such files, so that no full or missing disk matters."""
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("bnfast"), "w+b")
+    return tempfile.TemporaryFile()
+
+
+def _show(noise: IO[bytes]) -> None:
+    noise.seek(0)
+    with contextlib.suppress(OSError), os.fdopen(os.dup(2), "wb") as stderr:
+        shutil.copyfileobj(noise, stderr)
 
 
 def _restore(saved: int) -> None:

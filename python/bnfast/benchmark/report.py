@@ -13,7 +13,6 @@ import json
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from bnfast.benchmark.cases import OPS
@@ -87,11 +86,11 @@ def short(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def save_json(path: Path, machine: dict[str, Any], settings: Row, rows: list[Row], left_out: list[Row]) -> None:
-    """Write everything as one JSON object with one line per row, so that `diff` can compare two runs."""
+def json_text(machine: dict[str, Any], settings: Row, rows: list[Row], left_out: list[Row]) -> str:
+    """Everything as one JSON object with one line per row, so that `diff` can compare two runs."""
     head = json.dumps({"schema": SCHEMA, "machine": machine, "settings": settings}, indent=1)
     head = head.removesuffix("\n}")
-    path.write_text(f"{head},\n{_json_list('rows', rows)},\n{_json_list('left_out', left_out)}\n}}\n")
+    return f"{head},\n{_json_list('rows', rows)},\n{_json_list('left_out', left_out)}\n}}\n"
 
 
 def _json_list(name: str, rows: list[Row]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 INK = "#1f2933"
@@ -24,3 +26,15 @@ SETTINGS: Any = {
     "ytick.color": MUTED,
     "legend.frameon": False,
 }
+
+
+@contextlib.contextmanager
+def settings() -> Iterator[None]:
+    """Inside the block Matplotlib has its defaults and SETTINGS; nothing of a `matplotlibrc`, which Matplotlib reads
+    from the working directory too."""
+    import matplotlib
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(SETTINGS)
+        yield

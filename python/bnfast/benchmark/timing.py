@@ -202,7 +202,8 @@ def _other_threads_run() -> bool:
     for task in TASKS.iterdir():
         with suppress(OSError):  # the thread has ended meanwhile
             if task.name != str(threading.get_native_id()):
-                states.append((task / "stat").read_text().rpartition(")")[2].split()[0])
+                stat = (task / "stat").read_text(encoding="utf-8", errors="replace")  # names are any bytes
+                states.append(stat.rpartition(")")[2].split()[0])
     return "R" in states
 
 

@@ -8,18 +8,28 @@ Exit status: 0 done, 2 the request cannot be met (one line on stderr gives the r
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
+from typing import Any, NoReturn
 
-from bnfast.cli import bench, demo, info, run
+from bnfast.cli import bench, demo, info, output, run
 from bnfast.cli.errors import UserError
 
 COMMANDS = (info, demo, bench, run)
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, and whose help is an error if it can't be written."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+    def print_help(self, file: Any = None) -> None:
+        output.show(self.format_help().removesuffix("\n"))
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the command line, with all subcommands."""
-    parser = argparse.ArgumentParser(prog="bnfast", description="Batch normalization on the CPU.")
+    parser = Parser(prog="bnfast", description="Batch normalization on the CPU.")
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND")
     for command in COMMANDS:
@@ -29,22 +39,33 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `bnfast` with `argv` (default: the arguments of the process) and return the exit status."""
-    parser = build_parser()
     try:
-        arguments = parser.parse_args(argv)
-    except SystemExit as exit_request:  # argparse: 0 after --help, 2 after a bad argument
-        return int(exit_request.code or 0)
-    if arguments.version:
-        print(f"bnfast {info.version()}")
-        return 0
-    if not hasattr(arguments, "run"):
-        parser.print_help(sys.stderr)
-        return 2
-    try:
-        return int(arguments.run(arguments))
+        return _run(build_parser(), argv)
     except UserError as error:
-        print(f"bnfast: {error}", file=sys.stderr)
+        output.say(f"bnfast: {error}")
         return 2
     except KeyboardInterrupt:
-        print("bnfast: interrupted", file=sys.stderr)
+        output.say("bnfast: interrupted")
         return 130
+
+
+def _run(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
+    try:
+        arguments = parser.parse_args(argv)
+    except SystemExit as exit_request:  # --help
+        return int(exit_request.code or 0)
+    if arguments.version:
+        output.show(f"bnfast {info.version()}")
+        return 0
+    if not hasattr(arguments, "run"):
+        output.say(parser.format_help().removesuffix("\n"))
+        return 2
+    if arguments.run is run.run:  # everything from here on is the script's
+        return int(arguments.run(arguments))
+    output.occupy_closed_descriptors()
+    try:
+        return int(arguments.run(arguments))
+    except OSError as error:
+        raise UserError(error) from error
+    except MemoryError as error:
+        raise UserError(f"out of memory: {error}") from error

@@ -14,12 +14,14 @@ from typing import Any
 import bnfast
 from bnfast.benchmark import allocator, cases, machine, models, quiet, report, timing
 from bnfast.benchmark.peers import BASELINES, PEERS, Peer
-from bnfast.cli import bench_model
-from bnfast.cli.errors import UserError, non_negative_int, positive_int, require
+from bnfast.cli import bench_model, files
+from bnfast.cli.errors import UserError, non_negative_int, positive_int, require, require_memory, thread_count
+from bnfast.cli.output import show, show_table
 from bnfast.cli.progress import progress_bar
 
 DEFAULT_SETS = ("resnet50", "dense", "tiny")
 QUICK_ROUNDS = 3
+MOST_VALUES, MOST_SPATIAL = 2**60, 16  # the bytes of float64 fit into an int64; NumPy takes up to 32 axes
 TITLES = {peer.name: peer.title for peer in PEERS}
 # The options that apply only without --model, and only with it.
 SHAPES_ONLY: tuple[str, ...] = ("set", "shape", "op", "layout", "dtype", "peers", "outputs")
@@ -36,7 +38,7 @@ def register(subparsers: Any) -> None:
     )
     _add_shape_options(parser)
     add = parser.add_argument
-    add("--threads", type=positive_int, metavar="N", help="threads of each library (default: bnfast's default)")
+    add("--threads", type=thread_count, metavar="N", help="threads of each library (default: bnfast's default)")
     add("--rounds", type=positive_int, metavar="N", help="rounds (default: 5 to 15 per case, or 15 with --model)")
     add("--quick", action="store_true", help=f"only {QUICK_ROUNDS} rounds: shows that it works; figures mean little")
     add("--out", type=Path, metavar="DIR", help="also write JSON, Markdown and a picture to this folder")
@@ -101,7 +103,6 @@ def run(arguments: argparse.Namespace) -> int:
     _reject_other_mode(arguments)
     if arguments.model is None:
         return _run_shapes(arguments)
-    _prepare_folder(arguments.out)
     return bench_model.run(arguments)
 
 
@@ -120,20 +121,24 @@ def _run_shapes(arguments: argparse.Namespace) -> int:
     chosen_cases = _choose_cases(arguments)
     if "bfloat16" in arguments.dtype:
         require("ml_dtypes", extra="test")
-    _prepare_folder(arguments.out)
+    _require_memory(chosen_cases)
+    if arguments.out:
+        files.prepare("--out", _paths(arguments.out))
     threads = arguments.threads or bnfast.build_info()["default_threads"]
     rounds = arguments.rounds or (QUICK_ROUNDS if arguments.quick else None)
     with timing.preserve_num_threads():
         peers, missing = _start_peers(arguments.peers, threads)
         if missing:
-            print(f"not installed, left out: {', '.join(missing)}")
+            show(f"not installed, left out: {', '.join(missing)}")
         about = machine.describe(threads, {peer.distribution: peer.version() for peer in peers})
         rows, left_out = _measure(chosen_cases, peers, arguments.outputs, rounds)
-    _print_summary(about, rows, left_out)
-    if arguments.out:
+    if arguments.out:  # before anything is printed: stdout may be a pipe that nobody reads any more
         settings = {name: getattr(arguments, name) for name in ("op", "layout", "dtype", "outputs", "rounds", "quick")}
         settings |= {"peers": [peer.name for peer in peers], "missing": missing}
-        _write(arguments.out, about, settings, rows, left_out)
+        _save(arguments.out, about, settings, rows, left_out)
+    _print_summary(about, rows, left_out)
+    if arguments.out:
+        show(f"wrote {', '.join(map(str, _paths(arguments.out)))}")
     return 0
 
 
@@ -145,15 +150,14 @@ def _choose_cases(arguments: argparse.Namespace) -> list[cases.Case]:
     return cases.make_cases(shapes, arguments.layout, arguments.op, arguments.dtype)
 
 
-def _prepare_folder(folder: Path | None) -> None:
-    """Create the folder. Raises UserError if it can't be written: now, not after minutes of measuring."""
-    if folder is None:
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "bench.json").open("ab").close()
-    except OSError as error:
-        raise UserError(f"argument --out: can't write to {folder}: {error.strerror}") from error
+def _require_memory(chosen_cases: list[cases.Case]) -> None:
+    for case in chosen_cases:  # x, dy and one output
+        require_memory(f"{case.shape.label} {case.dtype}", 3 * case.nbytes)
+
+
+def _paths(folder: Path) -> list[Path]:
+    """The files of --out."""
+    return [folder / f"bench.{kind}" for kind in ("json", "md", "png")]
 
 
 def _start_peers(chosen: list[str], threads: int) -> tuple[list[Peer], list[str]]:
@@ -196,16 +200,14 @@ def _measure(
 
 
 def _print_summary(about: dict[str, Any], rows: list[report.Row], left_out: list[report.Row]) -> None:
-    from rich.console import Console
-
-    print(machine.sentence(about))
-    print("Time over bnfast's: the geometric mean over the cases, in brackets the smallest. Above 1, bnfast is faster.")
-    print("The columns differ in what happens to the outputs.")
+    show(machine.sentence(about))
+    show("Time over bnfast's: the geometric mean over the cases, in brackets the smallest. Above 1, bnfast is faster.")
+    show("The columns differ in what happens to the outputs.")
     summaries = [s for s in report.summarize(rows) if s.peer not in report.TORCHES]  # "torch" stands for both
-    Console().print(_summary_table(summaries))
+    show_table(_summary_table(summaries))
     for row in left_out:
         if row["reason"].startswith("wrong result"):
-            print(f"{TITLES[row['peer']]}, {row['op']} {row['shape']} {row['layout']} {row['dtype']}: {row['reason']}")
+            show(f"{TITLES[row['peer']]}, {row['op']} {row['shape']} {row['layout']} {row['dtype']}: {row['reason']}")
 
 
 def _summary_table(summaries: list[report.Summary]) -> Any:
@@ -228,15 +230,17 @@ def _summary_table(summaries: list[report.Summary]) -> Any:
     return table
 
 
-def _write(
+def _save(
     folder: Path, about: dict[str, Any], settings: report.Row, rows: list[report.Row], left_out: list[report.Row]
 ) -> None:
     from bnfast.benchmark import figure
 
-    report.save_json(folder / "bench.json", about, settings, rows, left_out)
-    (folder / "bench.md").write_text(report.markdown(about, rows, left_out, TITLES))
-    figure.save(folder / "bench.png", rows, TITLES, machine.sentence(about))
-    print(f"wrote {', '.join(str(folder / f'bench.{kind}') for kind in ('json', 'md', 'png'))}")
+    contents = (
+        report.json_text(about, settings, rows, left_out).encode(),
+        report.markdown(about, rows, left_out, TITLES).encode(),
+        files.picture(figure.save, rows, TITLES, machine.sentence(about)),
+    )
+    files.save(dict(zip(_paths(folder), contents, strict=True)))
 
 
 def _digits(value: float) -> str:
@@ -266,6 +270,10 @@ def _name_list(known: list[str], families: bool = False) -> Callable[[str], list
 def _shape(text: str) -> cases.NamedShape:
     """An argparse type: N,C or N,C,HxW."""
     try:
-        return cases.parse_shape(text)
+        shape = cases.parse_shape(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"must be N,C or N,C,HxW, each >= 1. Received: {text!r}") from error
+    if shape.size > MOST_VALUES or len(shape.spatial) > MOST_SPATIAL:
+        wanted = f"at most {MOST_VALUES} values and {MOST_SPATIAL} spatial extents"
+        raise argparse.ArgumentTypeError(f"must have {wanted}. Received: {text!r}")
+    return shape

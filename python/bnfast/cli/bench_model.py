@@ -16,8 +16,10 @@ from typing import Any
 
 import bnfast
 from bnfast.benchmark import machine, model_memory, model_report, model_timing, models, quiet, timing
-from bnfast.benchmark.report import Row, save_json
-from bnfast.cli.errors import UserError, require
+from bnfast.benchmark.report import Row, json_text
+from bnfast.cli import files
+from bnfast.cli.errors import UserError, require, require_memory
+from bnfast.cli.output import show, show_table
 from bnfast.cli.progress import progress_bar
 
 ROUNDS, QUICK_ROUNDS = 15, 3
@@ -28,6 +30,11 @@ BATCH, SIZE = 16, 224
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print, write."""
     spec = parse(arguments)
+    require_memory(f"{spec.label} float32", 3 * 4 * 3 * spec.batch * spec.size**2)  # x and what one layer makes of it
+    paths = (
+        {kind: arguments.out / f"{spec.file_name}.{kind}" for kind in ("json", "md", "png")} if arguments.out else {}
+    )
+    files.prepare("--out", list(paths.values()))
     names = [name for name in models.TITLES if name == models.BASE or name in (arguments.variants or models.TITLES)]
     with timing.preserve_num_threads():
         _start(spec, arguments.threads)
@@ -35,9 +42,11 @@ def run(arguments: argparse.Namespace) -> int:
         result, memory, failed = _measure(spec, names, arguments)
     rows = model_report.rows_of(result, memory)
     left_out = _left_out_rows(result.left_out, "all") + _left_out_rows(failed, "memory")
+    if paths:  # before anything is printed: stdout may be a pipe that nobody reads any more
+        _save(paths, arguments, about, spec, rows, left_out)
     _print(about, spec, rows, left_out)
-    if arguments.out:
-        _write(arguments, about, spec, rows, left_out)
+    if paths:
+        show(f"wrote {', '.join(map(str, paths.values()))}")
     return 0
 
 
@@ -78,6 +87,8 @@ def _measure(
     spec: models.Spec, names: list[str], arguments: argparse.Namespace
 ) -> tuple[model_timing.ModelResult, model_memory.Runs, dict[str, str]]:
     """The times, the peak memory, and the reason of each variant whose memory could not be measured."""
+    import tensorflow as tf
+
     rounds = arguments.rounds or (QUICK_ROUNDS if arguments.quick else ROUNDS)
     runs = arguments.memory_runs
     if runs is None:
@@ -92,6 +103,8 @@ def _measure(
             raise UserError(error) from error
         except models.InvalidModel as error:
             raise UserError(f"argument --model: {error}") from error
+        except tf.errors.ResourceExhaustedError as error:
+            raise UserError(f"out of memory: {spec.label}") from error
         available = [variant.name for variant in result.variants]
         memory, failed = model_memory.peaks(spec, available, runs, arguments.threads, announce)
     return result, memory, failed
@@ -118,11 +131,10 @@ def _left_out_rows(reasons: dict[str, str], what: str) -> list[Row]:
 
 def _print(about: dict[str, Any], spec: models.Spec, rows: list[Row], left_out: list[Row]) -> None:
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
-    print(machine.sentence(about))
-    print(f"{spec.label}. In brackets: the ratio to Keras's layer; below 1 is faster, or smaller.")
+    show(machine.sentence(about))
+    show(f"{spec.label}. In brackets: the ratio to Keras's layer; below 1 is faster, or smaller.")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("batch norm", no_wrap=True)
     for title in model_report.QUANTITIES.values():
@@ -130,21 +142,27 @@ def _print(about: dict[str, Any], spec: models.Spec, rows: list[Row], left_out: 
     for name, *cells in model_report.table(rows):
         pairs = zip(cells[::2], cells[1::2], strict=True)
         table.add_row(name, *(value if ratio == "-" else f"{value} ({ratio})" for value, ratio in pairs))
-    Console().print(table)
+    show_table(table)
     for row in left_out:
         what = "" if row["what"] == "all" else f", {row['what']}"
-        print(f"left out: {models.TITLES[row['variant']]}{what}: {row['reason']}")
+        show(f"left out: {models.TITLES[row['variant']]}{what}: {row['reason']}")
 
 
-def _write(
-    arguments: argparse.Namespace, about: dict[str, Any], spec: models.Spec, rows: list[Row], left_out: list[Row]
+def _save(
+    paths: dict[str, Path],
+    arguments: argparse.Namespace,
+    about: dict[str, Any],
+    spec: models.Spec,
+    rows: list[Row],
+    left_out: list[Row],
 ) -> None:
     from bnfast.benchmark import model_figure
 
     settings = {name: getattr(arguments, name) for name in ("variants", "rounds", "memory_runs", "quick")}
     settings |= {"model": spec.text, "batch": spec.batch, "size": spec.size}
-    paths = {kind: arguments.out / f"{spec.file_name}.{kind}" for kind in ("json", "md", "png")}
-    save_json(paths["json"], about, settings, rows, left_out)
-    paths["md"].write_text(model_report.markdown(about, spec.label, rows, left_out))
-    model_figure.save(paths["png"], rows, spec.label, machine.sentence(about))
-    print(f"wrote {', '.join(map(str, paths.values()))}")
+    contents = {
+        "json": json_text(about, settings, rows, left_out).encode(),
+        "md": model_report.markdown(about, spec.label, rows, left_out).encode(),
+        "png": files.picture(model_figure.save, rows, spec.label, machine.sentence(about)),
+    }
+    files.save({paths[kind]: content for kind, content in contents.items()})

@@ -85,6 +85,7 @@ def _socket_timeout(seconds: float) -> Iterator[None]:
 def _stdout_to_stderr() -> Iterator[None]:
     """Redirect Keras's download messages from stdout to stderr, or discard them if stderr is not a terminal."""
     with contextlib.ExitStack() as stack:
-        target = sys.stderr if sys.stderr.isatty() else stack.enter_context(open(os.devnull, "w"))
+        terminal = sys.stderr is not None and sys.stderr.isatty()
+        target = sys.stderr if terminal else stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
         stack.enter_context(contextlib.redirect_stdout(target))
         yield

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from bnfast.benchmark import quiet
-from bnfast.cli import datasets
+from bnfast.cli import datasets, files
 from bnfast.cli.errors import UserError, positive_int, require
+from bnfast.cli.output import show, show_table
 from bnfast.cli.progress import progress_bar
 
 FILE_NAME = "bnfast-demo.png"
@@ -55,9 +56,9 @@ def run(arguments: argparse.Namespace) -> int:
         )
     epochs = arguments.epochs or EPOCHS.get(data.name, 1)
     histories = _train(layers, data, epochs, arguments.batch)
+    _draw(picture, histories, data, epochs, arguments.batch)  # first: stdout may be a pipe that nobody reads any more
     _print_table(histories)
-    _draw(picture, histories, data, epochs, arguments.batch)
-    print(f"wrote {picture}")
+    show(f"wrote {picture}")
     return 0
 
 
@@ -82,14 +83,7 @@ def _picture_path(out: Path) -> Path:
             raise UserError(f"argument --out: must be a .png file or a folder. Received: {out}")
     else:
         path = out / FILE_NAME
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new = not path.exists()
-        path.open("ab").close()
-        if new:
-            path.unlink()
-    except OSError as error:
-        raise UserError(f"argument --out: can't write to {path}: {error.strerror}") from error
+    files.prepare("--out", [path])
     return path
 
 
@@ -105,7 +99,6 @@ def _train(layers: dict[str, type], data: datasets.Dataset, epochs: int, batch: 
 
 
 def _print_table(histories: Any) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     base = histories[KERAS].step_ms
@@ -115,7 +108,7 @@ def _print_table(histories: Any) -> None:
     for name, history in histories.items():
         accuracy = f"{100 * history.test_accuracy[-1]:.1f} %"
         table.add_row(name, accuracy, *_figures(history.step_ms, base))
-    Console().print(table)
+    show_table(table)
 
 
 def _figures(step_ms: float, base: float) -> tuple[str, str]:
@@ -128,9 +121,10 @@ def _draw(picture: Path, histories: Any, data: datasets.Dataset, epochs: int, ba
 
     plural = "s" if epochs > 1 else ""
     amount = f"{epochs} epoch{plural} of {len(data.x_train)} images, {batch} per step"
-    demo_figure.save(
-        picture,
+    content = files.picture(
+        demo_figure.save,
         histories,
         title=f"One CNN on {data.name}, two batch norms",
         subtitle=f"Same initial weights, same batches: {amount}; {len(data.x_test)} test images.",
     )
+    files.save({picture: content})

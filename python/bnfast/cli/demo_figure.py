@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from bnfast.benchmark.style import INK, MUTED, SETTINGS
+from bnfast.benchmark import style
+from bnfast.benchmark.style import INK, MUTED
 from bnfast.cli.demo_training import RECORDED_LAYER, History
 
 COLOURS = ("#ec9a63", "#0b5c6b")  # the first training, the second
@@ -25,12 +26,11 @@ MOSAIC = [
 LINES = ({"linewidth": 5.0, "alpha": 0.45}, {"linewidth": 1.2, "alpha": 1.0})
 
 
-def save(path: Path, histories: Mapping[str, History], title: str, subtitle: str) -> None:
-    """Draw the histories of two trainings and write the picture to `path` (PNG)."""
-    import matplotlib
+def save(target: Path | BinaryIO, histories: Mapping[str, History], title: str, subtitle: str) -> None:
+    """Draw the histories of two trainings and write the picture to `target` (PNG)."""
     from matplotlib.figure import Figure  # not pyplot: Figure needs no display and has no global state
 
-    with matplotlib.rc_context(SETTINGS):
+    with style.settings():
         figure: Any = Figure(figsize=(12, 7.6), dpi=150, layout="constrained", facecolor="white")
         figure.get_layout_engine().set(rect=(0.008, 0.0, 0.984, 0.895), hspace=0.07, wspace=0.04)  # titles above
         figure.text(0.013, 0.955, title, fontsize=15, fontweight="bold")
@@ -42,7 +42,7 @@ def save(path: Path, histories: Mapping[str, History], title: str, subtitle: str
         channels = _most_changed_channels(next(iter(histories.values())).moving_mean)
         _draw_statistics(axes["mean"], histories, "moving_mean", channels)
         _draw_statistics(axes["variance"], histories, "moving_variance", channels)
-        figure.savefig(path)
+        figure.savefig(target, format="png")
 
 
 def _draw_loss(axes: Any, histories: Mapping[str, History]) -> None:

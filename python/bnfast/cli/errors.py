@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
+
+MOST_THREADS = 4096  # as in bnfast.set_num_threads
 
 
 class UserError(Exception):
@@ -20,21 +23,40 @@ def require(*modules: str, extra: str) -> None:
         raise UserError(f'this needs {", ".join(missing)}, not installed here: pip install "bnfast[{extra}]"')
 
 
+def require_memory(what: str, least_bytes: int) -> None:
+    """Raise UserError if this machine has less memory. Without the check Linux would grant more than it has, and end
+    the process later."""
+    try:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # not on this system
+        return
+    if least_bytes > memory > 0:
+        wanted, present = (f"{-(-count // 2**30):,} GiB" for count in (least_bytes, memory))
+        raise UserError(f"{what} needs at least {wanted} of memory. This machine has {present}")
+
+
 def positive_int(text: str) -> int:
-    """An argparse type: an integer >= 1."""
+    """An argparse type: an integer in [1, 2**31)."""
     return _integer(text, least=1)
 
 
 def non_negative_int(text: str) -> int:
-    """An argparse type: an integer >= 0."""
+    """An argparse type: an integer in [0, 2**31)."""
     return _integer(text, least=0)
 
 
-def _integer(text: str, least: int) -> int:
+def thread_count(text: str) -> int:
+    """An argparse type: a number that `bnfast.set_num_threads` takes."""
+    return _integer(text, least=1, most=MOST_THREADS)
+
+
+def _integer(text: str, least: int, most: int = 2**31 - 1) -> int:
     try:
         value = int(text)
-    except ValueError:
+    except ValueError:  # not a number, or one of more than 4300 digits
         value = least - 1
     if value < least:
         raise argparse.ArgumentTypeError(f"must be an integer >= {least}. Received: {text}")
+    if value > most:
+        raise argparse.ArgumentTypeError(f"must be an integer <= {most}. Received: {text}")
     return value

@@ -10,6 +10,7 @@ import platform
 from typing import Any
 
 import bnfast
+from bnfast.cli.output import show
 from bnfast.tensorflow import op_library
 
 CACHES = (("L1d", "l1d_bytes"), ("L2", "l2_bytes"), ("L3", "l3_bytes"))
@@ -26,7 +27,7 @@ def register(subparsers: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print the report."""
     facts = gather()
-    print(json.dumps(facts, indent=2, default=list) if arguments.json else describe(facts))
+    show(json.dumps(facts, indent=2, default=list) if arguments.json else describe(facts))
     return 0
 
 

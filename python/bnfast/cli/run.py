@@ -11,17 +11,20 @@ from __future__ import annotations
 import argparse
 import atexit
 import builtins
+import contextlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
 import io
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
 
 from bnfast.cli.errors import UserError, require
+from bnfast.cli.output import say, show
 
 USAGE = "bnfast run [--quiet | --no-summary] (SCRIPT | -m MODULE) [ARGS ...]"
 HELP = f"""usage: {USAGE}
@@ -33,7 +36,18 @@ options:
   -m MODULE     run a module, as python -m does
   --no-summary  don't print the summary at the end
   --quiet       print neither the line at the start nor the summary
+
+Only this process and its forks use bnfast. Processes that the script starts anew, such as those that multiprocessing
+spawns, use Keras's own layer.
 """
+
+
+# multiprocessing imports one of these when it starts its first process that is not a fork.
+STARTERS = (
+    "multiprocessing.popen_spawn_posix",
+    "multiprocessing.popen_spawn_win32",
+    "multiprocessing.popen_forkserver",
+)
 
 
 def register(subparsers: Any) -> None:
@@ -50,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the script and return the exit status. A SystemExit of the script passes through."""
     options, command = _split(arguments.command_line)
     if "-h" in options or "--help" in options:
-        print(HELP, end="")
+        show(HELP.removesuffix("\n"))
         return 0
     if not command:
         raise UserError(f"run: a script or -m MODULE is needed. usage: {USAGE}")
@@ -59,10 +73,15 @@ def run(arguments: argparse.Namespace) -> int:
     watcher = _PatchOnImport()
     sys.meta_path.insert(0, watcher)
     if "--quiet" not in options:
-        print(f"bnfast: running {command[0]} with bnfast's batch norm in place of Keras's", file=sys.stderr)
+        say(f"bnfast: running {command[0]} with bnfast's batch norm in place of Keras's")
         if "--no-summary" not in options:
-            atexit.register(lambda: print(watcher.summary(), file=sys.stderr, flush=True))
+            atexit.register(_print_summary, watcher, os.getpid())
     return _execute(module, code)
+
+
+def _print_summary(watcher: _PatchOnImport, process: int) -> None:
+    if os.getpid() == process:  # a forked child that ends by sys.exit runs its parent's exit functions, too
+        say(watcher.summary())
 
 
 def _split(command_line: Sequence[str]) -> tuple[set[str], list[str]]:
@@ -123,7 +142,11 @@ def _from_spec(spec: importlib.machinery.ModuleSpec) -> tuple[ModuleType, CodeTy
     module = ModuleType("__main__")
     module.__dict__.update(__file__=spec.origin, __cached__=spec.cached, __builtins__=builtins)
     module.__spec__, module.__loader__, module.__package__ = spec, loader, spec.parent
-    return module, loader.get_code(spec.name)
+    with _script_errors():
+        code = loader.get_code(spec.name)
+    if code is None:  # a module of C, such as sys
+        raise UserError(f"run: {spec.name} has no Python code")
+    return module, code
 
 
 def _set_search_folder(folder: str) -> None:
@@ -133,8 +156,15 @@ def _set_search_folder(folder: str) -> None:
 
 
 def _compile(source: bytes, path: str) -> CodeType:
-    try:
+    with _script_errors():
         return compile(source, path, "exec", dont_inherit=True)
+
+
+@contextlib.contextmanager
+def _script_errors() -> Iterator[None]:
+    """Shows an error in the script's syntax as Python does, and ends the process with Python's status."""
+    try:
+        yield
     except (SyntaxError, ValueError) as error:
         sys.excepthook(type(error), error.with_traceback(None), None)
         raise SystemExit(1) from None
@@ -213,7 +243,11 @@ class _PatchOnImport(importlib.abc.MetaPathFinder):
         """The lines to print at the end: how many layers ran on what, or why nothing was replaced."""
         if self.reason is not None:
             legacy = " (tf_keras is not Keras 3)" if "tf_keras" in sys.modules else ""
-            return f"bnfast: nothing was replaced: {self.reason}{legacy}"
-        from bnfast.keras.models.patch import summary
+            lines = [f"nothing was replaced: {self.reason}{legacy}"]
+        else:
+            from bnfast.keras.models.patch import summary
 
-        return "\n".join(f"bnfast: {line}" for line in summary().splitlines())
+            lines = summary().splitlines()
+        if not sys.modules.keys().isdisjoint(STARTERS):
+            lines.append("processes that multiprocessing spawned aren't covered: Keras's own layer runs there")
+        return "\n".join(f"bnfast: {line}" for line in lines)
