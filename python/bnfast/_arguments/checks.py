@@ -6,6 +6,7 @@ An error names the argument, what was wanted and what was received: ValueError f
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any
 
 import numpy as np
@@ -48,9 +49,12 @@ NAN_POLICIES = ("propagate", "skip_update", "raise")
 
 def integer(name: str, value: Any) -> int:
     """An int, from anything with `__index__` except booleans."""
-    if isinstance(value, bool | np.bool_) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be an integer. Received: {value!r} ({type(value).__name__})")
-    return int(value.__index__())
+    try:
+        if not isinstance(value, bool | np.bool_):
+            return operator.index(value)
+    except TypeError:  # also an array that isn't one integer
+        pass
+    raise TypeError(f"{name} must be an integer. Received: {value!r} ({type(value).__name__})")
 
 
 def boolean(name: str, value: Any) -> bool:
@@ -71,10 +75,14 @@ def real(name: str, value: Any, upper: float = math.inf) -> float:
     """A finite float in [0, upper]."""
     if isinstance(value, bool) or not isinstance(value, float | int | np.floating | np.integer):
         raise TypeError(f"{name} must be a real number. Received: {value!r} ({type(value).__name__})")
-    if not (0 <= value <= upper and value < math.inf):
+    try:
+        number = float(value)  # first: an int or a longdouble may be finite and above float64's range
+    except OverflowError:
+        number = math.inf
+    if not (0 <= number <= upper and number < math.inf):
         wanted = "finite and at least 0" if upper == math.inf else f"in [0, {upper:g}]"
         raise ValueError(f"{name} must be {wanted}. Received: {value}")
-    return float(value)
+    return number
 
 
 def choice(name: str, value: Any, allowed: tuple[str | None, ...]) -> str | None:

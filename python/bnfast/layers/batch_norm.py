@@ -22,8 +22,8 @@ from .batch import Batch, Policy, Renorm
 from .forward import forward
 from .ghosts import GROUPINGS, check_virtual_batch_size
 from .per_sample import check_adjustment
-from .renorm import RENORM_STATE, check_renorm
-from .state import load_state
+from .renorm import RENORM_STATE, check_clipping, check_renorm
+from .state import MOST_BATCHES, batch_count, load_state
 
 __all__ = ["BatchNormalization"]
 
@@ -202,11 +202,18 @@ class BatchNormalization:
         if self.moving_mean is not None and shape != self.moving_mean.shape:
             raise ValueError(f"channels must be {self.channels}, which this layer was built with. Received: {channels}")
         dtype = self.dtype or checks.parameter_dtype(dtype) or np.dtype(np.float32)
-        for name in self._names():
-            fill = np.zeros if name in ("beta", "moving_mean", "renorm_mean") else np.ones
-            setattr(self, name, fill(self._array_shape(name, shape), dtype))
+        try:
+            arrays = {name: self._initial(name, shape, dtype) for name in self._names()}
+        except ValueError as error:  # NumPy's: more bytes than an int64 counts
+            raise ValueError(f"channels must be as many as an array can have. Received: {channels}") from error
+        for name, array in arrays.items():
+            setattr(self, name, array)
         self.batches = 0
         self._forget()
+
+    def _initial(self, name: str, shape: tuple[int, ...], dtype: Any) -> Array:
+        fill = np.zeros if name in ("beta", "moving_mean", "renorm_mean") else np.ones
+        return fill(self._array_shape(name, shape), dtype)
 
     @property
     def built(self) -> bool:
@@ -258,7 +265,7 @@ class BatchNormalization:
                 for name in self._names():
                     setattr(self, name, None)
             raise
-        self.batches += update and result.has_values
+        self.batches = min(self.batches + (update and result.has_values), MOST_BATCHES)
         self._backward = result.backward
         return result.y
 
@@ -273,7 +280,7 @@ class BatchNormalization:
 
     def _policy(self) -> Policy:
         return Policy(
-            self.batches / (self.batches + 1) if self.momentum is None else self.momentum,
+            self._momentum(),
             self.epsilon,
             self.correction,
             self.nan_policy,
@@ -281,6 +288,12 @@ class BatchNormalization:
             self.virtual_batch_grouping,
             Renorm(self.renorm_clipping, self.renorm_momentum) if self.renorm else None,
         )
+
+    def _momentum(self) -> float:
+        if self.momentum is not None:
+            return self.momentum
+        batches = batch_count(self.batches)
+        return batches / (batches + 1)
 
     def backward(self, dy: Any) -> Array:
         """Gradients for the last call. Sets dgamma, dbeta and dresidual, and replaces those of an earlier call.
@@ -313,7 +326,7 @@ class BatchNormalization:
         `adjustment`, which is a function, is a key only if the layer has one."""
         config = {name: getattr(self, name) for name in OPTIONS}
         config["dtype"] = None if self.dtype is None else self.dtype.name
-        config["renorm_clipping"] = None if self.renorm_clipping is None else dict(self.renorm_clipping)
+        config["renorm_clipping"] = None if self.renorm_clipping is None else check_clipping(self.renorm_clipping)
         return config if self.adjustment is None else config | {"adjustment": self.adjustment}
 
     def state_dict(self) -> dict[str, Array]:
@@ -325,7 +338,7 @@ class BatchNormalization:
         """
         if not self.built:
             raise RuntimeError("the layer has no state before it is built: call it once, or build(channels)")
-        counted = {"batches": np.array(self.batches, np.int64)} if self.momentum is None else {}
+        counted = {"batches": np.array(batch_count(self.batches), np.int64)} if self.momentum is None else {}
         return {name: getattr(self, name).copy() for name in self._names()} | counted
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -334,13 +347,12 @@ class BatchNormalization:
         values.
 
         Raises:
-            ValueError: a key is missing or unknown, or a shape is wrong.
+            ValueError: a key is missing or unknown, a shape is wrong, a variance or standard deviation is negative, or
+                batches is not in [0, 2**63).
             TypeError: a dtype is wrong. Dtypes are never converted.
         """
         if self.momentum is None and isinstance(state, Mapping) and "batches" in state:
-            batches = checks.integer("batches", state["batches"])
-            if batches < 0:
-                raise ValueError(f"batches must be at least 0. Received: {batches}")
+            batches = batch_count(state["batches"])
             load_state(self, {name: array for name, array in state.items() if name != "batches"}, self._names())
             self.batches = batches
         else:

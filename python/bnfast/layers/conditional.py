@@ -64,6 +64,8 @@ class ConditionalBatchNormalization(BatchNormalization):
         self.num_classes = checks.integer("num_classes", num_classes)
         if self.num_classes < 1:
             raise ValueError(f"num_classes must be at least 1. Received: {num_classes}")
+        if self.num_classes >= 2**63:
+            raise ValueError(f"num_classes must be less than 2**63. Received: {num_classes}")
         super().__init__(*args, **kwargs)
 
     # labels are required here, which the base class's signature does not have

@@ -13,14 +13,23 @@ Keras is never imported here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import numpy as np
 
 from .._arguments import checks
-from .renorm import RENORM_STATE
-from .state import FREEZING_DEFAULTS, STATE_ORDER, Layer, check_same_array, parameter_array, warn_of_variance
+from .renorm import RENORM_STATE, check_clipping
+from .state import (
+    FREEZING_DEFAULTS,
+    STATE_ORDER,
+    Layer,
+    check_same_array,
+    parameter_array,
+    warn_of_variance,
+    whole_number,
+)
 
 __all__ = ["from_keras", "to_keras"]
 
@@ -182,22 +191,25 @@ def from_keras(cls: type[LayerT], source: Any) -> LayerT:
     momentum, axis, size = config["momentum"], config["axis"], config.get("virtual_batch_size")
     batches = state.pop("batches", None)
     arrays = {name: parameter_array(name, array) for name, array in state.items() if array is not None}
-    axes = [int(one) for one in (axis if isinstance(axis, list | tuple) else [axis])]
+    axes = [checks.integer("axis", one) for one in (axis if isinstance(axis, list | tuple) else [axis])]
+    checks.channel_axes(axes)
+    if "moving_mean" not in arrays:
+        raise ValueError(f"source must have moving_mean and moving_variance. Received: {sorted(arrays)}")
     shape = arrays["moving_mean"].shape
     extents = _extents(axes, shape)
     if not ours and size is not None and len(shape) > 1:  # a built tf_keras layer counts a ghost axis before them
         axes = [one - 1 if one > 0 else one for one in axes]
     layer = cls(
         axis=axes,
-        momentum=None if momentum is None else float(momentum),
-        epsilon=float(config["epsilon"]),
+        momentum=None if momentum is None else _number("momentum", momentum),
+        epsilon=_number("epsilon", config["epsilon"]),
         center=config["center"],
         scale=config["scale"],
         activation=activation[0],
         negative_slope=activation[1],
         nan_policy=config.get("nan_policy", "propagate"),
         correction=config.get("correction", int(bool(config.get("fused")) and not ours)),
-        trainable=bool(config.get("trainable", True)),
+        trainable=config.get("trainable", True),
         virtual_batch_size=size,
         virtual_batch_grouping=config.get("virtual_batch_grouping", "contiguous" if ours else "strided"),
         **(
@@ -205,7 +217,7 @@ def from_keras(cls: type[LayerT], source: Any) -> LayerT:
         ),
     )
     vectors: dict[str, Any] = {n: a.reshape(extents) if a.shape == shape else a for n, a in arrays.items()}
-    layer.load_state_dict(vectors if momentum is not None else vectors | {"batches": np.asarray(batches)})
+    layer.load_state_dict(vectors if momentum is not None else vectors | {"batches": whole_number(batches)})
     return layer
 
 
@@ -213,15 +225,24 @@ def _renorm(config: Mapping[str, Any]) -> dict[str, Any]:
     """The renorm arguments. Bounds that are tf.Variables are read once."""
     if not config.get("renorm"):
         return {}
-    given = dict(config.get("renorm_clipping") or {})
-    clipping = {name: None if bound is None else float(np.asarray(bound)) for name, bound in given.items()}
-    momentum = float(config.get("renorm_momentum", 0.99))
+    given = config.get("renorm_clipping")
+    if not isinstance(given, Mapping):
+        check_clipping(given)  # None, or an error
+        given = {}
+    clipping = {
+        name: None if bound is None else _number(f"renorm_clipping[{name!r}]", bound) for name, bound in given.items()
+    }
+    momentum = _number("renorm_momentum", config.get("renorm_momentum", 0.99))
     return {"renorm": True, "renorm_clipping": clipping or None, "renorm_momentum": momentum}
 
 
 def _from_mapping(source: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     if "config" not in source or "weights" not in source:
         raise ValueError(f"source must have the keys 'config' and 'weights'. Received: {sorted(map(str, source))}")
+    if not isinstance(source["config"], Mapping):
+        raise TypeError(f"source['config'] must be a mapping. Received: {type(source['config']).__name__}")
+    if not isinstance(source["weights"], list | tuple):
+        raise TypeError(f"source['weights'] must be a list of arrays. Received: {type(source['weights']).__name__}")
     config, weights = dict(source["config"]), list(source["weights"])
     if absent := [name for name in BASIC_OPTIONS if name not in config]:
         raise ValueError(f"source['config'] must be a BatchNormalization's. Missing: {absent}")
@@ -231,6 +252,16 @@ def _from_mapping(source: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, 
     if len(weights) != len(names):
         raise ValueError(f"source['weights'] must hold {names}. Received: {len(weights)} arrays")
     return config, dict(zip(names, weights, strict=True))
+
+
+def _number(name: str, value: Any) -> float:
+    """A float, from a number or from a scalar tensor or variable. The layer checks its range."""
+    if isinstance(value, str | bytes | bool) or not hasattr(value, "__float__") or np.ndim(value):
+        raise TypeError(f"{name} must be a real number. Received: {value!r} ({type(value).__name__})")
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def _from_layer(source: Any) -> tuple[dict[str, Any], dict[str, Any]]:

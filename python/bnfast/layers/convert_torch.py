@@ -10,10 +10,8 @@ from collections.abc import Mapping
 from decimal import Decimal
 from typing import Any, TypeVar
 
-import numpy as np
-
 from .._arguments import checks
-from .state import FREEZING_DEFAULTS, Layer, check_same_array, parameter_array, warn_of_variance
+from .state import FREEZING_DEFAULTS, Layer, check_same_array, parameter_array, warn_of_variance, whole_number
 
 __all__ = ["from_torch", "to_torch"]
 
@@ -73,6 +71,8 @@ def to_torch(layer: Layer, target: Any = None) -> Any:
     tensors: dict[str, Any] = {name: getattr(target, theirs, None) for name, theirs in NAMES.items()}
     for name, tensor in tensors.items():
         check_same_array(name, state.get(name), tensor)
+    if batches is not None and getattr(target, COUNT, None) is None:
+        raise ValueError(f"target must have {COUNT}, as this layer has momentum=None. Received: {target!r}")
     with torch.no_grad():
         for name, array in state.items():
             tensors[name].copy_(torch.from_numpy(array))
@@ -109,6 +109,8 @@ def from_torch(
     state: Mapping[str, Any]
     if isinstance(source, Mapping):
         state = source.get("state_dict", source)
+        if not isinstance(state, Mapping):
+            raise TypeError(f"source['state_dict'] must be a mapping. Received: {type(state).__name__}")
         known = eps is not None or source.get("eps") is not None
         if not known or (momentum is None and ("momentum" not in source or "state_dict" not in source)):
             raise ValueError(f"eps and momentum must be passed with a state dict. Received: {eps=}, {momentum=}")
@@ -133,7 +135,7 @@ def from_torch(
         correction=1,
     )
     vectors: dict[str, Any] = {name: parameter_array(name, array) for name, array in arrays.items()}
-    layer.load_state_dict(vectors if momentum is not None else vectors | {"batches": np.asarray(state[COUNT])})
+    layer.load_state_dict(vectors if momentum is not None else vectors | {"batches": whole_number(state[COUNT])})
     return layer
 
 

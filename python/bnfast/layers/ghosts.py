@@ -42,9 +42,14 @@ class GhostResult(NamedTuple):
 
 def check_virtual_batch_size(size: Any) -> int | None:
     """A positive int or None."""
-    if size is not None and checks.integer("virtual_batch_size", size) < 1:
+    if size is None:
+        return None
+    number = checks.integer("virtual_batch_size", size)
+    if number < 1:
         raise ValueError(f"virtual_batch_size must be at least 1, or None. Received: {size}")
-    return None if size is None else int(size)
+    if number >= 2**63:
+        raise ValueError(f"virtual_batch_size must be less than 2**63. Received: {size}")
+    return number
 
 
 def ghost_slices(x: Array, axes: Axes, size: int | None, grouping: str | None) -> list[slice]:

@@ -12,21 +12,27 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from .._arguments import checks
 from .._arguments.array_checks import parameter
 from .._arguments.arrays import Array, as_array
 from .renorm import RENORM_STATE
 
 __all__ = [
     "FREEZING_DEFAULTS",
+    "MOST_BATCHES",
     "STATE_ORDER",
     "Layer",
+    "batch_count",
     "check_same_array",
     "load_state",
     "parameter_array",
     "warn_of_variance",
+    "whole_number",
 ]
 
 STATE_ORDER = ("gamma", "beta", "moving_mean", "moving_variance", *RENORM_STATE)
+NEVER_NEGATIVE = ("moving_variance", "moving_stddev", "renorm_stddev")
+MOST_BATCHES = 2**63 - 1  # an int64, in which PyTorch and Keras count too
 FREEZING_DEFAULTS: dict[str, Any] = {
     "update_statistics": True,
     "use_batch_statistics": None,
@@ -81,12 +87,27 @@ def load_state(layer: Layer, state: Mapping[str, Any], names: tuple[str, ...]) -
         parameter(name, array)
         if array.shape != (wanted := layer._array_shape(name, shape)):
             raise ValueError(f"{name} must have shape {wanted}, one value per channel. Received: {array.shape}")
-    if layer.built:
-        for name, array in arrays.items():
+        if name in NEVER_NEGATIVE and (array < 0).any():  # NaN passes: nan_policy="propagate" stores it
+            raise ValueError(f"{name} must be at least 0. Received: {array[array < 0][0]}")
+        if layer.built and not getattr(layer, name).flags.writeable:
+            raise ValueError(f"the layer's {name} must be writeable, as it is overwritten. Received: a read-only array")
+    copies = {name: np.array(array) for name, array in arrays.items()}  # first: `state` may hold the layer's own arrays
+    built = layer.built
+    for name, array in copies.items():
+        if built:
             getattr(layer, name)[...] = array
-    else:
-        for name, array in arrays.items():
-            setattr(layer, name, np.array(array))
+        else:
+            setattr(layer, name, array)
+
+
+def batch_count(value: Any) -> int:
+    """The number of batches in a state, as an int that an int64 holds."""
+    batches = checks.integer("batches", value)
+    if batches < 0:
+        raise ValueError(f"batches must be at least 0. Received: {batches}")
+    if batches > MOST_BATCHES:
+        raise ValueError(f"batches must be less than 2**63. Received: {batches}")
+    return batches
 
 
 def _vector_shape(layer: Layer, mean: Array) -> tuple[int, ...]:
@@ -107,6 +128,13 @@ def parameter_array(name: str, value: Any) -> Array:
         value = value.detach().cpu()
     array = np.asarray(value) if hasattr(value, "assign") else as_array(name, value)
     return array.astype(np.float32) if array.dtype.name in ("float16", "bfloat16") else array
+
+
+def whole_number(value: Any) -> Any:
+    """A count as an int or an array of rank 0, from either or from a torch tensor or a Keras variable."""
+    if hasattr(value, "detach") or hasattr(value, "assign"):
+        return parameter_array("batches", value)
+    return value
 
 
 def check_same_array(name: str, ours: Array | None, theirs: Any, shape: tuple[int, ...] | None = None) -> None:

@@ -36,11 +36,18 @@ def check(name: str, value: Any) -> Any:
             raise TypeError(f"{name} must be a number or a scalar tensor. Received: {value!r} ({type(value).__name__})")
         if np.ndim(value):
             raise ValueError(f"{name} must be a number or a scalar tensor. Received: shape {np.shape(value)}")
-        value = known = float(value)
+        value = known = _as_float(value)
     if known is not None and not in_range(name, float(known)):
         wanted = "in [0, 1]" if name == "momentum" else "finite and >= 0"
         raise ValueError(f"{name} must be {wanted}. Received: {known}")
     return value
+
+
+def _as_float(value: Any) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # an int above float64's range
+        return math.inf
 
 
 def in_range(name: str, value: float) -> bool:

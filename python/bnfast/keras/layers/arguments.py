@@ -87,6 +87,8 @@ def validated_options(
         raise ValueError(f"bridge must be one of {BRIDGES}. Received: {bridge!r}")
     if virtual_batch_size is not None:
         ghosts.check(virtual_batch_size, renorm)
+        if operator.index(virtual_batch_size) >= 2**31:  # TensorFlow's shapes are int32
+            raise ValueError(f"virtual_batch_size must be less than 2**31. Received: {virtual_batch_size}")
     adjustments.check(adjustment, virtual_batch_size)
     if correction and renorm:
         raise ValueError(f"correction must be 0 where renorm=True. Received: {correction}")
