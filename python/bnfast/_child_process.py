@@ -8,6 +8,7 @@ they were found (a folder in PYTHONPATH, an installed package, an editable insta
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 
@@ -28,6 +29,8 @@ def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
     Raises OSError if no process can be started.
     """
+    if not sys.executable:
+        raise OSError(errno.ENOENT, "the path of the Python interpreter is unknown")
     package = sys.modules["bnfast"]
     path = [folder for folder in sys.path if folder]
     prelude = _PRELUDE.format(path=path, file=package.__file__, folders=list(package.__path__))

@@ -13,9 +13,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from bnfast.benchmark import quiet
+from bnfast.benchmark import model_memory, models, quiet
 from bnfast.cli import bench, demo, files, main, output
-from bnfast.cli.errors import UserError, require_memory
+from bnfast.cli.errors import REPORTED, UserError, require_memory
 
 FULL = Path("/dev/full")
 needs_full = pytest.mark.skipif(not FULL.exists(), reason="this system has no device that is always full")
@@ -170,6 +170,44 @@ def test_the_system_s_errors_are_one_line(capsys, monkeypatch, error, line):
     assert line in err
 
 
+def test_a_wrong_bridge_in_the_environment_is_one_line(need, tmp_path):
+    need("tensorflow")
+    need("sklearn")
+    done = shell("", "demo", "--out", tmp_path, BNFAST_BRIDGE="stone")
+    is_one_line(done, "BNFAST_BRIDGE must be one of", "'stone'")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", [["run", "x.py"], ["run", "-m", "x"], ["bench", "--shape", "8,8", "--out", "x"]])
+def test_a_deleted_working_directory_is_one_line(need, tmp_path, arguments):
+    need("tensorflow")
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    words = [sys.executable, "-m", "bnfast", *arguments]
+    done = subprocess.run(
+        ["sh", "-c", f'rmdir "{folder}"; "$@"', "sh", *words], cwd=folder, capture_output=True, text=True, timeout=60
+    )
+    is_one_line(done)
+
+
+def test_where_no_process_can_be_started(monkeypatch, capsys, need):
+    need("tensorflow")
+
+    def refuse(*_, **__):
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.delenv("BNFAST_BRIDGE", raising=False)
+    monkeypatch.setattr(subprocess, "run", refuse)
+    assert main(["info"]) == 0
+    assert "numpy_function (no process could be started to test _tf.so: Resource temp" in capsys.readouterr().out
+    reason = model_memory._run_child(models.Spec("A"), "keras", None)
+    assert reason == "no process could be started: Resource temporarily unavailable"
+    monkeypatch.setattr(sys, "executable", "")
+    assert model_memory._run_child(models.Spec("A"), "keras", None).endswith(
+        "the path of the Python interpreter is unknown"
+    )
+
+
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
@@ -253,15 +291,17 @@ def test_preparing_leaves_nothing(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="this system has no files in memory")
-@pytest.mark.parametrize(("error", "shown"), [(RuntimeError, "a reason"), (KeyboardInterrupt, "")])
+@pytest.mark.parametrize(
+    ("error", "shown"), [(RuntimeError, "a reason"), (KeyboardInterrupt, ""), (UserError, ""), (MemoryError, "")]
+)
 def test_starting_tensorflow_needs_no_disk(monkeypatch, capfd, error, shown):
-    """And what it logs before an interrupt is no reason."""
+    """And what it logs before an interrupt, or before an error that is reported as one line, is no reason."""
     monkeypatch.setattr("tempfile.TemporaryFile", None)
 
     def log_and_fail() -> None:
-        with quiet.quiet_stderr():
+        with quiet.quiet_stderr(REPORTED):
             os.write(2, b"a reason")
-            raise error
+            raise error("")
 
     with pytest.raises(error):
         log_and_fail()

@@ -1,8 +1,7 @@
 """Starts TensorFlow without its log lines.
 
 TensorFlow's C++ code writes to file descriptor 2 before any logging level applies, so the descriptor itself is
-redirected for a moment. If the block raises, everything that was written is shown, so no error message is lost;
-but not after an interrupt, which needs no explanation.
+redirected for a moment. If the block raises, everything that was written is shown, so no error message is lost.
 """
 
 from __future__ import annotations
@@ -24,8 +23,11 @@ def prepare_tensorflow() -> None:
 
 
 @contextlib.contextmanager
-def quiet_stderr() -> Iterator[None]:
-    """Redirect file descriptor 2 to a temporary file; copy that file to stderr if the block raises."""
+def quiet_stderr(explained: tuple[type[BaseException], ...] = ()) -> Iterator[None]:
+    """Redirect file descriptor 2 to a temporary file; copy that file to stderr if the block raises.
+
+    Not after an interrupt, nor after one of the `explained` exceptions, whose message is all that a user needs.
+    """
     try:
         saved = os.dup(2)
     except OSError:  # stderr is closed
@@ -39,7 +41,7 @@ def quiet_stderr() -> Iterator[None]:
             yield
         except BaseException as error:
             _restore(saved)
-            if not isinstance(error, KeyboardInterrupt):
+            if not isinstance(error, (KeyboardInterrupt, *explained)):
                 _show(noise)
             raise
         _restore(saved)

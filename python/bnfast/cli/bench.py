@@ -15,7 +15,7 @@ import bnfast
 from bnfast.benchmark import allocator, cases, machine, models, quiet, report, timing
 from bnfast.benchmark.peers import BASELINES, PEERS, Peer
 from bnfast.cli import bench_model, files
-from bnfast.cli.errors import UserError, non_negative_int, positive_int, require, require_memory, thread_count
+from bnfast.cli.errors import REPORTED, UserError, non_negative_int, positive_int, require, require_memory, thread_count
 from bnfast.cli.output import show, show_table
 from bnfast.cli.progress import progress_bar
 
@@ -184,7 +184,7 @@ def _measure(
     rows: list[report.Row] = []
     left_out: list[report.Row] = []
     arrays, made_for = None, None
-    with quiet.quiet_stderr(), progress_bar() as progress:  # TensorFlow and XLA log when they first run
+    with quiet.quiet_stderr(REPORTED), progress_bar() as progress:  # TensorFlow and XLA log when they first run
         task = progress.add_task("", total=len(chosen_cases))
         for case in chosen_cases:
             progress.update(task, description=f"{case.op} {case.shape.label} {case.layout} {case.dtype}", refresh=True)

@@ -18,7 +18,7 @@ import bnfast
 from bnfast.benchmark import machine, model_memory, model_report, model_timing, models, quiet, timing
 from bnfast.benchmark.report import Row, json_text
 from bnfast.cli import files
-from bnfast.cli.errors import UserError, require, require_memory
+from bnfast.cli.errors import REPORTED, UserError, require, require_memory
 from bnfast.cli.output import show, show_table
 from bnfast.cli.progress import progress_bar
 
@@ -96,7 +96,7 @@ def _measure(
     if not model_memory.available():
         runs = 0
     trained = sum(name in models.TRAINABLE for name in names)
-    with quiet.quiet_stderr(), _progress(model_timing.num_stages(names, rounds) + runs * trained) as announce:
+    with quiet.quiet_stderr(REPORTED), _progress(model_timing.num_stages(names, rounds) + runs * trained) as announce:
         try:
             result = model_timing.measure(spec, names, rounds, announce)
         except model_timing.Disagreement as error:

@@ -13,7 +13,7 @@ from typing import Any
 
 from bnfast.benchmark import quiet
 from bnfast.cli import datasets, files
-from bnfast.cli.errors import UserError, positive_int, require
+from bnfast.cli.errors import REPORTED, UserError, positive_int, require
 from bnfast.cli.output import show, show_table
 from bnfast.cli.progress import progress_bar
 
@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
         require("sklearn", extra="demo")
     picture = _picture_path(arguments.out)
     quiet.prepare_tensorflow()
-    with quiet.quiet_stderr():
+    with quiet.quiet_stderr(REPORTED):
         layers = layer_classes()
     data = datasets.load(arguments.data)
     if arguments.batch > len(data.x_train):
@@ -68,10 +68,15 @@ def layer_classes() -> dict[str, type]:
         import keras
 
         import bnfast.keras
+        from bnfast.tensorflow import op
     except ImportError as error:
         raise UserError(f'TensorFlow or Keras could not be imported ({error}): pip install "bnfast[demo]"') from error
     if keras.backend.backend() != "tensorflow":
         raise UserError(f"the demo needs Keras's TensorFlow backend. Keras runs on {keras.backend.backend()}")
+    try:
+        op.choose("auto")
+    except (ValueError, RuntimeError) as error:  # BNFAST_BRIDGE is wrong, or asks for an op that can't be used
+        raise UserError(error) from error
     return {KERAS: keras.layers.BatchNormalization, OURS: bnfast.keras.BatchNormalization}
 
 
@@ -90,7 +95,7 @@ def _picture_path(out: Path) -> Path:
 def _train(layers: dict[str, type], data: datasets.Dataset, epochs: int, batch: int) -> Any:
     from bnfast.cli import demo_training
 
-    with quiet.quiet_stderr(), progress_bar() as progress:  # TensorFlow logs once more when it first runs
+    with quiet.quiet_stderr(REPORTED), progress_bar() as progress:  # TensorFlow logs once more when it first runs
         steps = epochs * (len(data.x_train) // batch)
         task = progress.add_task(f"{data.name}, {epochs} epochs, {' and '.join(layers)} in turn", total=steps)
         return demo_training.train(

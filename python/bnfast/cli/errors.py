@@ -16,6 +16,9 @@ class UserError(Exception):
         super().__init__(" ".join(str(message).split()))
 
 
+REPORTED = (UserError, OSError, MemoryError)  # what `main` reports as one line
+
+
 def require(*modules: str, extra: str) -> None:
     """Raise UserError unless all `modules` are installed. `extra` is the extra of bnfast that installs them."""
     missing = [module for module in modules if importlib.util.find_spec(module) is None]

@@ -69,7 +69,10 @@ def run(arguments: argparse.Namespace) -> int:
     if not command:
         raise UserError(f"run: a script or -m MODULE is needed. usage: {USAGE}")
     require("tensorflow", "keras", extra="keras")
-    module, code = _load_module(command) if "-m" in options else _load_script(command)
+    try:
+        module, code = _load_module(command) if "-m" in options else _load_script(command)
+    except FileNotFoundError as error:  # os.getcwd
+        raise UserError("run: the working directory was deleted") from error
     watcher = _PatchOnImport()
     sys.meta_path.insert(0, watcher)
     if "--quiet" not in options:
