@@ -271,3 +271,17 @@ def test_numbers_above_float64_in_a_keras_layer(need):
         bnfast.keras.BatchNormalization(epsilon=10**400)
     with pytest.raises(ValueError, match=r"virtual_batch_size must be less than 2\*\*31"):
         bnfast.keras.BatchNormalization(virtual_batch_size=2**31)
+
+
+@pytest.mark.parametrize("clipping", [5, "abc", math.nan])
+def test_a_keras_config_that_is_accepted_can_be_written_again(need, clipping):
+    """Keras reads the bounds of a layer without renorm nowhere but in get_config, which failed."""
+    need("tensorflow")
+    import bnfast.keras
+
+    config = bnfast.keras.BatchNormalization().get_config()
+    with pytest.raises(TypeError, match="renorm_clipping must be a dict"):
+        bnfast.keras.BatchNormalization.from_config(config | {"renorm_clipping": clipping})
+    for fine in (None, {}, {"rmax": 2.0}):
+        layer = bnfast.keras.BatchNormalization.from_config(config | {"renorm_clipping": fine})
+        bnfast.keras.BatchNormalization.from_config(layer.get_config())

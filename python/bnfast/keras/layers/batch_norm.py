@@ -9,7 +9,7 @@ an empty or fully masked batch leaves the moving statistics unchanged.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -161,8 +161,9 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         check_backend("BatchNormalization")
-        if kwargs.get("renorm"):
-            renorms.check(kwargs.get("renorm_clipping"), kwargs.get("renorm_momentum", 0.99))
+        clipping = kwargs.get("renorm_clipping")
+        if kwargs.get("renorm") or not isinstance(clipping, Mapping | None):  # get_config reads it without renorm, too
+            renorms.check(clipping, kwargs.get("renorm_momentum", 0.99))
         axes = [arguments.one_axis(one) for one in axis] if isinstance(axis, (list, tuple)) and len(axis) > 1 else axis
         first = arguments.one_axis(axes[0] if axes is not axis else axis)
         momentum = None if momentum is None else arguments.checked("momentum", momentum)
