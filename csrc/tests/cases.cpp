@@ -234,6 +234,23 @@ Worst check_forward(const Case& c, const Inputs& in, const Forward& out) {
     return worst;
 }
 
+namespace {
+
+struct Weights {
+    long double sum, largest;  // the largest is at least 1
+};
+
+Weights weights_of(const Case& c, const Array& mask) {
+    Weights weights{c.mask ? 0 : (long double)c.shape.per_channel(), 1};
+    for (int64_t i = 0; c.mask && i < c.shape.per_channel(); ++i) {
+        weights.sum += mask.get(i);
+        weights.largest = std::max(weights.largest, (long double)mask.get(i));
+    }
+    return weights;
+}
+
+}  // namespace
+
 Worst check_backward(const Case& c, const Inputs& in, const Forward& forward, const Backward& out) {
     Worst worst;
     const long double eps = eps_of(c.dtype);
@@ -266,11 +283,7 @@ Worst check_backward(const Case& c, const Inputs& in, const Forward& forward, co
         size_dbeta[k] += size_g[j];
         size_dgamma[k] += size_g[j] * (std::fabs(xhat[j]) + 1);
     }
-    long double W = 0, max_weight = 1;
-    for (int64_t i = 0; i < c.shape.per_channel(); ++i) {
-        W += c.mask ? in.mask.get(i) : 1;
-        if (c.mask) max_weight = std::max(max_weight, (long double)in.mask.get(i));
-    }
+    const auto [W, max_weight] = weights_of(c, in.mask);
     for (std::size_t k = 0; k < C; ++k) {
         const auto i = int64_t(k);
         worst.add("dgamma", i, out.dgamma.get(i), dgamma[k], 4 * eps * size_dgamma[k] + uncertain_dgamma[k]);
