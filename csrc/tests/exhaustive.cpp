@@ -1,6 +1,6 @@
 // bnfast_exhaustive: every activation function and its gradient over all 2^32 float32 values, on every usable
 // instruction set: the largest error, and a hash of the result's bits, which must be the same on all of them. The
-// float64 columns are a sample. Prints a Markdown table (docs/performance/activations.md). Some minutes per core.
+// float64 columns are a sample. Prints a Markdown table (docs/activations.md). Some minutes per core.
 //
 //   bnfast_exhaustive [name ...]     these functions alone: silu, silu', ...
 #include <atomic>

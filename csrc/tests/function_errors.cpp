@@ -11,7 +11,7 @@ struct Bounds {
     Activation activation;
     double value32, value64, gradient32, gradient64;
 };
-// docs/performance/activations.md has the measured errors.
+// docs/activations.md has the measured errors.
 constexpr Bounds bounds[] = {
     {"silu", Activation::silu, 4, 4, 6, 6},
     {"hard_silu", Activation::hard_silu, 2.5, 2.5, 1.5, 1.5},

@@ -8,7 +8,7 @@
 //
 // Everything else is made of these three with arguments of one sign, so that nothing cancels (activation.inl.h). NaN
 // passes through. bench/coefficients.py makes the polynomials; the number beside each is its error relative to the
-// function. docs/performance/activations.md has the errors of the whole functions, measured over all float32 values.
+// function. docs/activations.md has the errors of the whole functions, measured over all float32 values.
 #pragma once
 #include "simd.inl.h"
 

@@ -55,7 +55,7 @@ class GradientInputs(NamedTuple):
     dmean: tf.Tensor  # upstream gradients of the statistics
     dvariance: tf.Tensor
     mask: tf.Tensor | None = None
-    y: tf.Tensor | None = None  # the output of a forward pass with residual and activation; no other gradient needs it
+    y: tf.Tensor | None = None  # with residual and activation: the output, or, if that is smooth, the residual
 
 
 def as_input(inputs: Any, rank: int | None = None) -> tf.Tensor:

@@ -15,6 +15,8 @@ from typing import Any
 import tensorflow as tf
 from tensorflow.python.eager import record
 
+from .pullback import inside
+
 _GRADIENTS = "_bnfast_gradients"  # the attribute of a graph that holds its gradients
 _numbers = itertools.count()
 
@@ -39,7 +41,7 @@ def custom_gradient(function: Callable[..., Any], *tensors: tf.Tensor) -> Any:
     """
     if tf.executing_eagerly():
         return tf.custom_gradient(function)(*tensors)
-    tensors = tuple(map(tf.convert_to_tensor, tensors))
+    tensors = tuple(map(inside, tensors))
     result, backward = function(*tensors)
     results = list(result) if isinstance(result, Sequence) else [result]
     outputs = _identity([*results, *tensors], _Gradient(backward, len(results)))[: len(results)]
@@ -59,7 +61,7 @@ def _identity(inputs: list[tf.Tensor], gradient: _Gradient) -> list[tf.Tensor]:
         return alive(*upstream)
 
     tf.RegisterGradient(name)(registered)  # for tf.gradients and for tapes around the traced function
-    with graph.gradient_override_map({"IdentityN": name}):
+    with graph.gradient_override_map({"IdentityN": name}), record.stop_recording():
         outputs = tf.raw_ops.IdentityN(input=inputs)
     record.record_operation(name, outputs, inputs, gradient)  # for tapes inside of it
     return list(outputs)

@@ -19,6 +19,7 @@ import tensorflow as tf
 from . import scalars
 from .batch import Batch, Options, per_channel
 from .custom_gradient import custom_gradient
+from .pullback import inside, pullback
 
 _SHARED = "_bnfast_has_other_readers"  # the attribute of a tensor
 _KERNELS = ("Conv2D", "Conv3D", "DepthwiseConv2dNative", "MatMul")
@@ -42,22 +43,18 @@ def fold(batch: Batch, moving: tuple[tf.Tensor, tf.Tensor], options: Options, in
         return None
     product, bias = found
     names = [name for name in ("x", "gamma", "beta") if getattr(batch, name) is not None]
-    given = [getattr(batch, name) for name in names] + list(moving)
+    given = [inside(tensor) for tensor in (*(getattr(batch, name) for name in names), *moving)]
 
-    def unfolded(*tensors: tf.Tensor) -> tf.Tensor:
-        return infer(Batch(**dict(zip(names, tensors, strict=False))), tensors[-2:], options)
+    def unfolded(*vectors: tf.Tensor) -> list[tf.Tensor]:
+        return [infer(Batch(**dict(zip(names, (given[0], *vectors), strict=False))), vectors[-2:], options)]
 
     def forward(*tensors: tf.Tensor) -> Any:
         a, shift = _affine(batch, moving, options)
 
         def backward(dy: tf.Tensor) -> Any:
-            vectors = given[1:]
-            with tf.GradientTape() as tape:
-                tape.watch(vectors)
-                y = unfolded(given[0], *vectors)
             # dx doesn't read x: if nobody wants the gradients of the vectors, the first product is pruned here, too.
             dx = dy * tf.cast(per_channel(a, dy, options.axis % dy.shape.rank), dy.dtype)
-            return (dx, *tape.gradient(y, vectors, dy))
+            return (dx, *pullback(unfolded, given[1:], [dy]))
 
         return _scaled(product, bias, a, shift), backward
 

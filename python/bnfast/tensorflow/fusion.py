@@ -13,6 +13,7 @@ gradients at y find it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,10 @@ import tensorflow as tf
 
 from .batch import Batch, Options
 from .custom_gradient import custom_gradient
-from .reference import slope_at
+from .reference import before_activation
+
+# Scripts multiply what these read by the result (x*sigmoid(x)): the batch norm's output is needed then, too.
+GATES = frozenset({"sigmoid", "hard_sigmoid", "tanh", "softplus"})
 
 _STAGE = "_bnfast_stage"  # the attribute of a tensor, as Keras's `_keras_mask`
 
@@ -30,6 +34,7 @@ class Trace:
     """What became of one call of a layer while it was traced, for reports."""
 
     most: int = 2  # operations that may be fused: more would repeat the call for other readers of what lies between
+    alone: bool = False  # whether the model shows that a single operation reads the output
     in_graph: bool = False
     fused: tuple[str, ...] = ()
 
@@ -48,16 +53,19 @@ class Record:
         """Emits an op for the call, with these options and this residual."""
         raise NotImplementedError
 
+    def accepts(self, operation: str) -> bool:
+        """Whether this operation should be fused with the call."""
+        return self.trace.alone or operation not in GATES
+
     def gradient_of_residual(self, dsum: tf.Tensor) -> tf.Tensor:
         """The gradient of a residual, from that of the sum."""
         return dsum
 
     def gradient_before_activation(
-        self, dout: tf.Tensor, out: tf.Tensor, options: Options, residual: tf.Tensor | None
+        self, dout: tf.Tensor, z: tf.Tensor, out: tf.Tensor, options: Options, residual: tf.Tensor | None
     ) -> tf.Tensor:
-        """The gradient of what an activation read, from that of out, the output of `run` with these arguments."""
-        slope = slope_at(out, options)
-        return tf.cast(tf.cast(dout, slope.dtype) * slope, out.dtype)
+        """The gradient of z, which an activation read, from that of out, the output of `run` with these arguments."""
+        return before_activation(dout, z, out, options)
 
 
 @dataclass(eq=False)
@@ -81,7 +89,7 @@ def mark(y: tf.Tensor, record: Record) -> None:
 def add(tensor: tf.Tensor, other: tf.Tensor) -> tf.Tensor | None:
     """tensor + other as part of the batch norm that made one of them, or None if neither carries a stage."""
     for y, residual in ((tensor, other), (other, tensor)):
-        stage = _stage(y)
+        stage = _stage(y, "add")
         if stage is not None and stage.residual is None and _fits(y, residual, stage.record):
             break
     else:
@@ -102,8 +110,8 @@ def add(tensor: tf.Tensor, other: tf.Tensor) -> tf.Tensor | None:
 
 
 def activate(tensor: tf.Tensor, activation: str, negative_slope: float = 0.2) -> tf.Tensor | None:
-    """The activation of a tensor as part of the batch norm that made it, or None if the tensor carries no stage."""
-    stage = _stage(tensor)
+    """The activation of a tensor as part of the batch norm that made it, or None if it can't be or shouldn't be."""
+    stage = _stage(tensor, activation)
     if stage is None:
         return None
     record, residual = stage.record, stage.residual
@@ -113,7 +121,7 @@ def activate(tensor: tf.Tensor, activation: str, negative_slope: float = 0.2) ->
         out = record.run(options, residual)
 
         def backward(dout: tf.Tensor) -> Any:
-            return record.gradient_before_activation(tf.convert_to_tensor(dout), out, options, residual)
+            return record.gradient_before_activation(tf.convert_to_tensor(dout), tensor, out, options, residual)
 
         return out, backward
 
@@ -123,16 +131,18 @@ def activate(tensor: tf.Tensor, activation: str, negative_slope: float = 0.2) ->
     return out
 
 
-def _stage(tensor: Any) -> Stage | None:
-    """The stage of a tensor, if the graph being traced made it and nothing reads it yet.
+def _stage(tensor: Any, operation: str) -> Stage | None:
+    """The stage of a tensor, if this graph made it, nothing reads it yet, and the operation may be fused.
 
     With another reader the tensor is needed anyway: a fused op would be a second pass, not a saved one.
     """
     stage: Stage | None = getattr(tensor, _STAGE, None)
     if stage is None or tensor.graph is not tf.compat.v1.get_default_graph() or tensor.consumers():
         return None
-    trace = stage.record.trace
-    return stage if len(trace.fused) < trace.most else None
+    record = stage.record
+    if len(record.trace.fused) >= record.trace.most or not record.accepts(operation):
+        return None
+    return None if _may_wait(tensor.graph._current_control_dependencies(), record) else stage
 
 
 def _fits(y: tf.Tensor, residual: Any, record: Record) -> bool:
@@ -140,17 +150,17 @@ def _fits(y: tf.Tensor, residual: Any, record: Record) -> bool:
     if not isinstance(residual, tf.Tensor) or getattr(residual, "graph", None) is not y.graph or y.shape.rank is None:
         return False
     alike = residual.shape.rank == y.shape.rank and list(residual.shape) == list(y.shape)
-    return alike and residual.dtype == y.dtype and not _may_wait(residual, record)
+    return alike and residual.dtype == y.dtype and not _may_wait([residual.op], record)
 
 
-def _may_wait(residual: tf.Tensor, record: Record) -> bool:
-    """Whether the residual may depend on statistics that a batch norm updates after this step was emitted.
+def _may_wait(operations: Iterable[Any], record: Record) -> bool:
+    """Whether operations may depend on statistics that a batch norm updates after this call was emitted.
 
-    With a layer that is called twice, or a script that reads moving_mean, the step would wait for itself. Looks at
-    operations that are newer than the step, and gives up at 64 of them.
+    With a layer that is called twice, or a script that reads moving_mean, the call would wait for itself. Looks at
+    operations that are newer than the call, and gives up at 64 of them.
     """
     seen: set[int] = set()
-    waiting = [residual.op]
+    waiting = list(operations)
     while waiting:
         op = waiting.pop()
         if op._id <= record.last or op._id in seen:

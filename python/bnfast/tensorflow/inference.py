@@ -17,13 +17,21 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import tensorflow as tf
+from tensorflow.python.eager import record
+from tensorflow.python.framework.func_graph import FuncGraph
+from tensorflow.python.ops.control_flow_v2_func_graphs import ControlFlowFuncGraph
 
 from . import fusion, op, scalars
 from .batch import Batch, Options, compute_dtype, per_channel
+from .custom_gradient import custom_gradient
 from .folding import fold
-from .reference import activate
+from .reference import SMOOTH, activate
+
+_KERAS_STEP = "one_step_on_data"  # the tf.function that Keras calls in the one of `evaluate`
 
 _local = threading.local()
 
@@ -52,26 +60,42 @@ def infer(
     Args:
         trace: if given, what reads y may be fused with it. Batch and options then have no residual and no activation.
     """
+    last = fusion.last_operation()
     y = fold(batch, moving, options, _normalize)
-    if y is None and _may_run_on_kernels(bridge):
-        last = fusion.last_operation()
+    folded, on_kernels = y is not None, _may_run_on_kernels(bridge)
+    if on_kernels and (not folded or options.activation in SMOOTH):
         y = op.infer(batch, moving, options)
-        if trace is not None:
-            fusion.mark(y, _Call(batch, moving, options, trace, last))
-        return y
-    y = _normalize(batch, moving, options) if y is None else y
-    return activate(y if batch.residual is None else y + batch.residual, options)
+    else:
+        y = y if folded else _normalize(batch, moving, options)
+        y = activate(y if batch.residual is None else y + batch.residual, options)
+    if on_kernels and trace is not None:
+        fusion.mark(y, _Call(batch, moving, options, trace, last, folded))
+    return y
 
 
+@dataclass(eq=False)
 class _Call(fusion.Record):
-    """One call on bnfast's op."""
+    """One call, which may run on bnfast's op."""
+
+    folded: bool
+
+    def accepts(self, operation: str) -> bool:
+        """TensorFlow adds a relu or a sum to a product at no cost; a smooth activation takes it two passes or more."""
+        return super().accepts(operation) and (not self.folded or operation in SMOOTH)
 
     def run(self, options: Options, residual: tf.Tensor | None = None) -> tf.Tensor:
         return op.infer(self.batch._replace(residual=residual), self.moving, options)
 
 
 def _may_run_on_kernels(bridge: str) -> bool:
-    return tf.inside_function() and getattr(_local, "on_kernels", False) and op.choose(bridge) == "op"
+    """Whether `on_kernels` means this graph. A tf.function that is called in it may be exported by somebody else."""
+    if not (tf.inside_function() and getattr(_local, "on_kernels", False)):
+        return False
+    graph = tf.compat.v1.get_default_graph()
+    while isinstance(graph, ControlFlowFuncGraph):  # a branch or the body of a loop
+        graph = graph.outer_graph
+    outermost = not isinstance(getattr(graph, "outer_graph", None), FuncGraph)
+    return (outermost or graph.name.startswith(_KERAS_STEP)) and op.choose(bridge) == "op"
 
 
 def _normalize(batch: Batch, moving: tuple[tf.Tensor, tf.Tensor], options: Options) -> tf.Tensor:
@@ -86,15 +110,34 @@ def _fused(batch: Batch, moving: tuple[tf.Tensor, tf.Tensor], options: Options) 
     epsilon = options.epsilon
     if tf.is_tensor(epsilon):  # the op's epsilon is an attribute
         variance, epsilon = variance + tf.cast(epsilon, tf.float32), 0.0
-    return tf.raw_ops.FusedBatchNormV3(
-        x=batch.x,
-        scale=tf.ones_like(mean) if batch.gamma is None else tf.cast(batch.gamma, tf.float32),
-        offset=tf.zeros_like(mean) if batch.beta is None else tf.cast(batch.beta, tf.float32),
-        mean=mean,
-        variance=variance,
-        epsilon=epsilon,
-        is_training=False,
-    ).y
+    gamma = tf.ones_like(mean) if batch.gamma is None else tf.cast(batch.gamma, tf.float32)
+    beta = tf.zeros_like(mean) if batch.beta is None else tf.cast(batch.beta, tf.float32)
+
+    def forward(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, mean: tf.Tensor, variance: tf.Tensor) -> Any:
+        statistics = {"epsilon": epsilon, "is_training": False}
+        y = tf.raw_ops.FusedBatchNormV3(x=x, scale=gamma, offset=beta, mean=mean, variance=variance, **statistics).y
+
+        def backward(dy: tf.Tensor) -> Any:
+            gradient = tf.raw_ops.FusedBatchNormGradV3(
+                y_backprop=dy,
+                x=x,
+                scale=gamma,
+                reserve_space_1=mean,
+                reserve_space_2=variance,
+                reserve_space_3=tf.zeros(0),
+                **statistics,
+            )
+            # TensorFlow's own gradient has none for the statistics.
+            dgamma, dbeta = gradient.scale_backprop, gradient.offset_backprop
+            scale = gamma * tf.math.rsqrt(variance + epsilon)
+            return gradient.x_backprop, dgamma, dbeta, -scale * dbeta, -0.5 * gamma * dgamma / (variance + epsilon)
+
+        return y, backward
+
+    values = batch.x, gamma, beta, mean, variance
+    if tf.executing_eagerly() and not record.could_possibly_record():
+        return forward(*values)[0]
+    return custom_gradient(forward, *values)
 
 
 def _unfused(batch: Batch, moving: tuple[tf.Tensor, tf.Tensor], options: Options) -> tf.Tensor:

@@ -24,7 +24,7 @@ from .. import _core
 from ..functional.batch_norm import batch_norm_grad, batch_norm_train
 from ..functional.batch_norm import moments as batch_moments
 from . import reference
-from .batch import PRIMALS, Batch, GradientInputs, Options, compute_dtype
+from .batch import Batch, GradientInputs, Options, compute_dtype
 from .custom_gradient import custom_gradient
 from .scalars import Scalar
 
@@ -134,13 +134,14 @@ def moments(x: tf.Tensor, mask: tf.Tensor | None, options: Options) -> tuple[tf.
 def gradient(inputs: GradientInputs, options: Options) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor | None]:
     saved = {"mean": inputs.mean, "invstd": inputs.invstd, **_present(mask=inputs.mask)}
     upstream = {"dy": inputs.dy, "dmean": inputs.dmean, "dvariance": inputs.dvariance}
-    primals = _present(x=inputs.x, gamma=inputs.gamma, beta=inputs.beta, y=inputs.y)
+    name = "residual" if options.activation in reference.SMOOTH else "y"
+    primals = _present(x=inputs.x, gamma=inputs.gamma, beta=inputs.beta, **{name: inputs.y})
     dx, dgamma, dbeta, *dresidual = _gradient({**upstream, **primals}, saved, options)
     return dx, dgamma, dbeta, dresidual[0] if dresidual else None
 
 
 def _gradient(given: dict[str, tf.Tensor], saved: dict[str, tf.Tensor], options: Options) -> Any:
-    """The gradients of the primals in `given`, in its order: dx, dgamma, dbeta, and dresidual if `given` has y.
+    """The gradients of the primals in `given`, in its order: dx, dgamma, dbeta and, with y or residual, dresidual.
 
     `given` also holds the upstream gradients: dy and, where present, dmean and dvariance.
     """
@@ -148,14 +149,18 @@ def _gradient(given: dict[str, tf.Tensor], saved: dict[str, tf.Tensor], options:
     def backward(*values: tf.Tensor) -> Any:
         tensors = dict(zip(given, values, strict=True))
         passed = {**tensors, **saved}
-        primals = [passed[name] for name in (*PRIMALS, "y") if name in passed]
+        own = [passed[name] for name in ("x", "gamma", "beta") if name in passed]
+        primals = own + [passed[name] for name in ("residual", "y") if name in passed]
         attributes = {name: value for name, value in options._asdict().items() if name != "epsilon"}  # invstd holds it
         gradients = call(
             partial(_gradient_callback, **attributes),
             passed,
             [tensor.dtype for tensor in primals],
             _direct("grad", {**attributes, "training": True}, saved),
-            {"out": "dy", **({"out_dresidual": "dy"} if "y" in passed and options.activation else {})},
+            {
+                "out": "dy",
+                **({"out_dresidual": "dy"} if options.activation and len(primals) > len(own) else {}),
+            },
         )
         for gradient, tensor in zip(gradients, primals, strict=True):
             gradient.set_shape(tensor.shape)
@@ -275,9 +280,10 @@ def _moments_callback(x: np.ndarray, **kwargs: Any) -> list[np.ndarray]:
 
 
 def _gradient_callback(dy: np.ndarray, x: np.ndarray, **kwargs: Any) -> list[np.ndarray]:
-    """dx and, of dgamma, dbeta and dresidual, those whose primal was given (y for residual), in its dtype."""
+    """dx and, of dgamma, dbeta and dresidual, those whose primal was given (the residual or y), in its dtype."""
     result = batch_norm_grad(dy, x, **kwargs)
-    others: dict[str, Any] = {"gamma": result.dgamma, "beta": result.dbeta, "y": result.dresidual}
+    others: dict[str, Any] = {"gamma": result.dgamma, "beta": result.dbeta}
+    others |= {"y": result.dresidual, "residual": result.dresidual}
     return [
         result.dx,
         *(array.astype(kwargs[name].dtype, copy=False) for name, array in others.items() if name in kwargs),

@@ -29,6 +29,7 @@ import tensorflow as tf
 from .. import _core
 from . import op_library, reference
 from .batch import Batch, GradientInputs, Options, compute_dtype
+from .pullback import pullback
 from .scalars import Scalar
 
 BRIDGES = op_library.BRIDGES
@@ -254,7 +255,10 @@ def step_gradient(
     """
     vectors = [vector for vector in (batch.gamma, batch.beta) if vector is not None]
     parameter_type = parameter_type or (vectors[0].dtype if vectors else tf.float64)
-    y = y if batch.residual is not None and options.activation is not None else None
+    if batch.residual is None or options.activation is None:
+        y = None
+    elif options.activation in reference.SMOOTH:  # see csrc/tf/signatures.h
+        y = batch.residual
     result = _grad(dy, batch, saved, options, y, statistics, parameter_type)
     dresidual = dy if y is None else result.dresidual[0]
     return {"x": result.dx, "gamma": result.dgamma, "beta": result.dbeta, "residual": dresidual}
@@ -355,12 +359,13 @@ def _infer_gradient(op: Any, dy: tf.Tensor) -> list[tf.Tensor | None]:
     """One gradient, or None, for each input of BnfastInfer: those of the formula in TensorFlow's ops."""
     optional, options = _Call.of(op, 3, ("gamma", "beta", "residual"))
     x, mean, variance = op.inputs[:3]
-    primals = {"x": x, "mean": mean, "variance": variance, **optional}
-    with tf.GradientTape() as tape:
-        tape.watch(list(primals.values()))
-        y = reference.infer(Batch(x, **optional), (mean, variance), options)
-    gradients = tape.gradient(y, primals, dy)
-    return [gradients.pop("x"), gradients.pop("mean"), gradients.pop("variance"), None, *gradients.values()]
+
+    def infer(x: tf.Tensor, mean: tf.Tensor, variance: tf.Tensor, *others: tf.Tensor) -> list[tf.Tensor]:
+        batch = Batch(x, **dict(zip(optional, others, strict=True)))
+        return [reference.infer(batch, (mean, variance), options)]
+
+    dx, dmean, dvariance, *others = pullback(infer, [x, mean, variance, *optional.values()], [dy])
+    return [dx, dmean, dvariance, None, *others]
 
 
 def _grad_gradient(op: Any, *cotangents: tf.Tensor) -> list[tf.Tensor | None]:
@@ -370,6 +375,8 @@ def _grad_gradient(op: Any, *cotangents: tf.Tensor) -> list[tf.Tensor | None]:
     mask = given.pop("mask", None)
     outputs = dict(zip(("x", "gamma", "beta", "y"), cotangents, strict=False))
     used = [outputs[name] for name in outputs if name in given]
-    derivatives = dict(zip(given, reference.derivative_of_gradient(given, used, mask, options), strict=True))
-    others = (derivatives.get(name) for name in optional)  # y gets none
+    smooth = options.activation in reference.SMOOTH
+    names = {"residual" if name == "y" and smooth else name: tensor for name, tensor in given.items()}
+    derivatives = dict(zip(given, reference.derivative_of_gradient(names, used, mask, options), strict=True))
+    others = (derivatives.get(name) for name in optional)  # that of y is None: it only selects slopes
     return [derivatives["dy"], derivatives["x"], None, None, *others]

@@ -18,7 +18,23 @@ import tensorflow as tf
 
 from . import scalars
 from .batch import PRIMALS, Batch, Options, compute_dtype, per_channel
+from .pullback import pullback
 from .scalars import Scalar
+
+# The smooth activations by name, as Keras defines them. The gradient needs z: y alone doesn't tell it.
+SMOOTH: dict[str, Callable[[tf.Tensor], tf.Tensor]] = {
+    "silu": lambda z: z * tf.sigmoid(z),
+    "hard_silu": lambda z: z * (tf.nn.relu6(z + 3) / 6),
+    "sigmoid": tf.sigmoid,
+    "hard_sigmoid": lambda z: tf.nn.relu6(z + 3) / 6,
+    "tanh": tf.tanh,
+    "gelu": lambda z: tf.nn.gelu(z, approximate=False),
+    "gelu_tanh": lambda z: tf.nn.gelu(z, approximate=True),
+    "elu": tf.nn.elu,
+    "selu": tf.nn.selu,
+    "softplus": tf.math.softplus,
+    "mish": lambda z: z * tf.tanh(tf.math.softplus(z)),
+}
 
 Merge = Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor, tf.Tensor]]
 
@@ -40,23 +56,34 @@ def activate(y: tf.Tensor, options: Options) -> tf.Tensor:
         if y.dtype == tf.float64:  # TensorFlow's op stores the slope in float32: 0.2 would be off by 3e-9
             return tf.where(y > 0, y, y * options.negative_slope)
         return tf.nn.leaky_relu(y, options.negative_slope)
-    return {"relu": tf.nn.relu, "relu6": tf.nn.relu6}[options.activation](y)
+    return {"relu": tf.nn.relu, "relu6": tf.nn.relu6, **SMOOTH}[options.activation](y)
 
 
 def kept_for_gradient(primals: Mapping[str, tf.Tensor], y: tf.Tensor, options: Options) -> dict[str, tf.Tensor]:
     """The tensors of a forward pass that its gradient needs: the primals without the residual.
 
-    With an activation and a residual, the gradient reads y in place of the residual. The next layer keeps y anyway.
-    Without an activation dresidual is dy, so neither is needed.
+    With a residual and a relu, the gradient reads y in place of the residual. The next layer keeps y anyway. With a
+    smooth activation it reads the residual. Without an activation dresidual is dy, and neither is needed.
     """
+    if options.activation in SMOOTH:
+        return dict(primals)
     kept = {name: tensor for name, tensor in primals.items() if name != "residual"}
     if options.activation is not None and "residual" in primals:
         kept["y"] = tf.stop_gradient(y)
     return kept
 
 
+def before_activation(dout: tf.Tensor, z: tf.Tensor, out: tf.Tensor, options: Options) -> tf.Tensor:
+    """The gradient of z, from that of out = activation(z); z is read only if the activation is smooth."""
+    wide = tf.cast(dout, compute_dtype(out))
+    if options.activation in SMOOTH:
+        (dz,) = pullback(lambda z: [activate(z, options)], [tf.cast(z, wide.dtype)], [wide])
+        return tf.cast(dz, out.dtype)
+    return tf.cast(wide * slope_at(out, options), out.dtype)
+
+
 def slope_at(y: tf.Tensor, options: Options) -> tf.Tensor:
-    """activation'(z), recovered from y = activation(z), in the compute dtype. As in the kernels, NaN passes a relu."""
+    """activation'(z) of a relu, from y = activation(z), in the compute dtype. As in the kernels, NaN passes."""
     one = tf.ones((), compute_dtype(y))
     if options.activation == "leaky_relu":
         return tf.where(y > 0, one, one * options.negative_slope)
@@ -143,7 +170,8 @@ def derivative_of_gradient(
     """The vector-Jacobian product of the backward pass, which maps `given` to (dx, dgamma, dbeta, dresidual).
 
     Args:
-        given: dy and x and, where present, dmean, dvariance, gamma, beta and (if dresidual is asked for) y.
+        given: dy and x and, where present, dmean, dvariance, gamma, beta and (if dresidual is asked for) y, or the
+            residual, as in `kept_for_gradient`.
         cotangents: one for each output of the backward pass.
 
     Returns:
@@ -154,22 +182,26 @@ def derivative_of_gradient(
     slopes = None
     if "y" in given:
         arguments["residual"], slopes = tf.zeros_like(given["x"]), slope_at(given["y"], options)
-    primals = list(arguments.values())
-    with tf.GradientTape() as outer:
-        watched = {name: tensor for name, tensor in given.items() if name != "y"}
-        outer.watch(list(watched.values()))
-        with tf.GradientTape() as inner:
-            inner.watch(primals)
-            kwargs = {"gamma": None, "beta": None, **arguments}
-            y, mean, variance, _ = train(mask=mask, options=options, merge=merge, slopes=slopes, **kwargs)
+
+    def forward(*primals: tf.Tensor) -> list[tf.Tensor]:
+        kwargs = {"gamma": None, "beta": None, **dict(zip(arguments, primals, strict=True))}
+        y, mean, variance, _ = train(mask=mask, options=options, merge=merge, slopes=slopes, **kwargs)
         outputs = {"dy": y, "dmean": mean, "dvariance": variance}
-        gradients = inner.gradient(
-            [outputs[name] for name in upstream], primals, output_gradients=[given[name] for name in upstream]
-        )
-    if any(gradient is None for gradient in gradients):  # TensorFlow has stopped all tapes, this one, too
-        raise NotImplementedError(
-            "forward-mode differentiation (tf.autodiff.ForwardAccumulator) needs bnfast's TensorFlow op, and this call "
-            'goes through numpy_function: bridge="op", or leave BNFAST_BRIDGE unset'
-        )
-    derivatives = outer.gradient(gradients, watched, output_gradients=list(cotangents), unconnected_gradients="zero")
-    return [derivatives.get(name) for name in given]
+        return [outputs[name] for name in upstream]
+
+    def backward(*values: tf.Tensor) -> list[tf.Tensor]:
+        tensors = {**arguments, **dict(zip(watched, values, strict=True))}
+        gradients = pullback(forward, [tensors[name] for name in arguments], [tensors[name] for name in upstream])
+        if any(gradient is None for gradient in gradients):  # TensorFlow has stopped all tapes, this one, too
+            raise NotImplementedError(
+                "forward-mode differentiation (tf.autodiff.ForwardAccumulator) needs bnfast's TensorFlow op, and this "
+                'call goes through numpy_function: bridge="op", or leave BNFAST_BRIDGE unset'
+            )
+        return gradients
+
+    watched = [name for name in given if name != "y"]
+    derivatives = dict(zip(watched, pullback(backward, [given[name] for name in watched], cotangents), strict=True))
+    return [
+        tf.zeros_like(given[name]) if name in derivatives and derivatives[name] is None else derivatives.get(name)
+        for name in given
+    ]

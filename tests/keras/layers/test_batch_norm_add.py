@@ -15,7 +15,7 @@ from bnfast.tensorflow.batch import Batch, Options
 
 pytestmark = pytest.mark.usefixtures("each_bridge")
 
-ACTIVATIONS = [None, "relu", "relu6", "leaky_relu", "tanh"]  # tanh is not fused
+ACTIVATIONS = [None, "relu", "relu6", "leaky_relu", "silu", "tanh", "softsign"]  # softsign is not fused
 
 
 def pair(activation: Any, shape: tuple[int, ...], **kwargs: Any) -> tuple[Any, Any]:

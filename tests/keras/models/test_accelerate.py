@@ -44,7 +44,8 @@ ACTIVATIONS: list[Any] = [
     *((lambda slope=slope: L.LeakyReLU(slope), "leaky_relu") for slope in (1e-46, 1e-40, 1.0, 2.5)),
     (lambda: lambda x: keras.ops.leaky_relu(x, -0.5), ""),
     (lambda: L.LeakyReLU(0.0), ""),
-    (lambda: L.Activation("swish"), ""),
+    (lambda: L.Activation("swish"), "silu"),
+    (lambda: L.Activation("softsign"), ""),
     (lambda: L.ReLU(max_value=3.0), "relu"),  # then a minimum of Keras's
     (lambda: L.ReLU(max_value=6.0, threshold=0.1), ""),
     (lambda: L.ReLU(max_value=3.0, negative_slope=0.1), ""),
@@ -181,7 +182,8 @@ OWN: dict[str, tuple[dict[str, Any], str]] = {
     "axes apart": ({"axis": [1, 3]}, ""),
     "adjustment": ({"adjustment": lambda shape: (tf.fill([shape[0], 1, 1, 1], tf.constant(3.0, "float64")), 0.5)}, ""),
     "relu built in": ({"activation": "relu"}, "relu"),
-    "tanh built in": ({"activation": "tanh"}, ""),
+    "tanh built in": ({"activation": "tanh"}, "tanh"),
+    "softsign built in": ({"activation": "softsign"}, ""),
 }
 
 

@@ -467,8 +467,92 @@ def test_forward_mode(graph: bool) -> None:
 
     wanted = run(built(with_arguments))
     assert_equal([run(accelerate(built(with_arguments), verbose=False, bridge="op"))], [wanted])
-    with pytest.raises(NotImplementedError, match="numpy_function"):
-        run(accelerate(built(with_arguments), verbose=False, bridge="numpy_function"))
+    callback = accelerate(built(with_arguments), verbose=False, bridge="numpy_function")
+    if graph:
+        assert_equal([run(callback)], [wanted])
+    else:
+        with pytest.raises(NotImplementedError, match="numpy_function"):
+            run(callback)
+
+
+@pytest.mark.parametrize("bridge", BRIDGES)
+@pytest.mark.parametrize("second", [False, True], ids=["first", "second"])
+@pytest.mark.parametrize("loop", [False, True], ids=["", "loop"])
+@pytest.mark.parametrize("cond", [False, True], ids=["", "cond"])
+def test_loops_and_branches(cond: bool, loop: bool, second: bool, bridge: str) -> None:
+    """TensorFlow builds their gradients later and with all tapes stopped. Second order only where Keras's is exact."""
+
+    class Exact(L.BatchNormalization):  # type: ignore[misc]
+        """Keras's own moments stop a term of the second derivative."""
+
+        def _moments(self, inputs: Any, mask: Any) -> Any:
+            mean = tf.reduce_mean(inputs, 0)
+            return mean, tf.reduce_mean((inputs - mean) ** 2, 0)
+
+    def run(model: Any) -> list[np.ndarray]:
+        dense, norm, _, last = model.layers[1:]
+        variables = [v.value for v in model.trainable_variables]
+
+        def body(x: Any) -> Any:
+            return keras.ops.relu(norm(x, training=True))
+
+        def maybe(x: Any) -> Any:
+            return tf.cond(tf.reduce_sum(x) > -1e9, lambda: body(x), lambda: x) if cond else body(x)
+
+        def value(x: Any) -> Any:
+            x = dense(x)
+            if loop:
+                _, x = tf.while_loop(lambda i, x: i < 3, lambda i, x: (i + 1, maybe(x) / 2), [0, x])
+            return tf.reduce_sum(tf.sin(last(maybe(x))))
+
+        @tf.function
+        def gradients(x: Any) -> Any:
+            with tf.GradientTape() as outer:
+                with tf.GradientTape() as tape:
+                    tape.watch(x)
+                    loss = value(x)
+                inner = tape.gradient(loss, [x, *variables])
+                penalty = tf.reduce_sum(inner[0] ** 2)
+            return [*inner, *(outer.gradient(penalty, variables, unconnected_gradients="zero") if second else [])]
+
+        return [np.asarray(each) for each in gradients(tf.constant(np.random.default_rng(5).normal(size=(6, 4))))]
+
+    models = []
+    for norm in (Exact, L.BatchNormalization):
+        keras.utils.set_random_seed(3)
+        inputs = keras.Input((4,))
+        models.append(keras.Model(inputs, L.Dense(2)(L.ReLU()(norm()(L.Dense(4)(inputs))))))
+    wanted, fast = run(models[0]), accelerate(models[1], verbose=False, bridge=bridge)
+    assert_equal(run(fast), wanted)
+
+
+@pytest.mark.parametrize("how", ["read", "assign"])
+def test_control_dependencies_on_the_moving_statistics(how: str) -> None:
+    """Fused, the activation's op would be the one that updates them, and would wait for itself."""
+
+    def run(model: Any) -> list[np.ndarray]:
+        dense, norm, _, last = model.layers[1:]
+
+        @tf.function
+        def step(x: Any) -> Any:
+            with tf.GradientTape() as tape:
+                y = norm(dense(x), training=True)
+                moving = norm.moving_mean.value
+                with tf.control_dependencies(
+                    [moving + 1.0 if how == "read" else moving.assign_add(tf.ones(4, tf.float64))]
+                ):
+                    loss = tf.reduce_sum(tf.sin(last(keras.ops.relu(y))))
+            return [loss, *tape.gradient(loss, [v.value for v in model.trainable_variables])]
+
+        results = step(tf.constant(np.random.default_rng(6).normal(size=(6, 4))))
+        return [np.asarray(value) for value in (*results, *model.weights)]
+
+    def make() -> Any:
+        keras.utils.set_random_seed(3)
+        inputs = keras.Input((4,))
+        return keras.Model(inputs, L.Dense(2)(L.ReLU()(L.BatchNormalization()(L.Dense(4)(inputs)))))
+
+    assert_equal(run(accelerate(make(), verbose=False)), run(make()))
 
 
 def constant_operand(kind: str) -> Any:

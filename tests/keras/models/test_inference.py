@@ -14,6 +14,7 @@ import keras
 import tensorflow as tf
 from bnfast.keras import BatchNormalization, accelerate, patch
 from bnfast.tensorflow import op
+from graph_operations import live
 from keras import layers as L
 from keras_models import data, quiet, randomize, residual_net
 from needs import need_module
@@ -143,21 +144,6 @@ def preactivated(norm: Any = L.BatchNormalization, add: bool = True, **kwargs: A
     return randomize(keras.Model(inputs, L.Dense(2)(L.Conv2D(3, 3, padding="same")(x))))
 
 
-def live(function: Any) -> list[str]:
-    """The types of the operations that run for the result of a compiled function."""
-    (concrete,) = function._list_all_concrete_functions()
-    seen: dict[str, str] = {}
-    waiting = tf.nest.flatten(concrete.structured_outputs)
-    while waiting:
-        tensor = waiting.pop()
-        if tensor.op.type == "IdentityN":  # TensorFlow prunes the inputs whose outputs nobody reads
-            waiting.append(tensor.op.inputs[tensor.value_index])
-        elif tensor.op.name not in seen:
-            seen[tensor.op.name] = tensor.op.type
-            waiting += tensor.op.inputs
-    return list(seen.values())
-
-
 @pytest.mark.parametrize("add", [False, True])
 def test_predict_is_one_pass_where_nothing_can_be_folded(add: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Normalization, sum and ReLU are one op of bnfast's in predict and evaluate, and only on the op's bridge."""
@@ -168,7 +154,7 @@ def test_predict_is_one_pass_where_nothing_can_be_folded(add: bool, monkeypatch:
     emitted = []
     monkeypatch.setattr(op, "infer", lambda *args, own=op.infer: emitted.append(args) or own(*args))
     np.testing.assert_allclose(fast.predict(x, verbose=0), model.predict(x, verbose=0), rtol=1e-5, atol=1e-5)
-    found = live(fast.predict_function)
+    found = live(*fast.predict_function._list_all_concrete_functions())
     assert found.count("BnfastInfer") == 1
     assert not {"Relu", "AddV2", "FusedBatchNormV3"} & set(found)
     y, before = np.zeros(model.compute_output_shape(x.shape)), len(emitted)
@@ -193,7 +179,7 @@ def test_predict_of_a_patched_model_and_of_a_layer_with_an_activation(monkeypatc
     x = batch(reference)
     for model, wanted in ((patched, reference), (own, plain)):
         np.testing.assert_allclose(model.predict(x, verbose=0), wanted.predict(x, verbose=0), rtol=1e-5, atol=1e-5)
-        assert live(model.predict_function).count("BnfastInfer") == 1
+        assert live(*model.predict_function._list_all_concrete_functions()).count("BnfastInfer") == 1
 
 
 def test_predict_with_steps_per_execution_eagerly_and_with_xla(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,6 +219,29 @@ def test_a_gradient_inside_of_test_step(float64: None) -> None:
     wanted = penalized.evaluate(x, verbose=0, return_dict=True)
     actual = fast.evaluate(x, verbose=0, return_dict=True)
     np.testing.assert_allclose(actual["penalty"], wanted["penalty"], rtol=1e-9)
+
+
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+def test_gradients_of_the_moving_statistics(graph: bool) -> None:
+    """TensorFlow's fused op has none; Keras's layer does."""
+
+    def gradients(kind: Any) -> list[np.ndarray]:
+        layer = kind()
+        layer.build((None, *IMAGE))
+        layer.set_weights([np.linspace(0.5, 1.5, 4) + i for i in range(4)])
+        values = [variable.value for variable in layer.variables]
+
+        def run(x: Any) -> Any:
+            with tf.GradientTape() as tape:
+                tape.watch([x, *values])
+                y = tf.reduce_sum(tf.sin(layer(x)))
+            return tape.gradient(y, [x, *values])
+
+        x = tf.random.stateless_normal((2, *IMAGE), [1, 2])
+        return [np.asarray(gradient) for gradient in (tf.function(run) if graph else run)(x)]
+
+    for a, b in zip(gradients(BatchNormalization), gradients(keras.layers.BatchNormalization), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
 LOAD = """

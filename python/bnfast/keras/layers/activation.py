@@ -1,4 +1,4 @@
-"""The activations that the kernels fuse: None, relu, relu6 and leaky_relu, in every form that computes exactly these.
+"""The activations that the kernels fuse, in every form of Keras's that computes exactly these.
 
 A layer instance is fused if its class is exactly keras.layers.ReLU, LeakyReLU or Activation (a subclass may compute
 anything), if it computes in the batch norm's dtype and adds no loss. Any other activation is applied after the kernel.
@@ -11,6 +11,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import keras
+
+from .framework import SMOOTH
 
 
 class Fused(NamedTuple):
@@ -25,6 +27,7 @@ _FUNCTIONS = (
     (keras.activations.relu, Fused("relu")),
     (keras.activations.relu6, Fused("relu6")),
     (keras.activations.leaky_relu, Fused("leaky_relu", 0.2)),
+    *((getattr(keras.activations, name, None), Fused(name)) for name in SMOOTH),  # gelu: Keras's default is exact
 )
 
 

@@ -1,34 +1,41 @@
 """The arguments of the Keras layer that Keras's own layer doesn't have or doesn't check, and which exclude each other.
 
-`validated_options` returns the attributes that only our layer has. momentum and epsilon are numbers, or tensors or
-variables that each call reads anew: `checked` is for the constructor, `read` for a call, `current` for a config.
+`Features` are the arguments that only our layer has; `validated_features` checks them. momentum and epsilon are
+numbers, or tensors or variables that each call reads anew: `checked` is for the constructor, `read` for a call,
+`current` for a config.
 An error names the argument, what was wanted and what was received: TypeError for types, ValueError for values.
 """
 
 from __future__ import annotations
 
 import operator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import keras
 
 from ..._arguments import checks
+from . import activation as activations
 from .framework import BRIDGES, NAN_POLICIES, ghosts, scalars
 from .framework import adjustment as adjustments
 
 SCALARS = ("momentum", "epsilon")
-# The arguments that Keras's layer doesn't have. A config holds them only where they aren't the defaults.
-OWN = (
-    "correction",
-    "nan_policy",
-    "update_statistics",
-    "use_batch_statistics",
-    "trainable_affine",
-    "virtual_batch_size",
-    "virtual_batch_grouping",
-    "bridge",
-    "fused",
-)
+
+
+class Features(NamedTuple):
+    """What Keras's layer lacks. Our layer holds each as an attribute of that name."""
+
+    activation: Callable[..., Any] = keras.activations.linear
+    correction: int = 0
+    nan_policy: str = "propagate"
+    update_statistics: bool = True
+    use_batch_statistics: bool | None = None
+    trainable_affine: bool = True
+    virtual_batch_size: int | None = None
+    virtual_batch_grouping: str = "contiguous"
+    adjustment: adjustments.Adjustment | None = None
+    bridge: str = "auto"
+    fused: bool | None = None
 
 
 def one_axis(axis: Any) -> int:
@@ -67,8 +74,9 @@ def _unwrapped(value: Any) -> Any:
     return value._value if isinstance(value, keras.Variable) else value
 
 
-def validated_options(
+def validated_features(
     *,
+    activation: Any,
     correction: Any,
     nan_policy: Any,
     update_statistics: Any,
@@ -81,8 +89,8 @@ def validated_options(
     fused: Any,
     renorm: bool,
     synchronized: bool,
-) -> dict[str, Any]:
-    """The attributes by name. renorm and synchronized are Keras's own; they exclude some of ours."""
+) -> Features:
+    """The checked arguments. renorm and synchronized are Keras's own; they exclude some of ours."""
     if bridge not in BRIDGES:
         raise ValueError(f"bridge must be one of {BRIDGES}. Received: {bridge!r}")
     if virtual_batch_size is not None:
@@ -101,14 +109,15 @@ def validated_options(
                 )
     grouping = checks.choice("virtual_batch_grouping", virtual_batch_grouping, ghosts.GROUPINGS)
     optional = {"use_batch_statistics": use_batch_statistics, "fused": fused}
-    return {
-        "correction": checks.check_correction(correction),
-        "nan_policy": str(checks.choice("nan_policy", nan_policy, NAN_POLICIES)),
-        "update_statistics": checks.boolean("update_statistics", update_statistics),
-        "trainable_affine": checks.boolean("trainable_affine", trainable_affine),
-        "virtual_batch_size": virtual_batch_size,
-        "virtual_batch_grouping": str(grouping),
-        "adjustment": adjustment,
-        "bridge": bridge,
+    return Features(
+        activation=activations.get(activation),
+        correction=checks.check_correction(correction),
+        nan_policy=str(checks.choice("nan_policy", nan_policy, NAN_POLICIES)),
+        update_statistics=checks.boolean("update_statistics", update_statistics),
+        trainable_affine=checks.boolean("trainable_affine", trainable_affine),
+        virtual_batch_size=virtual_batch_size,
+        virtual_batch_grouping=str(grouping),
+        adjustment=adjustment,
+        bridge=bridge,
         **{name: value if value is None else checks.boolean(name, value) for name, value in optional.items()},
-    }
+    )

@@ -39,7 +39,7 @@ from .framework import (
 from .framework import (
     renorm as renorms,
 )
-from .fusion import fusable, has_other_readers
+from .fusion import has_other_readers, trace_of
 from .fusion import install as install_fusion
 
 KERAS: Any = keras.layers.BatchNormalization  # the class itself, whatever that name is patched to later
@@ -83,9 +83,10 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
 
     Args: all of Keras's (axis, momentum, epsilon, center, scale, initializers, regularizers, constraints, dtype, name
     ...), `fused` (from Keras 2; stored and otherwise ignored), and
-        activation: None, a name, a function or a layer instance. relu, relu6 and leaky_relu are fused into the kernels
-            (also as keras.activations functions and as ReLU, LeakyReLU and Activation layers). Any other activation is
-            applied after the kernel.
+        activation: None, a name, a function or a layer instance. Fused into the kernels are relu, relu6, leaky_relu,
+            silu (swish), hard_silu (hard_swish), sigmoid, hard_sigmoid, tanh, gelu, elu, selu, softplus and mish, also
+            as keras.activations functions and as ReLU, LeakyReLU and Activation layers. Any other activation is applied
+            after the kernel.
         momentum: a number in [0, 1], or a scalar tensor or variable, which every call reads: assigning to a variable
             takes effect without retracing. A config holds its value at that time. It isn't a weight of the layer and
             gets no gradient. None makes moving_mean and moving_variance the plain averages over all batches so far. The
@@ -126,20 +127,10 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
     Source: Ioffe and Szegedy 2015, arXiv:1502.03167.
     """
 
-    # Defaults, also for a layer of Keras's whose class is changed to this one (models/patch.py).
-    correction = 0
-    nan_policy = "propagate"
-    update_statistics = trainable_affine = True
-    use_batch_statistics: bool | None = None
-    fused: bool | None = None
-    virtual_batch_size: int | None = None
-    virtual_batch_grouping = "contiguous"
-    adjustment: adjustments.Adjustment | None = None
-    bridge = "auto"
-    trace: fusion.Trace | None = None  # of the last call that may train
     momentum: Any
     epsilon: Any
     _weight_shape: tuple[int, ...] | None = None  # if not (C,)
+    _bnfast_trace: fusion.Trace | None = None  # of the last call that may train
 
     def __init__(
         self,
@@ -172,29 +163,37 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         self.momentum, self.epsilon = momentum, epsilon
         if axes is not axis:
             self.axis = axes
-        options = arguments.validated_options(
-            correction=correction,
-            nan_policy=nan_policy,
-            update_statistics=update_statistics,
-            use_batch_statistics=use_batch_statistics,
-            trainable_affine=trainable_affine,
-            virtual_batch_size=virtual_batch_size,
-            virtual_batch_grouping=virtual_batch_grouping,
-            adjustment=adjustment,
-            bridge=bridge,
-            fused=fused,
-            renorm=self._renorm is not None,
-            synchronized=self.synchronized,
+        self._hold(
+            arguments.validated_features(
+                activation=activation,
+                correction=correction,
+                nan_policy=nan_policy,
+                update_statistics=update_statistics,
+                use_batch_statistics=use_batch_statistics,
+                trainable_affine=trainable_affine,
+                virtual_batch_size=virtual_batch_size,
+                virtual_batch_grouping=virtual_batch_grouping,
+                adjustment=adjustment,
+                bridge=bridge,
+                fused=fused,
+                renorm=self._renorm is not None,
+                synchronized=self.synchronized,
+            )
         )
-        for name, value in options.items():
-            setattr(self, name, value)
-        self.activation = activations.get(activation)
         self.supports_jit = False  # XLA has no kernel for either bridge
         install_fusion()
 
+    def _hold(self, features: arguments.Features) -> None:
+        for name, value in features._asdict().items():
+            setattr(self, name, value)
+
+    @property
+    def _features(self) -> arguments.Features:
+        return arguments.Features(*(getattr(self, name) for name in arguments.Features._fields))
+
     def build(self, input_shape: Any) -> None:
-        axes = Axes.of(self._axes, input_shape)
-        if self.virtual_batch_size is not None and 0 in axes.axes:
+        axes, features = Axes.of(self._axes, input_shape), self._features
+        if features.virtual_batch_size is not None and 0 in axes.axes:
             raise ValueError(f"axis must not be 0, the batch's, with virtual_batch_size. Received: axis={self.axis}")
         if isinstance(self.axis, int):
             super().build(input_shape)
@@ -210,11 +209,11 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
             self.batches = self.add_weight(
                 shape=(), initializer="zeros", dtype="int64", name="batches", trainable=False, autocast=False
             )
-        if isinstance(self.activation, keras.layers.Layer) and not self.activation.built:
-            self.activation.build(input_shape)
+        if isinstance(features.activation, keras.layers.Layer) and not features.activation.built:
+            features.activation.build(input_shape)
 
     def add_weight(self, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("name") in ("gamma", "beta") and not self.trainable_affine:
+        if kwargs.get("name") in ("gamma", "beta") and not self._features.trainable_affine:
             kwargs["trainable"] = False
         if self._weight_shape is not None and kwargs.get("name") in (*_VECTORS, *renorms.NAMES):
             kwargs["shape"] = self._weight_shape
@@ -231,6 +230,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
 
         Without `affine` that output is xhat: gamma, beta and the activation are left out.
         """
+        features = self._features
         x = as_input(inputs, getattr(self.input_spec, "ndim", None))
         if has_other_readers(self):
             folding.keep(x)
@@ -246,10 +246,11 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
             None if residual is None else axes.merge(keras.ops.cast(residual, x.dtype)),
         )
         state = {name: parameter(getattr(self, name)) for name in self._statistics}
-        fused = (self._fused if affine else None) or activations.Fused(None)
+        built_in = self._built_in(features)
+        fused = (built_in if affine else None) or activations.Fused(None)
         options = Options(axes.place, arguments.read(self, "epsilon"), *fused)
-        mode = Mode(is_training(training, self.trainable), self.use_batch_statistics, self.update_statistics)
-        draw = None if self.adjustment is None else partial(adjustments.draw_merged, self.adjustment, x, axes)
+        mode = Mode(is_training(training, self.trainable), features.use_batch_statistics, features.update_statistics)
+        draw = None if features.adjustment is None else partial(adjustments.draw_merged, features.adjustment, x, axes)
 
         def finish(y: Any, new: Any) -> Any:
             if mode.update is not False:
@@ -257,12 +258,12 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
                     variable = getattr(self, name)
                     variable.assign(keras.ops.reshape(value, variable.shape))
             y = keras.ops.cast(axes.split(y, x), self.compute_dtype)
-            if self._fused or not affine:
+            if built_in or not affine:
                 return y
-            return keras.ops.cast(self.activation(y), self.compute_dtype)
+            return keras.ops.cast(features.activation(y), self.compute_dtype)
 
-        trace = self._new_trace(mode) if residual is None and affine else None
-        return (batch, state, options, self._policy(trace), mode, draw), finish
+        trace = self._new_trace(mode, features) if residual is None and affine else None
+        return (batch, state, options, self._policy(features, trace), mode, draw), finish
 
     @property
     def _axes(self) -> list[int]:
@@ -280,53 +281,52 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
             return None
         return renorms.Renorm(self.renorm_clipping, self.renorm_momentum)
 
-    def _policy(self, trace: fusion.Trace | None) -> Policy:
-        size = self.virtual_batch_size
-        groups = None if size is None else ghosts.Ghosts(size, self.virtual_batch_grouping)
+    def _policy(self, features: arguments.Features, trace: fusion.Trace | None) -> Policy:
+        size = features.virtual_batch_size
+        groups = None if size is None else ghosts.Ghosts(size, features.virtual_batch_grouping)
         several = self.synchronized and replicas() > 1
         return Policy(
             arguments.read(self, "momentum"),
-            self.correction,
-            self.nan_policy,
+            features.correction,
+            features.nan_policy,
             self._renorm,
             groups,
-            self.bridge,
+            features.bridge,
             several,
             trace,
         )
 
-    def _new_trace(self, mode: Mode) -> fusion.Trace | None:
+    def _new_trace(self, mode: Mode, features: arguments.Features) -> fusion.Trace | None:
         """Where a call notes what is fused with it; None if nothing may be, as its output is needed."""
-        trace = fusion.Trace(fusable(self))
+        trace = trace_of(self)
         if mode.is_training is not False:
-            self.trace = trace
-        alone = self.activity_regularizer is None and self.activation is keras.activations.linear
+            self._bnfast_trace = trace
+        alone = self.activity_regularizer is None and features.activation is keras.activations.linear
         return trace if alone else None
 
-    @property
-    def _fused(self) -> activations.Fused | None:
-        return activations.fuse(self.activation, self.compute_dtype)
+    def _built_in(self, features: arguments.Features) -> activations.Fused | None:
+        """The activation that the kernel computes; None if it is applied after the kernel."""
+        return activations.fuse(features.activation, self.compute_dtype)
 
     def compute_output_shape(self, input_shape: Any) -> Any:
-        shape = super().compute_output_shape(input_shape)
-        if isinstance(self.activation, keras.layers.Layer):
-            shape = self.activation.compute_output_shape(shape)
+        shape, activation = super().compute_output_shape(input_shape), self._features.activation
+        if isinstance(activation, keras.layers.Layer):
+            shape = activation.compute_output_shape(shape)
         return shape
-
-    def not_in_config(self) -> dict[str, Any]:
-        """The arguments that a config can't hold; a copy of the layer in the same process needs them."""
-        live = {"adjustment": self.adjustment, "renorm_clipping": getattr(self, "renorm_clipping", None)}
-        scalars = {name: getattr(self, name) for name in arguments.current(self)}
-        return {**{name: value for name, value in live.items() if value}, **scalars}
 
     def get_config(self) -> dict[str, Any]:
         config = {**super().get_config(), **arguments.current(self)}
-        config["activation"] = keras.activations.serialize(self.activation)
+        config["activation"] = keras.activations.serialize(self._features.activation)
         config["axis"] = self.axis if isinstance(self.axis, int) else list(self.axis)
         if "renorm_clipping" in config:
             config["renorm_clipping"] = renorms.plain_clipping(config["renorm_clipping"])
-        if self.adjustment is not None:
+        if self._features.adjustment is not None:
             _logger.warning("the adjustment of layer %s is left out of its config", self.name)
-        own = {name: getattr(self, name) for name in arguments.OWN}
-        changed = {name: value for name, value in own.items() if value != getattr(BatchNormalization, name)}
-        return {**config, **changed}
+        own = self._features._replace(activation=keras.activations.linear, adjustment=None)._asdict()
+        default = arguments.Features()._asdict()
+        return {**config, **{name: value for name, value in own.items() if value != default[name]}}
+
+
+def features_of(layer: Any) -> arguments.Features:
+    """What a batch norm does beyond Keras's: nothing, for Keras's own layer, whatever attributes a script gave it."""
+    return layer._features if isinstance(layer, BatchNormalization) else arguments.Features()

@@ -13,6 +13,7 @@ from ...tensorflow.axes import Axes
 from ...tensorflow.batch import Batch, Options, as_input, parameter
 from ...tensorflow.mode import Mode, is_training, may_train
 from ...tensorflow.op import BRIDGES
+from ...tensorflow.reference import SMOOTH
 from ...tensorflow.training import adjustment, bias, ghosts, renorm
 from ...tensorflow.training.core import NAN_POLICIES
 from ...tensorflow.training.step import Policy, step
@@ -21,6 +22,7 @@ from ...tensorflow.training.synchronized import replicas
 __all__ = [
     "BRIDGES",
     "NAN_POLICIES",
+    "SMOOTH",
     "Axes",
     "Batch",
     "Mode",

@@ -2,7 +2,7 @@
 Keras's own compiled functions let inference run on the kernels.
 
 All of Keras's layers, keras.ops and keras.activations reach TensorFlow through the functions of its backend. `install`
-puts a function of the same signature in the place of four of these: relu, relu6, leaky_relu and add. Each asks
+puts a function of the same signature in the place of those that add or activate. Each asks
 `tensorflow.fusion` whether its input is the output of a batch norm in the graph being traced; if it isn't, Keras's own
 function computes the result. TensorFlow's own modules stay as they are: tf.nn.relu and `+` on tensors are not fused.
 
@@ -32,30 +32,38 @@ def install() -> None:
         return
     _installed = True
     backend = keras.src.backend
-    for module, name, fused in (
-        (backend.nn, "relu", _relu),
-        (backend.nn, "relu6", _relu6),
+    for name in ("relu", "relu6", "silu", "hard_silu", "hard_sigmoid", "selu", "softplus"):
+        _wrap(backend.nn, name, _named(name))
+    for owner, name, fused in (
         (backend.nn, "leaky_relu", _leaky_relu),
+        (backend.nn, "sigmoid", _sigmoid),
+        (backend.nn, "elu", _elu),
+        (backend.nn, "gelu", _gelu),
+        (backend.numpy, "tanh", _named("tanh")),
         (backend.numpy, "add", _add),
     ):
-        setattr(module, name, _first(fused, getattr(module, name)))
+        _wrap(owner, name, fused)
+    mish: Any = getattr(keras.src.activations.activations, "Mish", None)  # Keras 3.8 and later
+    if mish is not None:
+        mish.static_call = staticmethod(_first(_named("mish"), mish.static_call))
     trainer: Any = keras.src.backend.tensorflow.trainer.TensorFlowTrainer
     for kind in ("test", "predict"):
         _wrap_compiled(trainer, f"make_{kind}_function", f"{kind}_function")
 
 
-def fusable(operation: Any) -> int:
-    """How many operations after this one, at most 2, are the only readers of what comes before them.
+def trace_of(operation: Any) -> fusion.Trace:
+    """What may be fused: the operations after this one, at most 2, that are the only readers of what is before them.
 
     A functional model knows the readers of each tensor. Elsewhere they are unknown, and count as one each.
     """
+    alone = len(operation._inbound_nodes) == len(operation._outbound_nodes) == 1
     for count in range(2):
         if len(operation._inbound_nodes) != 1 or not operation._outbound_nodes:
-            return 2
+            break
         if len(operation._outbound_nodes) > 1:
-            return count
+            return fusion.Trace(count, alone)
         operation = operation._outbound_nodes[0].operation
-    return 2
+    return fusion.Trace(2, alone)
 
 
 def has_other_readers(operation: Any) -> bool:
@@ -63,6 +71,10 @@ def has_other_readers(operation: Any) -> bool:
     tensors = [tensor for node in operation._inbound_nodes for tensor in node.input_tensors]
     makers = [tensor._keras_history.operation for tensor in tensors]
     return any(len(maker._outbound_nodes) > len(maker._inbound_nodes) for maker in makers)
+
+
+def _wrap(owner: Any, name: str, fused: Callable[..., Any]) -> None:
+    setattr(owner, name, _first(fused, getattr(owner, name)))
 
 
 def _first(fused: Callable[..., Any], own: Callable[..., Any]) -> Callable[..., Any]:
@@ -106,12 +118,23 @@ class _OnKernels:
         return getattr(self._function, name)
 
 
-def _relu(x: Any) -> Any:
-    return fusion.activate(x, "relu")
+def _named(activation: str) -> Callable[[Any], Any]:
+    return lambda x: fusion.activate(x, activation)
 
 
-def _relu6(x: Any) -> Any:
-    return fusion.activate(x, "relu6")
+def _sigmoid(x: Any) -> Any:
+    y = fusion.activate(x, "sigmoid")
+    if y is not None:
+        y._keras_logits = x  # as in Keras's own, for the losses of binary classification
+    return y
+
+
+def _elu(x: Any, alpha: float = 1.0) -> Any:
+    return fusion.activate(x, "elu") if isinstance(alpha, (int, float)) and alpha == 1 else None
+
+
+def _gelu(x: Any, approximate: bool = True) -> Any:
+    return fusion.activate(x, "gelu_tanh" if approximate else "gelu")
 
 
 def _leaky_relu(x: Any, negative_slope: float = 0.2) -> Any:

@@ -22,7 +22,7 @@ import numpy as np
 
 from ..layers import activation as activations
 from ..layers import bias
-from ..layers.batch_norm import KERAS, BatchNormalization
+from ..layers.batch_norm import KERAS, BatchNormalization, features_of
 from ..layers.batch_norm_add import BatchNormalizationAdd
 from .copy import Copier
 from .foldable import Affine, FoldableLayer, channel_axis, values
@@ -213,7 +213,7 @@ class Folding:
             return "it is called in training mode or with other arguments"
         if norm.activity_regularizer is not None:
             return "it has an activity regularizer"
-        if getattr(norm, "use_batch_statistics", None):
+        if features_of(norm).use_batch_statistics:
             return "it always normalizes with the batch's statistics"
         affine = _affine(norm)
         if affine is None:
@@ -250,7 +250,7 @@ class Folding:
     def _through_relu(self, call: Call) -> Candidate | str:
         """BN -> ReLU -> layer. The ReLU is a layer, an operation, or part of the batch norm."""
         graph, norm, relu = call.graph, call.norm, call.node
-        activation = getattr(norm, "activation", None)
+        activation = features_of(norm).activation
         if activation in (None, keras.activations.linear):
             relu = graph.sole_consumer(call.node)
             if relu is None or only_input(relu) is None or not self._is_called_once(relu):
@@ -347,7 +347,7 @@ def _normalized(node: Any) -> Any:
 
 def _affine(norm: Any) -> Affine | None:
     """a and b of y = a*x + b in float64; None if variance + epsilon <= 0, or inference uses the batch's statistics."""
-    if getattr(norm, "use_batch_statistics", None):
+    if features_of(norm).use_batch_statistics:
         return None
     mean, variance = values(norm.moving_mean), values(norm.moving_variance) + float(norm.epsilon)
     if not (variance > 0).all():
@@ -394,7 +394,7 @@ def _clip(
 
 def _rest(norm: Any) -> Replacement:
     """The layers for the sum and the activation that are fused into a batch norm."""
-    activation, kwargs = getattr(norm, "activation", None), {"name": norm.name, "dtype": norm.dtype_policy}
+    activation, kwargs = features_of(norm).activation, {"name": norm.name, "dtype": norm.dtype_policy}
     rest: list[Any] = []
     if isinstance(activation, keras.layers.Layer):
         rest = [part(activation, norm.name, norm)]

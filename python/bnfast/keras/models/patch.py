@@ -15,11 +15,13 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import ModuleType, TracebackType
-from typing import Any
+from itertools import takewhile
+from types import FunctionType, ModuleType, TracebackType
+from typing import Any, Protocol
 
 import keras
 from keras.src import api_export
+from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 
 from ...tensorflow import op
 from ..layers import arguments, bias
@@ -42,6 +44,7 @@ class Entry:
 
     name: str
     reason: str | None  # why it runs Keras's own code; None if it uses bnfast
+    wanted: str = "auto"  # the bridge that accelerate was given
     bridge: str | None = None  # the bridge of its last training call; None before one
     trace: fusion.Trace | None = None  # of that call
 
@@ -57,8 +60,11 @@ class Entry:
 made: list[Entry] = []  # every layer made under a patch, in order
 
 
-class _LikeKeras(type(KERAS)):  # type: ignore[misc]
-    """isinstance and issubclass treat the patched class like Keras's, so that they accept older layers, too."""
+class _LikeKeras(type(Protocol)):  # type: ignore[misc]
+    """isinstance and issubclass treat the patched class like Keras's, so that they accept older layers, too.
+
+    Derived from the metaclass of Protocol, and so from ABCMeta, because classes of scripts are abstract, too.
+    """
 
     def __instancecheck__(cls, instance: Any) -> bool:
         if cls is PatchedBatchNormalization:
@@ -75,8 +81,11 @@ class PatchedBatchNormalization(BatchNormalization, metaclass=_LikeKeras):
     """The value of keras.layers.BatchNormalization while the patch is in force, with Keras's arguments and config.
 
     It is saved under Keras's name, so files load without bnfast. Arguments that bnfast's layer doesn't support (renorm
-    with synchronized, another backend) make it run Keras's own code; `entry.reason` then says why.
+    with synchronized, another backend) make it run Keras's own code; `_entry.reason` then says why. Its own attributes
+    have private names: `activation`, `bridge` ... belong to the script, whose subclass may use them.
     """
+
+    _is_protocol = False  # for the metaclass of Protocol
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         reason = _unsupported(args, kwargs)
@@ -84,12 +93,27 @@ class PatchedBatchNormalization(BatchNormalization, metaclass=_LikeKeras):
             super().__init__(*args, **kwargs)
         else:
             KERAS.__init__(self, *args, **kwargs)
-            self.activation, self.bridge = keras.activations.linear, "auto"
-        self.entry = Entry(self.name, reason)
-        made.append(self.entry)
+        self._entry.reason = reason
+
+    def _hold(self, features: arguments.Features) -> None:
+        pass
+
+    @property
+    def _features(self) -> arguments.Features:
+        return arguments.Features(bridge=self._entry.wanted)
+
+    @property
+    def _entry(self) -> Entry:
+        entry: Entry | None = vars(self).get(_ENTRY)
+        if entry is None:  # made here, because a script may call __init__ of Keras's class
+            entry = Entry(self.name, None)
+            setattr(self, _ENTRY, entry)
+            made.append(entry)
+        return entry
 
     def build(self, input_shape: Any) -> None:
-        if self.entry.reason is None:
+        if self._entry.reason is None:
+            self.supports_jit = False
             super().build(input_shape)
         else:
             KERAS.build(self, input_shape)
@@ -97,8 +121,7 @@ class PatchedBatchNormalization(BatchNormalization, metaclass=_LikeKeras):
     @classmethod
     def adopt(cls, layer: Any, bridge: str) -> None:
         """Changes the class of a built layer of exactly Keras's class, and nothing else."""
-        layer.activation, layer.bridge = keras.activations.linear, bridge
-        layer.entry = Entry(layer.name, None)
+        setattr(layer, _ENTRY, Entry(layer.name, None, bridge))
         layer.supports_jit = False  # XLA has no kernel for either bridge
         install_fusion()
         layer.__class__ = cls
@@ -106,23 +129,23 @@ class PatchedBatchNormalization(BatchNormalization, metaclass=_LikeKeras):
     def release(self) -> None:
         """Undoes `adopt`."""
         self.supports_jit = True
-        for name in {"activation", "bridge", "entry", "trace"} & vars(self).keys():
+        for name in {_ENTRY, "_bnfast_trace"} & vars(self).keys():
             delattr(self, name)
         self.__class__ = KERAS
 
     def symbolic_call(self, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(args[0], keras.KerasTensor) and self.entry.reason is None:
+        if isinstance(args[0], keras.KerasTensor) and self._entry.reason is None:
             bias.adopt(args[0]._keras_history.operation)
         return super().symbolic_call(*args, **kwargs)
 
     def call(self, inputs: Any, training: Any = None, mask: Any = None) -> Any:
-        self.entry.reason = self.entry.reason or overridden_hook(self)
-        if self.entry.reason is not None:
+        entry = self._entry
+        entry.reason = entry.reason or overridden(self)
+        if entry.reason is not None:
             return KERAS.call(self, inputs, training=training, mask=mask)
-        if self.trainable and may_train(training):
-            self.entry.bridge = op.choose(self.bridge)
         y = super().call(inputs, training=training, mask=mask)
-        self.entry.trace = self.trace
+        if self.trainable and may_train(training) and not in_symbolic_scope():
+            entry.bridge, entry.trace = op.choose(entry.wanted), self._bnfast_trace
         return y
 
     def compute_output_shape(self, input_shape: Any) -> Any:
@@ -139,22 +162,39 @@ class PatchedBatchNormalization(BatchNormalization, metaclass=_LikeKeras):
         return config
 
 
+_ENTRY = "_bnfast_entry"  # the attribute that holds a layer's entry
 PatchedBatchNormalization.__name__ = PatchedBatchNormalization.__qualname__ = KERAS.__name__  # default layer names
 # The name under which a layer of this class is saved, also after unpatch().
 api_export.REGISTERED_OBJS_TO_NAMES[PatchedBatchNormalization] = API_NAME
 
 
-def overridden_hook(layer: Any) -> str | None:
-    """Why a layer has to run Keras's code: a hook that Keras's `call` uses is not Keras's own; or None."""
+def overridden(layer: Any) -> str | None:
+    """Why a layer has to run Keras's code: a script has replaced a method, or uses a name that is bnfast's; or None."""
+    for name in _METHODS:
+        if getattr(vars(KERAS).get(name), "__module__", None) != KERAS.__module__:
+            return f"{name} of Keras's layer is overridden"
     for name in _HOOKS:
         function = vars(layer).get(name) or getattr(type(layer), name, None)
         if getattr(function, "__module__", None) != KERAS.__module__:
             return f"{name} of Keras's layer is overridden"
-    return None
+    if "call" in vars(layer):
+        return "its call is overridden"
+    theirs = [vars(layer), *map(vars, takewhile(lambda kind: kind not in _BASES, type(layer).__mro__))]
+    used = next((name for names in theirs for name in names if name in _PRIVATE), None)
+    return None if used is None else f"it has a {used} of its own, a name that bnfast's layer uses"
 
 
-# The private methods of Keras's layer: _moments, and those of renorm.
-_HOOKS = [name for name, value in vars(KERAS).items() if inspect.isfunction(value) and name[0] == "_" != name[1]]
+# The methods of Keras's layer, and those that only its own code calls: _moments, and those of renorm.
+_METHODS = [name for name, value in vars(KERAS).items() if inspect.isfunction(value)]
+_HOOKS = [name for name in _METHODS if name[0] == "_" != name[1]]
+
+_BASES = (KERAS, BatchNormalization, PatchedBatchNormalization)
+_PRIVATE = frozenset(
+    name
+    for base in (BatchNormalization, PatchedBatchNormalization)
+    for name, value in vars(base).items()
+    if isinstance(value, (property, FunctionType)) and not hasattr(KERAS, name) and name[0] == "_"
+)
 
 
 def _unsupported(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
@@ -163,7 +203,7 @@ def _unsupported(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         return f"Keras runs on {keras.backend.backend()}"
     try:
         given = inspect.signature(KERAS.__init__).bind(None, *args, **kwargs).arguments
-        if unknown := sorted({"activation", *arguments.OWN} & set(given.get("kwargs", {}))):
+        if unknown := sorted({*arguments.Features._fields} & set(given.get("kwargs", {}))):
             return f"Keras's layer has no argument {unknown[0]}"
         if given.get("renorm"):
             if given.get("synchronized"):
@@ -191,12 +231,16 @@ class Patch:
         self._began = began
 
     def __enter__(self) -> Patch:
+        if not is_patched():  # entered again, after it ended
+            patch()
+            self._began = True
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self._began:
+            self._began = False
             unpatch()
 
 
@@ -257,7 +301,9 @@ def uses_bnfast(obj: Any) -> bool:
         named = getattr(obj, "BatchNormalization", None)
         return isinstance(named, type) and uses_bnfast(named)
     if isinstance(obj, KERAS):
-        return uses_bnfast(type(obj)) and (not hasattr(obj, "entry") or obj.entry.reason is None)
+        if PatchedBatchNormalization not in type(obj).__mro__:
+            return uses_bnfast(type(obj))
+        return obj._entry.reason is None and overridden(obj) is None
     if isinstance(obj, keras.Layer):
         norms = [each for each in obj._flatten_layers() if isinstance(each, KERAS)]
         return bool(norms) and all(map(uses_bnfast, norms))

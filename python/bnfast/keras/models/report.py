@@ -15,13 +15,12 @@ from typing import Any
 import keras
 
 from ...tensorflow import numpy_callback, op, op_library
-from ..layers import activation as activations
 from ..layers import arguments
 from ..layers.batch_norm import KERAS
 from ..layers.batch_norm_add import BatchNormalizationAdd
 from ..layers.framework import scalars
 from .norms import OURS, norms
-from .patch import PatchedBatchNormalization, overridden_hook, uses_bnfast
+from .patch import PatchedBatchNormalization, overridden, uses_bnfast
 
 
 @dataclass(frozen=True)
@@ -74,9 +73,9 @@ def _row(name: str, layer: Any) -> Row:
     if type(layer) not in OURS or not uses_bnfast(layer):
         reason = why_unchanged(layer, shape_of(layer)) or "accelerate() has not been applied"
         return Row(name, "keras", "", "", reason)
-    built_in = activations.fuse(layer.activation, layer.compute_dtype)
+    built_in = layer._built_in(layer._features)
     add = ("add",) if isinstance(layer, BatchNormalizationAdd) else ()
-    trace = layer.trace
+    trace = layer._bnfast_trace
     fused = (*add, *filter(None, [built_in and built_in.activation]), *(trace.fused if trace else ()))
     return Row(name, "bnfast", " + ".join(fused), _bridge(layer), "" if fused else _why_unfused(layer))
 
@@ -84,31 +83,32 @@ def _row(name: str, layer: Any) -> Row:
 def _why_unfused(layer: Any) -> str:
     if layer.activity_regularizer is not None:
         return "it has an activity regularizer, which reads its output"
-    if layer.activation is not keras.activations.linear:
-        return "its activation is not relu, relu6 or leaky_relu"
+    features, trace = layer._features, layer._bnfast_trace
+    if features.activation is not keras.activations.linear:
+        return "its activation is not one that the kernels have"
     if not layer.trainable:
         return "it is frozen"
-    if layer.trace is None:
+    if trace is None:
         return "no training call of it has been seen yet"
-    if not isinstance(layer.axis, int) or layer.virtual_batch_size is not None or layer.adjustment is not None:
+    if not isinstance(layer.axis, int) or features.virtual_batch_size is not None or features.adjustment is not None:
         return "several axes, virtual_batch_size or adjustment change its output after the kernel"
-    if not layer.trace.in_graph:
+    if not trace.in_graph:
         return "its last training call ran eagerly, and only graphs are fused"
-    return "no relu, relu6, leaky_relu or add of Keras's alone reads its output (tf.nn functions and + aren't seen)"
+    return "no activation or add of Keras's alone reads its output (tf.nn functions and + aren't seen)"
 
 
 def _bridge(layer: Any) -> str:
     try:
-        return op.choose(layer.bridge)
+        return op.choose(layer._features.bridge)
     except RuntimeError:  # the op was asked for and can't be loaded: training will raise the reason
-        return str(layer.bridge)
+        return str(layer._features.bridge)
 
 
 def why_unchanged(layer: Any, shape: tuple[int | None, ...] | None, bridge: str = "auto") -> str | None:
     """Why `accelerate` leaves this batch norm unchanged, or None. shape: that of its input, None if unknown."""
     kind = type(layer)
-    if (hook := overridden_hook(layer)) is not None:
-        return hook
+    if (reason := overridden(layer)) is not None:
+        return reason
     if kind not in (KERAS, PatchedBatchNormalization):
         return f"{kind.__name__} is a class of its own: what it computes is unknown"
     if getattr(layer, "renorm", False) and layer.synchronized:

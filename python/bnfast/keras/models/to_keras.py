@@ -16,6 +16,7 @@ import keras
 
 from ..layers import activation as activations
 from ..layers import bias
+from ..layers.arguments import Features
 from ..layers.batch_norm import KERAS
 from ..layers.batch_norm_add import BatchNormalizationAdd
 from .copy import Copier
@@ -105,7 +106,7 @@ def _require_alone(layer: Any) -> None:
 def _linear(layer: Any) -> bool:
     if type(layer) in RELATIVES:
         return True
-    return activations.fuse(layer.activation, layer.compute_dtype) == activations.Fused(None)
+    return activations.fuse(layer._features.activation, layer.compute_dtype) == activations.Fused(None)
 
 
 def _norm(layer: Any) -> Any:
@@ -135,7 +136,7 @@ def _clone(layer: Any, kind: Any, changes: dict[str, Any]) -> Any:
 def _apart(norm: Any, is_output: bool) -> Replacement:
     """What takes the place of a layer in the copy: itself as a batch norm, then an Add and an activation."""
     has_add, linear = isinstance(norm, BatchNormalizationAdd), _linear(norm)
-    name, activation = norm.name, norm.activation
+    name, activation = norm.name, norm._features.activation
     last = name if is_output else f"{name}_{'add' if linear else 'activation'}"
     words = {"name": last, "dtype": norm.dtype_policy}
     norm._inbound_nodes.clear()  # it is called again
@@ -158,7 +159,7 @@ def _first(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: word[0] if isinstance(word, (list, tuple)) else word for name, word in kwargs.items()}
 
 
-_ARGUMENTS = ("activation", "bridge", "trace")
+_ARGUMENTS = (*Features._fields, "_bnfast_trace")
 # Our LayerNormalization has a `training` argument, Keras's has none. Keras inspects `call` only when a layer is made.
 _SIGNATURE = ("_call_signature", "call_signature_parameters", "_call_has_training_arg", "_call_has_context_arg")
 

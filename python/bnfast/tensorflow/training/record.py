@@ -15,6 +15,7 @@ import tensorflow as tf
 
 from .. import fusion, ops
 from ..batch import Batch, Options
+from ..pullback import inside
 from . import bias
 
 Gradients = dict[str, tf.Tensor]  # of x, gamma, beta and residual, where present
@@ -49,10 +50,10 @@ class Step(fusion.Record):
         return dsum if handed is None else handed["residual"]
 
     def gradient_before_activation(
-        self, dout: tf.Tensor, out: tf.Tensor, options: Options, residual: tf.Tensor | None
+        self, dout: tf.Tensor, z: tf.Tensor, out: tf.Tensor, options: Options, residual: tf.Tensor | None
     ) -> tf.Tensor:
         gradients = self._gradients_of(dout, options, residual, out)
-        dy = super().gradient_before_activation(dout, out, options, residual)
+        dy = super().gradient_before_activation(dout, z, out, options, residual)
         self._fused.append((dy, gradients))
         return dy
 
@@ -80,6 +81,7 @@ def train_step(
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """`ops.train_step` without residual and activation, whose y is marked."""
     trace.in_graph = True
+    batch = Batch(*(None if tensor is None else inside(tensor) for tensor in batch))
     last = fusion.last_operation()
     step = Step(
         batch, moving, options, trace, last, momentum=momentum, attributes=attributes, bridge=ops.choose(bridge)

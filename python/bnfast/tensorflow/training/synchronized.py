@@ -174,7 +174,7 @@ def _gradient(dy: tf.Tensor, y: tf.Tensor, core: CoreStep, statistics: ReplicaSt
     mean, invstd = statistics.used.mean, statistics.invstd(options.epsilon)
     dy = tf.convert_to_tensor(dy)  # tf.gather's gradient is IndexedSlices
     tensors = {"dy": dy, **reference.kept_for_gradient(batch.primals, y, options)}
-    dresidual_is_dy = "residual" in batch.primals and "y" not in tensors
+    dresidual_is_dy = "residual" in batch.primals and options.activation is None
     zeros = tf.zeros_like(mean)
     mask = batch.mask
     if use_batch is not None:  # weights of 0 make the statistics constants
@@ -183,9 +183,8 @@ def _gradient(dy: tf.Tensor, y: tf.Tensor, core: CoreStep, statistics: ReplicaSt
     def backward(*values: tf.Tensor) -> Any:
         given = dict(zip(tensors, values, strict=True))
         gamma, beta = _affine(batch._replace(gamma=given.get("gamma"), beta=given.get("beta")), mean)
-        inputs = GradientInputs(
-            given["dy"], given["x"], mean, invstd, gamma, beta, zeros, zeros, mask=None, y=given.get("y")
-        )
+        kept = given.get("y", given.get("residual"))
+        inputs = GradientInputs(given["dy"], given["x"], mean, invstd, gamma, beta, zeros, zeros, mask=None, y=kept)
         _, dgamma, dbeta, _ = ops.gradient(inputs, options, core.bridge)
         all_dgamma, all_dbeta = tf.unstack(tf.add_n(_gather([dgamma, dbeta])))
         # The kernel computes dx from its own sums and W; dmean and dvariance turn these into those of all replicas.
@@ -195,7 +194,7 @@ def _gradient(dy: tf.Tensor, y: tf.Tensor, core: CoreStep, statistics: ReplicaSt
         dvariance = 0.5 * factor * invstd * (dgamma - share * all_dgamma)
         inputs = inputs._replace(dmean=dmean, dvariance=dvariance, mask=mask)
         dx, _, _, dresidual = ops.gradient(inputs, options, core.bridge)
-        results = {"x": dx, "gamma": dgamma, "beta": dbeta, "y": dresidual}
+        results = {"x": dx, "gamma": dgamma, "beta": dbeta, "y": dresidual, "residual": dresidual}
 
         def derivative(*cotangents: tf.Tensor) -> Any:
             if use_batch is not None:
