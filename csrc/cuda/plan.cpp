@@ -97,7 +97,7 @@ ScratchLayout scratch_of(const Grid& g, DType dtype) {
     s.part_bytes = round_up(g.chunks * g.pack * g.C * compute_bytes(dtype), 256);
     s.constant_bytes = round_up(g.C * compute_bytes(dtype), 256);
     s.constants_at = 3 * s.part_bytes;
-    s.bytes = s.constants_at + 6 * s.constant_bytes;
+    s.bytes = s.constants_at + 5 * s.constant_bytes;
     return s;
 }
 
@@ -155,7 +155,7 @@ Index gradient_shared_bytes(const Grid& g, DType dtype) {
 
 Index channel_shared_bytes(const Grid& g, DType dtype, bool gradient) {
     const Index T = compute_bytes(dtype), warps = block_threads / 32;
-    const Index front = round_up(warps * (4 + 2) * 8 + T * (3 * warps + 2 * warps + 6), 16);
+    const Index front = round_up(warps * (4 + 2) * 8 + T * (3 * warps + 2 * warps + 5), 16);
     const Index parts = round_up(3 * g.chunks * g.pack * T, 16);
     return front + parts + 16 * g.chunks * g.chunk_rows * g.row_vectors * (gradient ? 2 : 1);
 }
@@ -166,7 +166,7 @@ Parts ScratchLayout::parts(void* scratch) const {
 }
 Constants ScratchLayout::constants(void* scratch) const {
     auto at = [&](Index i) { return static_cast<char*>(scratch) + constants_at + i * constant_bytes; };
-    return {at(0), at(1), at(2), at(3), at(4), at(5)};
+    return {at(0), at(1), at(2), at(3), at(4)};
 }
 
 Plan make_plan(const PlanRequest& r, const DeviceLimits& device) {

@@ -6,7 +6,7 @@
 
 namespace bnfast::cuda {
 
-constexpr int apply_in_flight = 2;  // of x and of the residual each; 4 spill at 64 registers
+constexpr int apply_in_flight = 2;  // of x and of the residual each; 3 blocks per SM have 24 KB in flight
 
 // NaN fails every comparison, so it passes through; a NaN bound is no bound.
 template <Act act, class T> __device__ __forceinline__ T activate(T z, T bound, T slope) {

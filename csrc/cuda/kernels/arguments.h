@@ -47,8 +47,8 @@ struct ActivationArgs {
 
 // Per-channel constants in the compute type T (float, or double for float64 x): C values each.
 struct Constants {
-    void *mean_hi, *scale, *shift;         // pre-activation: (x - mean_hi)*scale + shift
-    void *mean_dy, *dx_slope, *dx_offset;  // dx = scale*(g - mean_dy) + (dx_slope*(x - mean_hi) + dx_offset)
+    void *mean_hi, *scale, *shift;  // pre-activation: (x - mean_hi)*scale + shift
+    void *dx_slope, *dx_offset;     // dx = scale*g + (dx_slope*(x - mean_hi) + dx_offset)
 };
 
 // Results of the reduce step, one per part and channel, in T: [parts][C], part = chunk*pack + row within packed row.

@@ -16,10 +16,10 @@ template <class X> struct ChannelShared {
     FinalizeShared finalize;
     RowShared<T> moments;
     GradientRowShared<T> gradient;
-    T constants[6];
+    T constants[5];
 
     __device__ __forceinline__ Constants channel_constants() {
-        return {constants, constants + 1, constants + 2, constants + 3, constants + 4, constants + 5};
+        return {constants, constants + 1, constants + 2, constants + 3, constants + 4};
     }
 };
 

@@ -5,8 +5,8 @@
 //   infer      the same from the moving statistics
 //   constants  scale = gamma*invstd, shift = beta - mean_lo*scale
 //   gradient   dbeta = sum(g), dgamma = (sum(g*(x - mean_hi)) - mean_lo*sum(g))*invstd, and the constants of dx:
-//              mean_dy = sum(g)/M,  dx_slope = -scale*invstd*dgamma/M + 2*dvariance/M,
-//              dx_offset = dmean/M - dx_slope*mean_lo - (rounding error of mean_dy)*scale
+//              dx_slope = -scale*invstd*dgamma/M + 2*dvariance/M,
+//              dx_offset = dmean/M - scale*sum(g)/M - dx_slope*mean_lo
 // An empty batch (no parts) has mean and variance 0, and leaves the moving statistics as they are.
 #pragma once
 #include "layout.cuh"
@@ -138,15 +138,13 @@ __device__ void finalize_gradient(const GradientArgs& a, Index c, const Gradient
     const double mean = value_of(a.mean, c, 0), invstd = value_of(a.invstd, c, 0);
     const Affine affine = Affine::of<T>(mean, invstd, value_of(a.gamma, c, 1), value_of(a.beta, c, 0));
     const double dgamma = (s.dy_centered_x - affine.mean_lo * s.dy) * invstd;
-    const double mean_dy = s.dy * inverse;
     const double slope = -affine.scale * invstd * (dgamma * inverse) + 2 * value_of(a.dvariance, c, 0) * inverse;
-    const double lost = (mean_dy - double(T(mean_dy))) * affine.scale;
+    const double offset = value_of(a.dmean, c, 0) * inverse - affine.scale * (s.dy * inverse) - slope * affine.mean_lo;
     store1<T>(constants.mean_hi, constant_at, T(mean));
     store1<T>(constants.scale, constant_at, T(affine.scale));
     store1<T>(constants.shift, constant_at, T(affine.shift));
-    store1<T>(constants.mean_dy, constant_at, T(mean_dy));
     store1<T>(constants.dx_slope, constant_at, T(slope));
-    store1<T>(constants.dx_offset, constant_at, T(value_of(a.dmean, c, 0) * inverse - slope * affine.mean_lo - lost));
+    store1<T>(constants.dx_offset, constant_at, T(offset));
     set_value(a.dgamma, c, dgamma);
     set_value(a.dbeta, c, s.dy);
 }

@@ -3,7 +3,7 @@
 //   g          = the upstream gradient dy times the activation's derivative, at the pre-activation recomputed from x,
 //   or
 //                at the forward's y; nothing was stored for it
-//   dx         = scale*(g - mean_dy) + (dx_slope*(x - mean_hi) + dx_offset)
+//   dx         = scale*g + (dx_slope*(x - mean_hi) + dx_offset)
 //   frozen     dx = scale*g
 //   dresidual  = g, if given
 // finalize.cuh makes the constants between the two steps.
@@ -51,11 +51,8 @@ template <class X, Act act, int step> struct Gate {
     T mean_hi[count], scale[count], shift[count], bound, slope;
     bool has_input, input_is_y;
 
-    // From the statistics, before finalize has made the constants. c counts channels for columns.
-    __device__ __forceinline__ Gate(const GradientArgs& a, Index c) : bound(T(a.activation.bound)) {
-        slope = T(a.activation.negative_slope);
-        has_input = act != Act::none && a.gate_input;
-        input_is_y = a.gate_input_is_y;
+    // From the statistics, before finalize has made the constants. c: the first value's channel.
+    __device__ __forceinline__ Gate(const GradientArgs& a, Index c) : Gate(a) {
         UNROLL for (int i = 0; i < count; ++i) {
             const double mean = value_of(a.mean, c, 0);
             const Affine affine =
@@ -64,6 +61,15 @@ template <class X, Act act, int step> struct Gate {
             scale[i] = T(affine.scale);
             shift[i] = T(affine.shift);
             c = ColumnItem<X>::next(a.grid, c);
+        }
+    }
+    // From the same constants, as finalize has stored them.
+    __device__ __forceinline__ Gate(const GradientArgs& a, const Constants& constants, Index at) : Gate(a) {
+        UNROLL for (int i = 0; i < count; ++i) {
+            mean_hi[i] = load1<T>(constants.mean_hi, at);
+            scale[i] = load1<T>(constants.scale, at);
+            shift[i] = load1<T>(constants.shift, at);
+            at = ColumnItem<X>::next(a.grid, at);
         }
     }
     __device__ __forceinline__ void operator()(const Raw& dy, const Raw& x, const Raw& input, T* g,
@@ -81,6 +87,13 @@ template <class X, Act act, int step> struct Gate {
             centered_x[i] -= mean_hi[i * step];
         }
     }
+
+private:
+    __device__ __forceinline__ explicit Gate(const GradientArgs& a)
+        : bound(T(a.activation.bound)),
+          slope(T(a.activation.negative_slope)),
+          has_input(act != Act::none && a.gate_input),
+          input_is_y(a.gate_input_is_y) {}
 };
 
 // ---- reduce ---------------------------------------------------------------------------------------------------------
@@ -213,14 +226,12 @@ template <class X, Act act, int step> struct GradientWriter {
     using T = typename X::T;
     static constexpr int count = step ? X::V : 1;
     Gate<X, act, step> gated;
-    T mean_dy[count], dx_slope[count], dx_offset[count];
+    T dx_slope[count], dx_offset[count];
     bool frozen, reads_x;
 
-    __device__ __forceinline__ GradientWriter(const GradientArgs& a, const Constants& constants, Index c,
-                                              Index constant_at)
-        : gated(a, c), frozen(!a.training), reads_x(!frozen || act != Act::none) {
+    __device__ __forceinline__ GradientWriter(const GradientArgs& a, const Constants& constants, Index constant_at)
+        : gated(a, constants, constant_at), frozen(!a.training), reads_x(!frozen || act != Act::none) {
         UNROLL for (int i = 0; i < count; ++i) {
-            mean_dy[i] = load1<T>(constants.mean_dy, constant_at);
             dx_slope[i] = load1<T>(constants.dx_slope, constant_at);
             dx_offset[i] = load1<T>(constants.dx_offset, constant_at);
             constant_at = ColumnItem<X>::next(a.grid, constant_at);
@@ -236,7 +247,7 @@ template <class X, Act act, int step> struct GradientWriter {
             UNROLL for (int i = 0; i < X::V; ++i) {
                 const int k = i * step;
                 const T from_x = fma_rn(dx_slope[k], x[i], dx_offset[k]);
-                g[i] = frozen ? gated.scale[k] * g[i] : fma_rn(gated.scale[k], g[i] - mean_dy[k], from_x);
+                g[i] = frozen ? gated.scale[k] * g[i] : fma_rn(gated.scale[k], g[i], from_x);
             }
             store<X>(a.dx, p.at, X::pack(g), p.valid, a.aligned);
         }
@@ -247,8 +258,8 @@ template <class X, Act act> __device__ void apply_gradient_columns(const Gradien
     const Grid& grid = a.grid;
     const ColumnItem<X> it(grid, item);
     if (it.rows == 0 && !it.tail) return;
-    const Index size = size_of(grid), c = it.channel(grid);
-    const GradientWriter<X, act, 1> writer(a, a.constants, c, c);
+    const Index size = size_of(grid);
+    const GradientWriter<X, act, 1> writer(a, a.constants, it.channel(grid));
     const bool reads_gate = writer.gated.has_input;
     for (int base = it.lane; base < it.rows; base += tile_lanes * gradient_in_flight) {
         GradientBatch<X> batch;
@@ -272,7 +283,7 @@ __device__ void apply_gradient_rows(const GradientArgs& a, const Constants& cons
     const Grid& grid = a.grid;
     const RowItem<X> it(grid, item);
     const Index size = size_of(grid);
-    const GradientWriter<X, act, 0> writer(a, constants, it.channel, constant_at);
+    const GradientWriter<X, act, 0> writer(a, constants, constant_at);
     const bool reads_gate = writer.gated.has_input;
     int number = int(threadIdx.x);
     for (RowWalk<X> walk(grid, it); walk.more();) {

@@ -3,7 +3,7 @@
 #pragma once
 #include "channel.cuh"
 
-// `blocks` per SM bound the registers: 2 leave 128 per thread, 4 leave 64.
+// `blocks` per SM bound the registers: 2 leave 128 per thread, 3 leave 80.
 #define BNFAST_KERNEL(name, blocks, Args, ...)                                        \
     extern "C" __global__ void __launch_bounds__(bnfast::cuda::block_threads, blocks) \
         bnfast_##name(const __grid_constant__ bnfast::cuda::Args args) {              \
@@ -24,7 +24,7 @@
 
 // Per dtype and activation: X, its name, the activation.
 #define BNFAST_sweep_apply(X, type, act) \
-    BNFAST_KERNEL(sweep_apply_##type##_##act, 4, ForwardArgs, sweep_apply<X, Act::act>)
+    BNFAST_KERNEL(sweep_apply_##type##_##act, 3, ForwardArgs, sweep_apply<X, Act::act>)
 #define BNFAST_sweep_gradient(X, type, act) \
     BNFAST_KERNEL(sweep_gradient_##type##_##act, 2, GradientArgs, sweep_gradient<X, Act::act>)
 #define BNFAST_sweep_apply_gradient(X, type, act) \
