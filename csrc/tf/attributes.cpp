@@ -23,6 +23,13 @@ public:
         if (count > 1) throw Failure{TF_INVALID_ARGUMENT, std::string(name) + " must be 0 or 1"};
         return count == 1;
     }
+    int zero_or_one(const char* name) const {
+        const std::int64_t value = integer(name);
+        if (value > 1)
+            throw Failure{TF_INVALID_ARGUMENT,
+                          std::string(name) + " must be 0 or 1. Received: " + std::to_string(value)};
+        return int(value);
+    }
     int type(const char* name) const {
         int value = 0;
         TF_OpKernelConstruction_GetAttrType(context_, name, &value, status_);
@@ -67,7 +74,7 @@ Attributes read_train_attributes(TF_OpKernelConstruction* context) {
     Attributes a = reader.common();
     a.mask = reader.optional("num_mask");
     a.residual = reader.optional("num_residual");
-    a.correction = int(reader.integer("correction"));
+    a.correction = reader.zero_or_one("correction");
     a.nan_policy = NanPolicy(reader.choice("nan_policy", {"propagate", "skip_update"}));
     return a;
 }

@@ -42,6 +42,9 @@ Tensor Call::output_in(int i, std::initializer_list<int> candidates, const Dims&
 }
 
 Shape Call::shape(const Dims& dims, std::int64_t axis) const {
+    if (axis < -dims.rank || axis >= dims.rank)  // before it is an int: 2**32 would be 0
+        throw Failure{TF_INVALID_ARGUMENT, "axis must lie in [-" + std::to_string(dims.rank) + ", " +
+                                               std::to_string(dims.rank) + "). Received: " + std::to_string(axis)};
     Shape shape;
     Message message;
     require_fine(core->shape_of(dims.extents, dims.rank, int(axis), shape, message), message);

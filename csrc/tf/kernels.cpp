@@ -1,5 +1,6 @@
 #include "kernels.h"
 
+#include <cmath>
 #include <memory>
 
 #include "signatures.h"
@@ -38,6 +39,14 @@ private:
         if (mask.dims().size() != shape.per_channel())
             throw Failure{TF_INVALID_ARGUMENT, "mask must have " + std::to_string(shape.per_channel()) +
                                                    " values, one for all channels. Received: " + mask.dims().text()};
+        if (type == TF_DOUBLE) require_weights(static_cast<const double*>(mask.data()), shape.per_channel());
+        else require_weights(static_cast<const float*>(mask.data()), shape.per_channel());
+    }
+    template <class T> static void require_weights(const T* weights, std::int64_t n) {
+        for (std::int64_t i = 0; i < n; ++i)
+            if (!(weights[i] >= 0 && std::isfinite(weights[i])))
+                throw Failure{TF_INVALID_ARGUMENT,
+                              "mask must hold finite weights of at least 0. Received: " + std::to_string(weights[i])};
     }
 };
 

@@ -271,3 +271,75 @@ def test_gradient_of_x_with_itself_in_place():
     wanted = bnfast.batch_norm_grad(x, x, mean, invstd).dx
     both = x.copy()
     same([bnfast.batch_norm_grad(both, both, mean, invstd, out=both).dx], [wanted])
+
+
+class Liar:
+    """A DLPack producer that says what it likes."""
+
+    def __init__(self, device=(1, 0), **fields):
+        self.device, self.fields = device, fields
+
+    def __dlpack_device__(self):
+        if isinstance(self.device, Exception):
+            raise self.device
+        return self.device
+
+    def __dlpack__(self, **_):
+        return capsule(**self.fields)
+
+
+class Managed(ctypes.Structure):
+    """DLManagedTensor of DLPack, version 0."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p), ("device_type", ctypes.c_int32), ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32), ("code", ctypes.c_uint8), ("bits", ctypes.c_uint8), ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)), ("strides", ctypes.c_void_p), ("byte_offset", ctypes.c_uint64),
+        ("context", ctypes.c_void_p), ("deleter", ctypes.c_void_p),
+    )  # fmt: skip
+
+
+KEPT = []
+
+
+def capsule(data=0, shape=(4, 3), bits=32):
+    extents = (ctypes.c_int64 * len(shape))(*shape)
+    tensor = Managed(data, 1, 0, len(shape), 2, bits, 1, extents, None, 0, None, None)
+    KEPT.extend((extents, tensor))
+    new = ctypes.pythonapi.PyCapsule_New
+    new.restype, new.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+    return new(ctypes.addressof(tensor), b"dltensor", None)
+
+
+def test_a_dlpack_tensor_of_our_own_is_read():
+    values = np.arange(12, dtype="float32").reshape(4, 3)
+    given = Liar(data=values.ctypes.data)
+    same(bnfast.batch_norm_train(given), bnfast.batch_norm_train(values))
+
+
+def test_a_null_pointer_is_an_error():
+    """NumPy allocates memory for it, and the result would be what lay there."""
+    with pytest.raises(TypeError, match=r"x must have memory of its own. Received: a null pointer for shape \(4, 3\)"):
+        bnfast.batch_norm_train(Liar())
+    assert bnfast.batch_norm_train(Liar(shape=(0, 3))).y.shape == (0, 3)
+
+
+@pytest.mark.parametrize("device", [None, 1, (), {}, ("cpu", 0), (1,), (1.0, 0), RuntimeError("no")], ids=repr)
+def test_a_device_that_is_none_is_an_error(device):
+    with pytest.raises(TypeError, match=r"x.__dlpack_device__\(\) must return two integers. Received: "):
+        bnfast.batch_norm_train(Liar(device))
+
+
+@pytest.mark.parametrize("fields", [{"bits": 24}, {"shape": (-1, 3), "data": 64}], ids=str)
+def test_a_dlpack_tensor_that_cannot_be_is_an_error(fields):
+    with pytest.raises((TypeError, ValueError), match="x"):
+        bnfast.batch_norm_train(Liar(**{"data": np.zeros(99).ctypes.data, **fields}))
+
+
+def test_a_producer_that_raises_is_an_error_with_the_name():
+    class Raises(Liar):
+        def __dlpack__(self, **_):
+            raise KeyError("gone")
+
+    with pytest.raises(TypeError, match=r"x could not be read through DLPack \(Raises\): 'gone'"):
+        bnfast.batch_norm_train(Raises())

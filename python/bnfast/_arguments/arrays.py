@@ -6,6 +6,8 @@ are read in place. NumPy's DLPack reader has no bfloat16, so bfloat16 tensors ta
 
 from __future__ import annotations
 
+import operator
+import struct
 import sys
 from typing import Any, TypeAlias
 
@@ -28,11 +30,36 @@ def as_array(name: str, value: Any) -> Array:
     if hasattr(value, "__dlpack__") and hasattr(value, "__dlpack_device__"):
         return _from_dlpack(name, value)
     try:
-        return _native_byte_order(np.asarray(memoryview(value)))
+        view = memoryview(value)
     except (TypeError, ValueError, BufferError):
         raise TypeError(
             f"{name} must be a NumPy array or have the buffer protocol or __dlpack__. Received: {type(value).__name__}"
         ) from None
+    return _native_byte_order(_from_buffer(name, view))
+
+
+def _from_buffer(name: str, view: memoryview) -> Array:
+    """A producer's words are checked: NumPy believes the format and warns at most."""
+    try:
+        size = struct.calcsize(view.format)
+    except struct.error:
+        size = view.itemsize  # a format of PEP 3118 that `struct` doesn't know: NumPy reads it or raises
+    if size != view.itemsize:
+        raise TypeError(
+            f"{name} must have items of {size} bytes, as its format {view.format!r} says. Received: {view.itemsize}"
+        )
+    try:
+        array = np.asarray(view)
+    except (TypeError, ValueError, BufferError, NotImplementedError) as error:
+        raise TypeError(f"{name} has a buffer that NumPy can't read: {error}") from error
+    return _borrowed(name, array)
+
+
+def _borrowed(name: str, array: Array) -> Array:
+    """The array, if its memory is the producer's. For a null pointer NumPy allocates memory that holds anything."""
+    if array.size and array.flags.owndata:
+        raise TypeError(f"{name} must have memory of its own. Received: a null pointer for shape {array.shape}")
+    return array
 
 
 def _native_byte_order(array: Array) -> Array:
@@ -45,15 +72,27 @@ def _native_byte_order(array: Array) -> Array:
 def _from_dlpack(name: str, value: Any) -> Array:
     if getattr(value, "requires_grad", False):
         raise TypeError(f"{name} must be detached, as bnfast records no gradients. Received: requires_grad=True")
-    device = value.__dlpack_device__()
+    device = _device_of(name, value)
     if device[0] not in HOST_DEVICES:
-        raise TypeError(f"{name} must be in the CPU's memory. Received: DLPack device {tuple(map(int, device))}")
+        raise TypeError(f"{name} must be in the CPU's memory. Received: DLPack device {device}")
     if "bfloat16" in str(getattr(value, "dtype", "")):
         return _from_bfloat16(name, value)
     try:
-        return np.from_dlpack(value)
-    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        array = np.from_dlpack(value)
+    except Exception as error:  # a producer may raise anything
         raise TypeError(f"{name} could not be read through DLPack ({type(value).__name__}): {error}") from error
+    return _borrowed(name, array)
+
+
+def _device_of(name: str, value: Any) -> tuple[int, int]:
+    received: Any = None
+    try:
+        received = value.__dlpack_device__()
+        kind, index = received
+        return operator.index(kind), operator.index(index)
+    except Exception as error:  # a producer may raise anything
+        text = f"{received!r}" if received is not None else f"{type(error).__name__}: {error}"
+        raise TypeError(f"{name}.__dlpack_device__() must return two integers. Received: {text}") from error
 
 
 def _from_bfloat16(name: str, value: Any) -> Array:
