@@ -1,0 +1,14 @@
+# Sets kernel_sources_cpp: a C++ file that holds the text of every kernel header, for NVRTC.
+set(files arguments.h device.h types.cuh layout.cuh moments.cuh finalize.cuh apply.cuh gradient.cuh sweeps.cuh
+  channel.cuh instances.cuh)
+set(text "#include \"cuda/compiler.h\"\n\nconst std::vector<bnfast::cuda::KernelSource>& bnfast::cuda::kernel_sources() {\n")
+string(APPEND text "    static const std::vector<KernelSource> all = {\n")
+foreach(file IN LISTS files)
+  set(path ${CMAKE_CURRENT_LIST_DIR}/kernels/${file})
+  set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${path})
+  file(READ ${path} content)
+  string(APPEND text "        {\"${file}\", R\"bnfast(${content})bnfast\"},\n")
+endforeach()
+string(APPEND text "    };\n    return all;\n}\n")
+set(kernel_sources_cpp ${CMAKE_CURRENT_BINARY_DIR}/cuda_kernel_sources.cpp)
+file(CONFIGURE OUTPUT ${kernel_sources_cpp} CONTENT "${text}" @ONLY)
