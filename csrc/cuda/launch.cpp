@@ -1,0 +1,194 @@
+// The calls of bnfast/cuda.h: check, plan, then one launch per step of the plan.
+#include <limits>
+
+#include "check.h"
+#include "cuda/driver.h"
+
+namespace bnfast::cuda {
+namespace {
+
+void require(bool valid, const char* message) {
+    if (!valid) throw std::invalid_argument(message);
+}
+
+void check_activation(bnfast::Activation a) {
+    require(gated_by_y(a), "activation must be none, relu, relu6 or leaky_relu on a CUDA device");
+}
+
+Act act_of(bnfast::Activation a, double slope) {
+    if (a == bnfast::Activation::none) return Act::none;
+    return a == bnfast::Activation::leaky_relu && slope != 0 ? Act::leaky : Act::relu;  // 0*-inf would be NaN
+}
+ActivationArgs activation_args(bnfast::Activation a, double slope) {
+    return {a == bnfast::Activation::relu6 ? 6 : std::numeric_limits<double>::quiet_NaN(), slope};
+}
+
+ParamVector vector_of(const ConstVector& v) { return {v.data, v.dtype == DType::float64}; }
+ParamOutput vector_of(const Vector& v) { return {v.data, v.dtype == DType::float64}; }
+
+bool aligned(std::initializer_list<const void*> tensors) {
+    for (const void* p : tensors)
+        if (reinterpret_cast<std::uintptr_t>(p) % 16) return false;
+    return true;
+}
+
+void check_call(const TrainArgs& a) {
+    check(a);
+    check_activation(a.activation);
+    require(!a.mask, "mask is not supported on a CUDA device");
+    require(a.nan_policy != NanPolicy::raise, "nan_policy must be propagate or skip_update on a CUDA device");
+}
+void check_call(const InferArgs& a) {
+    check(a);
+    check_activation(a.activation);
+}
+void check_call(const GradArgs& a) {
+    check(a);
+    check_activation(a.activation);
+    require(!a.mask, "mask is not supported on a CUDA device");
+}
+void check_call(const MomentsArgs& a) {
+    check(a);
+    require(!a.mask, "mask is not supported on a CUDA device");
+}
+
+PlanRequest request_of(const TrainArgs& a) {
+    return {a.shape, a.dtype, Call::train, Form::automatic, a.residual ? 2 : 1, 1};
+}
+PlanRequest request_of(const InferArgs& a) {
+    return {a.shape, a.dtype, Call::infer, Form::automatic, a.residual ? 2 : 1, 1};
+}
+PlanRequest request_of(const GradArgs& a) {
+    return {a.shape, a.dtype, Call::gradient, Form::automatic, a.residual || a.y ? 3 : 2, a.dresidual ? 2 : 1};
+}
+PlanRequest request_of(const MomentsArgs& a) { return {a.shape, a.dtype, Call::moments, Form::automatic, 1, 0}; }
+
+// One planned call: launches its steps with the same arguments.
+template <class Args> class Steps {
+public:
+    Steps(const PlanRequest& request, const Launch& launch, Act act, Args& args)
+        : device_(current_device()),
+          plan_(make_plan(request, device_.limits)),
+          dtype_(request.dtype),
+          act_(act),
+          launch_(launch),
+          args_(args) {
+        require(launch.scratch || plan_.scratch.bytes == 0, "scratch must not be null");
+        require(reinterpret_cast<std::uintptr_t>(launch.scratch) % 256 == 0, "scratch must be 256-byte aligned");
+        args_.grid = plan_.grid;
+        args_.parts = plan_.scratch.parts(launch.scratch);
+        args_.constants = plan_.scratch.constants(launch.scratch);
+    }
+    bool by_channel() const { return plan_.form == Form::channel; }
+    void reduce(Family f) { run(f, plan_.reduce_blocks, plan_.reduce_shared); }
+    void finalize(Family f) { run(f, plan_.finalize_blocks, plan_.finalize_shared); }
+    void apply(Family f) { run(f, plan_.apply_blocks, 0); }
+
+private:
+    void run(Family family, unsigned blocks, Index shared) {
+        launch_kernel({family, dtype_, act_}, device_, blocks, shared, launch_.stream, &args_);
+    }
+    const Device& device_;
+    Plan plan_;
+    DType dtype_;
+    Act act_;
+    Launch launch_;
+    Args& args_;
+};
+
+template <class Args> std::size_t planned_scratch(const Args& a) {
+    check_call(a);
+    return std::size_t(make_plan(request_of(a), current_device().limits).scratch.bytes);
+}
+
+}  // namespace
+
+std::size_t scratch_bytes(const TrainArgs& a) { return planned_scratch(a); }
+std::size_t scratch_bytes(const InferArgs& a) { return planned_scratch(a); }
+std::size_t scratch_bytes(const GradArgs& a) { return planned_scratch(a); }
+std::size_t scratch_bytes(const MomentsArgs& a) { return planned_scratch(a); }
+
+void train(const TrainArgs& a, const Launch& launch) {
+    check_call(a);
+    ForwardArgs f{};
+    f.x = a.x;
+    f.residual = a.residual;
+    f.y = a.y;
+    f.aligned = aligned({a.x, a.y, a.residual});
+    f.gamma = vector_of(a.gamma);
+    f.beta = vector_of(a.beta);
+    f.moving_mean = vector_of(a.moving_mean);
+    f.moving_variance = vector_of(a.moving_variance);
+    f.momentum = a.momentum;
+    f.epsilon = a.epsilon;
+    f.correction = a.correction;
+    f.skip_non_finite = a.nan_policy == NanPolicy::skip_update;
+    f.activation = activation_args(a.activation, a.negative_slope);
+    f.mean = a.mean;
+    f.variance = a.variance;
+    f.invstd = a.invstd;
+    Steps<ForwardArgs> steps(request_of(a), launch, act_of(a.activation, a.negative_slope), f);
+    if (steps.by_channel()) return steps.reduce(Family::channel_train);
+    steps.reduce(Family::sweep_moments);
+    steps.finalize(Family::sweep_finalize_train);
+    steps.apply(Family::sweep_apply);
+}
+
+void infer(const InferArgs& a, const Launch& launch) {
+    check_call(a);
+    ForwardArgs f{};
+    f.x = a.x;
+    f.residual = a.residual;
+    f.y = a.y;
+    f.aligned = aligned({a.x, a.y, a.residual});
+    f.gamma = vector_of(a.gamma);
+    f.beta = vector_of(a.beta);
+    f.mean_in = vector_of(a.moving_mean);
+    f.variance_in = vector_of(a.moving_variance);
+    f.epsilon = a.epsilon;
+    f.activation = activation_args(a.activation, a.negative_slope);
+    Steps<ForwardArgs> steps(request_of(a), launch, act_of(a.activation, a.negative_slope), f);
+    steps.finalize(Family::sweep_finalize_inference);
+    steps.apply(Family::sweep_apply);
+}
+
+void moments(const MomentsArgs& a, const Launch& launch) {
+    check_call(a);
+    ForwardArgs f{};
+    f.x = a.x;
+    f.aligned = aligned({a.x});
+    f.mean = a.mean;
+    f.variance = a.variance;
+    Steps<ForwardArgs> steps(request_of(a), launch, Act::none, f);
+    steps.reduce(Family::sweep_moments);
+    steps.finalize(Family::sweep_finalize_train);
+}
+
+void grad(const GradArgs& a, const Launch& launch) {
+    check_call(a);
+    GradientArgs g{};
+    g.dy = a.dy;
+    g.x = a.x;
+    g.gate_input = a.y ? a.y : a.residual;
+    g.gate_input_is_y = a.y != nullptr;
+    g.dx = a.dx;
+    g.dresidual = a.dresidual;
+    g.aligned = aligned({a.dy, a.x, a.dx, g.gate_input, a.dresidual});
+    g.mean = vector_of(a.mean);
+    g.invstd = vector_of(a.invstd);
+    g.gamma = vector_of(a.gamma);
+    g.beta = vector_of(a.beta);
+    g.dmean = vector_of(a.dmean);
+    g.dvariance = vector_of(a.dvariance);
+    g.training = a.training;
+    g.activation = activation_args(a.activation, a.negative_slope);
+    g.dgamma = vector_of(a.dgamma);
+    g.dbeta = vector_of(a.dbeta);
+    Steps<GradientArgs> steps(request_of(a), launch, act_of(a.activation, a.negative_slope), g);
+    if (steps.by_channel()) return steps.reduce(Family::channel_gradient);
+    steps.reduce(Family::sweep_gradient);
+    steps.finalize(Family::sweep_finalize_gradient);
+    steps.apply(Family::sweep_apply_gradient);
+}
+
+}  // namespace bnfast::cuda

@@ -1,0 +1,38 @@
+// bnfast on a CUDA device: the functions of bnfast.h over device memory, on a stream of the caller.
+//
+// Every pointer of the arguments, the vectors and results included, is device memory of the current context. The calls
+// launch kernels and return; they allocate nothing, read nothing back and don't synchronize, so they can be captured in
+// a graph, once a first call has loaded the kernels. Results depend on values, shape, dtype and axis alone: not on the
+// device, stream, form or schedule. They aren't the CPU's bits.
+//
+// Scratch memory is the caller's: `scratch_bytes(args)` bytes, 256-byte aligned, used until the launched work is done.
+// They throw std::invalid_argument for a bad argument or for what isn't there yet (masks, other activations than the
+// ReLUs, NanPolicy::raise), Error for a driver or kernel that fails.
+#pragma once
+#include <cstddef>
+#include <stdexcept>
+
+#include "bnfast/bnfast.h"
+
+namespace bnfast::cuda {
+
+struct Error : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
+struct Launch {
+    void* stream = nullptr;   // a CUstream or cudaStream_t
+    void* scratch = nullptr;  // may be null if scratch_bytes is 0
+};
+
+std::size_t scratch_bytes(const TrainArgs& args);
+std::size_t scratch_bytes(const InferArgs& args);
+std::size_t scratch_bytes(const GradArgs& args);
+std::size_t scratch_bytes(const MomentsArgs& args);
+
+void train(const TrainArgs& args, const Launch& launch);
+void infer(const InferArgs& args, const Launch& launch);
+void grad(const GradArgs& args, const Launch& launch);
+void moments(const MomentsArgs& args, const Launch& launch);
+
+}  // namespace bnfast::cuda
