@@ -10,7 +10,7 @@ import families
 import tensorflow as tf
 from bnfast.keras import accelerate, report, to_keras
 
-STEPS = {"", "add", "relu", "relu6", "add + relu"}
+STEPS = {"", "add", "relu", "relu6", "add + relu", "silu", "hard_silu"}
 FUSED = {"DenseNet121": 121, "MobileNet": 27, "MobileNetV2": 45, "ResNet50": 49}  # batch norms with an operation
 
 
