@@ -299,3 +299,31 @@ def test_ghosts_of_tf_keras(need, axis):
     for each in (source, {"config": source.get_config(), "weights": source.get_weights()}):
         close(BatchNormalization.from_keras(each)(x), source(x))
     close(BatchNormalization.from_keras(source)(x, training=True), source(x, training=True))
+
+
+def test_a_function_that_only_has_the_name_of_an_activation_is_refused(need):
+    """keras.ops.gelu is the tanh form, keras.activations.gelu the exact one; a script's elu may be anything."""
+
+    keras = need("keras")
+    from bnfast.keras import BatchNormalization as Layer
+
+    def elu(z):
+        return keras.activations.elu(z, alpha=0.3)
+
+    for activation in (keras.ops.gelu, elu):
+        source = Layer(activation=activation)
+        source.build((None, 3))
+        with pytest.raises(
+            ValueError, match="activation must be a function of keras"
+        ):
+            BatchNormalization.from_keras(source)
+    source = Layer(activation=keras.activations.gelu)
+    source.build((None, 3))
+    assert BatchNormalization.from_keras(source).activation == "gelu"
+
+
+def test_gelu_tanh_has_no_name_in_keras():
+    layer = BatchNormalization(activation="gelu_tanh")
+    layer(np.zeros((4, 3)), training=True)
+    with pytest.raises(ValueError, match="Received: 'gelu_tanh'"):
+        layer.to_keras()

@@ -14,6 +14,7 @@ Keras is never imported here.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -116,7 +117,7 @@ def _non_default_options(layer: Layer) -> dict[str, Any]:
         raise ValueError(f'negative_slope must be 0.2, which "leaky_relu" means in Keras. Received: {slope}')
     options: dict[str, Any] = {}
     if layer.activation is not None:
-        options["activation"] = layer.activation
+        options["activation"] = _name_in_keras(layer.activation)
     if layer.correction:
         options["correction"] = layer.correction
     if layer.nan_policy != "propagate":
@@ -295,9 +296,21 @@ def _extents(axis: Any, theirs: Any) -> tuple[int, ...]:
     return tuple(shape[i] for i in sorted({one % len(shape) for one in axes}))
 
 
+def _name_in_keras(activation: str) -> str:
+    if activation == "gelu_tanh":
+        raise ValueError("activation must be one that Keras has a name for. Received: 'gelu_tanh'")
+    return activation
+
+
 def _activation(activation: Any) -> str | None:
-    """None or the name of one of our activations, from a name or a Keras function of that name."""
+    """None or the name of one of our activations, from a name or from the function of keras.activations.
+
+    A function of that name may be another one: keras.ops.gelu is an approximation, and a script has its own.
+    """
     name = activation
     if activation is not None and not isinstance(activation, str):
         name = getattr(activation, "__name__", type(activation).__name__)
+        keras = sys.modules.get("keras")
+        if keras is None or activation is not getattr(keras.activations, name, None):
+            raise ValueError(f"activation must be a function of keras.activations. Received: {activation!r}")
     return checks.activation(None if name == "linear" else name)

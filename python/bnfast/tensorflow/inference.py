@@ -18,16 +18,13 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import tensorflow as tf
-from tensorflow.python.eager import record
 from tensorflow.python.framework.func_graph import FuncGraph
 from tensorflow.python.ops.control_flow_v2_func_graphs import ControlFlowFuncGraph
 
 from . import fusion, op, scalars
 from .batch import Batch, Options, compute_dtype, per_channel
-from .custom_gradient import custom_gradient
 from .folding import fold
 from .reference import SMOOTH, activate
 
@@ -110,34 +107,15 @@ def _fused(batch: Batch, moving: tuple[tf.Tensor, tf.Tensor], options: Options) 
     epsilon = options.epsilon
     if tf.is_tensor(epsilon):  # the op's epsilon is an attribute
         variance, epsilon = variance + tf.cast(epsilon, tf.float32), 0.0
-    gamma = tf.ones_like(mean) if batch.gamma is None else tf.cast(batch.gamma, tf.float32)
-    beta = tf.zeros_like(mean) if batch.beta is None else tf.cast(batch.beta, tf.float32)
-
-    def forward(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, mean: tf.Tensor, variance: tf.Tensor) -> Any:
-        statistics = {"epsilon": epsilon, "is_training": False}
-        y = tf.raw_ops.FusedBatchNormV3(x=x, scale=gamma, offset=beta, mean=mean, variance=variance, **statistics).y
-
-        def backward(dy: tf.Tensor) -> Any:
-            gradient = tf.raw_ops.FusedBatchNormGradV3(
-                y_backprop=dy,
-                x=x,
-                scale=gamma,
-                reserve_space_1=mean,
-                reserve_space_2=variance,
-                reserve_space_3=tf.zeros(0),
-                **statistics,
-            )
-            # TensorFlow's own gradient has none for the statistics.
-            dgamma, dbeta = gradient.scale_backprop, gradient.offset_backprop
-            scale = gamma * tf.math.rsqrt(variance + epsilon)
-            return gradient.x_backprop, dgamma, dbeta, -scale * dbeta, -0.5 * gamma * dgamma / (variance + epsilon)
-
-        return y, backward
-
-    values = batch.x, gamma, beta, mean, variance
-    if tf.executing_eagerly() and not record.could_possibly_record():
-        return forward(*values)[0]
-    return custom_gradient(forward, *values)
+    return tf.raw_ops.FusedBatchNormV3(
+        x=batch.x,
+        scale=tf.ones_like(mean) if batch.gamma is None else tf.cast(batch.gamma, tf.float32),
+        offset=tf.zeros_like(mean) if batch.beta is None else tf.cast(batch.beta, tf.float32),
+        mean=mean,
+        variance=variance,
+        epsilon=epsilon,
+        is_training=False,
+    ).y
 
 
 def _unfused(batch: Batch, moving: tuple[tf.Tensor, tf.Tensor], options: Options) -> tf.Tensor:

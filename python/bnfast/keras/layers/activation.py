@@ -27,7 +27,8 @@ _FUNCTIONS = (
     (keras.activations.relu, Fused("relu")),
     (keras.activations.relu6, Fused("relu6")),
     (keras.activations.leaky_relu, Fused("leaky_relu", 0.2)),
-    *((getattr(keras.activations, name, None), Fused(name)) for name in SMOOTH),  # gelu: Keras's default is exact
+    # gelu: Keras's default is exact. Not sigmoid: Keras's attaches the logits, which binary cross-entropy reads.
+    *((getattr(keras.activations, name, None), Fused(name)) for name in SMOOTH if name != "sigmoid"),
 )
 
 
