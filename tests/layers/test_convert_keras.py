@@ -313,9 +313,7 @@ def test_a_function_that_only_has_the_name_of_an_activation_is_refused(need):
     for activation in (keras.ops.gelu, elu):
         source = Layer(activation=activation)
         source.build((None, 3))
-        with pytest.raises(
-            ValueError, match="activation must be a function of keras"
-        ):
+        with pytest.raises(ValueError, match="activation must be a function of keras"):
             BatchNormalization.from_keras(source)
     source = Layer(activation=keras.activations.gelu)
     source.build((None, 3))
