@@ -57,9 +57,10 @@ def infer(
     Args:
         trace: if given, what reads y may be fused with it. Batch and options then have no residual and no activation.
     """
-    last = fusion.last_operation()
+    on_kernels = _may_run_on_kernels(bridge)
+    last = fusion.last_operation() if on_kernels else 0
     y = fold(batch, moving, options, _normalize)
-    folded, on_kernels = y is not None, _may_run_on_kernels(bridge)
+    folded = y is not None
     if on_kernels and (not folded or options.activation in SMOOTH):
         y = op.infer(batch, moving, options)
     else:

@@ -213,10 +213,10 @@ def train_step(
         moving_variance=moving[1],
         momentum=momentum,
         epsilon=options.epsilon,
-        gamma=[] if gamma is None else [gamma],
-        beta=[] if beta is None else [beta],
+        gamma=_optional(gamma),
+        beta=_optional(beta),
         mask=[] if mask is None else [_weights(mask, x, options.axis)],
-        residual=[] if residual is None else [residual],
+        residual=_optional(residual),
         **attributes,
         **_attributes(options),
     )
@@ -233,9 +233,9 @@ def infer(batch: Batch, moving: tuple[tf.Tensor, tf.Tensor], options: Options) -
         moving_mean=moving[0],
         moving_variance=moving[1],
         epsilon=options.epsilon,
-        gamma=[] if batch.gamma is None else [batch.gamma],
-        beta=[] if batch.beta is None else [batch.beta],
-        residual=[] if batch.residual is None else [batch.residual],
+        gamma=_optional(batch.gamma),
+        beta=_optional(batch.beta),
+        residual=_optional(batch.residual),
         **_attributes(options),
     )
 
@@ -279,14 +279,19 @@ def _grad(
         x=batch.x,
         saved=saved,
         epsilon=options.epsilon,
-        gamma=[] if batch.gamma is None else [batch.gamma],
-        beta=[] if batch.beta is None else [batch.beta],
+        gamma=_optional(batch.gamma),
+        beta=_optional(batch.beta),
         mask=[] if batch.mask is None else [_weights(batch.mask, batch.x, options.axis)],
-        y=[] if y is None else [y],
+        y=_optional(y),
         parameter_type=parameter_type,
         statistics=list(statistics),
         **_attributes(options),
     )
+
+
+def _optional(tensor: tf.Tensor | None) -> list[tf.Tensor]:
+    """An optional input as the ops take it: a list of one tensor or none."""
+    return [] if tensor is None else [tensor]
 
 
 def _weights(mask: tf.Tensor, x: tf.Tensor, axis: int) -> tf.Tensor:
