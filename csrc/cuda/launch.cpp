@@ -96,6 +96,20 @@ private:
     Args& args_;
 };
 
+// What training and inference have in common.
+template <class Args> ForwardArgs forward_args(const Args& a) {
+    ForwardArgs f{};
+    f.x = a.x;
+    f.residual = a.residual;
+    f.y = a.y;
+    f.aligned = aligned({a.x, a.y, a.residual});
+    f.gamma = vector_of(a.gamma);
+    f.beta = vector_of(a.beta);
+    f.epsilon = a.epsilon;
+    f.activation = activation_args(a.activation, a.negative_slope);
+    return f;
+}
+
 template <class Args> std::size_t planned_scratch(const Args& a) {
     check_call(a);
     return std::size_t(make_plan(request_of(a), current_device().limits).scratch.bytes);
@@ -110,20 +124,12 @@ std::size_t scratch_bytes(const MomentsArgs& a) { return planned_scratch(a); }
 
 void train(const TrainArgs& a, const Launch& launch) {
     check_call(a);
-    ForwardArgs f{};
-    f.x = a.x;
-    f.residual = a.residual;
-    f.y = a.y;
-    f.aligned = aligned({a.x, a.y, a.residual});
-    f.gamma = vector_of(a.gamma);
-    f.beta = vector_of(a.beta);
+    ForwardArgs f = forward_args(a);
     f.moving_mean = vector_of(a.moving_mean);
     f.moving_variance = vector_of(a.moving_variance);
     f.momentum = a.momentum;
-    f.epsilon = a.epsilon;
     f.correction = a.correction;
     f.skip_non_finite = a.nan_policy == NanPolicy::skip_update;
-    f.activation = activation_args(a.activation, a.negative_slope);
     f.mean = a.mean;
     f.variance = a.variance;
     f.invstd = a.invstd;
@@ -136,17 +142,9 @@ void train(const TrainArgs& a, const Launch& launch) {
 
 void infer(const InferArgs& a, const Launch& launch) {
     check_call(a);
-    ForwardArgs f{};
-    f.x = a.x;
-    f.residual = a.residual;
-    f.y = a.y;
-    f.aligned = aligned({a.x, a.y, a.residual});
-    f.gamma = vector_of(a.gamma);
-    f.beta = vector_of(a.beta);
+    ForwardArgs f = forward_args(a);
     f.mean_in = vector_of(a.moving_mean);
     f.variance_in = vector_of(a.moving_variance);
-    f.epsilon = a.epsilon;
-    f.activation = activation_args(a.activation, a.negative_slope);
     Steps<ForwardArgs> steps(request_of(a), launch, act_of(a.activation, a.negative_slope), f);
     steps.finalize(Family::sweep_finalize_inference);
     steps.apply(Family::sweep_apply);
