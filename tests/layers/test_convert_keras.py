@@ -325,3 +325,30 @@ def test_gelu_tanh_has_no_name_in_keras():
     layer(np.zeros((4, 3)), training=True)
     with pytest.raises(ValueError, match="Received: 'gelu_tanh'"):
         layer.to_keras()
+
+
+def test_activations_that_are_layers(need):
+    keras = need("keras")
+    from bnfast.keras import BatchNormalization as Layer
+
+    L = keras.layers
+    x = np.random.default_rng(3).normal(size=(12, 3)).astype(np.float32)
+    for activation in (
+        L.Activation("silu"),
+        L.LeakyReLU(0.1),
+        L.ReLU(6),
+        L.ReLU(negative_slope=0.3),
+        L.ELU(),
+        L.ReLU(),
+    ):
+        source = Layer(activation=activation)
+        source(x, training=True)
+        # a float32 rounding apart: Keras's layer normalizes with TensorFlow's ops
+        for each in (source, {"config": source.get_config(), "weights": source.get_weights()}):
+            np.testing.assert_allclose(BatchNormalization.from_keras(each)(x), np.asarray(source(x)), 1e-5, 1e-6)
+        BatchNormalization.from_keras(source).to_keras(source)
+    for activation in (L.ReLU(max_value=3), L.ELU(0.5), L.Softmax(), type("Mine", (L.ReLU,), {})()):
+        source = Layer(activation=activation)
+        source.build((None, 3))
+        with pytest.raises(ValueError, match="activation must be one that the NumPy layer has"):
+            BatchNormalization.from_keras(source)

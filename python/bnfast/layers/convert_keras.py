@@ -78,6 +78,9 @@ def to_keras(layer: Layer, target: Any = None) -> Any:
         config["trainable"] = False
     names = [name for name in (*STATE_ORDER, "batches") if name in state]
     if target is None:
+        if layer.activation == "leaky_relu" and layer.negative_slope != 0.2:
+            wanted = '0.2, which "leaky_relu" means in Keras, or a target with a LeakyReLU be given'
+            raise ValueError(f"negative_slope must be {wanted}. Received: {layer.negative_slope}")
         if not isinstance(layer.axis, int):
             raise ValueError(
                 f"target must be given for several axes, as its weights have the inputs' rank. Received: {target}"
@@ -112,9 +115,6 @@ def _non_default_options(layer: Layer) -> dict[str, Any]:
         raise ValueError(f"adjustment must be {wanted}. Received: {layer.adjustment!r}")
     if layer.nan_policy == "raise":
         raise ValueError('nan_policy must be "propagate" or "skip_update" for Keras. Received: \'raise\'')
-    slope = layer.negative_slope
-    if layer.activation == "leaky_relu" and slope != 0.2:
-        raise ValueError(f'negative_slope must be 0.2, which "leaky_relu" means in Keras. Received: {slope}')
     options: dict[str, Any] = {}
     if layer.activation is not None:
         options["activation"] = _name_in_keras(layer.activation)
@@ -138,7 +138,8 @@ def _check_target(layer: Layer, target: Any) -> None:
     """Raise an error if the target cannot have the options of the layer."""
     if not getattr(target, "built", False):
         raise ValueError("target must be built: call it once, or target.build(input_shape)")
-    if _activation(getattr(target, "activation", None)) != layer.activation:
+    activation, slope = _activation(getattr(target, "activation", None), 0.2)
+    if activation != layer.activation or (activation == "leaky_relu" and slope != layer.negative_slope):
         raise ValueError(f"target must have activation {layer.activation!r}, like this layer. Received: {target!r}")
     for name, default in (("renorm", False), ("num_classes", None), ("adjustment", None)):
         ours, theirs = (getattr(one, name, default) for one in (layer, target))
@@ -178,11 +179,12 @@ def from_keras(cls: type[LayerT], source: Any) -> LayerT:
     if isinstance(source, Mapping):
         config, state = _from_mapping(source)
         ours = "activation" in config  # bnfast.keras always has it in its config
-        activation = _activation(config.get("activation")), config.get("negative_slope", 0.2)
+        activation, slope = _activation(config.get("activation"), config.get("negative_slope", 0.2))
     else:
         config, state = _from_layer(source)
         ours = hasattr(source, "nan_policy")
-        activation = _activation(getattr(source, "activation", None)), float(getattr(source, "negative_slope", 0.2))
+        slope = float(getattr(source, "negative_slope", 0.2))
+        activation, slope = _activation(getattr(source, "activation", None), slope)
     if config.get("adjustment") is not None:
         raise ValueError(f"source must have adjustment=None: it takes tensors. Received: {config['adjustment']}")
     classes = {"num_classes": config["num_classes"]} if config.get("num_classes") is not None else {}
@@ -206,8 +208,8 @@ def from_keras(cls: type[LayerT], source: Any) -> LayerT:
         epsilon=_number("epsilon", config["epsilon"]),
         center=config["center"],
         scale=config["scale"],
-        activation=activation[0],
-        negative_slope=activation[1],
+        activation=activation,
+        negative_slope=slope,
         nan_policy=config.get("nan_policy", "propagate"),
         correction=config.get("correction", int(bool(config.get("fused")) and not ours)),
         trainable=config.get("trainable", True),
@@ -302,15 +304,43 @@ def _name_in_keras(activation: str) -> str:
     return activation
 
 
-def _activation(activation: Any) -> str | None:
-    """None or the name of one of our activations, from a name or from the function of keras.activations.
+def _activation(activation: Any, negative_slope: float) -> tuple[str | None, float]:
+    """None or the name of one of our activations, and the slope of a leaky_relu.
 
-    A function of that name may be another one: keras.ops.gelu is an approximation, and a script has its own.
+    Args:
+        activation: a name, a function of keras.activations, a layer of keras.layers, or the config of either.
+            A function of that name may be another one: keras.ops.gelu is an approximation, and a script has its own.
+        negative_slope: that of a leaky_relu given by name.
     """
-    name = activation
+    if isinstance(activation, Mapping):
+        return _of_layer(activation.get("class_name"), activation.get("config"), activation)
+    keras, name = sys.modules.get("keras"), activation
     if activation is not None and not isinstance(activation, str):
         name = getattr(activation, "__name__", type(activation).__name__)
-        keras = sys.modules.get("keras")
+        if keras is not None and isinstance(activation, keras.layers.Layer):
+            known = getattr(keras.layers, name, None) is type(activation)  # a subclass may compute anything
+            return _of_layer(name if known else None, activation.get_config(), activation)
         if keras is None or activation is not getattr(keras.activations, name, None):
             raise ValueError(f"activation must be a function of keras.activations. Received: {activation!r}")
-    return checks.activation(None if name == "linear" else name)
+    return checks.activation(None if name == "linear" else name), negative_slope
+
+
+def _of_layer(name: Any, config: Any, given: Any) -> tuple[str | None, float]:
+    """The same for a layer of keras.layers, by its name and config."""
+    config = {} if not isinstance(config, Mapping) else dict(config)
+    match name:
+        case "Activation":
+            return _activation(config.get("activation"), 0.2)
+        case "LeakyReLU":
+            slope = float(config.get("negative_slope", 0.3))
+        case "ReLU" if (
+            not config.get("threshold") and config.get("max_value") == 6 and not config.get("negative_slope")
+        ):
+            return "relu6", 0.2
+        case "ReLU" if not config.get("threshold") and config.get("max_value") is None:
+            slope = float(config.get("negative_slope") or 0)
+        case "ELU" if config.get("alpha", 1.0) == 1:
+            return "elu", 0.2
+        case _:
+            raise ValueError(f"activation must be one that the NumPy layer has. Received: {given!r}")
+    return ("relu", 0.2) if slope == 0 else ("leaky_relu", slope)

@@ -33,6 +33,30 @@ def keep(x: tf.Tensor) -> None:
         setattr(x, _SHARED, True)
 
 
+def softplus(x: Any) -> tf.Tensor | None:
+    """log(1 + e^x) without TensorFlow's Softplus, where x is the sum of a convolution with a bias and something else.
+
+    TensorFlow (2.21) makes one op of such a sum and x*tanh(softplus(x)), and then has no kernel for it: "Fusion is not
+    implemented: [BiasAdd,Add,Mish]". Folding puts the convolution and the sum together, so a model would fail that ran
+    before. None for any other tensor.
+    """
+    if not isinstance(x, tf.Tensor) or not tf.inside_function() or _origin(x).type not in ("Add", "AddV2"):
+        return None
+    terms = [_origin(term) for term in _origin(x).inputs]
+    if not any(term.type == "BiasAdd" and _origin(term.inputs[0]).type in ("Conv2D", "Conv3D") for term in terms):
+        return None
+    limit = tf.constant(40, x.dtype)  # e^-40 is below the rounding of 40, in float64 too
+    few = tf.where(x > limit, limit, x)  # not tf.minimum: the gradient of NaN is NaN
+    return tf.where(x > limit, x, tf.math.log1p(tf.exp(few)))
+
+
+def _origin(tensor: tf.Tensor) -> Any:
+    """The op that made a tensor; those that only pass it on don't count."""
+    while tensor.op.type in ("Identity", "IdentityN", "StopGradient"):
+        tensor = tensor.op.inputs[tensor.value_index]
+    return tensor.op
+
+
 def fold(batch: Batch, moving: tuple[tf.Tensor, tf.Tensor], options: Options, infer: Infer) -> tf.Tensor | None:
     """y without residual and activation, or None if no op of these kinds made x in this graph.
 

@@ -16,10 +16,17 @@ from collections.abc import Callable, Mapping, Sequence
 
 import tensorflow as tf
 
-from . import scalars
+from . import folding, scalars
 from .batch import PRIMALS, Batch, Options, compute_dtype, per_channel
 from .pullback import pullback
 from .scalars import Scalar
+
+
+def softplus(z: tf.Tensor) -> tf.Tensor:
+    """log(1 + e^z), in a form that TensorFlow can run where z is the sum of a folded convolution and a residual."""
+    special = folding.softplus(z)
+    return tf.math.softplus(z) if special is None else special
+
 
 # The smooth activations by name, as Keras defines them. The gradient needs z: y alone doesn't tell it.
 SMOOTH: dict[str, Callable[[tf.Tensor], tf.Tensor]] = {
@@ -33,7 +40,7 @@ SMOOTH: dict[str, Callable[[tf.Tensor], tf.Tensor]] = {
     "elu": tf.nn.elu,
     "selu": tf.nn.selu,
     "softplus": tf.math.softplus,
-    "mish": lambda z: z * tf.tanh(tf.math.softplus(z)),
+    "mish": lambda z: z * tf.tanh(softplus(z)),
 }
 
 Merge = Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor, tf.Tensor]]

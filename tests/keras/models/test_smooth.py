@@ -9,7 +9,8 @@ import pytest
 pytest.importorskip("tensorflow")
 import keras
 import tensorflow as tf
-from bnfast.keras import BatchNormalization, accelerate, patch, report
+from bnfast.keras import BatchNormalization, accelerate, fold, patch, report
+from bnfast.tensorflow import folding
 from graph_operations import live
 from keras import layers as L
 from keras_models import randomize, same_steps
@@ -134,6 +135,33 @@ def test_predict_folds_or_takes_one_pass(monkeypatch: pytest.MonkeyPatch) -> Non
         assert (found.count("BnfastInfer"), found.count("Conv2D")) == (inferences, convolutions)
         export = live(tf.function(lambda x, fast=fast: fast(x)).get_concrete_function(tf.TensorSpec(x.shape)))
         assert not [kind for kind in export if "Bnfast" in kind]
+
+
+def test_mish_of_a_sum_with_a_folded_convolution() -> None:
+    """TensorFlow has no kernel for convolution + bias + sum + x*tanh(softplus(x)), which it makes in float32."""
+    by_name, by_hand = L.Activation("mish"), lambda z: z * keras.ops.tanh(keras.ops.softplus(z))
+    for activation in (by_name, by_hand):
+        inputs = keras.Input(SHAPE)
+        model = randomize(keras.Model(inputs, activation(conv_bn(inputs) + inputs)))
+        x = 9 * batch().astype("float32")
+        wanted = np.asarray(model(x))
+        for fast in (accelerate(model, verbose=False), fold(model), fold(accelerate(model, verbose=False))):
+            np.testing.assert_allclose(fast.predict(x, verbose=0), wanted, rtol=1e-5, atol=1e-5)
+    # The form that stands in for Softplus, and its gradient.
+    z = tf.constant([-np.inf, -800.0, -9.0, 0.0, 9.0, 39.9, 40.1, 800.0, np.nan], tf.float64)
+
+    @tf.function
+    def both(z: Any) -> Any:
+        total = tf.nn.bias_add(
+            tf.nn.conv2d(tf.zeros((1, 1, 9, 1), z.dtype), tf.ones((1, 1, 1, 1), z.dtype), 1, "SAME"), [0.0]
+        )
+        summed = total + tf.reshape(z, (1, 1, 9, 1))
+        special = folding.softplus(summed)
+        return special, tf.gradients(special, z)[0], tf.math.softplus(z), tf.sigmoid(z)
+
+    special, slope, wanted, wanted_slope = both(z)
+    np.testing.assert_allclose(tf.reshape(special, [-1]), wanted, rtol=1e-14)
+    np.testing.assert_allclose(slope, wanted_slope, rtol=1e-14)
 
 
 def test_a_sigmoid_keeps_its_logits() -> None:

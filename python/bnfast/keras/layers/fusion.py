@@ -20,7 +20,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from .framework import fusion, inference
+from .framework import folding, fusion, inference
 
 _installed = False
 
@@ -32,13 +32,14 @@ def install() -> None:
         return
     _installed = True
     backend = keras.src.backend
-    for name in ("relu", "relu6", "silu", "hard_silu", "hard_sigmoid", "selu", "softplus"):
+    for name in ("relu", "relu6", "silu", "hard_silu", "hard_sigmoid", "selu"):
         _wrap(backend.nn, name, _named(name))
     for owner, name, fused in (
         (backend.nn, "leaky_relu", _leaky_relu),
         (backend.nn, "sigmoid", _sigmoid),
         (backend.nn, "elu", _elu),
         (backend.nn, "gelu", _gelu),
+        (backend.nn, "softplus", _softplus),
         (backend.numpy, "tanh", _named("tanh")),
         (backend.numpy, "add", _add),
     ):
@@ -141,6 +142,11 @@ def _leaky_relu(x: Any, negative_slope: float = 0.2) -> Any:
     if not (isinstance(negative_slope, (int, float)) and math.isfinite(negative_slope) and negative_slope > 0):
         return None
     return fusion.activate(x, "leaky_relu", float(np.float32(negative_slope)))  # TensorFlow's op stores 32 bits of it
+
+
+def _softplus(x: Any) -> Any:
+    y = fusion.activate(x, "softplus")
+    return folding.softplus(x) if y is None else y
 
 
 def _add(x1: Any, x2: Any) -> Any:

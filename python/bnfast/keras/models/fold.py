@@ -44,6 +44,7 @@ from .patch import PatchedBatchNormalization
 
 NORMS = (KERAS, BatchNormalization, PatchedBatchNormalization, BatchNormalizationAdd)
 UPPER_LIMIT: dict[str | None, float] = {"relu": np.inf, "relu6": 6.0}
+CONVOLVED = ("Conv1D", "Conv2D", "Conv3D", "SeparableConv1D", "SeparableConv2D")  # end in Conv2D or Conv3D and a bias
 TOLERANCE = {"float16": 2e-2, "bfloat16": 1e-1}  # of `check`; other dtypes 1e-5
 
 
@@ -233,6 +234,8 @@ class Folding:
         foldable = self._foldable(before, call)
         if isinstance(foldable, str):
             return foldable
+        if type(foldable.layer).__name__ in CONVOLVED and _is_summed_for_mish(call):
+            return "TensorFlow has no kernel for a convolution with a bias, a sum and mish"
         if not _has_linear_output(foldable.layer):
             return f"{foldable.layer.name} has an activation or an activity regularizer"
         return Candidate(foldable.after(call.affine), call.rest, before=True)
@@ -343,6 +346,20 @@ def _normalized(node: Any) -> Any:
     if len(args) != 1 or kwargs.get("training") or set(kwargs) - {"training", "mask"}:
         return None
     return args[0][0] if isinstance(node.operation, BatchNormalizationAdd) else args[0]
+
+
+def _is_summed_for_mish(call: Call) -> bool:
+    """Whether x*tanh(softplus(x)) reads a sum that the batch norm's output is a term of (tensorflow/folding.py)."""
+    if isinstance(call.norm, BatchNormalizationAdd) and _holds_softplus(call.norm):
+        return True
+    sums = [node for node in call.graph.consumers(call.node) if type(node.operation).__name__ == "Add"]
+    return any(_holds_softplus(node.operation) for total in sums for node in call.graph.consumers(total))
+
+
+def _holds_softplus(operation: Any) -> bool:
+    activation = getattr(operation, "activation", None)
+    inner = getattr(activation, "activation", activation)  # a layer in a batch norm
+    return inner is keras.activations.mish or type(operation).__name__ in ("Mish", "Softplus")
 
 
 def _affine(norm: Any) -> Affine | None:

@@ -50,11 +50,15 @@ class Graph:
         """The node with this output; None for a model input."""
         return self._producers.get(id(tensor))
 
+    def consumers(self, node: Any) -> list[Any]:
+        """The nodes that read an output of this node."""
+        return [consumer for output in node.outputs for consumer in self._consumers.get(id(output), [])]
+
     def sole_consumer(self, node: Any) -> Any:
         """The only consumer of this node's only output; None if there is none, or if the model outputs it too."""
         if len(node.outputs) != 1 or id(node.outputs[0]) in self._outputs:
             return None
-        consumers = self._consumers.get(id(node.outputs[0]), [])
+        consumers = self.consumers(node)
         return consumers[0] if len(consumers) == 1 else None
 
 
