@@ -7,6 +7,7 @@
 //   passes    train and grad: bnfast's time / (time to read x (and dy) + time of the faster copy or triad). 1 is the
 //             limit of two passes over memory: statistics first, then output, with nothing kept in cache between them
 //   onednn    oneDNN's time / bnfast's time
+//   plain     with a smooth activation (float32, all threads): bnfast's time / its time without one
 // Before timing, float32 results are checked against float64 sums computed here.
 #include <benchmark/benchmark.h>
 
@@ -37,6 +38,7 @@ struct Case {
     bnfast::Op op;
     bnfast::DType dtype;
     int threads;
+    bnfast::Activation activation = bnfast::Activation::none;
 };
 
 struct Aligned {
@@ -120,9 +122,15 @@ public:
 #endif
         train();
         check();
+        activation_ = c.activation;
     }
 
     void ours() { case_.op == bnfast::Op::train ? train() : case_.op == bnfast::Op::infer ? infer() : grad(); }
+    void plain() {
+        activation_ = bnfast::Activation::none;
+        ours();
+        activation_ = case_.activation;
+    }
     double limit(bool stream) {
         char *y = y_.as<char>(), *x = x_.as<char>(), *dy = dy_.as<char>();
         const int t = case_.threads;
@@ -173,6 +181,7 @@ private:
         a.dtype = case_.dtype;
         a.gamma.data = gamma_.data();
         a.beta.data = beta_.data();
+        a.activation = activation_;
         return a;
     }
     void train() {
@@ -196,6 +205,8 @@ private:
         a.shape = shape_;
         a.dtype = case_.dtype;
         a.gamma.data = gamma_.data();
+        a.beta.data = beta_.data();
+        a.activation = activation_;
         a.mean = {statistic(0), bnfast::DType::float64};
         a.invstd = {statistic(2), bnfast::DType::float64};
         a.dgamma = {statistic(3), bnfast::DType::float64};
@@ -229,6 +240,7 @@ private:
     }
 
     Case case_;
+    bnfast::Activation activation_ = bnfast::Activation::none;  // of the next call
     bnfast::Shape shape_;
     int64_t bytes_;
     Aligned x_, dy_, y_;
@@ -241,7 +253,7 @@ private:
 
 void run(benchmark::State& state, const Case& c) {
     Bench bench(c);
-    std::vector<double> ours, limit, peer, to_limit, to_peer, to_passes;
+    std::vector<double> ours, limit, peer, to_limit, to_peer, to_passes, to_plain;
     const bool reduces = c.op != bnfast::Op::infer;
     for (int i = 0; i < 3; ++i) bench.ours();
     for (auto _ : state) {
@@ -250,6 +262,8 @@ void run(benchmark::State& state, const Case& c) {
         limit.push_back(std::min(cached, streamed));
         if (bench.has_onednn()) peer.push_back(milliseconds([&] { bench.onednn(); }));
         ours.push_back(milliseconds([&] { bench.ours(); }));
+        if (c.activation != bnfast::Activation::none)
+            to_plain.push_back(ours.back() / milliseconds([&] { bench.plain(); }));
         to_limit.push_back(ours.back() / limit.back());
         to_passes.push_back(ours.back() / (limit.back() + reads));
         if (bench.has_onednn()) to_peer.push_back(peer.back() / ours.back());
@@ -261,6 +275,14 @@ void run(benchmark::State& state, const Case& c) {
     state.counters["limit"] = median(to_limit);
     if (reduces) state.counters["passes"] = median(to_passes);
     if (!to_peer.empty()) state.counters["onednn"] = median(to_peer);
+    if (!to_plain.empty()) state.counters["plain"] = median(to_plain);
+}
+
+void add(const std::string& name, const Case& c) {
+    benchmark::RegisterBenchmark(name.c_str(), [c](benchmark::State& s) { run(s, c); })
+        ->Iterations(9)  // medians over nine rounds, each with 4 ms of calls per measurement
+        ->UseManualTime()
+        ->Unit(benchmark::kMillisecond);
 }
 
 }  // namespace
@@ -268,6 +290,10 @@ void run(benchmark::State& state, const Case& c) {
 int main(int argc, char** argv) {
     static const char* const op_names[] = {"train", "infer", "grad"};
     static const char* const dtype_names[] = {"float32", "float64", "float16", "bfloat16"};
+    const std::pair<const char*, bnfast::Activation> smooth[] = {{"silu", bnfast::Activation::silu},
+                                                                 {"hard_silu", bnfast::Activation::hard_silu},
+                                                                 {"tanh", bnfast::Activation::tanh},
+                                                                 {"gelu", bnfast::Activation::gelu}};
     const int max_threads = bnfast::get_num_threads();
     for (const NamedShape& shape : read_shapes(BNFAST_SHAPES))
         for (const bool last : {false, true})
@@ -279,10 +305,13 @@ int main(int argc, char** argv) {
                                                  (last ? "channels_last" : "channels_first") + "/" + op_names[op] +
                                                  "/" + dtype_names[dtype] + "/threads:" + std::to_string(threads);
                         const Case c{shape, last, bnfast::Op(op), bnfast::DType(dtype), threads};
-                        benchmark::RegisterBenchmark(name.c_str(), [c](benchmark::State& s) { run(s, c); })
-                            ->Iterations(9)  // medians over nine rounds, each with 4 ms of calls per measurement
-                            ->UseManualTime()
-                            ->Unit(benchmark::kMillisecond);
+                        add(name, c);
+                        if (c.dtype != bnfast::DType::float32 || threads < max_threads) continue;
+                        for (const auto& [word, activation] : smooth) {
+                            Case with = c;
+                            with.activation = activation;
+                            add(name + "/" + word, with);
+                        }
                     }
     benchmark::Initialize(&argc, argv);
     if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 1;
