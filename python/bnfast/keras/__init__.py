@@ -28,6 +28,7 @@ from .layers.group_norm import GroupNormalization, InstanceNormalization
 from .layers.layer_norm import LayerNormalization
 from .layers.weight_norm import WeightNormalization
 from .models.accelerate import accelerate
+from .models.diagnosis.recalibrate import Recalibration, recalibrate
 from .models.fold import fold
 from .models.patch import is_patched, patch, unpatch, uses_bnfast
 from .models.report import report
@@ -40,11 +41,13 @@ __all__ = [
     "GroupNormalization",
     "InstanceNormalization",
     "LayerNormalization",
+    "Recalibration",
     "WeightNormalization",
     "accelerate",
     "fold",
     "is_patched",
     "patch",
+    "recalibrate",
     "report",
     "to_keras",
     "unpatch",
