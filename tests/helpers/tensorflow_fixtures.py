@@ -31,6 +31,19 @@ def each_bridge(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorFlow says that it sees a GPU. Its ops still run on the CPU."""
+    import tensorflow as tf
+    from bnfast.tensorflow import op
+
+    own = tf.config.get_visible_devices
+    device = tf.config.PhysicalDevice("/physical_device:GPU:0", "GPU")
+    monkeypatch.setattr(tf.config, "get_visible_devices", lambda kind=None: [device] if kind == "GPU" else own(kind))
+    monkeypatch.setattr(op, "_logged", False)
+    monkeypatch.delenv("BNFAST_BRIDGE", raising=False)
+
+
+@pytest.fixture
 def float64() -> Iterator[None]:
     """Keras layers and inputs are float64 in this test."""
     import keras

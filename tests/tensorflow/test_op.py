@@ -330,9 +330,9 @@ def test_config_contains_the_bridge_unless_auto() -> None:
 
 def test_environment_variable_applies_to_auto_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BNFAST_BRIDGE", "numpy_function")
-    assert [op.choose(name) for name in op.BRIDGES] == ["numpy_function", "numpy_function", "op"]
+    assert [op.choose(name) for name in op.BRIDGES] == ["numpy_function", "numpy_function", "op", "tensorflow"]
     monkeypatch.setenv("BNFAST_BRIDGE", "op")
-    assert [op.choose(name) for name in op.BRIDGES] == ["op", "numpy_function", "op"]
+    assert [op.choose(name) for name in op.BRIDGES] == ["op", "numpy_function", "op", "tensorflow"]
     monkeypatch.delenv("BNFAST_BRIDGE")
     assert op.choose("auto") == "op"
     monkeypatch.setenv("BNFAST_BRIDGE", "stone")

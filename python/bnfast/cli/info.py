@@ -53,8 +53,10 @@ def bridge() -> dict[str, str | None]:
         wanted = op_library.wanted()
     except ValueError as error:
         return {"name": None, "reason": str(error)}
-    if wanted == "numpy_function":
+    if wanted in ("numpy_function", "tensorflow"):
         return {"name": wanted, "reason": "BNFAST_BRIDGE"}
+    if wanted == "auto" and (gpus := op_library.gpus()):
+        return {"name": "tensorflow", "reason": f"TensorFlow sees {gpus}, where bnfast's kernels can't run"}
     fits, reason = op_library.probe()
     if fits:
         return {"name": "op", "reason": reason}

@@ -4,6 +4,7 @@ gradients.
     register       loads bnfast/_tf.so, once per process; never raises
     status         (available, reason); registers, and tests the op once per process; never raises
     choose         the bridge that a layer's `bridge` argument and the environment's BNFAST_BRIDGE select
+    on_own_ops     whether that is TensorFlow's own ops, which XLA compiles; never raises for want of the op
     train, train_step, moments, gradient   as in `ops`, which documents them
     infer          one pass over memory, where `inference` may use it
 
@@ -34,6 +35,11 @@ from .scalars import Scalar
 
 BRIDGES = op_library.BRIDGES
 
+GPU_REASON = (
+    "TensorFlow sees a GPU, and bnfast's kernels for TensorFlow run on the CPU alone: its tensors would be copied "
+    "to the CPU and back in every call"
+)
+
 _RECORD = "_bnfast_record"  # the attribute of y that holds the record of its step (training/record.py)
 
 _logger = logging.getLogger("bnfast")
@@ -63,12 +69,18 @@ def status() -> tuple[bool, str]:
 
 
 def choose(bridge: str) -> str:
-    """ "op" or "numpy_function". "auto" is what BNFAST_BRIDGE says, else "op" if the library loads.
+    """ "op", "numpy_function" or "tensorflow".
+
+    "auto" is what BNFAST_BRIDGE says; else "tensorflow" if TensorFlow sees a GPU; else "op" if the library loads.
 
     Raises:
         RuntimeError: the op was asked for and can't be used.
         ValueError: the word names no bridge.
     """
+    if on_own_ops(bridge):
+        if op_library.wanted(bridge) == "auto":
+            _log_once("bnfast.keras leaves batch norm to TensorFlow's own ops, because %s", GPU_REASON)
+        return "tensorflow"
     wanted = op_library.wanted(bridge)
     if wanted == "numpy_function":
         return wanted
@@ -77,17 +89,30 @@ def choose(bridge: str) -> str:
         return "op"
     if wanted == "op":
         raise RuntimeError(f"bnfast's TensorFlow op can't be used: {reason}")
-    _log_once(reason)
+    _log_once("bnfast.keras goes through numpy_function, because its TensorFlow op can't be used: %s", reason)
     return "numpy_function"
 
 
-def _log_once(reason: str) -> None:
+def on_own_ops(bridge: str) -> bool:
+    """Whether this bridge is TensorFlow's own ops: by name, or "auto" where TensorFlow sees a GPU.
+
+    Raises:
+        ValueError: the word names no bridge.
+    """
+    wanted = op_library.wanted(bridge)
+    return wanted == "tensorflow" or (wanted == "auto" and sees_gpu())
+
+
+def sees_gpu() -> bool:
+    """Whether a GPU is visible to TensorFlow. Starts no GPU, and leaves set_visible_devices possible."""
+    return bool(tf.config.get_visible_devices("GPU"))
+
+
+def _log_once(message: str, reason: str) -> None:
     global _logged
     with _lock:
         if not _logged:
-            _logger.warning(
-                "bnfast.keras goes through numpy_function, because its TensorFlow op can't be used: %s", reason
-            )
+            _logger.warning(message, reason)
         _logged = True
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from .. import _child_process
 
 PATH = Path(__file__).parents[1] / "_tf.so"  # beside _core, where CMake installs it
-BRIDGES = ("auto", "numpy_function", "op")
+BRIDGES = ("auto", "numpy_function", "op", "tensorflow")
 
 # Arguments: TensorFlow's library, ours. A process of its own: whatever is wrong with them can end no other.
 _PROBE = """
@@ -26,6 +26,26 @@ try:
 except OSError as error:
     print(error)
 """
+
+
+# Prints the GPUs that TensorFlow sees.
+_GPUS = """
+import tensorflow as tf
+print(*(device.name.rpartition("device:")[2] for device in tf.config.list_physical_devices("GPU")), sep=", ")
+"""
+_DRIVERS = ("/dev/nvidiactl", "/dev/kfd")  # NVIDIA's, AMD's
+
+
+def gpus() -> str:
+    """The names of the GPUs that the installed TensorFlow sees, "" for none. Asks in a process of its own, which takes
+    seconds, and only where a GPU's driver is."""
+    if not any(os.path.exists(path) for path in _DRIVERS) or importlib.util.find_spec("tensorflow") is None:
+        return ""
+    try:
+        result = _child_process.run(_GPUS)
+    except OSError:
+        return ""
+    return result.stdout.strip() if result.returncode == 0 else ""
 
 
 def wanted(bridge: str = "auto") -> str:

@@ -6,7 +6,8 @@
     gradient    the backward pass alone, with statistics that the caller gives
     infer       y from given statistics, as a rule made of TensorFlow's own ops
 
-The bridge is bnfast's TensorFlow op (`op`) or, where that can't be loaded, a callback (`numpy_callback`). The gradients
+The bridge is bnfast's TensorFlow op (`op`) or, where that can't be loaded, a callback (`numpy_callback`); where
+TensorFlow sees a GPU, it is TensorFlow's own ops (`own_ops`), and so are their gradients. The other bridges' gradients
 are the kernels' own; second and higher derivatives are those of the same formula in TensorFlow's ops (`reference`).
 gamma, beta and moving_* have shape (C,) and are float32 or float64; x is float32, float64, float16 or bfloat16; a mask
 has the rank of x and extent 1 on the channel axis. Another framework's bridge needs these five functions.
@@ -18,7 +19,7 @@ from typing import Any, Protocol
 
 import tensorflow as tf
 
-from . import numpy_callback, op
+from . import numpy_callback, op, own_ops
 from .batch import Batch, GradientInputs, Options
 from .inference import infer
 from .scalars import Scalar
@@ -30,11 +31,32 @@ _Three = tuple[tf.Tensor, tf.Tensor, tf.Tensor]
 
 
 class Bridge(Protocol):
-    """What a bridge provides; the modules `op` and `numpy_callback` are the two."""
+    """What a bridge provides; the modules `op`, `numpy_callback` and `own_ops` are the three."""
 
     def train(
         self, x: tf.Tensor, gamma: tf.Tensor | None, beta: tf.Tensor | None, mask: tf.Tensor | None, options: Options
     ) -> _Three: ...
+
+    def train_step(
+        self,
+        batch: Batch,
+        moving: tuple[tf.Tensor, tf.Tensor],
+        momentum: Scalar,
+        options: Options,
+        *,
+        correction: int,
+        nan_policy: str,
+    ) -> _Three: ...
+
+    def moments(self, x: tf.Tensor, mask: tf.Tensor | None, options: Options) -> tuple[tf.Tensor, tf.Tensor]: ...
+
+    def gradient(
+        self, inputs: GradientInputs, options: Options
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor | None]: ...
+
+
+class KernelBridge(Bridge, Protocol):
+    """A bridge to bnfast's kernels, `op` or `numpy_callback`: what follows a step in a graph can be fused with it."""
 
     def train_step(
         self,
@@ -52,16 +74,15 @@ class Bridge(Protocol):
         self, dy: tf.Tensor, batch: Batch, saved: Any, options: Options, y: tf.Tensor | None
     ) -> dict[str, tf.Tensor]: ...
 
-    def moments(self, x: tf.Tensor, mask: tf.Tensor | None, options: Options) -> tuple[tf.Tensor, tf.Tensor]: ...
-
-    def gradient(
-        self, inputs: GradientInputs, options: Options
-    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor | None]: ...
-
 
 def choose(bridge: str) -> Bridge:
     """The module of the bridge that the word stands for (`op.choose`)."""
-    return op if op.choose(bridge) == "op" else numpy_callback
+    return choose_kernels(bridge) or own_ops
+
+
+def choose_kernels(bridge: str) -> KernelBridge | None:
+    """The same, or None if the step runs on TensorFlow's own ops."""
+    return {"op": op, "numpy_function": numpy_callback}.get(op.choose(bridge))
 
 
 def train(

@@ -4,8 +4,9 @@
     y = activation(gamma*(x - mean)*invstd + beta + residual)
     invstd = 1/sqrt(variance + epsilon), or 0 where variance + epsilon is 0
 
-It serves two purposes: the derivative of the kernels' backward pass (`derivative_of_gradient`), and masks that differ
-between channels, which the kernels don't accept (`train_step`). It computes in float32, or in float64 for float64 x.
+It serves three purposes: the derivative of the kernels' backward pass (`derivative_of_gradient`), masks that differ
+between channels, which the kernels don't accept (`train_step`), and machines with a GPU (`own_ops`). It computes in
+float32, or in float64 for float64 x.
 W = 0 gives mean = variance = 0. Unlike tf.nn.moments, it lets the gradient flow through the mean inside the variance:
 without that term the first derivative is right and the second is wrong.
 """
@@ -116,13 +117,7 @@ def train(
         slopes: factors that multiply z in place of the activation, or None.
     """
     values = tf.cast(x, compute_dtype(x))
-    axes = [i for i in range(x.shape.rank) if i != options.axis % x.shape.rank]
-    weights = tf.ones_like(values) if mask is None else tf.broadcast_to(tf.cast(mask, values.dtype), tf.shape(x))
-    total = tf.reduce_sum(weights, axes, keepdims=True)
-    present = weights > 0  # masked values must not reach the sums: 0*NaN is NaN
-    mean = tf.math.divide_no_nan(tf.reduce_sum(weights * tf.where(present, values, 0), axes, keepdims=True), total)
-    deviation = tf.where(present, values - mean, 0)
-    variance = tf.math.divide_no_nan(tf.reduce_sum(weights * deviation**2, axes, keepdims=True), total)
+    mean, variance, total = moments(values, mask, options)
     if merge is not None:
         own = (tf.cast(tf.reshape(t, [-1]), tf.float64) for t in (mean, variance, total))
         mean, variance, total = (per_channel(t, x, options.axis) for t in merge(*own))
@@ -132,6 +127,22 @@ def train(
     mean, variance, total = (tf.cast(tf.reshape(t, [-1]), tf.float64) for t in (mean, variance, total))
     y = activate(y, options) if slopes is None else y * slopes
     return tf.cast(y, x.dtype), mean, variance, total
+
+
+def moments(values: tf.Tensor, mask: tf.Tensor | None, options: Options) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """mean, variance and W with the rank of `values`, which have a compute dtype; the mask as in `train`.
+
+    Not of x: its gradient would arrive in two parts and be added in a half type.
+    """
+    rank = values.shape.rank
+    axes = [i for i in range(rank) if i != options.axis % rank]
+    weights = tf.ones_like(values) if mask is None else tf.broadcast_to(tf.cast(mask, values.dtype), tf.shape(values))
+    total = tf.reduce_sum(weights, axes, keepdims=True)
+    present = weights > 0  # masked values must not reach the sums: 0*NaN is NaN
+    mean = tf.math.divide_no_nan(tf.reduce_sum(weights * tf.where(present, values, 0), axes, keepdims=True), total)
+    deviation = tf.where(present, values - mean, 0)
+    variance = tf.math.divide_no_nan(tf.reduce_sum(weights * deviation**2, axes, keepdims=True), total)
+    return mean, variance, total
 
 
 def infer(batch: Batch, moving: tuple[tf.Tensor, tf.Tensor], options: Options) -> tf.Tensor:
@@ -154,17 +165,32 @@ def train_step(
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """`ops.train_step` for any mask that broadcasts to x. Channels with W = 0 keep their moving statistics."""
     y, mean, variance, total = train(batch.x, batch.gamma, batch.beta, batch.mask, options, batch.residual)
-    updated = total > 0
+    moved = update(moving, mean, variance, total, momentum=momentum, correction=correction, nan_policy=nan_policy)
+    return (y, *moved)
+
+
+def update(
+    moving: tuple[tf.Tensor, tf.Tensor],
+    mean: tf.Tensor,
+    variance: tf.Tensor,
+    total: tf.Tensor,
+    *,
+    momentum: Scalar,
+    correction: int,
+    nan_policy: str,
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """The moving statistics after a batch with these statistics, as in `ops.train_step`."""
+    valid = total > 0
     if nan_policy == "skip_update":
-        updated &= tf.math.is_finite(mean) & tf.math.is_finite(variance)
+        valid &= tf.math.is_finite(mean) & tf.math.is_finite(variance)
     if correction:
         variance *= tf.where(total > 1, total / tf.maximum(total - 1, 1e-300), 1)
 
-    def update(old: tf.Tensor, new: tf.Tensor) -> tf.Tensor:
+    def one(old: tf.Tensor, new: tf.Tensor) -> tf.Tensor:
         weight = scalars.like(momentum, old)
-        return tf.where(updated, old * weight + tf.cast(new, old.dtype) * (1 - weight), old)
+        return tf.where(valid, old * weight + tf.cast(new, old.dtype) * (1 - weight), old)
 
-    return y, update(moving[0], mean), update(moving[1], variance)
+    return one(moving[0], mean), one(moving[1], variance)
 
 
 def derivative_of_gradient(

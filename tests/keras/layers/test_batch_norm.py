@@ -228,7 +228,7 @@ BAD_ARGUMENTS = [
     (
         {"bridge": "stone"},
         ValueError,
-        r"bridge must be one of \('auto', 'numpy_function', 'op'\). Received: 'stone'",
+        r"bridge must be one of \('auto', 'numpy_function', 'op', 'tensorflow'\). Received: 'stone'",
     ),
     ({"momentun": 0.9}, ValueError, "momentun"),
 ]

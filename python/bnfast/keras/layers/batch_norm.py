@@ -29,6 +29,7 @@ from .framework import (
     fusion,
     ghosts,
     is_training,
+    on_own_ops,
     parameter,
     replicas,
     step,
@@ -109,8 +110,10 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
             call, which must not be inside a tf.cond or tf.while_loop. Not with renorm, virtual_batch_size or
             adjustment.
         bridge: how TensorFlow calls the kernels in training: "op" (bnfast's own TensorFlow op), "numpy_function" (a
-            Python callback each way), or "auto": the op if it loads, else numpy_function and one warning in the logger
-            `bnfast`. The environment variable BNFAST_BRIDGE decides for "auto".
+            Python callback each way), "tensorflow" (not the kernels but TensorFlow's own ops, the fused one where it
+            fits), or "auto": where TensorFlow sees a GPU, its own ops and one warning in the logger `bnfast`, because
+            the kernels run on the CPU alone; elsewhere the op if it loads, else numpy_function and one warning. The
+            environment variable BNFAST_BRIDGE decides for "auto". XLA compiles the layer on TensorFlow's own ops only.
 
     Call arguments:
         inputs: float tensor of any rank; integers are computed in float32, as in Keras.
@@ -180,7 +183,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
                 synchronized=self.synchronized,
             )
         )
-        self.supports_jit = False  # XLA has no kernel for either bridge
+        self.supports_jit = on_own_ops(self._features.bridge)  # XLA has no kernel for the other bridges
         install_fusion()
 
     def _hold(self, features: arguments.Features) -> None:

@@ -12,7 +12,7 @@ from ...tensorflow import conditional, folding, fusion, group_norm, inference, s
 from ...tensorflow.axes import Axes
 from ...tensorflow.batch import Batch, Options, as_input, parameter
 from ...tensorflow.mode import Mode, is_training, may_train
-from ...tensorflow.op import BRIDGES
+from ...tensorflow.op import BRIDGES, on_own_ops
 from ...tensorflow.reference import SMOOTH
 from ...tensorflow.training import adjustment, bias, ghosts, renorm
 from ...tensorflow.training.core import NAN_POLICIES
@@ -40,6 +40,7 @@ __all__ = [
     "inference",
     "is_training",
     "may_train",
+    "on_own_ops",
     "parameter",
     "renorm",
     "replicas",

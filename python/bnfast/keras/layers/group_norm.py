@@ -26,7 +26,8 @@ class GroupNormalization(keras.layers.GroupNormalization):  # type: ignore[misc]
     training=True, as in fit, inputs of at least 256 KiB run on the kernels, through a Python callback each way; all
     else runs on TensorFlow's own ops. (A batch of unknown size counts as 32 samples.) Second-order gradients are exact;
     Keras's are not, because tf.nn.moments leaves out a term.
-    Integer inputs are left to Keras's code. XLA can't run the callbacks, so supports_jit is False.
+    Integer inputs are left to Keras's code. XLA can't run the callbacks, so supports_jit is False. Where TensorFlow
+    sees a GPU, all runs on TensorFlow's own ops and supports_jit is True, unless BNFAST_BRIDGE says otherwise.
 
     Args: all of Keras's: groups (-1: as many as channels), axis, epsilon, center, scale, initializers, regularizers,
         constraints, dtype, name ...

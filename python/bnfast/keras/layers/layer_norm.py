@@ -26,7 +26,8 @@ class LayerNormalization(keras.layers.LayerNormalization):  # type: ignore[misc]
     runs on TensorFlow's own ops. (A batch of unknown size counts as 32 samples.) Second-order gradients are exact;
     Keras's are not, because tf.nn.moments leaves out a term.
     Integer inputs and rms_scaling=True are left to Keras's code. XLA can't run the callbacks, so supports_jit is
-    False.
+    False. Where TensorFlow sees a GPU, all runs on TensorFlow's own ops and supports_jit is True, unless BNFAST_BRIDGE
+    says otherwise.
 
     Args: all of Keras's: axis (an int, or several), epsilon, center, scale, initializers, regularizers, constraints,
         dtype, name ...

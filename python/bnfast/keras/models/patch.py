@@ -26,12 +26,14 @@ from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 from ...tensorflow import op
 from ..layers import arguments, bias
 from ..layers.batch_norm import KERAS, BatchNormalization
-from ..layers.framework import fusion, may_train, renorm, scalars
+from ..layers.framework import fusion, may_train, on_own_ops, renorm, scalars
 from ..layers.fusion import install as install_fusion
 
 API_NAME = "keras.layers.BatchNormalization"
 OWNERS = ("keras", "tensorflow")  # the packages whose names are replaced
 MOST_NAMES = 3  # layers named per reason
+
+_BRIDGE_NAMES = {"op": "bnfast's TensorFlow op", "tensorflow": "TensorFlow's own ops"}
 
 _SCALARS = (("momentum", 0.99, "outside [0, 1]"), ("epsilon", 1e-3, "negative or not finite"))
 
@@ -54,7 +56,7 @@ class Entry:
             return "on Keras's own layer"
         if self.bridge is None:
             return "never trained"
-        return "trained on " + ("bnfast's TensorFlow op" if self.bridge == "op" else self.bridge)
+        return "trained on " + _BRIDGE_NAMES.get(self.bridge, self.bridge)
 
 
 made: list[Entry] = []  # every layer made under a patch, in order
@@ -113,7 +115,7 @@ class PatchedBatchNormalization(BatchNormalization, metaclass=_LikeKeras):
 
     def build(self, input_shape: Any) -> None:
         if self._entry.reason is None:
-            self.supports_jit = False
+            self.supports_jit = on_own_ops(self._entry.wanted)
             super().build(input_shape)
         else:
             KERAS.build(self, input_shape)
@@ -122,7 +124,7 @@ class PatchedBatchNormalization(BatchNormalization, metaclass=_LikeKeras):
     def adopt(cls, layer: Any, bridge: str) -> None:
         """Changes the class of a built layer of exactly Keras's class, and nothing else."""
         setattr(layer, _ENTRY, Entry(layer.name, None, bridge))
-        layer.supports_jit = False  # XLA has no kernel for either bridge
+        layer.supports_jit = on_own_ops(bridge)  # XLA has no kernel for the other bridges
         install_fusion()
         layer.__class__ = cls
 
@@ -256,6 +258,7 @@ def patch() -> Patch:
     Models built under the patch keep bnfast's layer afterwards; their files and configs name Keras's. With arguments
     that bnfast's layer doesn't support (renorm with synchronized, a backend other than TensorFlow) the layer behaves as
     Keras's. Code compiled with `tf.function(jit_compile=True)` can't use bnfast's layer: XLA has no kernel for it.
+    Where TensorFlow sees a GPU, the layers run TensorFlow's own ops, which XLA compiles.
     """
     with _lock:
         began = not is_patched()

@@ -2,7 +2,8 @@
 
 state   "bnfast", or "keras": the layer runs Keras's own code, or that of a derived class
 fused   what the last training call of the layer that was traced is fused with: "relu", "add", "add + relu" ...
-bridge  how TensorFlow calls the kernels: "numpy_function" or "op"; "" if the state is "keras"
+bridge  how TensorFlow calls the kernels: "numpy_function" or "op"; "tensorflow": its own ops compute instead; "" if
+        the state is "keras"
 reason  why the state is "keras", or why nothing is fused; "" otherwise
 """
 
@@ -131,13 +132,20 @@ def why_unchanged(layer: Any, shape: tuple[int | None, ...] | None, bridge: str 
 
 
 def worth_it(layer: Any, shape: tuple[int | None, ...] | None, bridge: str) -> str | None:
-    """Why this layer would be slower on bnfast than on Keras's own code, by measurement; or None.
+    """Why this layer would be slower on bnfast than on Keras's own code; or None.
 
-    Through the TensorFlow op no layer is slower: (8, 32) takes 0.83x Keras's time. If the op can't be loaded, a
-    callback each way costs 0.13 ms more than Keras's ops on little data: (32, 300) takes 2.1x Keras's time, 256 KiB
-    1.1x, 512 KiB 0.55x.
+    Where TensorFlow sees a GPU, every call would copy x, y, dy and dx over the bus: some 100x the time by the
+    bandwidths of PCIe and of a GPU's memory, which was not measured. The rest was: through the TensorFlow op no layer
+    is slower: (8, 32) takes 0.83x Keras's time. If the op can't be loaded, a callback each way costs 0.13 ms more than
+    Keras's ops on little data: (32, 300) takes 2.1x Keras's time, 256 KiB 1.1x, 512 KiB 0.55x. A bridge that is asked
+    for by name obeys.
     """
-    if shape is None or None in shape[1:] or op_library.wanted(bridge) != "auto" or op.status()[0]:
+    if op_library.wanted(bridge) != "auto":
+        return None
+    chosen = op.choose(bridge)
+    if chosen == "tensorflow":
+        return op.GPU_REASON
+    if chosen == "op" or shape is None or None in shape[1:]:
         return None
     size = numpy_callback.input_bytes(shape, layer.compute_dtype)
     if size >= numpy_callback.SMALL_BYTES:

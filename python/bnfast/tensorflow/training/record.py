@@ -27,7 +27,7 @@ class Step(fusion.Record):
 
     momentum: Any
     attributes: dict[str, Any]
-    bridge: ops.Bridge
+    bridge: ops.KernelBridge
     saved: Any = None  # the batch's statistics, from the op that computes the step now; the bridge sets it
     updated: tuple[tf.Tensor, ...] = ()  # the moving statistics, from that op
     _fused: list[tuple[tf.Tensor, Gradients]] = field(default_factory=list)
@@ -75,7 +75,7 @@ def train_step(
     moving: tuple[tf.Tensor, tf.Tensor],
     momentum: Any,
     options: Options,
-    bridge: str,
+    bridge: ops.KernelBridge,
     trace: fusion.Trace,
     **attributes: Any,
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
@@ -83,9 +83,7 @@ def train_step(
     trace.in_graph = True
     batch = Batch(*(None if tensor is None else inside(tensor) for tensor in batch))
     last = fusion.last_operation()
-    step = Step(
-        batch, moving, options, trace, last, momentum=momentum, attributes=attributes, bridge=ops.choose(bridge)
-    )
+    step = Step(batch, moving, options, trace, last, momentum=momentum, attributes=attributes, bridge=bridge)
     y = step.run(options)
     fusion.mark(y, step)
     return (y, *step.updated)

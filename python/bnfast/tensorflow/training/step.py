@@ -73,7 +73,9 @@ def step(
         if on_reference:
             train_step = reference.train_step
         elif policy.trace is not None and mode.is_training and tf.inside_function():
-            train_step = partial(record.train_step, bridge=core.bridge, trace=policy.trace)
+            kernels = ops.choose_kernels(core.bridge)
+            if kernels is not None:
+                train_step = partial(record.train_step, bridge=kernels, trace=policy.trace)
         y, mean, variance = train_step(
             core.batch,
             moving,
