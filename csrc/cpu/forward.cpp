@@ -8,6 +8,7 @@
 #include <cmath>
 
 #include "check.h"
+#include "overflow.h"
 #include "steps.h"
 
 namespace bnfast {
@@ -118,6 +119,7 @@ struct TrainSteps {
     void reduce(int rank, int64_t chunk, int64_t c0, int64_t c1) const { reduction.chunk(rank, chunk, c0, c1); }
     void finalize(int64_t c0, int64_t c1) const {
         table.merge(reduction.merge(c0, c1, a.mean, a.variance));
+        mend_overflow(a.x, a.mask, a.shape, a.dtype, c0, c1, a.mean, a.variance);
         FinalizeArgs f = finalize_args;
         f.c0 = c0;
         f.c1 = c1;
@@ -139,7 +141,10 @@ struct MomentsSteps {
     const Reduction& reduction;
 
     void reduce(int rank, int64_t chunk, int64_t c0, int64_t c1) const { reduction.chunk(rank, chunk, c0, c1); }
-    void finalize(int64_t c0, int64_t c1) const { table.merge(reduction.merge(c0, c1, a.mean, a.variance)); }
+    void finalize(int64_t c0, int64_t c1) const {
+        table.merge(reduction.merge(c0, c1, a.mean, a.variance));
+        mend_overflow(a.x, a.mask, a.shape, a.dtype, c0, c1, a.mean, a.variance);
+    }
     bool proceed() const { return false; }
     void apply_group(int64_t, int64_t) const {}
     void apply_task(int64_t) const {}

@@ -8,8 +8,11 @@
 #include <cmath>
 
 #include "check.h"
+#include "overflow.h"
 
 namespace bnfast {
+
+namespace {
 
 void merge_rows(const KernelTable& table, const RowMoments::Sizes& sizes, std::int64_t rows, const RowMoments& m) {
     const std::int64_t chunks = sizes.grid.chunks, C = sizes.grid.C, K = sizes.columns_per_row, all = chunks * C;
@@ -25,6 +28,19 @@ void merge_rows(const KernelTable& table, const RowMoments::Sizes& sizes, std::i
     for (std::int64_t i = 0; i < chunks * K; ++i) m.count[chunks + i] = m.count[i / K];
     table.merge(
         {rows, chunks * K, 0, rows, m.count + chunks, m.center + all, m.offset + all, m.m2 + all, m.mean, m.variance});
+}
+
+}  // namespace
+
+void merge_rows(const KernelTable& table, const RowMoments::Sizes& sizes, const Spans& spans, const void* x,
+                std::int64_t span, const RowMoments& m) {
+    const GroupShape s = spans.shape;
+    const std::int64_t rows = spans.span_rows(span), length = s.C / s.G * s.S, sample = s.A * s.C * s.S;
+    merge_rows(table, sizes, rows, m);
+    for (std::int64_t r = 0; r < rows; ++r) {
+        const std::int64_t row = spans.first_row(span) + r, first = row / s.G * sample + row % s.G * length;
+        mend_overflow({x, spans.dtype, first, s.A, s.C * s.S, length, nullptr, 0}, m.mean[r], m.variance[r]);
+    }
 }
 
 namespace {
@@ -101,7 +117,7 @@ private:
     void finalize(const Workspace& w, int64_t span) const {
         const int64_t rows = spans.span_rows(span), first = spans.first_row(span), K = spans.channels_per_row;
         const int64_t C = spans.shape.C, channels = rows * K;
-        merge_rows(table, workspaces.sizes().rows, rows, w.rows);
+        merge_rows(table, workspaces.sizes().rows, spans, a.x, span, w.rows);
         for (int64_t r = 0; r < rows; ++r) {
             std::fill_n(w.mean + r * K, K, w.rows.mean[r]);
             std::fill_n(w.variance + r * K, K, w.rows.variance[r]);

@@ -125,8 +125,9 @@ inline void reduce_rows(const Spans& spans, const Grid& grid, const TypeKernels&
     (r.grid.S > 1 ? kernel.reduce_rows : kernel.reduce_columns)[0](r);
 }
 
-// Mean and variance of the first `rows` rows.
-void merge_rows(const KernelTable& table, const RowMoments::Sizes& sizes, std::int64_t rows, const RowMoments& m);
+// Mean and variance of the rows of a span.
+void merge_rows(const KernelTable& table, const RowMoments::Sizes& sizes, const Spans& spans, const void* x,
+                std::int64_t span, const RowMoments& m);
 
 // ---- backward: dgamma and dbeta ------------------------------------------------------------------------------------
 

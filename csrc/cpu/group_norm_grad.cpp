@@ -182,7 +182,8 @@ private:
             }
             // The channel's own sums, until the row's are known.
             dmean[k] = sum_dy;
-            dvariance[k] = (sum_dy_centered_x - mean_lo * sum_dy) * invstd;
+            // With an infinite variance invstd is 0, and the sums may have overflowed.
+            dvariance[k] = invstd == 0 ? 0 : (sum_dy_centered_x - mean_lo * sum_dy) * invstd;
             sum_g += gamma(k) * dmean[k];
             sum_g_xhat += gamma(k) * dvariance[k];
         }

@@ -110,7 +110,7 @@ private:
     }
     void finalize(const ForwardWorkspace& w, int64_t span) const {
         const int64_t rows = spans.span_rows(span), first = spans.first_row(span);
-        merge_rows(table, workspaces.sizes(), rows, w.rows);
+        merge_rows(table, workspaces.sizes(), spans, a.x, span, w.rows);
         FinalizeArgs f{};
         f.C = f.c1 = rows;
         f.pack = 1;

@@ -159,8 +159,9 @@ template <class X> void grad_finalize(const GradFinalizeArgs& a) noexcept {
         params(a.dmean, c0, n, 0, dmean);
         params(a.dvariance, c0, n, 0, dvariance);
         for (int64_t i = 0; i < n; ++i) {
-            const double lo = mean[i] - double(T(mean[i]));
-            dgamma[i] = (s1[i] - lo * s0[i]) * invstd[i];
+            const double lo = mean[i] - double(high_part<T>(mean[i], invstd[i]));
+            const double centered = s1[i] - lo * s0[i];
+            dgamma[i] = invstd[i] == 0 ? 0 : centered * invstd[i];  // the sums of such a channel may have overflowed
             const double scale = gamma[i] * invstd[i], mdy = s0[i] * inv;
             const double slope = -scale * invstd[i] * (dgamma[i] * inv) + 2 * dvariance[i] * inv;
             const T mdy_t = T(mdy);

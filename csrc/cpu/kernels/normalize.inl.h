@@ -2,8 +2,8 @@
 //
 // mean = mean_hi + mean_lo, mean_hi being the mean rounded to the compute type, so that x - mean_hi loses no digits at
 // large offsets. scale = gamma*invstd and shift = beta - mean_lo*scale are computed in float64. invstd =
-// 1/sqrt(variance + epsilon), or 0 if that sum is 0, which avoids 0*inf. A channel of one value has x - mean_hi = 0, so
-// y = beta.
+// 1/sqrt(variance + epsilon), or 0 if that sum is 0, which avoids 0*inf, or infinite. A channel of one value has x -
+// mean_hi = 0, so y = beta.
 #pragma once
 #include "activation.inl.h"
 
@@ -25,6 +25,13 @@ BNFAST_INLINE void params(const ParamVector& p, int64_t c, int64_t n, double abs
 template <class T> BNFAST_INLINE void repeat(void* values, int64_t C, int64_t pack, int64_t c0, int64_t c1) {
     T* v = static_cast<T*>(values);
     for (int64_t p = 1; p < pack; ++p) memcpy(v + p * C + c0, v + c0, size_t(c1 - c0) * sizeof(T));
+}
+
+// mean_hi. Where the variance is infinite, invstd and scale are 0; y is then beta if x - mean_hi doesn't overflow, so a
+// mean is left out that could make it.
+template <class T> BNFAST_INLINE T high_part(double mean, double invstd) {
+    constexpr double large = sizeof(T) == 4 ? 0x1p100 : 0x1p960;  // less doesn't change the largest value of T
+    return T(invstd == 0 && (mean > large || mean < -large) ? 0 : mean);
 }
 
 template <class X> void finalize(const FinalizeArgs& a) noexcept {
@@ -50,7 +57,7 @@ template <class X> void finalize(const FinalizeArgs& a) noexcept {
             for (int64_t i = 0; i < n; ++i) a.invstd[c0 + i] = invstd[i];
         for (int64_t i = 0; i < n; ++i) {
             const double s = gamma[i] * invstd[i];
-            const T hi = T(mean[i]);
+            const T hi = high_part<T>(mean[i], invstd[i]);
             const double lo = mean[i] - double(hi);
             mean_hi[c0 + i] = hi;
             scale[c0 + i] = T(s);

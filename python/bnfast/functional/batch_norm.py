@@ -126,7 +126,9 @@ def batch_norm_train(
 
     Returns:
         TrainResult(y, mean, variance, invstd), the last three float64 of shape (C,). An empty or fully masked batch
-        has mean and variance 0 and does not change the moving statistics.
+        has mean and variance 0 and does not change the moving statistics. The mean of finite values is finite. A
+        variance that overflows the compute type (float64 for float64, else float32) is infinity: not finite for
+        nan_policy; then invstd is 0, y is that of beta, and dx is 0.
 
     Raises:
         ValueError, TypeError: an argument is wrong; nothing is changed.
