@@ -11,6 +11,8 @@
 #include "callback.h"
 #include "group_norm.h"
 
+#include <memory>
+
 namespace bnfast::bind {
 namespace {
 
@@ -21,6 +23,28 @@ py::array empty(const std::vector<py::ssize_t>& shape, const py::dtype& dtype) {
         if (__builtin_mul_overflow(bytes, extent, &bytes)) throw std::bad_alloc();
     }
     return new_array(dtype, shape.data(), int(shape.size()), bytes);
+}
+
+// What contradicts itself in the buffer that an object exports; "" if nothing does or it exports none. memoryview reads
+// a null shape of several axes, and NumPy believes any shape (crashes, CPython 3.11 and NumPy 2.4).
+std::string buffer_fault(py::handle object) {
+    if (!PyObject_CheckBuffer(object.ptr())) return "";
+    Py_buffer view;
+    if (PyObject_GetBuffer(object.ptr(), &view, PyBUF_FULL_RO) != 0) {
+        PyErr_Clear();  // memoryview raises it anew
+        return "";
+    }
+    const std::unique_ptr<Py_buffer, void (*)(Py_buffer*)> release(&view, PyBuffer_Release);
+    if (view.ndim < 0 || view.ndim > 64) return std::to_string(view.ndim) + " axes";
+    if (view.ndim > 1 && !view.shape) return "no shape for " + std::to_string(view.ndim) + " axes";
+    if (!view.shape) return "";
+    std::int64_t bytes = view.itemsize;
+    for (int i = 0; i < view.ndim; ++i) {
+        if (view.shape[i] < 0) return "the extent " + std::to_string(view.shape[i]);
+        if (__builtin_mul_overflow(bytes, view.shape[i], &bytes)) return "a shape of more than 2^63 bytes";
+    }
+    if (bytes == view.len) return "";
+    return std::to_string(view.len) + " bytes for a shape of " + std::to_string(bytes);
 }
 
 py::dict build_info() {
@@ -103,6 +127,7 @@ PYBIND11_MODULE(_core, m) {
         "_set_serial_bytes", [](std::optional<std::int64_t> n) { set_serial_bytes(n.value_or(-1)); },
         "_set_serial_bytes(n, /)\n--\n\n");
     m.def("_set_full_team", &set_full_team, "_set_full_team(wait, /)\n--\n\n");
+    m.def("_buffer_fault", &bind::buffer_fault, "_buffer_fault(object, /)\n--\n\n");
     m.def("_last_run", [] { return py::make_tuple(last_isa(), last_team_size()); }, "_last_run()\n--\n\n");
     m.def("_fp_mode", &fp_mode, "_fp_mode()\n--\n\n");
     m.def("_set_fp_mode", &set_fp_mode, "_set_fp_mode(mode, /)\n--\n\n");

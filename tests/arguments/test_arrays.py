@@ -343,3 +343,68 @@ def test_a_producer_that_raises_is_an_error_with_the_name():
 
     with pytest.raises(TypeError, match=r"x could not be read through DLPack \(Raises\): 'gone'"):
         bnfast.batch_norm_train(Raises())
+
+
+class Buffer(ctypes.Structure):
+    """Py_buffer."""
+
+    _fields_ = [
+        ("buf", ctypes.c_void_p),
+        ("obj", ctypes.c_void_p),
+        ("len", ctypes.c_ssize_t),
+        ("itemsize", ctypes.c_ssize_t),
+        ("readonly", ctypes.c_int),
+        ("ndim", ctypes.c_int),
+        ("format", ctypes.c_char_p),
+        *((name, ctypes.c_void_p) for name in ("shape", "strides", "suboffsets", "internal")),
+    ]
+
+
+def exporter(**fields):
+    """An object whose buffer says what a C extension could say: twelve float32, but for these fields."""
+    values = np.arange(12, dtype="float32")
+    extents = fields.pop("shape", (4, 3))
+    shape = None if extents is None else (ctypes.c_ssize_t * len(extents))(*extents)
+
+    @ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.c_void_p, ctypes.c_int)
+    def export(self, view, flags):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
+        told = Buffer(values.ctypes.data, id(self), 48, 4, 1, 2, b"f", shape and ctypes.addressof(shape))
+        for name, value in fields.items():
+            setattr(told, name, value)
+        ctypes.memmove(view, ctypes.addressof(told), ctypes.sizeof(Buffer))
+        return 0
+
+    class Exporter:
+        pass
+
+    procedures = (ctypes.c_void_p * 2)(ctypes.cast(export, ctypes.c_void_p).value, None)
+    KEPT.extend((values, shape, export, procedures, Exporter))
+    # tp_as_buffer of CPython's type objects (64 bits), checked below by reading a right buffer
+    ctypes.c_void_p.from_address(id(Exporter) + 20 * 8).value = ctypes.addressof(procedures)
+    ctypes.pythonapi.PyType_Modified(ctypes.py_object(Exporter))
+    return Exporter()
+
+
+def test_a_buffer_of_our_own_is_read():
+    same(bnfast.batch_norm_train(exporter()), bnfast.batch_norm_train(np.arange(12, dtype="float32").reshape(4, 3)))
+    bnfast.batch_norm_train(exporter(shape=None, ndim=1))  # what PyBUF_SIMPLE allows: its length is that of the bytes
+
+
+@pytest.mark.parametrize(
+    ("fields", "received"),
+    [
+        ({"shape": None}, "no shape for 2 axes"),
+        ({"shape": (400_000, 300)}, "48 bytes for a shape of 480000000"),
+        ({"shape": (1,) * 65, "ndim": 65}, "65 axes"),
+        ({"ndim": -1}, "-1 axes"),
+        ({"shape": (-4, -3)}, "the extent -4"),
+        ({"shape": (1 << 60, 1 << 60)}, "a shape of more than"),
+        ({"len": 47}, "47 bytes for a shape of 48"),
+    ],
+    ids=str,
+)
+def test_a_buffer_that_contradicts_itself_is_an_error(fields, received):
+    """memoryview and NumPy crash on some of these."""
+    with pytest.raises(TypeError, match=rf"x must have a buffer whose shape and size agree. Received: {received}"):
+        bnfast.batch_norm_train(exporter(**fields))

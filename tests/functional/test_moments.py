@@ -118,3 +118,9 @@ def test_operands_are_not_changed():
 def test_bad_operands(other, error, text):
     with pytest.raises(error, match=text):
         Moments(2, np.zeros(4), np.zeros(4)).merge(other)
+
+
+def test_counts_whose_sum_overflows():
+    half = Moments(1e308, np.zeros(4), np.zeros(4))
+    with pytest.raises(ValueError, match=r"the sum of both counts must be finite. Received: 1e\+308 and 1e\+308"):
+        half.merge(half)

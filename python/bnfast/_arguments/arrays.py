@@ -14,6 +14,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from .. import _core
+
 __all__ = ["Array", "as_array", "contiguous", "overlap", "same_memory"]
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -29,6 +31,8 @@ def as_array(name: str, value: Any) -> Array:
         return _native_byte_order(np.asarray(value))
     if hasattr(value, "__dlpack__") and hasattr(value, "__dlpack_device__"):
         return _from_dlpack(name, value)
+    if fault := _core._buffer_fault(value):
+        raise TypeError(f"{name} must have a buffer whose shape and size agree. Received: {fault}")
     try:
         view = memoryview(value)
     except (TypeError, ValueError, BufferError):

@@ -50,7 +50,7 @@ class Moments(NamedTuple):
 
         Raises:
             TypeError: `other` is not a Moments.
-            ValueError: the two have different numbers of channels, or a count is negative or not finite.
+            ValueError: the two have different numbers of channels, or a count is negative or not finite, or their sum.
         """
         if not isinstance(other, Moments):
             raise TypeError(f"other must be a Moments. Received: {type(other).__name__}")
@@ -65,6 +65,8 @@ class Moments(NamedTuple):
         if self.count == 0:
             return other
         count = self.count + other.count
+        if count == np.inf:
+            raise ValueError(f"the sum of both counts must be finite. Received: {self.count!r} and {other.count!r}")
         share = other.count / count
         delta = np.subtract(other.mean, self.mean, dtype=np.float64)
         mean = self.mean + delta * share

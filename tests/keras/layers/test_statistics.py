@@ -67,6 +67,15 @@ def test_an_empty_batch_is_not_counted() -> None:
     assert int(ours.batches) == 1
 
 
+def test_the_largest_count_stays() -> None:
+    ours = BatchNormalization(momentum=None)
+    ours(tf.random.normal((4, 3)), training=True)
+    largest = np.iinfo(np.int64).max
+    ours.batches.assign(largest)
+    ours(tf.random.normal((4, 3)), training=True)
+    assert int(ours.batches) == largest
+
+
 def test_one_value_per_channel_has_no_sample_variance() -> None:
     ours = BatchNormalization(momentum=0.5, correction=1)
     y = ours(tf.constant([[3.0, 4.0]]), training=True)

@@ -18,6 +18,7 @@ def count(core: CoreStep) -> tuple[CoreStep, Finish]:
 
     def finish(y: tf.Tensor, state: State) -> tuple[tf.Tensor, State]:
         old = core.state["batches"]
-        return y, {**state, "batches": old + tf.cast(present, old.dtype)}
+        counted = tf.logical_and(present, old < old.dtype.max)  # the last one doesn't wrap
+        return y, {**state, "batches": old + tf.cast(counted, old.dtype)}
 
     return core._replace(momentum=batches / (batches + 1)), finish
