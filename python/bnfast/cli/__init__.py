@@ -11,10 +11,10 @@ import argparse
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from bnfast.cli import bench, demo, info, output, run
+from bnfast.cli import bench, demo, diagnose, info, output, recalibrate, run
 from bnfast.cli.errors import UserError
 
-COMMANDS = (info, demo, bench, run)
+COMMANDS = (info, demo, bench, run, diagnose, recalibrate)
 
 
 class Parser(argparse.ArgumentParser):

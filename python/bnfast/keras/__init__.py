@@ -20,6 +20,7 @@ if not hasattr(_keras, "__version__") or int(_keras.__version__.split(".")[0]) <
         "bnfast.keras needs Keras 3. Received: Keras " + getattr(_keras, "__version__", "of unknown version")
     )
 
+from ..diagnosis.report import Diagnosis
 from ..tensorflow import op as _op
 from .layers.batch_norm import BatchNormalization
 from .layers.batch_norm_add import BatchNormalizationAdd
@@ -28,6 +29,7 @@ from .layers.group_norm import GroupNormalization, InstanceNormalization
 from .layers.layer_norm import LayerNormalization
 from .layers.weight_norm import WeightNormalization
 from .models.accelerate import accelerate
+from .models.diagnosis.diagnose import diagnose
 from .models.diagnosis.recalibrate import Recalibration, recalibrate
 from .models.fold import fold
 from .models.patch import is_patched, patch, unpatch, uses_bnfast
@@ -38,12 +40,14 @@ __all__ = [
     "BatchNormalization",
     "BatchNormalizationAdd",
     "ConditionalBatchNormalization",
+    "Diagnosis",
     "GroupNormalization",
     "InstanceNormalization",
     "LayerNormalization",
     "Recalibration",
     "WeightNormalization",
     "accelerate",
+    "diagnose",
     "fold",
     "is_patched",
     "patch",

@@ -68,7 +68,7 @@ class Tap:
     @property
     def always_batch(self) -> bool:
         """Whether it normalizes with the batch's statistics in inference, too."""
-        return self.features.use_batch_statistics is True or True in self.inference
+        return self.features.use_batch_statistics is True or (True in self.inference and self.layer.trainable)
 
     def axes(self, rank: int) -> tuple[int, ...]:
         given = self.layer.axis
@@ -83,6 +83,7 @@ class Probe:
         found = list(norms(model))
         self.taps = [Tap(layer, name, i) for i, (layer, name) in enumerate(zip(found, names(found), strict=True))]
         self.order: list[int] = []
+        self.structure: Any = None  # of the model's outputs
         self.observe: Observer | None = None
         self._weights: Any = None
         self._functions: dict[Any, Any] = {}
@@ -132,6 +133,10 @@ class Probe:
             raise
         return [np.asarray(y) for y in outputs], float(loss)
 
+    def forget(self) -> None:
+        """Trace the model anew at the next run: attributes of its layers have changed."""
+        self._functions.clear()
+
     def training_seen(self, inputs: Any) -> list[set[bool]]:
         """The values of `training` that each batch norm is given in training, from a trace; nothing is computed."""
         inputs = _like_the_models(self.model, inputs)
@@ -159,6 +164,7 @@ class Probe:
                 tap.sites = 0
             self.order = []
             outputs = self.model(tf.nest.pack_sequence_as(inputs, tensors), training=False)
+            self.structure = keras.tree.map_structure(lambda _: 0, outputs)
             losses = [tf.reduce_sum(tf.cast(loss, tf.float32)) for loss in self.model.losses]
             return keras.tree.flatten(outputs), tf.add_n([tf.constant(0.0), *losses])
 

@@ -1,0 +1,435 @@
+"""The figures of a model: what its batch norms see in data, and what their moving statistics do to its outputs.
+
+1   one pass over all data with the batch's statistics: moments, samples that stand out, outputs
+2   a quarter of the batches with the moving statistics, and again with those of the data: outputs, loss, metrics
+3   one batch per suspect: this batch norm alone with its moving statistics
+4   one pass over the other data, if there is any
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import keras
+import numpy as np
+
+from ....diagnosis.figures import LayerFigures, ModelFigures, between
+from ....functional.moments import Moments
+from ..graph import layers
+from .probe import BATCH, MOVING, Probe, Tap, value
+from .score import Score
+from .source import Data, Source
+
+MOST_KEPT, SAMPLES_KEPT = 32, 128  # batches on which outputs are compared, and the samples that they must have
+MOST_SUSPECTS = 12
+SUSPECT = 0.05  # a gap from which a layer is switched on its own
+SMALL = 1 << 18  # values per batch up to which every layer is searched for samples that stand out
+
+
+class Seen:
+    """What one batch norm saw in a pass."""
+
+    def __init__(self) -> None:
+        self.sites: dict[int, Moments] = {}
+        self.means = Moments(0, 0, 0)  # type: ignore[arg-type]  # of the batches' means
+        self.within: Any = 0.0
+        self.batches = self.infinite = self.samples = 0
+        self.top: Any = None  # per channel: the largest squared deviation of a sample, its batch and its row
+
+    @property
+    def all(self) -> Moments:
+        merged = Moments(0, 0, 0)  # type: ignore[arg-type]
+        for _, part in sorted(self.sites.items()):
+            merged = merged.merge(part)
+        return merged
+
+    def add(self, site: int, x: Any, found: Moments) -> bool:
+        """Whether the values were finite and any."""
+        if not (np.isfinite(found.mean).all() and np.isfinite(found.variance).all()):
+            self.infinite += 1
+            return False
+        if not found.count:
+            return False
+        mean, variance = found.mean.ravel(), found.variance.ravel()
+        self.sites[site] = self.sites[site].merge(found) if site in self.sites else found
+        self.means = self.means.merge(Moments(1.0, mean, np.zeros_like(mean)))
+        self.within = self.within + variance
+        self.batches, self.samples = self.batches + 1, self.samples + len(x)
+        return True
+
+    def find_top(self, x: Any, axes: tuple[int, ...], mean: Any, batch: int) -> None:
+        """Compares each sample's part of the variances with the largest so far."""
+        if 0 in axes:
+            return
+        rest = tuple(i for i in range(1, x.ndim) if i not in axes)
+        shape = [1 if i not in axes else n for i, n in enumerate(x.shape)]
+        square = (np.asarray(x, np.float32) - mean.reshape(shape).astype(np.float32)) ** 2
+        parts = square.sum(rest, dtype=np.float64).reshape(len(x), -1)
+        rows = parts.argmax(0)
+        best = parts[rows, np.arange(parts.shape[1])]
+        if self.top is None:
+            self.top = best, np.full(len(best), batch), rows
+            return
+        larger = best > self.top[0]
+        self.top = tuple(np.where(larger, new, old) for new, old in zip((best, batch, rows), self.top, strict=True))
+
+
+class Collector:
+    """Measures one model. `figures` is the result."""
+
+    def __init__(self, model: Any, source: Source, other: Source | None) -> None:
+        self._model, self._source, self._other = model, source, other
+        self.notes: list[str] = []
+        self.kept: list[Data] = []
+        self._rows: list[Any] = []
+
+    def collect(self) -> ModelFigures:
+        with Probe(self._model) as probe:
+            self._probe = probe
+            seen, outputs = self._all()
+            called = [tap for tap in probe.taps if tap.sites]
+            called.sort(key=lambda tap: probe.order.index(tap.index))
+            found = [self._layer(tap, seen.get(tap.index, Seen())) for tap in called]
+            figures = ModelFigures(self._model.name, found, self._samples, batches=len(self._rows), notes=self.notes)
+            figures.unreached = tuple(tap.name for tap in probe.taps if not tap.sites)
+            figures.compared = sum(map(len, self.kept))
+            figures.passes = 1.0
+            self._optimizer(figures)
+            self._expected_axes(found)
+            self._compare(figures, called, outputs)
+            self._training(called, found)
+            self._switch(figures, called)
+            self._try_epsilon(figures, called)
+            if self._other is not None:
+                self._see_other(figures, called)
+        return figures
+
+    # ---- 1: all data -------------------------------------------------------------------------------------------------
+
+    def _all(self) -> tuple[dict[int, Seen], list[list[Any]]]:
+        probe, seen = self._probe, dict[int, Seen]()
+        for tap in probe.taps:
+            tap.statistics = BATCH
+        first: list[int] = []
+
+        def observe(tap: Tap, site: int, x: Any, weights: Any, found: Moments) -> None:
+            mine = seen.setdefault(tap.index, Seen())
+            first[:] = first or [tap.index]
+            if mine.add(site, x, found) and weights is None and (tap.index == first[0] or x.size <= SMALL):
+                mine.find_top(x, tap.axes(x.ndim), found.mean, len(self._rows))
+
+        probe.observe = observe
+        outputs: list[list[Any]] = []
+        self._samples, most = 0, self._most_kept()
+        for data in self._source:
+            y, _ = probe.run(data.inputs)
+            self._samples += len(data)
+            if len(self.kept) < most or (sum(map(len, self.kept)) < SAMPLES_KEPT and len(self.kept) < MOST_KEPT):
+                self.kept.append(data)
+                outputs.append(y)
+            self._rows.append(data.rows)
+        probe.observe = None
+        return seen, outputs
+
+    def _most_kept(self) -> int:
+        length = self._source.length
+        return 8 if length is None else max(1, min(MOST_KEPT, length // 4))
+
+    def _layer(self, tap: Tap, seen: Seen) -> LayerFigures:
+        layer = tap.layer
+        whole = seen.all
+        start = _constants(layer.moving_mean_initializer, layer.moving_variance_initializer, len(tap.moving[0]))
+        epsilon = float(keras.ops.convert_to_numpy(layer.epsilon))
+        momentum = None if layer.momentum is None else float(keras.ops.convert_to_numpy(layer.momentum))
+        gamma = getattr(layer, "gamma", None)
+        rank = len(tap.shape or ())
+        found = LayerFigures(
+            tap.name,
+            epsilon,
+            momentum,
+            tap.moving[0],
+            tap.moving[1],
+            axis=tap.axes(rank),
+            shape=tap.shape or (),
+            dtype=tap.dtype,
+            frozen=tap.frozen,
+            trained=_trained(layer),
+            start=start,
+            gamma=None if gamma is None else value(gamma).astype(np.float64).reshape(-1),
+            classes=type(layer).__name__,
+            infinite_batches=seen.infinite,
+            infinite_state=_infinite(layer),
+        )
+        if tap.always_batch:
+            found.always_batch = (
+                "use_batch_statistics" if tap.features.use_batch_statistics is True else "training=True"
+            )
+        if seen.batches:
+            found.mean, found.variance = whole.mean.ravel(), whole.variance.ravel()
+            found.within, found.between = seen.within / seen.batches, seen.means.variance
+            found.count, found.batches = float(whole.count), seen.batches
+            found.per_batch, found.samples = whole.count / seen.batches, seen.samples / seen.batches
+            found.sites = [(part.mean.ravel(), part.variance.ravel()) for _, part in sorted(seen.sites.items())]
+            if seen.top is not None:
+                self._top(found, seen)
+        return found
+
+    def _top(self, found: LayerFigures, seen: Seen) -> None:
+        """The sample that has the largest share in most channels."""
+        square, batch, rows = seen.top
+        assert found.variance is not None
+        total = found.variance * found.count
+        share = np.divide(square, total, out=np.zeros_like(square), where=total > 0)
+        strong = share > 0.5
+        pairs = list(zip(batch[strong].tolist(), rows[strong].tolist(), strict=True))
+        if not pairs:
+            found.top_share = np.zeros_like(share)
+            return
+        (b, row) = max(set(pairs), key=pairs.count)
+        found.top_share = np.where((batch == b) & (rows == row), share, 0.0)
+        places = self._rows[b]
+        known = places is not None and row < len(places)
+        found.top_row = int(places[row]) if known else f"row {row} of batch {b}"
+
+    # ---- what the model is -------------------------------------------------------------------------------------------
+
+    def _optimizer(self, figures: ModelFigures) -> None:
+        optimizer = self._model.optimizer if self._model.compiled else None
+        if optimizer is not None:
+            figures.iterations = int(keras.ops.convert_to_numpy(optimizer.iterations))
+            try:
+                figures.learning_rate = float(keras.ops.convert_to_numpy(optimizer.learning_rate))
+            except (TypeError, ValueError, AttributeError):
+                figures.learning_rate = None
+        figures.infinite_weights = tuple(
+            weight.path for weight in self._model.weights if _not_finite(weight) and "moving_" not in weight.path
+        )
+
+    def _expected_axes(self, found: list[LayerFigures]) -> None:
+        """The channel axis that the other layers of the model work with."""
+        others = list(layers(self._model))
+        formats = {
+            layer.data_format for layer in others if hasattr(layer, "kernel_size") and hasattr(layer, "data_format")
+        }
+        dense = any(
+            isinstance(layer, (keras.layers.Dense, keras.layers.EinsumDense, keras.layers.RNN)) for layer in others
+        )
+        for row in found:
+            rank = len(row.shape)
+            if rank < 3 or len(row.axis) != 1:
+                continue
+            if len(formats) == 1:
+                row.expected_axis = rank - 1 if formats == {"channels_last"} else 1
+            elif not formats and dense and rank == 3:
+                row.expected_axis = rank - 1
+
+    def _training(self, called: list[Tap], found: list[LayerFigures]) -> None:
+        """Which batch norms the model tells, in training, that it isn't training."""
+        if all(row.frozen or not row.at_start for row in found):
+            return
+        try:
+            told = self._probe.training_seen(self.kept[0].inputs)
+        except Exception as error:
+            self.notes.append(f"the model can't be traced with training=True: {error}")
+            return
+        for tap, row in zip(called, found, strict=True):
+            row.never_training = told[tap.index] == {False}
+
+    # ---- 2: outputs --------------------------------------------------------------------------------------------------
+
+    def _compare(self, figures: ModelFigures, called: list[Tap], outputs: list[list[Any]]) -> None:
+        usable = [row.usable or row.seen for row in figures.layers]
+        for tap, row, use in zip(called, figures.layers, usable, strict=True):
+            tap.statistics = (row.mean, row.variance) if use else MOVING
+        recalibrated, scores = self._outputs()
+        figures.scores["recalibrated"] = scores
+        chosen = [tap.statistics for tap in called]
+        for tap in called:
+            tap.statistics = MOVING
+        moving, figures.scores["moving"] = self._outputs()
+        for tap, statistics in zip(called, chosen, strict=True):
+            tap.statistics = statistics
+        figures.scores["batch"] = self._score(outputs)
+        figures.scores = {name: found for name, found in figures.scores.items() if found}
+        figures.distance = _distance(moving, recalibrated)
+        figures.batch_distance = _distance(outputs, recalibrated)
+        figures.passes += 2 * figures.compared / max(self._samples, 1)
+        self._reference = recalibrated
+
+    def _outputs(self) -> tuple[list[list[Any]], dict[str, float]]:
+        found = [self._probe.run(data.inputs) for data in self.kept]
+        return [y for y, _ in found], self._score([y for y, _ in found], [loss for _, loss in found])
+
+    def _score(
+        self, outputs: list[list[Any]], added: list[float] | None = None, batches: Any = None
+    ) -> dict[str, float]:
+        score = Score(self._model, self.notes)
+        structure = self._probe.structure
+        try:
+            for i, (data, y) in enumerate(zip(batches or self.kept, outputs, strict=True)):
+                if data.targets is not None:
+                    score.add(data.targets, y, data.weights, added[i] if added else 0.0, structure)
+            return score.result()
+        except Exception as error:
+            note = f"loss and metrics can't be computed from these targets: {' '.join(str(error).split())[:300]}"
+            if note not in self.notes:
+                self.notes.append(note)
+            return {}
+
+    # ---- 3: suspects -------------------------------------------------------------------------------------------------
+
+    def _switch(self, figures: ModelFigures, called: list[Tap]) -> None:
+        """The effect of each suspect alone, on one batch."""
+        suspects = [i for i, row in enumerate(figures.layers) if row.usable and row.gap > SUSPECT]
+        suspects = sorted(sorted(suspects, key=lambda i: -figures.layers[i].gap)[:MOST_SUSPECTS])
+        data, reference = self.kept[0], self._reference[:1]
+        for i in suspects:
+            tap, row = called[i], figures.layers[i]
+            statistics, tap.statistics = tap.statistics, MOVING
+            row.effect = _distance([self._probe.run(data.inputs)[0]], reference)
+            tap.statistics = statistics
+        figures.passes += len(suspects) * len(data) / max(self._samples, 1)
+
+    def _try_epsilon(self, figures: ModelFigures, called: list[Tap]) -> None:
+        """The loss with the epsilon of other frameworks, where epsilon is of the size of the variances."""
+        loss = figures.scores.get("moving", {}).get("loss")
+        tried = [
+            i
+            for i, row in enumerate(figures.layers)
+            if row.usable and np.mean(row.moving_variance < 10 * max(1e-3, row.epsilon)) > 0.25
+        ]
+        if loss is None or not tried or not math.isfinite(loss):
+            return
+        trial = {}
+        for tap in called:
+            tap.statistics = MOVING
+        for epsilon in (1e-3, 1e-5):
+            kept = [(called[i].layer, called[i].layer.epsilon) for i in tried]
+            if all(float(keras.ops.convert_to_numpy(old)) == epsilon for _, old in kept):
+                continue
+            try:
+                for layer, _ in kept:
+                    vars(layer)["epsilon"] = epsilon
+                self._probe.forget()
+                trial[epsilon] = self._outputs()[1].get("loss", math.nan)
+            finally:
+                for layer, old in kept:
+                    vars(layer)["epsilon"] = old
+                self._probe.forget()
+            figures.passes += figures.compared / max(self._samples, 1)
+        figures.epsilon_trial = trial
+
+    # ---- 4: other data -----------------------------------------------------------------------------------------------
+
+    def _see_other(self, figures: ModelFigures, called: list[Tap]) -> None:
+        assert self._other is not None
+        seen: dict[int, Seen] = {}
+        for tap, row in zip(called, figures.layers, strict=True):
+            tap.statistics = (row.mean, row.variance) if row.seen else MOVING
+
+        def observe(tap: Tap, site: int, x: Any, weights: Any, found: Moments) -> None:
+            seen.setdefault(tap.index, Seen()).add(site, x, found)
+
+        self._probe.observe = observe
+        outputs: list[list[Any]] = []
+        read: list[Data] = []
+        samples = 0
+        for data in self._other:
+            y, _ = self._probe.run(data.inputs)
+            samples += len(data)
+            if len(read) < MOST_KEPT:
+                outputs.append(y)
+                read.append(data)
+        self._probe.observe = None
+        figures.other_scores = self._score(outputs, batches=read)
+        for tap, row in zip(called, figures.layers, strict=True):
+            if tap.index in seen and seen[tap.index].batches:
+                whole = seen[tap.index].all
+                row.other = whole.mean.ravel(), whole.variance.ravel()
+        figures.passes += samples / max(self._samples, 1)
+
+
+def drift(model: Any, figures: ModelFigures, kept: list[Data]) -> None:
+    """How far single training steps move each batch norm's statistics, on the model given, which is trained by this."""
+    names = {row.name: row for row in figures.layers}
+    steps: dict[str, list[float]] = {}
+    for data in kept[:2]:
+        before = _moments_of(model, data)
+        model.train_on_batch(data.inputs, data.targets, sample_weight=data.weights)
+        after = _moments_of(model, data)
+        for name, (old, epsilon) in before.items():
+            if name in after:
+                steps.setdefault(name, []).append(between(after[name][0], old, epsilon))
+    for name, moved in steps.items():
+        if name in names:
+            names[name].step = float(np.mean(moved))
+
+
+def _moments_of(model: Any, data: Data) -> dict[str, tuple[tuple[Any, Any], float]]:
+    found: dict[str, tuple[tuple[Any, Any], float]] = {}
+    with Probe(model) as probe:
+
+        def observe(tap: Tap, site: int, x: Any, weights: Any, seen: Moments) -> None:
+            pair = seen.mean.ravel(), seen.variance.ravel()
+            found[tap.name] = pair, float(keras.ops.convert_to_numpy(tap.layer.epsilon))
+
+        probe.observe = observe
+        for tap in probe.taps:
+            tap.statistics = BATCH
+        probe.run(data.inputs)
+    return found
+
+
+def _distance(outputs: list[list[Any]], reference: list[list[Any]]) -> float:
+    """The root mean square difference of outputs, in standard deviations of the reference."""
+    total = count = 0.0
+    for i in range(len(reference[0]) if reference else 0):
+        a, b = (np.concatenate([np.asarray(y[i], np.float64) for y in some]) for some in (outputs, reference))
+        if a.dtype.kind != "f" or not a.size:
+            continue
+        if not (np.isfinite(a).all() and np.isfinite(b).all()):
+            return math.inf
+        spread = b.var()
+        difference = float(np.mean((a - b) ** 2))
+        total += difference / spread if spread > 0 else (0.0 if difference == 0 else 1e6)
+        count += 1
+    return math.sqrt(total / count) if count else 0.0
+
+
+def _constants(mean: Any, variance: Any, channels: int) -> tuple[Any, Any] | None:
+    """The starting values of the moving statistics, if they are always the same."""
+    kinds = (keras.initializers.Zeros, keras.initializers.Ones, keras.initializers.Constant)
+    if not isinstance(mean, kinds) or not isinstance(variance, kinds):
+        return None
+    try:
+        return tuple(np.asarray(one((channels,), dtype="float32"), np.float64) for one in (mean, variance))  # type: ignore[return-value]
+    except Exception:  # Constant of an array of another shape
+        return None
+
+
+def _trained(layer: Any) -> bool | None:
+    """Whether gamma or beta differ from their starting values; None if that can't be known."""
+    known = None
+    for name in ("gamma", "beta"):
+        weight = getattr(layer, name, None)
+        initializer = getattr(layer, f"{name}_initializer", None)
+        if weight is None or not isinstance(initializer, (keras.initializers.Zeros, keras.initializers.Ones)):
+            continue
+        start = 1.0 if isinstance(initializer, keras.initializers.Ones) else 0.0
+        known = bool(known) or bool((value(weight).astype(np.float64) != start).any())
+    return known
+
+
+def _not_finite(variable: Any) -> bool:
+    array = value(variable)
+    return array.dtype.kind not in "iubSOU" and not np.isfinite(array.astype(np.float64)).all()
+
+
+def _infinite(layer: Any) -> tuple[str, ...]:
+    """The weights that hold NaN, Inf, or a negative variance."""
+    names = ("gamma", "beta", "moving_mean", "moving_variance")
+    bad = [name for name in names if getattr(layer, name, None) is not None and _not_finite(getattr(layer, name))]
+    if "moving_variance" not in bad and (value(layer.moving_variance).astype(np.float64) < 0).any():
+        bad.append("moving_variance")
+    return tuple(bad)
