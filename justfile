@@ -22,6 +22,10 @@ format:
 lint:
     .ci/run lint types
 
+# Measures the promises of docs/guarantees.md, within an hour on 2 cores, and writes the page.
+guarantees *arguments:
+    PYTHONPATH=tests/helpers python -m guarantees {{arguments}}
+
 bench:
     cmake --preset bench -G Ninja && cmake --build --preset bench && build/bench/bench/bench_batch_norm
 

@@ -90,7 +90,7 @@ TEST_CASE("every activation in every layout: oracle, instruction sets, team size
                     const Case c{shape, dtype, activation, true, residual};
                     const Inputs in(c);
                     INFO(c.text());
-                    const Settings baseline("baseline", 1);
+                    const Settings baseline(smallest_isa(), 1);
                     const Forward forward = run_train(c, in);
                     const Backward backward = run_grad(c, in, forward);
                     const Worst y = check_forward(c, in, forward), dx = check_backward(c, in, forward, backward);

@@ -57,6 +57,8 @@ struct Worst {
 Worst check_forward(const Case& c, const Inputs& in, const Forward& out);
 Worst check_backward(const Case& c, const Inputs& in, const Forward& forward, const Backward& out);
 
+std::string smallest_isa();  // the one that every processor of the architecture has: baseline or neon
+
 // Sets the instruction set and thread count, and restores the defaults on destruction.
 struct Settings {
     Settings(const std::string& isa, int threads);  // threads > 0: a full team even for small tensors

@@ -168,7 +168,7 @@ TEST_CASE("group norm agrees with the oracle, with the same bits on every instru
                 INFO(text(n));
                 Out first;
                 {
-                    const Settings settings("baseline", 1);
+                    const Settings settings(smallest_isa(), 1);
                     first = run(n);
                 }
                 const Worst worst = check(n, first);
@@ -203,7 +203,7 @@ TEST_CASE("group norm: gamma and beta change no bits of the statistics") {
             for (int threads : {1, 2}) {
                 Norm n(shape, dtype, true);
                 INFO(text(n) << " threads " << threads);
-                const Settings settings("baseline", threads);
+                const Settings settings(smallest_isa(), threads);
                 const Out with = run(n);
                 n.affine = false;
                 const Out without = run(n);

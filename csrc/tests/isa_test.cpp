@@ -35,7 +35,7 @@ TEST_CASE("baseline is always available and last; set_isa chooses the instructio
 
 TEST_CASE("set_isa throws for an unknown name, lists the choices and changes nothing") {
     const std::string before = isa_name();
-    CHECK_THROWS_WITH_AS(set_isa("sse9"), doctest::Contains("baseline"), std::invalid_argument);
+    CHECK_THROWS_WITH_AS(set_isa("sse9"), doctest::Contains(smallest_isa().c_str()), std::invalid_argument);
     CHECK_THROWS_WITH_AS(set_isa("sse9"), doctest::Contains("Received: sse9"), std::invalid_argument);
     CHECK(isa_name() == before);
 }

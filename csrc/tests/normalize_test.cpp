@@ -18,10 +18,10 @@ TEST_CASE("train agrees with the oracle, with the same bits on every instruction
                 const Inputs in(c), shifted = in.shifted();
                 Forward first;
                 {
-                    const Settings settings("baseline", 1);
+                    const Settings settings(smallest_isa(), 1);
                     first = run_train(c, in);
                     INFO(c.text());
-                    CHECK(std::string(last_isa()) == "baseline");
+                    CHECK(last_isa() == smallest_isa());
                     CHECK(first.y.guards_intact());
                     CHECK(first.moving_mean.guards_intact());
                     CHECK(first.moving_variance.guards_intact());
@@ -30,7 +30,7 @@ TEST_CASE("train agrees with the oracle, with the same bits on every instruction
                 }
                 for (const std::string& isa : usable_isas())
                     for (int threads : {1, 2, 3, 8}) {
-                        if (shape.size() > 100000 && threads % 2 == 0 && isa != "baseline") continue;
+                        if (shape.size() > 100000 && threads % 2 == 0 && isa != smallest_isa()) continue;
                         INFO(c.text() << " " << isa << " threads " << threads);
                         const Settings settings(isa, threads);
                         const Forward f = run_train(c, threads == 3 ? shifted : in, threads == 3 ? 1 : 0);

@@ -259,9 +259,9 @@ TEST_CASE("memory is read once if a group of channels fits in cache, otherwise t
         CHECK(p.channels_per_group * 32 * 56 * 56 * 4 <= cache_per_thread(usual_machine(), threads));
         CHECK(bytes(p, first) == 1);
         CHECK(p.bytes_written == first.size() * 4);
-        PlanRequest raise = request_of(first, DType::float32, Op::train, threads);
-        raise.whole_first = true;  // computes all statistics before any output
-        CHECK(bytes(make_plan(raise, usual_machine()), first) == 2);
+        PlanRequest raising = request_of(first, DType::float32, Op::train, threads);
+        raising.whole_first = true;  // computes all statistics before any output
+        CHECK(bytes(make_plan(raising, usual_machine()), first) == 2);
 
         const Shape last{32 * 56 * 56, 256, 1};  // 64 columns are 25 MB: more than L2
         p = make_plan(request_of(last, DType::float32, Op::train, threads), usual_machine());

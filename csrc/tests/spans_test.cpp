@@ -22,7 +22,7 @@ template <class Check> void each_spans(Check check) {
     for (const GroupShape& shape : group_shapes)
         for (DType dtype : all_dtypes)
             for (int threads : {1, 2, 7}) {
-                const Settings settings("baseline", threads);
+                const Settings settings(smallest_isa(), threads);
                 with_spans(shape, dtype, 2, Activation::none, [&](auto spans) {
                     INFO(Case{{shape.N * shape.A, shape.C, shape.S}, dtype}.text() << " threads " << threads);
                     check(spans);

@@ -108,8 +108,7 @@ BNFAST_FUNCTION mish_slope(V z) {
                    divisor * divisor);
 }
 BNFAST_FUNCTION hard_sigmoid_slope(V z) {
-    const V v = z + T(3);
-    return v <= T(0) ? V{} : v >= T(6) ? V{} : v * T(0) + T(1.0 / 6);
+    return z <= T(-3) ? V{} : z >= T(3) ? V{} : z * T(0) + T(1.0 / 6);  // not of z + 3, which is rounded
 }
 BNFAST_FUNCTION hard_silu_slope(V z) { return z <= T(-3) ? V{} : z >= T(3) ? all<V>(T(1)) : (z + z + T(3)) / T(6); }
 

@@ -1,0 +1,181 @@
+"""Measures the promises of docs/guarantees.md and writes the page: `just guarantees`, within an hour on 2 cores.
+
+With tests/helpers on the path:
+
+    python -m guarantees              measures everything, writes guarantees.json and the page
+    python -m guarantees --scale 0.1  a tenth of it, prints it and writes nothing
+    python -m guarantees --page       writes the page anew from guarantees.json
+
+Exit status 1 if a promise is broken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from . import accuracy, calls, processes, same_bits, views
+
+ROOT = Path(__file__).resolve().parents[3]
+PAGE, DATA = ROOT / "docs" / "guarantees.md", ROOT / "docs" / "benchmarks" / "results" / "guarantees.json"
+
+Figures = dict[str, Any]
+
+
+class Row:
+    """A promise: how it is measured at a scale, whether the figures keep it, and how the page says them."""
+
+    def __init__(
+        self, promise: str, measure: Callable[[float], Figures], kept: Callable[[Figures], bool], text: str
+    ) -> None:
+        self.promise, self.measure, self.kept, self.text = promise, measure, kept, text
+
+
+def count(scale: float, whole: int) -> int:
+    return max(1, round(scale * whole))
+
+
+ROWS = {
+    "same_bits": Row(
+        "The same bits on every instruction set, with 1 to 8 threads, at any alignment, in place or not, in 16 "
+        "floating-point modes of the caller, and in a fresh process",
+        lambda scale: same_bits.measure(count(scale, 10_000)),
+        lambda f: not f["different"] and not f["processes_different"],
+        "{configurations} configurations, {n_different} different; {processes} processes, {processes_different} "
+        "different. One hash: `{hash}`",
+    ),
+    "accuracy": Row(
+        "y is within 4\\*eps\\*(abs(a)\\*(abs(x) + abs(mean) + std) + abs(b)), for mean/std from 0 to 1e6",
+        lambda scale: accuracy.measure(count(scale, 200_000)),
+        lambda f: max(f["worst"].values()) <= 1,
+        "{channels} channels; the largest error is {worst[float32]:.2f} of the bound in float32, {worst[float64]:.2f} "
+        "in float64",
+    ),
+    "half_types": Row(
+        "float16 and bfloat16 are the float32 result, correctly rounded",
+        lambda scale: accuracy.half_types(),
+        lambda f: not any(f["wrong"].values()),
+        "{values} values (all of both); wrong: {wrong[float16]} and {wrong[bfloat16]}",
+    ),
+    "forks": Row(
+        "A fork works: between calls, and while another thread computes",
+        lambda scale: processes.forks(count(scale, 1000), count(scale, 200)),
+        lambda f: not f["failed"] and not f["failed_during"],
+        "{after} forks after a call, {failed} failed or hung; {during} during one, {failed_during} failed or hung",
+    ),
+    "exits": Row(
+        "The interpreter ends while daemon threads compute",
+        lambda scale: processes.exits(count(scale, 200)),
+        lambda f: not f["failed"],
+        "{exits} exits, {failed} failed or hung",
+    ),
+    "interrupts": Row(
+        "Ctrl-C takes effect when the call ends: within 200 ms for calls of up to 1 GB",
+        lambda scale: processes.interrupts(count(scale, 30), 1024 if scale == 1 else 64),
+        lambda f: f["longest_ms"] <= max(200, 1.5 * f["call_ms"]),
+        "{interrupts} interrupts of calls on {megabytes} MB, the longest wait {longest_ms:.0f} ms; the call itself "
+        "takes {call_ms:.0f} ms",
+    ),
+    "calls": Row(
+        "Valid calls compute, invalid ones raise; no argument changes, nothing crashes",
+        lambda scale: calls.measure(count(scale, 3_000_000), count(scale, 1_000_000)),
+        lambda f: not f["failures"],
+        "{valid} valid and {invalid} invalid calls, {n_failures} failures",
+    ),
+    "views": Row(
+        "Strided, misaligned, byte-swapped, read-only and overlapping views: right, or a clear error, and no byte "
+        "outside of them is touched (guard pages)",
+        lambda scale: views.measure(count(scale, 2500)),
+        lambda f: not f["failures"],
+        "{views} pairs of views, {n_failures} failures",
+    ),
+}
+
+HELD_BY_CI = """## Held by every run of CI
+
+| promise | held by |
+|---|---|
+| the bits of results are those that are written down, on x86-64 (three instruction sets) and on aarch64 (NEON, under qemu) | `csrc/tests/golden_test.cpp`; stages gcc, clang, aarch64 |
+| no invalid address, no undefined behaviour | stage sanitize: AddressSanitizer and UndefinedBehaviorSanitizer over the C++ tests |
+| no data race | stage tsan: ThreadSanitizer |
+| a failing allocation is a MemoryError | `csrc/tests/memory_test.cpp` and the tests beside it |
+| the functions of Python and of the stub agree | stage types: stubtest; `tests/core/test_signatures.py` |
+| hostile DLPack tensors, buffers, configs and files are errors that name the argument | `tests/arguments`, `tests/cli` |
+| NaN, infinity, overflow, empty, masked, one value | [states](states.md), each cell with its test |
+"""  # noqa: E501
+
+
+def measured(scale: float) -> dict[str, Any]:
+    figures = {}
+    for name, row in ROWS.items():
+        begin = time.perf_counter()
+        figures[name] = row.measure(scale)
+        figures[name]["seconds"] = round(time.perf_counter() - begin, 1)
+        print(f"{'kept  ' if row.kept(figures[name]) else 'BROKEN'} {name}: {said(row, figures[name])}", flush=True)
+    return figures
+
+
+def said(row: Row, figures: Figures) -> str:
+    lengths = {f"n_{key}": len(value) for key, value in figures.items() if isinstance(value, list)}
+    return row.text.format(**figures, **lengths)
+
+
+def page(data: dict[str, Any]) -> str:
+    lines = [
+        "# Guarantees",
+        "",
+        "What bnfast promises, and the figures of the last whole measurement. `just guarantees` measures it again and",
+        "writes this page; CI measures a tenth of every row. Code: `tests/helpers/guarantees`.",
+        "",
+        f"Measured at {data['commit']} on {data['date']}: {data['machine']}, {data['minutes']} minutes.",
+        "",
+        "| promise | figure | kept? |",
+        "|---|---|---|",
+    ]
+    for name, row in ROWS.items():
+        figures = data["rows"][name]
+        lines.append(f"| {row.promise} | {said(row, figures)} | {'yes' if row.kept(figures) else '**no**'} |")
+    return "\n".join([*lines, "", HELD_BY_CI])
+
+
+def machine() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return f"{model}, Python {platform.python_version()}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scale", type=float, default=1.0)
+    parser.add_argument("--page", action="store_true")
+    options = parser.parse_args()
+    if options.page:
+        data = json.loads(DATA.read_text())
+    else:
+        begin = time.perf_counter()
+        rows = measured(options.scale)
+        commit = subprocess.run(["git", "rev-parse", "--short=7", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+        data = {
+            "commit": commit.stdout.strip(),
+            "date": datetime.date.today().isoformat(),
+            "machine": machine(),
+            "minutes": round((time.perf_counter() - begin) / 60),
+            "rows": rows,
+        }
+        if options.scale == 1:
+            DATA.write_text(json.dumps(data, indent=1) + "\n")
+    if options.scale == 1 or options.page:
+        PAGE.write_text(page(data))
+    return 0 if all(row.kept(data["rows"][name]) for name, row in ROWS.items()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
