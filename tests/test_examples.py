@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,25 @@ def test_compat_v1_mlp(need, example):
     assert min(accuracies.values()) > 0.6, accuracies
 
 
+def test_not_working(need, example):
+    need("tensorflow")
+    module = example("not_working")
+    found = module.main(["outlier", "never-trained", "wrong-axis", "always-training"])
+    assert {name: diagnosis.verdicts[0].code for name, diagnosis in found.items()} == {name: name for name in found}
+
+
+def test_not_working_has_every_verdict_and_the_page_shows_it(need, example):
+    need("tensorflow")
+    module, rules = example("not_working"), example("bnfast.diagnosis.verdicts").RULES
+    assert set(module.CAUSES) == {rule.__name__.replace("_", "-") for rule in rules}
+    page = (EXAMPLES.parent / "docs" / "not-working.md").read_text()
+    for name, cause in module.CAUSES.items():
+        assert f"(#{name})" in page
+        assert f"\n### {name}\n" in page
+        assert inspect.getsource(cause).strip() in page, f"docs/not-working.md shows an old version of {name}"
+        assert f"[{name}]" in page.split(f"\n### {name}\n")[1].split("\n### ")[0]
+
+
 def test_mlp_numpy(example):
     assert example("mlp_numpy").main(["--steps", str(STEPS)]) > 0.8
 
@@ -66,6 +86,6 @@ def test_an_example_is_a_script():
 
 def test_every_example_is_tested_and_listed():
     scripts = {path.stem for path in EXAMPLES.glob("*.py")} - {"common"}
-    assert scripts == {*KERAS_EXAMPLES, "bn_variants", "cgan_digits", "compat_v1_mlp", "mlp_numpy"}
+    assert scripts == {*KERAS_EXAMPLES, "bn_variants", "cgan_digits", "compat_v1_mlp", "mlp_numpy", "not_working"}
     readme = (EXAMPLES / "README.md").read_text()
     assert all(f"`{script}.py`" in readme for script in scripts)

@@ -108,7 +108,8 @@ def test_each_cause(changes, code, words):
     assert first.cure
     text, page = str(diagnosis), diagnosis._repr_html_()
     assert f"[{code}]" in text
-    assert first.cure in text
+    assert first.cure.split() == text.split("Cure: ")[1].split()[: len(first.cure.split())]
+    assert max(map(len, text.splitlines())) <= 120
     assert html.escape(first.title) in page
     assert page.count("<td>") == 8
     found = json.loads(json.dumps(diagnosis.to_dict(), allow_nan=False))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import math
+import textwrap
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 from .figures import LayerFigures, ModelFigures, between
 from .verdicts import GAP, Verdict, judge
 
+WIDTH = 112  # columns of text
 HEALTHY = "healthy: the moving statistics are those of this data"
 HEADS = ("layer", "gap", "mean off (std)", "variance (log2)", "values", "start left", "effect", "notes")
 _SCORES = ("moving", "batch", "recalibrated")
@@ -154,8 +156,8 @@ class Diagnosis:
 def _verdict_text(verdict: Verdict) -> str:
     layers = ", ".join(verdict.layers[:6]) + (f" and {len(verdict.layers) - 6} more" if len(verdict.layers) > 6 else "")
     lines = [f"{verdict.title} [{verdict.code}]" + (f": {layers}" if layers else "")]
-    lines += [f"  {reason}" for reason in verdict.reasons]
-    lines += [f"  Cure: {verdict.cure}"] if verdict.cure else []
+    paragraphs = [*verdict.reasons, *([f"Cure: {verdict.cure}"] if verdict.cure else [])]
+    lines += [textwrap.fill(text, WIDTH, initial_indent="  ", subsequent_indent="  ") for text in paragraphs]
     return "\n".join(lines + [f"    {line}" for line in verdict.code_cure.splitlines()])
 
 
@@ -169,7 +171,7 @@ def _cells(row: LayerFigures) -> tuple[str, ...]:
         _number(_rms(row.shift)),
         f"{float(np.median(row.ratio)):+.2f}",
         f"{row.per_batch:.4g}",
-        f"{min(max(share, 0), 1):.0%}" if fit > 0.5 else "-",
+        f"{min(max(share, 0), 1):.0%}" if fit > 0.5 and row.share_agrees else "-",
         "-" if row.effect is None else _number(row.effect),
         ", ".join(_notes(row)),
     )

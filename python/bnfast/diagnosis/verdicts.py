@@ -196,7 +196,7 @@ def never_trained(case: _Case) -> Verdict | None:
 def never_updated(case: _Case) -> Verdict | None:
     if case.settled:
         return None
-    rows = [row for row in case.figures.layers if row.at_start and row.gap >= GAP]
+    rows = [row for row in case.figures.layers if row.at_start and (row.gap >= GAP or _untouched(row))]
     if not rows:
         return None
     never, frozen = [row for row in rows if row.never_training], [row for row in rows if row.frozen]
@@ -234,6 +234,11 @@ def never_updated(case: _Case) -> Verdict | None:
         cure,
         code,
     )
+
+
+def _untouched(row: LayerFigures) -> bool:
+    """Whether training was watched and doesn't update it; then nothing else is known of it."""
+    return row.never_training and not row.seen
 
 
 def always_training(case: _Case) -> Verdict | None:

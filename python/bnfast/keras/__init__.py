@@ -31,6 +31,7 @@ from .layers.weight_norm import WeightNormalization
 from .models.accelerate import accelerate
 from .models.diagnosis.diagnose import diagnose
 from .models.diagnosis.recalibrate import Recalibration, recalibrate
+from .models.diagnosis.watch import Watch
 from .models.fold import fold
 from .models.patch import is_patched, patch, unpatch, uses_bnfast
 from .models.report import report
@@ -45,6 +46,7 @@ __all__ = [
     "InstanceNormalization",
     "LayerNormalization",
     "Recalibration",
+    "Watch",
     "WeightNormalization",
     "accelerate",
     "diagnose",

@@ -17,11 +17,13 @@ from .._arguments.array_checks import tensor
 from .._arguments.arrays import Array
 from .._arguments.axes import Axes
 from ..functional.batch_norm import GradResult
+from ..functional.moments import Moments
 from . import convert_keras, convert_torch
 from .batch import Batch, Policy, Renorm
 from .forward import forward
 from .ghosts import GROUPINGS, check_virtual_batch_size
 from .per_sample import check_adjustment
+from .recalibrate import statistics
 from .renorm import RENORM_STATE, check_clipping, check_renorm
 from .state import MOST_BATCHES, batch_count, load_state
 
@@ -320,6 +322,50 @@ class BatchNormalization:
 
     def _forget(self) -> None:
         self._backward = self.dgamma = self.dbeta = self.dresidual = None
+
+    def recalibrate(self, batches: Any, *, estimator: str = "population") -> Moments:
+        """Compute the moving statistics anew from batches of inputs of this layer, in float64.
+
+        With an iterator, one batch is in memory at a time. What the layer does in training (trainable, momentum,
+        update_statistics) plays no part. With renorm its three other statistics are set, too; with momentum=None
+        `batches` is the number of these batches. A layer that isn't built is built for the first batch.
+
+        Args:
+            batches: an iterable of arrays x, of tuples (x, mask), or of `bnfast.Moments` of batches. Empty and fully
+                masked batches are left out.
+            estimator: "population": mean and variance of all values together. "average": the plain averages of the
+                means and of the variances of the batches (of the ghost batches with virtual_batch_size), as training
+                averages them.
+
+        Returns:
+            The Moments that were set: count, mean and variance in float64, the variance with the layer's correction.
+
+        Raises:
+            ValueError, TypeError: an argument is wrong, there are no values, or channels differ.
+            FloatingPointError: a mean or variance isn't finite, or doesn't fit the dtype of the layer. In all of these
+                cases the layer is unchanged.
+
+        Example:
+            >>> import bnfast
+            >>> import numpy as np
+            >>> layer = bnfast.BatchNormalization()
+            >>> layer.recalibrate([np.array([[1.0], [3.0]]), np.array([[5.0], [7.0]])])
+            Moments(count=4.0, mean=array([4.]), variance=array([5.]))
+        """
+        found = statistics(self, batches, estimator, self.epsilon)
+        dtype = self.dtype or np.dtype("float64" if found.x_dtype == np.float64 else "float32")
+        dtype = dtype if self.moving_mean is None else self.moving_mean.dtype
+        with np.errstate(over="ignore"):
+            arrays = {name: array.astype(dtype) for name, array in found.arrays.items()}
+        if not all(np.isfinite(array).all() for array in arrays.values()):
+            raise FloatingPointError(f"the new statistics don't fit in {dtype.name}")
+        if self.moving_mean is None:
+            self.build(found.shape if len(found.shape) > 1 else found.shape[0], dtype)
+        for name, array in arrays.items():
+            getattr(self, name)[...] = array
+        self.batches = found.batches
+        self._forget()
+        return found.moments
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments, in plain types: `BatchNormalization(**layer.get_config())` has the same options.

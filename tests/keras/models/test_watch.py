@@ -1,0 +1,172 @@
+"""Watch: batch statistics read back from the moving ones, verdicts said once, TensorBoard, and its cost."""
+
+from __future__ import annotations
+
+import time
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from bnfast.keras import BatchNormalization, Watch, accelerate
+from keras import layers as L
+from model_state import state
+
+KERAS = keras.layers.BatchNormalization
+RNG = np.random.default_rng(1)
+X = RNG.normal(3, 2, (640, 6)).astype("float32")
+Y = (X[:, 0] > 3).astype("int32")
+
+
+def net(norm=KERAS, **kwargs):
+    model = keras.Sequential([keras.Input((6,)), norm(name="bn", **kwargs), L.Dense(4), L.ReLU(), L.Dense(2)])
+    return compiled(model)
+
+
+def compiled(model, **kwargs):
+    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True), **kwargs)
+    return model
+
+
+def fit(model, watch, epochs=2, **kwargs):
+    return model.fit(X, Y, batch_size=64, epochs=epochs, shuffle=False, verbose=0, callbacks=[watch], **kwargs)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"momentum": 0.5}, {"renorm": True}])
+@pytest.mark.parametrize("norm", [KERAS, BatchNormalization])
+def test_the_batch_statistics_are_read_back(norm, kwargs):
+    model, watch = net(norm, **kwargs), Watch(budget=1.0, verbose=0)
+    fit(model, watch, 1)
+    (samples,) = watch._samples
+    assert len(samples) == 10
+    for i, (mean, variance) in enumerate(samples):
+        batch = X[64 * i : 64 * i + 64].astype("float64")
+        np.testing.assert_allclose(mean, batch.mean(0), atol=2e-3)
+        np.testing.assert_allclose(variance, batch.var(0), rtol=2e-3)
+    assert watch.history[0]["bn"] > 0
+    assert watch.left == {}
+
+
+@pytest.mark.parametrize("form", ["accelerated", "shared", "several steps per execution"])
+def test_updates_per_step_are_counted(form):
+    if form == "shared":
+        inputs, norm = keras.Input((6,)), KERAS(name="bn", momentum=0.5)
+        model = compiled(keras.Model(inputs, L.Dense(2)(norm(inputs) + norm(inputs))))
+    else:
+        model = net(momentum=0.5)
+        if form == "accelerated":
+            model = accelerate(model, verbose=False)
+        else:
+            compiled(model, steps_per_execution=5)
+    watch = Watch(budget=1.0, verbose=0)
+    fit(model, watch, 1)
+    assert list(watch._counts.values()) == [2 if form == "shared" else 1]
+    means = np.mean([mean for mean, _ in watch._samples[0]], 0)
+    np.testing.assert_allclose(means, X.mean(0), atol=0.3)
+
+
+def test_a_short_training_is_told_at_once_and_only_once(capsys):
+    watch = Watch()
+    fit(net(), watch, 3)
+    out = capsys.readouterr().out
+    assert out.count("Too few updates") == 1
+    assert "epoch 1" in out
+    assert watch.verdicts["too-few-updates"][0] == 0
+    assert len(watch.history) == 3
+
+
+def test_a_long_training_is_left_alone(capsys):
+    watch = Watch(budget=1.0)
+    fit(net(momentum=0.9), watch, 10)
+    assert capsys.readouterr().out == ""
+    assert watch.verdicts == {}
+    assert watch.history[-1]["bn"] < 0.15
+
+
+def test_stopped_early(capsys):
+    stop = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: setattr(model, "stop_training", True))
+    model, watch = net(), Watch()
+    model.fit(X, Y, batch_size=64, epochs=200, verbose=0, callbacks=[stop, watch])
+    assert "too-few-updates" in watch.verdicts
+    assert "Too few updates" in capsys.readouterr().out
+
+
+class Never(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.head = KERAS(name="bn"), L.Dense(2)
+
+    def call(self, x, training=None):
+        return self.head(self.norm(x, training=False))
+
+
+def test_a_layer_that_training_does_not_update():
+    model, watch = Never(), Watch(verbose=0)
+    model(X[:2])
+    fit(compiled(model), watch, 1)
+    assert watch.verdicts["never-updated"][1].layers == ("bn",)
+
+
+def test_not_finite():
+    model, watch = net(), Watch(verbose=0)
+    x = X.copy()
+    x[300] = np.nan
+    model.fit(x, Y, batch_size=64, epochs=1, verbose=0, callbacks=[watch])
+    assert "not-finite" in watch.verdicts
+
+
+def test_what_cannot_be_watched_is_said():
+    model, watch = net(BatchNormalization, momentum=None), Watch(verbose=0)
+    fit(model, watch, 1)
+    assert watch.left == {"bn": "momentum=None"}
+    model = net()
+    model.layers[0].trainable = False
+    watch = Watch(verbose=0)
+    fit(compiled(model), watch, 1)
+    assert watch.left == {"bn": "it is frozen"}
+    watch = Watch(verbose=0)
+    fit(compiled(net(), run_eagerly=True), watch, 1)
+    assert "eagerly" in watch.left["bn"]
+    assert watch.verdicts == {}
+
+
+def test_the_training_is_the_same():
+    models = []
+    for callbacks in ([], [Watch(verbose=0)]):
+        keras.utils.set_random_seed(0)
+        model = net()
+        model.fit(X, Y, epochs=2, verbose=0, callbacks=callbacks)
+        model.fit(X, Y, epochs=1, verbose=0)
+        models.append(model)
+    for a, b in zip(models[0].get_weights(), models[1].get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+    plain, watched = (state(model)["attributes"] for model in models)
+    assert plain == watched
+    assert not any("assign" in vars(v) for v in models[1].variables)
+
+
+def test_tensorboard(tmp_path):
+    fit(net(), Watch(tmp_path, verbose=0), 2)
+    (file,) = tmp_path.iterdir()
+    tags = {value.tag for event in tf.compat.v1.train.summary_iterator(str(file)) for value in event.summary.value}
+    assert tags == {f"batch_norm/bn/{name}" for name in ("gap", "mean_off", "variance_log2")}
+
+
+@pytest.mark.serial
+def test_the_budget_is_kept():
+    model, watch = net(), Watch(verbose=0)
+    started = time.perf_counter()
+    fit(model, watch, 40)
+    assert watch.seconds <= 0.02 * (time.perf_counter() - started) + 0.2  # the first step and a step under way
+
+
+@pytest.mark.parametrize("budget", [0, -1, 2, "x", True])
+def test_a_wrong_budget(budget):
+    with pytest.raises(ValueError, match="budget"):
+        Watch(budget=budget)
+
+
+def test_a_model_without_batch_norm():
+    model = compiled(keras.Sequential([keras.Input((6,)), L.Dense(2)]))
+    with pytest.raises(ValueError, match="no batch norm"):
+        fit(model, Watch())
