@@ -1,6 +1,6 @@
 // The Python module bnfast._core. All arguments are positional-only. The norm functions take the fast path of
 // array_view.h: contiguous, aligned arrays of the right dtype and shape; for anything else they return None and have
-// changed nothing. The functions that start with "_" are for tests and for bnfast.tensorflow.
+// changed nothing. The functions that start with "_" are for tests, for bnfast.tensorflow and for bnfast.torch.
 #include "cpu/dispatch/isa.h"
 #include "cpu/machine.h"
 #include "cpu/parallel.h"
@@ -10,6 +10,7 @@
 #include "call.h"
 #include "callback.h"
 #include "group_norm.h"
+#include "tensors.h"
 
 #include <memory>
 
@@ -105,6 +106,7 @@ PYBIND11_MODULE(_core, m) {
     bind::define(m, "group_norm_grad", bind::group_norm_grad, bind::group_norm_grad_names);
     bind::define(m, "layer_norm", bind::layer_norm, bind::layer_norm_names);
     bind::define(m, "layer_norm_grad", bind::layer_norm_grad, bind::layer_norm_grad_names);
+    bind::define_tensor_functions(m);
     py::class_<bind::Callback>(m, "Callback", "train or grad on arrays in a fixed order, for tf.numpy_function.")
         .def(py::init<const std::string&, const std::vector<std::string>&, const py::dict&, py::object>(),
              "__init__(self, kernel, names, constants, fallback, /)\n--\n\n")

@@ -170,3 +170,81 @@ def _buffer_fault(object: object, /) -> str:
 def _last_run() -> tuple[str, int]: ...
 def _fp_mode() -> int: ...
 def _set_fp_mode(mode: int, /) -> None: ...
+
+# Tensors of PyTorch (csrc/bind/tensors.h). activation is the core's number; None: the fast path declines.
+def _torch_connect(tensor: type, parameter: type, /) -> None: ...
+def _torch_train(
+    x: Any,
+    y: Any,
+    gamma: Any,
+    beta: Any,
+    moving_mean: Any,
+    moving_variance: Any,
+    momentum: float,
+    epsilon: float,
+    activation: int,
+    negative_slope: float,
+    residual: Any,
+    /,
+) -> _Stats | None: ...
+def _torch_infer(
+    x: Any,
+    y: Any,
+    gamma: Any,
+    beta: Any,
+    moving_mean: Any,
+    moving_variance: Any,
+    epsilon: float,
+    activation: int,
+    negative_slope: float,
+    residual: Any,
+    keep: bool,
+    /,
+) -> _Stats | bool | None: ...
+def _torch_grad(
+    dy: Any,
+    x: Any,
+    dx: Any,
+    statistics: Any,
+    gamma: Any,
+    beta: Any,
+    training: bool,
+    activation: int,
+    negative_slope: float,
+    residual: Any,
+    y: Any,
+    dresidual: Any,
+    dgamma: Any,
+    dbeta: Any,
+    /,
+) -> bool | None: ...
+def _torch_group_norm(
+    x: Any,
+    y: Any,
+    groups: int,
+    axes: int,
+    gamma: Any,
+    beta: Any,
+    epsilon: float,
+    activation: int,
+    negative_slope: float,
+    residual: Any,
+    /,
+) -> _Stats | None: ...
+def _torch_group_norm_grad(
+    dy: Any,
+    x: Any,
+    dx: Any,
+    statistics: Any,
+    groups: int,
+    axes: int,
+    gamma: Any,
+    beta: Any,
+    activation: int,
+    negative_slope: float,
+    residual: Any,
+    dresidual: Any,
+    dgamma: Any,
+    dbeta: Any,
+    /,
+) -> bool | None: ...

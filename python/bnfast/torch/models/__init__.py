@@ -1,0 +1,1 @@
+"""Functions of whole modules: accelerate, to_torch, report, fold."""

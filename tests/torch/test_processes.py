@@ -1,0 +1,92 @@
+"""Imports, threads, fork and worker processes beside PyTorch."""
+
+import subprocess
+import sys
+
+import pytest
+
+STEP = """
+x = torch.randn(16, 64, 32, 32, requires_grad=True)
+module = bnfast.torch.BatchNorm2d(64)
+y = module(x); y.sum().backward()
+assert torch.allclose(y, torch.nn.functional.batch_norm(x, None, None, training=True), atol=1e-4)
+"""
+
+
+def run(code, *arguments):
+    result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result.stdout
+
+
+@pytest.mark.parametrize(
+    "first", ["import torch", "import bnfast", "import bnfast.torch", "import numpy, torch, bnfast"]
+)
+def test_import_orders(first):
+    run(f"{first}\nimport bnfast, torch, bnfast.torch\n{STEP}")
+
+
+def test_importing_bnfast_loads_no_torch():
+    assert run("import sys, bnfast; print('torch' in sys.modules)") == "False\n"
+
+
+def test_a_missing_torch_is_one_clear_line():
+    code = "import sys; sys.modules['torch'] = None\ntry: import bnfast.torch\nexcept ImportError as e: print(e)"
+    assert run(code) == 'bnfast.torch needs PyTorch, which is not installed: pip install "bnfast[torch]"\n'
+
+
+@pytest.mark.serial
+def test_threads_stay_bounded():
+    code = f"""
+import os, torch, bnfast, bnfast.torch, threading
+before = len(os.listdir("/proc/self/task"))
+def work():
+{"".join("    " + line + chr(10) for line in STEP.strip().splitlines())}
+work()
+own = len(os.listdir("/proc/self/task"))
+for _ in range(20): work()
+assert len(os.listdir("/proc/self/task")) <= own, "no call adds threads"
+workers = [threading.Thread(target=work) for _ in range(8)]
+for w in workers: w.start()
+for w in workers: w.join()
+"""
+    run(code)
+
+
+@pytest.mark.serial
+def test_fork():
+    code = f"""
+import os, torch, bnfast.torch
+{STEP}
+pid = os.fork()
+if pid == 0:
+    torch.set_num_threads(1)
+    exec({STEP!r})
+    os._exit(0)
+assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+"""
+    run(code)
+
+
+WORKERS = """
+import sys, torch, bnfast.torch
+class Data(torch.utils.data.Dataset):
+    module = bnfast.torch.BatchNorm2d(8).eval()
+    def __len__(self): return 8
+    def __getitem__(self, i):
+        with torch.no_grad():
+            return self.module(torch.full((1, 8, 64, 64), float(i)))[0, 0, 0, 0]
+if __name__ == "__main__":
+    Data()[0]
+    loader = torch.utils.data.DataLoader(Data(), 2, num_workers=2, multiprocessing_context=sys.argv[1], timeout=120)
+    print(torch.cat([*loader]).round().tolist())
+"""
+
+
+@pytest.mark.serial
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_dataloader_workers(tmp_path, method):
+    script = tmp_path / "workers.py"
+    script.write_text(WORKERS)
+    result = subprocess.run([sys.executable, script, method], capture_output=True, text=True, timeout=300)
+    assert result.stdout == "[0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]\n", result.stderr[-2000:]
