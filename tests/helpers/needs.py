@@ -8,8 +8,9 @@ from types import ModuleType
 import pytest
 
 ISAS = ("baseline", "avx2", "avx512", "neon")
-KNOWN = {*ISAS, "torch", "tf_keras", "keras", "tensorflow", "onnx", "ml_dtypes", "jax", "sklearn", "tf2onnx"}
-KNOWN |= {"mpi4py", "mpirun"}
+PACKAGES = {"torch", "tf_keras", "keras", "tensorflow", "onnx", "ml_dtypes", "jax", "sklearn", "tf2onnx", "mpi4py"}
+PACKAGES |= {"matplotlib", "rich"}
+KNOWN = {*ISAS, *PACKAGES, "mpirun"}
 REQUIRED = {name for name in os.environ.get("BNFAST_REQUIRE", "").replace(" ", "").split(",") if name}
 
 

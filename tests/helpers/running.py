@@ -1,5 +1,5 @@
-"""A pytest plugin: it samples the long products (sampling.py), sets the number of workers, and lets serial tests run
-alone (turns.py). pytest-xdist spreads a run of all tests over processes, by file; a run of named files uses one."""
+"""A pytest plugin: it samples the long products (sampling.py), skips files whose frameworks aren't installed, sets the
+number of workers, and lets serial tests run alone (turns.py). pytest-xdist spreads a run of all tests over processes, by file; a run of named files uses one."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import bnfast
+import needs
 import pytest
 import sampling
 import turns
@@ -43,6 +44,29 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:], out = sampling.split(items, sampling.seed())
     config.stash[LEFT_OUT] = len(out)
     config.hook.pytest_deselected(items=out)
+
+
+# ---- frameworks that aren't installed ---------------------------------------------------------------------------------
+
+
+class ModuleOfTests(pytest.Module):
+    """A file that imports an optional package at its top is skipped, by name, where that package is absent."""
+
+    def _getobj(self) -> Any:
+        try:
+            return super()._getobj()
+        except self.CollectError as error:
+            cause: BaseException | None = error
+            while cause is not None:
+                name = (getattr(cause, "name", None) or "").split(".")[0]
+                if isinstance(cause, ModuleNotFoundError) and name in needs.PACKAGES - needs.REQUIRED:
+                    pytest.skip(f"{name} isn't installed", allow_module_level=True)
+                cause = cause.__cause__ or cause.__context__
+            raise
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: Any) -> pytest.Module:
+    return ModuleOfTests.from_parent(parent, path=module_path)
 
 
 # ---- pytest-xdist ----------------------------------------------------------------------------------------------------
