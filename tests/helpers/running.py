@@ -1,5 +1,6 @@
 """A pytest plugin: it samples the long products (sampling.py), skips files whose frameworks aren't installed, sets the
-number of workers, and lets serial tests run alone (turns.py). pytest-xdist spreads a run of all tests over processes, by file; a run of named files uses one."""
+number of workers, and lets serial tests run alone (turns.py). pytest-xdist spreads a run of all tests over processes,
+by file; a run of named files uses one."""
 
 from __future__ import annotations
 
@@ -46,7 +47,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.hook.pytest_deselected(items=out)
 
 
-# ---- frameworks that aren't installed ---------------------------------------------------------------------------------
+# ---- frameworks that aren't installed --------------------------------------------------------------------------------
 
 
 class ModuleOfTests(pytest.Module):
