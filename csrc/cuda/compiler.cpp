@@ -4,6 +4,9 @@
 #include <glob.h>
 
 #include <algorithm>
+#include <iterator>
+
+#include "cuda/sha256.h"
 
 namespace bnfast::cuda {
 namespace {
@@ -106,6 +109,27 @@ struct ProgramOwner {
     }
 };
 
+// -fmad=false: the bits of every device and of the emulator.
+const char* const fixed_options[] = {"--std=c++17", "--fmad=false"};
+
+struct Target {
+    std::string option;
+    bool exact;  // machine code; else PTX
+};
+
+Target target_for(int architecture) {
+    const std::vector<int> known = compiler_architectures();
+    if (std::find(known.begin(), known.end(), architecture) != known.end())
+        return {"--gpu-architecture=sm_" + std::to_string(architecture), true};
+    int below = 0;
+    for (int k : known)
+        if (k < architecture) below = std::max(below, k);
+    if (!below)
+        throw CompilerError("this NVRTC compiles for sm_" + std::to_string(known.empty() ? 0 : known.front()) +
+                            " and newer. Received: sm_" + std::to_string(architecture));
+    return {"--gpu-architecture=compute_" + std::to_string(below), false};
+}
+
 void create(ProgramOwner& owner, const KernelId& kernel) {
     std::vector<const char*> names, texts;
     for (const KernelSource& s : kernel_sources()) {
@@ -137,26 +161,26 @@ std::vector<int> compiler_architectures() {
 }
 
 std::string compile(const KernelId& kernel, int architecture) {
-    const std::vector<int> known = compiler_architectures();
-    const bool exact = std::find(known.begin(), known.end(), architecture) != known.end();
-    int target = exact ? architecture : 0;
-    for (int k : known)
-        if (!exact && k < architecture) target = std::max(target, k);
-    if (!target)
-        throw CompilerError("this NVRTC compiles for sm_" + std::to_string(known.empty() ? 0 : known.front()) +
-                            " and newer. Received: sm_" + std::to_string(architecture));
+    const Target target = target_for(architecture);
     ProgramOwner owner;
     create(owner, kernel);
-    const std::string option =
-        (exact ? "--gpu-architecture=sm_" : "--gpu-architecture=compute_") + std::to_string(target);
-    // -fmad=false: the bits of every device and of the emulator.
-    const char* const options[] = {option.c_str(), "--std=c++17", "--fmad=false"};
-    const int status = nvrtc().nvrtcCompileProgram(owner.program, 3, options);
+    std::vector<const char*> options = {target.option.c_str()};
+    options.insert(options.end(), std::begin(fixed_options), std::end(fixed_options));
+    const int status = nvrtc().nvrtcCompileProgram(owner.program, int(options.size()), options.data());
     if (status)
         throw CompilerError("NVRTC could not compile " + kernel.name() + ":\n" +
                             text_of(owner.program, nvrtc().nvrtcGetProgramLogSize, nvrtc().nvrtcGetProgramLog, "log"));
-    return exact ? text_of(owner.program, nvrtc().nvrtcGetCUBINSize, nvrtc().nvrtcGetCUBIN, "machine code")
-                 : text_of(owner.program, nvrtc().nvrtcGetPTXSize, nvrtc().nvrtcGetPTX, "PTX");
+    return target.exact ? text_of(owner.program, nvrtc().nvrtcGetCUBINSize, nvrtc().nvrtcGetCUBIN, "machine code")
+                        : text_of(owner.program, nvrtc().nvrtcGetPTXSize, nvrtc().nvrtcGetPTX, "PTX");
+}
+
+std::string compilation_key(const KernelId& kernel, int architecture) {
+    const std::pair<int, int> version = compiler_version();
+    std::string text = std::to_string(version.first) + "." + std::to_string(version.second) + "\n" +
+                       target_for(architecture).option + "\n";
+    for (const char* option : fixed_options) text += std::string(option) + "\n";
+    for (const KernelSource& s : kernel_sources()) text += std::string(s.name) + "\n" + s.text;
+    return sha256(text + kernel.source());
 }
 
 }  // namespace bnfast::cuda

@@ -22,6 +22,9 @@ void set_compiler_library(const std::string& path);
 std::pair<int, int> compiler_version();     // of NVRTC. Throws CompilerError where there is none.
 std::vector<int> compiler_architectures();  // 80, 90, ...
 
+// Names what `compile` makes: changes with the sources, the options, NVRTC's version and the architecture.
+std::string compilation_key(const KernelId& kernel, int architecture);
+
 // Machine code for sm_`architecture`; if NVRTC doesn't know it yet, PTX of its newest architecture below.
 std::string compile(const KernelId& kernel, int architecture);
 

@@ -1,7 +1,9 @@
 // The CUDA driver, looked up by dlopen at the first call: no CUDA header or library is needed to build this. A kernel
-// is loaded once per device, from the first of these that has it: the fatbins in the folder of set_image_folder, NVRTC.
+// is loaded once per device, from the first of these that has it: the fatbins in the folder of set_image_folder, the
+// disk cache (image_cache.h), NVRTC.
 #pragma once
 #include <string>
+#include <vector>
 
 #include "bnfast/cuda.h"
 #include "cuda/kernel_id.h"
@@ -15,11 +17,39 @@ struct Device {
     DeviceLimits limits;
 };
 
-// Of the current context. Throws Error where there is no driver or no context.
-const Device& current_device();
+// The path of libcuda.so.1, or "" for the loader's own search. Takes effect before the first call only.
+void set_driver_library(const std::string& path);
+
+// These throw Error where there is no driver or no device.
+int driver_version();  // 13000 for CUDA 13.0
+int device_count();
+std::string device_name(int number);
+const Device& device_of(int number);
+const Device& current_device();  // of the current context
+
+// Makes the device's primary context current while it lives. That is the context of torch, CuPy, JAX and Numba.
+class DeviceGuard {
+public:
+    explicit DeviceGuard(int number);
+    ~DeviceGuard();
+    DeviceGuard(const DeviceGuard&) = delete;
+    DeviceGuard& operator=(const DeviceGuard&) = delete;
+};
+
+// The device that holds the memory, or -1 if it isn't a device's.
+int device_of_pointer(const void* pointer);
+bool is_capturing(void* stream);
+
+// Memory of the current device, in the order of the stream. allocate throws std::bad_alloc where there is none left.
+void* allocate(std::size_t bytes, void* stream);
+void release(void* memory, void* stream) noexcept;
+void read_back(void* host, const void* memory, std::size_t bytes, void* stream);  // waits for the stream
 
 // Where bnfast_cuda_float32.fatbin and the others lie; "" for none.
 void set_image_folder(const std::string& folder);
+
+// Loads the kernel if it isn't yet, and returns where it came from: "fatbin", "cache" or "NVRTC".
+std::string load_kernel(const KernelId& kernel, const Device& device);
 
 void launch_kernel(const KernelId& kernel, const Device& device, unsigned blocks, Index shared_bytes, void* stream,
                    void* args);

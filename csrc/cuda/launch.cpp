@@ -63,38 +63,36 @@ PlanRequest request_of(const GradArgs& a) {
 }
 PlanRequest request_of(const MomentsArgs& a) { return {a.shape, a.dtype, Call::moments, Form::automatic, 1, 0}; }
 
-// One planned call: launches its steps with the same arguments.
-template <class Args> class Steps {
-public:
-    Steps(const PlanRequest& request, const Launch& launch, Act act, Args& args)
-        : device_(current_device()),
-          plan_(make_plan(request, device_.limits)),
-          dtype_(request.dtype),
-          act_(act),
-          launch_(launch),
-          args_(args) {
-        require(launch.scratch || plan_.scratch.bytes == 0, "scratch must not be null");
-        require(reinterpret_cast<std::uintptr_t>(launch.scratch) % 256 == 0, "scratch must be 256-byte aligned");
-        args_.grid = plan_.grid;
-        args_.parts = plan_.scratch.parts(launch.scratch);
-        args_.constants = plan_.scratch.constants(launch.scratch);
-    }
-    bool by_channel() const { return plan_.form == Form::channel; }
-    void reduce(Family f) { run(f, plan_.reduce_blocks, plan_.reduce_shared); }
-    void finalize(Family f) { run(f, plan_.finalize_blocks, plan_.finalize_shared); }
-    void apply(Family f) { run(f, plan_.apply_blocks, 0); }
-
-private:
-    void run(Family family, unsigned blocks, Index shared) {
-        launch_kernel({family, dtype_, act_}, device_, blocks, shared, launch_.stream, &args_);
-    }
-    const Device& device_;
-    Plan plan_;
-    DType dtype_;
-    Act act_;
-    Launch launch_;
-    Args& args_;
+struct Step {
+    Family family;
+    unsigned blocks;
+    Index shared_bytes;
 };
+
+// The launches of a call, in order.
+std::vector<Step> steps_of(const Plan& p, Call call) {
+    const bool gradient = call == Call::gradient;
+    if (p.form == Form::channel)
+        return {{gradient ? Family::channel_gradient : Family::channel_train, p.reduce_blocks, p.reduce_shared}};
+    const Family finalize = gradient              ? Family::sweep_finalize_gradient
+                            : call == Call::infer ? Family::sweep_finalize_inference
+                                                  : Family::sweep_finalize_train;
+    return {{gradient ? Family::sweep_gradient : Family::sweep_moments, p.reduce_blocks, p.reduce_shared},
+            {finalize, p.finalize_blocks, p.finalize_shared},
+            {gradient ? Family::sweep_apply_gradient : Family::sweep_apply, p.apply_blocks, 0}};
+}
+
+template <class Args> void run(const PlanRequest& request, const Launch& launch, Act act, Args& args) {
+    const Device& device = current_device();
+    const Plan plan = make_plan(request, device.limits);
+    require(launch.scratch || plan.scratch.bytes == 0, "scratch must not be null");
+    require(reinterpret_cast<std::uintptr_t>(launch.scratch) % 256 == 0, "scratch must be 256-byte aligned");
+    args.grid = plan.grid;
+    args.parts = plan.scratch.parts(launch.scratch);
+    args.constants = plan.scratch.constants(launch.scratch);
+    for (const Step& step : steps_of(plan, request.call))
+        launch_kernel({step.family, request.dtype, act}, device, step.blocks, step.shared_bytes, launch.stream, &args);
+}
 
 // What training and inference have in common.
 template <class Args> ForwardArgs forward_args(const Args& a) {
@@ -133,11 +131,7 @@ void train(const TrainArgs& a, const Launch& launch) {
     f.mean = a.mean;
     f.variance = a.variance;
     f.invstd = a.invstd;
-    Steps<ForwardArgs> steps(request_of(a), launch, act_of(a.activation, a.negative_slope), f);
-    if (steps.by_channel()) return steps.reduce(Family::channel_train);
-    steps.reduce(Family::sweep_moments);
-    steps.finalize(Family::sweep_finalize_train);
-    steps.apply(Family::sweep_apply);
+    run(request_of(a), launch, act_of(a.activation, a.negative_slope), f);
 }
 
 void infer(const InferArgs& a, const Launch& launch) {
@@ -145,9 +139,7 @@ void infer(const InferArgs& a, const Launch& launch) {
     ForwardArgs f = forward_args(a);
     f.mean_in = vector_of(a.moving_mean);
     f.variance_in = vector_of(a.moving_variance);
-    Steps<ForwardArgs> steps(request_of(a), launch, act_of(a.activation, a.negative_slope), f);
-    steps.finalize(Family::sweep_finalize_inference);
-    steps.apply(Family::sweep_apply);
+    run(request_of(a), launch, act_of(a.activation, a.negative_slope), f);
 }
 
 void moments(const MomentsArgs& a, const Launch& launch) {
@@ -157,9 +149,7 @@ void moments(const MomentsArgs& a, const Launch& launch) {
     f.aligned = aligned({a.x});
     f.mean = a.mean;
     f.variance = a.variance;
-    Steps<ForwardArgs> steps(request_of(a), launch, Act::none, f);
-    steps.reduce(Family::sweep_moments);
-    steps.finalize(Family::sweep_finalize_train);
+    run(request_of(a), launch, Act::none, f);
 }
 
 void grad(const GradArgs& a, const Launch& launch) {
@@ -182,11 +172,20 @@ void grad(const GradArgs& a, const Launch& launch) {
     g.activation = activation_args(a.activation, a.negative_slope);
     g.dgamma = vector_of(a.dgamma);
     g.dbeta = vector_of(a.dbeta);
-    Steps<GradientArgs> steps(request_of(a), launch, act_of(a.activation, a.negative_slope), g);
-    if (steps.by_channel()) return steps.reduce(Family::channel_gradient);
-    steps.reduce(Family::sweep_gradient);
-    steps.finalize(Family::sweep_finalize_gradient);
-    steps.apply(Family::sweep_apply_gradient);
+    run(request_of(a), launch, act_of(a.activation, a.negative_slope), g);
+}
+
+std::vector<std::string> load(Call call, Shape shape, DType dtype, bnfast::Activation activation, double slope) {
+    check_activation(activation);
+    const Device& device = current_device();
+    const Act act = call == Call::moments ? Act::none : act_of(activation, slope);
+    std::vector<std::string> loaded;
+    for (const Step& step : steps_of(make_plan({shape, dtype, call}, device.limits), call)) {
+        if (step.blocks == 0) continue;
+        const KernelId id{step.family, dtype, act};
+        loaded.push_back(id.name() + " (" + load_kernel(id, device) + ")");
+    }
+    return loaded;
 }
 
 }  // namespace bnfast::cuda

@@ -5,12 +5,11 @@
 #pragma once
 #include <cstdint>
 
-#include "bnfast/bnfast.h"
+#include "bnfast/cuda.h"
 #include "cuda/kernels/arguments.h"
 
 namespace bnfast::cuda {
 
-enum class Call { train, infer, gradient, moments };
 enum class Form { automatic, sweeps, channel };
 
 struct DeviceLimits {

@@ -1,4 +1,5 @@
-# Sets kernel_sources_cpp: a C++ file that holds the text of every kernel header, for NVRTC.
+# Sets cuda_sources: the launcher in C++, and kernel_sources_cpp among them, a C++ file that holds the text of every
+# kernel header, for NVRTC.
 set(files arguments.h device.h types.cuh layout.cuh moments.cuh finalize.cuh apply.cuh gradient.cuh sweeps.cuh
   channel.cuh instances.cuh)
 set(text "#include \"cuda/compiler.h\"\n\nconst std::vector<bnfast::cuda::KernelSource>& bnfast::cuda::kernel_sources() {\n")
@@ -12,3 +13,7 @@ endforeach()
 string(APPEND text "    };\n    return all;\n}\n")
 set(kernel_sources_cpp ${CMAKE_CURRENT_BINARY_DIR}/cuda_kernel_sources.cpp)
 file(CONFIGURE OUTPUT ${kernel_sources_cpp} CONTENT "${text}" @ONLY)
+set(cuda_sources ${kernel_sources_cpp})
+foreach(name IN ITEMS compiler driver image_cache kernel_id launch plan sha256)
+  list(APPEND cuda_sources ${CMAKE_CURRENT_LIST_DIR}/${name}.cpp)
+endforeach()

@@ -75,7 +75,7 @@ def test_info_as_json(capsys):
     facts = json.loads(capsys.readouterr().out)
     expected = json.loads(json.dumps(bnfast.build_info(), default=list))
     assert {key: facts[key] for key in expected} == expected
-    assert set(facts) - set(expected) == {"python", "platform", "packages", "bridge"}
+    assert set(facts) - set(expected) == {"python", "platform", "packages", "bridge", "cuda"}
     assert facts["packages"]["numpy"] == np.__version__
 
 

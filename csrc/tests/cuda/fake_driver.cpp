@@ -3,9 +3,12 @@
 // fail.
 #include <dlfcn.h>
 
+#include <cstdlib>
 #include <map>
+#include <mutex>
 #include <set>
 #include <string>
+#include <vector>
 
 #include "tests/cuda/emulator.h"
 
@@ -28,11 +31,17 @@ namespace {
 using bnfast::cuda::ForwardArgs;
 using bnfast::cuda::GradientArgs;
 
-constexpr int ok = 0, invalid_value = 1, not_found = 500;  // of CUresult
+constexpr int ok = 0, invalid_value = 1, out_of_memory = 2, no_device = 100, invalid_device = 101, not_found = 500;
+std::mutex mutex;  // the emulator runs one launch at a time
 std::map<std::string, int> failures;
-std::set<void*> opted_in;  // kernels that may have more than 48 KB of shared memory
+std::set<std::pair<int, void*>> opted_in;  // kernels that may have more than 48 KB of shared memory, by device
+std::map<const unsigned char*, std::pair<std::size_t, int>> memory;  // of a device: size and number
+std::set<void*> captured;                                            // streams
+std::size_t free_bytes = std::size_t(1) << 40;
+std::string last_image;
 void* last_stream = nullptr;
-int launches = 0;
+int launches = 0, devices = 2, last_device = -1, allocations = 0;
+thread_local std::vector<int> contexts = {0};  // the current one is the last; a thread begins on device 0
 
 int status_of(const char* function) {
     const auto found = failures.find(function);
@@ -59,47 +68,135 @@ template <class Args> void run(const emu::Launch& launch, void* kernel, void* ar
 }  // namespace
 
 extern "C" {
+// ---- for the tests ----
 void fake_cuda_fail(const char* function, int status) { failures[function] = status; }
 int fake_cuda_launches() { return launches; }
 void* fake_cuda_stream() { return last_stream; }
+int fake_cuda_device() { return last_device; }
+int fake_cuda_context() { return contexts.back(); }
+int fake_cuda_allocations() { return allocations; }
+const char* fake_cuda_image() { return last_image.c_str(); }  // its first bytes
+void fake_cuda_set_devices(int count) { devices = count; }
+void fake_cuda_set_free_bytes(std::size_t bytes) { free_bytes = bytes; }
+void fake_cuda_capture(void* stream, int on) {
+    if (on) captured.insert(stream);
+    else captured.erase(stream);
+}
+// Host memory passes for a device's from now on; 0 bytes: no longer.
+void fake_cuda_own(const void* at, std::size_t bytes, int device) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto* p = static_cast<const unsigned char*>(at);
+    if (bytes) memory[p] = {bytes, device};
+    else memory.erase(p);
+}
 
-int cuInit(unsigned) { return status_of("cuInit"); }
+// ---- the driver's own ----
+int cuInit(unsigned) {
+    if (devices == 0) return no_device;
+    return status_of("cuInit");
+}
+int cuDriverGetVersion(int* version) {
+    *version = 13000;
+    return ok;
+}
 int cuGetErrorName(int status, const char** name) {
-    static const std::map<int, const char*> names = {{1, "CUDA_ERROR_INVALID_VALUE"},
-                                                     {2, "CUDA_ERROR_OUT_OF_MEMORY"},
-                                                     {201, "CUDA_ERROR_INVALID_CONTEXT"},
-                                                     {500, "CUDA_ERROR_NOT_FOUND"}};
+    static const std::map<int, const char*> names = {
+        {1, "CUDA_ERROR_INVALID_VALUE"},    {2, "CUDA_ERROR_OUT_OF_MEMORY"},     {100, "CUDA_ERROR_NO_DEVICE"},
+        {101, "CUDA_ERROR_INVALID_DEVICE"}, {201, "CUDA_ERROR_INVALID_CONTEXT"}, {500, "CUDA_ERROR_NOT_FOUND"}};
     const auto found = names.find(status);
     *name = found == names.end() ? nullptr : found->second;
     return ok;
 }
-int cuCtxGetDevice(int* device) {
-    *device = 0;
-    return status_of("cuCtxGetDevice");
+int cuDeviceGetCount(int* count) {
+    *count = devices;
+    return ok;
 }
-int cuDeviceGetAttribute(int* value, int attribute, int) {
+int cuDeviceGetName(char* name, int size, int device) {
+    const std::string text = "Emulated device " + std::to_string(device);
+    if (device >= devices || size <= int(text.size())) return invalid_device;
+    std::memcpy(name, text.c_str(), text.size() + 1);
+    return ok;
+}
+int cuDeviceGetAttribute(int* value, int attribute, int device) {
     static const std::map<int, int> values = {{16, 3}, {38, 50 << 20}, {75, 9}, {76, 0}, {97, 227 << 10}};
     const auto found = values.find(attribute);
     if (found == values.end()) return invalid_value;
+    if (device < 0 || device >= devices) return invalid_device;
     *value = found->second;
     return ok;
 }
+int cuDevicePrimaryCtxRetain(void** context, int device) {
+    if (device < 0 || device >= devices) return invalid_device;
+    *context = reinterpret_cast<void*>(std::uintptr_t(0x1000 + device));
+    return status_of("cuDevicePrimaryCtxRetain");
+}
+int cuCtxGetDevice(int* device) {
+    *device = contexts.back();
+    return status_of("cuCtxGetDevice");
+}
+int cuCtxPushCurrent_v2(void* context) {
+    contexts.push_back(int(reinterpret_cast<std::uintptr_t>(context) - 0x1000));
+    return ok;
+}
+int cuCtxPopCurrent_v2(void**) {
+    contexts.pop_back();
+    return ok;
+}
+int cuPointerGetAttribute(void* value, int attribute, const void* at) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto* p = static_cast<const unsigned char*>(at);
+    auto found = memory.upper_bound(p);
+    if (found == memory.begin()) return invalid_value;
+    --found;
+    if (p >= found->first + found->second.first) return invalid_value;
+    *static_cast<int*>(value) = attribute == 2 ? 2 : found->second.second;
+    return ok;
+}
+int cuStreamIsCapturing(void* stream, int* status) {
+    *status = int(captured.count(stream));
+    return ok;
+}
+int cuStreamSynchronize(void*) { return status_of("cuStreamSynchronize"); }
+int cuMemAllocAsync(void** at, std::size_t bytes, void*) {
+    if (const int status = status_of("cuMemAllocAsync")) return status;
+    if (bytes > free_bytes) return out_of_memory;
+    *at = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
+    std::memset(*at, 0xff, bytes);
+    fake_cuda_own(*at, bytes, contexts.back());
+    ++allocations;
+    return ok;
+}
+int cuMemFreeAsync(void* at, void*) {
+    fake_cuda_own(at, 0, 0);
+    std::free(at);
+    --allocations;
+    return ok;
+}
+int cuMemcpyDtoHAsync_v2(void* to, const void* from, std::size_t bytes, void*) {
+    std::memcpy(to, from, bytes);
+    return status_of("cuMemcpyDtoHAsync");
+}
 int cuLibraryLoadData(void** library, const void* image, void*, void*, unsigned, void*, void*, unsigned) {
     *library = self();
-    return image ? status_of("cuLibraryLoadData") : invalid_value;
+    if (!image) return invalid_value;
+    last_image.assign(static_cast<const char*>(image), 4);
+    return status_of("cuLibraryLoadData");
 }
 int cuLibraryGetKernel(void** kernel, void* library, const char* name) {
     *kernel = dlsym(library, name);
     return *kernel ? ok : not_found;
 }
-int cuKernelSetAttribute(int, int, void* kernel, int) {
-    opted_in.insert(kernel);
+int cuKernelSetAttribute(int, int, void* kernel, int device) {
+    opted_in.insert({device, kernel});
     return ok;
 }
 int cuLaunchKernel(void* kernel, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
                    unsigned shared, void* stream, void** params, void**) {
+    const std::lock_guard<std::mutex> lock(mutex);
     if (const int status = status_of("cuLaunchKernel")) return status;
-    if (gx == 0 || gy * gz * by * bz != 1 || (shared > 48 << 10 && !opted_in.count(kernel))) return invalid_value;
+    const int device = contexts.back();
+    if (gx == 0 || gy * gz * by * bz != 1 || (shared > 48 << 10 && !opted_in.count({device, kernel})))
+        return invalid_value;
     emu::Launch launch;
     launch.blocks = gx;
     launch.threads = bx;
@@ -108,6 +205,7 @@ int cuLaunchKernel(void* kernel, unsigned gx, unsigned gy, unsigned gz, unsigned
     if (name_of(kernel).find("gradient") != std::string::npos) run<GradientArgs>(launch, kernel, params[0]);
     else run<ForwardArgs>(launch, kernel, params[0]);
     last_stream = stream;
+    last_device = device;
     ++launches;
     return ok;
 }

@@ -44,7 +44,17 @@ def gather() -> dict[str, Any]:
         "platform": f"{platform.system()} {platform.machine()}",
         "packages": {name: package_version(name) for name in PACKAGES},
         "bridge": bridge(),
+        "cuda": cuda(),
     }
+
+
+def cuda() -> dict[str, Any] | None:
+    """`bnfast.cuda.status()`; None where bnfast.cuda was not built."""
+    try:
+        from bnfast.cuda import status
+    except ImportError:
+        return None
+    return status()
 
 
 def bridge() -> dict[str, str | None]:
@@ -91,8 +101,22 @@ def describe(facts: dict[str, Any]) -> str:
         "threading": facts["openmp"],
         "Keras bridge": f"{facts['bridge']['name'] or 'none'} ({facts['bridge']['reason']})",
     }
+    rows |= _cuda_rows(facts["cuda"])
     rows |= {name: found or "not installed" for name, found in facts["packages"].items()}
     return "\n".join(f"{label:<16} {text}" for label, text in rows.items())
+
+
+def _cuda_rows(facts: dict[str, Any] | None) -> dict[str, str]:
+    if facts is None:
+        return {"CUDA": "not built (it is built on Linux alone)"}
+    devices = [f"{i}: {each['name']} (sm_{each['architecture']})" for i, each in enumerate(facts["devices"])]
+    rows = {
+        "CUDA driver": facts["driver"] or "none",
+        "CUDA devices": ", ".join(devices) or "none",
+        "CUDA compiler": f"NVRTC {facts['nvrtc']}" if facts["nvrtc"] else "none",
+        "CUDA cache": facts["cache"] or "none",
+    }
+    return rows | ({"CUDA is missing": "; ".join(facts["missing"])} if facts["missing"] else {})
 
 
 def _size(count: int) -> str:

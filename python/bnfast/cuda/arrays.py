@@ -1,0 +1,101 @@
+"""Device arrays as the kernels need them: where they lie (`View`), and the (N, C, S) of a shape in memory (`Geometry`).
+
+An array may be dense in any order of its axes: a torch tensor in channels_last format is read in place. A View is made
+by the array's library (libraries.py).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from .._arguments import checks
+
+DTYPES = ("float32", "float64", "float16", "bfloat16")  # in the order of bnfast.h
+ITEM_BYTES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
+
+
+class View(NamedTuple):
+    """One array on a device. Strides count elements; None: C-contiguous. `owner` keeps the memory alive."""
+
+    address: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...] | None
+    dtype: str
+    device: int
+    read_only: bool
+    owner: Any
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        return self.size * ITEM_BYTES[self.dtype]
+
+    def overlaps(self, other: View) -> bool:
+        """Whether two dense arrays share a byte."""
+        return self.address < other.address + other.bytes and other.address < self.address + self.bytes
+
+
+class Geometry(NamedTuple):
+    """The array in memory as N outer, C channel and S inner extents; and the shape of its vectors."""
+
+    extents: tuple[int, int, int]
+    vector_shape: tuple[int, ...]
+    order: tuple[int, ...]  # the axes from the outermost in memory to the innermost, those of extent 1 left out
+
+    @staticmethod
+    def of(name: str, view: View, axis: Any) -> Geometry:
+        """Raises ValueError if the array has holes, or several channel axes that don't lie side by side in memory."""
+        axes = _channel_axes(name, view, axis)
+        vector_shape = tuple(view.shape[i] for i in axes)
+        C = math.prod(vector_shape)
+        order = memory_order(name, view)
+        if view.size == 0:
+            return Geometry((0, C, 1), vector_shape, order)
+        channels = [order.index(i) for i in axes if view.shape[i] > 1]
+        if not channels:
+            return Geometry((view.size, 1, 1), vector_shape, order)
+        first, last = channels[0], channels[-1]
+        if channels != list(range(first, last + 1)):
+            raise ValueError(
+                f"axis must name axes that lie side by side in memory on a CUDA device. Received: axis={axis!r} for "
+                f"{name} of shape {view.shape}"
+            )
+        outer = math.prod(view.shape[i] for i in order[:first])
+        return Geometry((outer, C, view.size // (outer * C)), vector_shape, order)
+
+
+def memory_order(name: str, view: View) -> tuple[int, ...]:
+    """The axes from the outermost in memory to the innermost. Raises ValueError if the array isn't dense."""
+    axes = [i for i, extent in enumerate(view.shape) if extent != 1]
+    if view.strides is None or view.size == 0:
+        return tuple(axes)
+    strides = view.strides
+    axes.sort(key=lambda i: -strides[i])
+    step = 1
+    for i in reversed(axes):
+        if strides[i] != step:
+            raise ValueError(
+                f"{name} must be contiguous, in any order of its axes: the kernels read it in place. Received: shape "
+                f"{view.shape} with strides {strides}"
+            )
+        step *= view.shape[i]
+    return tuple(axes)
+
+
+def _channel_axes(name: str, view: View, axis: Any) -> tuple[int, ...]:
+    given = checks.channel_axes(axis)
+    rank = len(view.shape)
+    if rank == 0:
+        raise ValueError(f"{name} must have at least one axis. Received: shape ()")
+    axes = [given] if isinstance(given, int) else list(given)
+    for one in axes:
+        if not -rank <= one < rank:
+            raise ValueError(f"axis must be in [-{rank}, {rank}) for {name} of shape {view.shape}. Received: {one}")
+    found = sorted(one % rank for one in axes)
+    if len(set(found)) != len(found):
+        raise ValueError(f"axis must name each axis once. Received: {axis!r}")
+    return tuple(found)
