@@ -1,3 +1,12 @@
 include(CMakeFindDependencyMacro)
 find_dependency(OpenMP COMPONENTS CXX)
 include("${CMAKE_CURRENT_LIST_DIR}/bnfast-targets.cmake")
+if(TARGET bnfast::cuda)  # it is built on Linux alone
+  set(bnfast_cuda_FOUND TRUE)
+endif()
+foreach(component IN LISTS bnfast_FIND_COMPONENTS)
+  if(bnfast_FIND_REQUIRED_${component} AND NOT bnfast_${component}_FOUND)
+    set(bnfast_FOUND FALSE)
+    set(bnfast_NOT_FOUND_MESSAGE "this bnfast has no component ${component}")
+  endif()
+endforeach()

@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "bnfast/cuda.h"
 #include "cuda/kernel_id.h"
 
 namespace bnfast::cuda {
@@ -14,10 +15,6 @@ namespace bnfast::cuda {
 struct CompilerError : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
-
-// Where to find NVRTC: the path of the library, or "" for the loader's own search (libnvrtc.so.13, then .12). Takes
-// effect before the first compilation only.
-void set_compiler_library(const std::string& path);
 
 std::pair<int, int> compiler_version();     // of NVRTC. Throws CompilerError where there is none.
 std::vector<int> compiler_architectures();  // 80, 90, ...

@@ -45,9 +45,6 @@ void* allocate(std::size_t bytes, void* stream);
 void release(void* memory, void* stream) noexcept;
 void read_back(void* host, const void* memory, std::size_t bytes, void* stream);  // waits for the stream
 
-// Where bnfast_cuda_float32.fatbin and the others lie; "" for none.
-void set_image_folder(const std::string& folder);
-
 // Loads the kernel if it isn't yet, and returns where it came from: "fatbin", "cache" or "NVRTC".
 std::string load_kernel(const KernelId& kernel, const Device& device);
 

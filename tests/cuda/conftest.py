@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,13 +12,16 @@ if sys.platform != "linux":
     pytest.skip("bnfast.cuda is built on Linux alone", allow_module_level=True)
 
 from bnfast import _cuda
-from fake_cuda import Driver, Namespace, library
+from fake_cuda import Driver, Namespace, RealNamespace, library
 
-NAMESPACES = ["torch", "cupy", "interface", "dlpack", "numba"]
+ON_DEVICE = bool(os.environ.get("BNFAST_CUDA_DEVICE"))  # a GPU in place of the fake: what needs the fake is skipped
+NAMESPACES = ["torch", "cupy", "interface", "dlpack", *([] if ON_DEVICE else ["numba"])]
 
 
 @pytest.fixture(scope="session")
 def fake_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if ON_DEVICE:
+        pytest.skip("needs the driver of the tests")
     path = library(tmp_path_factory.getbasetemp().parent / "bnfast_fake_cuda")
     if path is None:
         pytest.skip("no C++ compiler for the driver of the tests")
@@ -41,15 +45,27 @@ def driver(loaded_driver: Driver) -> Iterator[Driver]:
     assert loaded_driver.context == 0, "every device that was made current was left again"
 
 
-@pytest.fixture(params=NAMESPACES)
-def xp(request: pytest.FixtureRequest, driver: Driver, monkeypatch: pytest.MonkeyPatch) -> Namespace:
-    """Each library's arrays in turn."""
-    if request.param == "torch":
+def namespace(name: str, request: pytest.FixtureRequest) -> Any:
+    if name == "torch":
         pytest.importorskip("torch")
-    return Namespace(str(request.param), monkeypatch, driver)
+    if ON_DEVICE:
+        return RealNamespace(name)
+    return Namespace(name, request.getfixturevalue("monkeypatch"), request.getfixturevalue("driver"))
+
+
+@pytest.fixture(params=NAMESPACES)
+def xp(request: pytest.FixtureRequest) -> Any:
+    """Each library's arrays in turn."""
+    return namespace(str(request.param), request)
 
 
 @pytest.fixture
-def interface(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> Namespace:
+def interface(request: pytest.FixtureRequest) -> Any:
     """One library, where the choice doesn't matter."""
-    return Namespace("interface", monkeypatch, driver)
+    return namespace("interface", request)
+
+
+@pytest.fixture
+def dlpack(request: pytest.FixtureRequest) -> Any:
+    """One that has bfloat16."""
+    return namespace("dlpack", request)

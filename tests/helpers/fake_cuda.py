@@ -309,3 +309,63 @@ class Namespace:
         if plain.dtype == torch.bfloat16:
             return plain.contiguous().view(torch.int16).numpy().view(numpy_dtype("bfloat16"))
         return np.asarray(plain.numpy())
+
+    def check_launch(self) -> None:
+        """The last launch was on device 0 and the current stream of the library."""
+        assert (self.driver.device, self.driver.stream) == (0, self.stream)
+
+
+# ---- a real device ---------------------------------------------------------------------------------------------------
+
+
+class Producer:
+    """A torch tensor on a device, behind one protocol alone."""
+
+    def __init__(self, tensor: Any) -> None:
+        self.tensor = tensor
+
+
+class InterfaceProducer(Producer):
+    __cuda_array_interface__ = property(lambda self: self.tensor.__cuda_array_interface__)
+
+
+class DlpackProducer(Producer):
+    def __dlpack_device__(self) -> Any:
+        return self.tensor.__dlpack_device__()
+
+    def __dlpack__(self, *, stream: Any = None) -> Any:
+        return self.tensor.__dlpack__(stream=stream)
+
+
+class RealNamespace:
+    """The same on a GPU (BNFAST_CUDA_DEVICE=1), with the real torch and CuPy. Numba is left out."""
+
+    def __init__(self, name: str) -> None:
+        import torch
+
+        self.name, self.torch = name, torch
+        self.wrap: Any = {"interface": InterfaceProducer, "dlpack": DlpackProducer}.get(name)
+
+    supports = Namespace.supports
+
+    def to(self, array: np.ndarray, device: int = 0) -> Any:
+        bits = array.view(np.int16) if array.dtype.name == "bfloat16" else array
+        tensor = self.torch.from_numpy(owned(bits)).to(f"cuda:{device}")
+        tensor = tensor.view(self.torch.bfloat16) if array.dtype.name == "bfloat16" else tensor
+        if self.wrap is not None:
+            return self.wrap(tensor)
+        return tensor if self.name == "torch" else __import__("cupy").from_dlpack(tensor)
+
+    def host(self, array: Any) -> np.ndarray:
+        self.torch.cuda.synchronize()
+        if isinstance(array, Producer):
+            array = array.tensor
+        if not isinstance(array, self.torch.Tensor):
+            array = self.torch.from_dlpack(array)
+        array = array.detach().cpu()
+        if array.dtype == self.torch.bfloat16:
+            return np.asarray(array.contiguous().view(self.torch.int16)).view(numpy_dtype("bfloat16"))
+        return np.asarray(array)
+
+    def check_launch(self) -> None:
+        pass

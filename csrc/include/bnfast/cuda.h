@@ -28,6 +28,11 @@ struct Launch {
     void* scratch = nullptr;  // may be null if scratch_bytes is 0
 };
 
+// Kernels are loaded once per device, from the first of these that has them: the fatbins bnfast_cuda_float32.fatbin ...
+// of a folder ("": none), the disk cache ($XDG_CACHE_HOME/bnfast/cuda), NVRTC ("": libnvrtc.so.13, then .12).
+void set_image_folder(const std::string& folder);
+void set_compiler_library(const std::string& path);  // takes effect before the first compilation only
+
 std::size_t scratch_bytes(const TrainArgs& args);
 std::size_t scratch_bytes(const InferArgs& args);
 std::size_t scratch_bytes(const GradArgs& args);
