@@ -117,7 +117,8 @@ KERAS = {"bnfast.keras", "bnfast.keras.layers", "bnfast.keras.models"}
 def test_frameworks_stay_in_their_rooms():
     assert importers("tensorflow") <= FRONTS | KERAS | {"bnfast.tensorflow", "bnfast.tensorflow.training"}
     assert importers("keras", "tf_keras") <= FRONTS | KERAS
-    assert importers("torch") <= {"bnfast.torch", "bnfast.benchmark", "bnfast.layers"}  # layers: to_torch alone
+    rooms = {"bnfast.torch", "bnfast.benchmark", "bnfast.layers", "bnfast.cuda"}  # layers: to_torch; cuda: autograd
+    assert importers("torch") <= rooms
 
 
 def test_only_the_fronts_import_bnfast_keras():
