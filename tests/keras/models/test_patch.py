@@ -317,9 +317,24 @@ def test_patched_models_work_with_accelerate_fold_and_to_keras() -> None:
     assert all(type(layer).__module__.startswith("keras.") for layer in bnfast.keras.fold(model).layers[:3])
 
 
-@pytest.mark.parametrize("kwargs", [{"activation": "relu"}, {"fused": True}, {"bridge": "op"}], ids=str)
+@pytest.mark.parametrize("kwargs", [{"activation": "relu"}, {"bridge": "op"}], ids=str)
 def test_our_own_arguments_are_errors_under_the_patch(kwargs: Any) -> None:
     """Keras's config can't store them, so a saved model would compute something else."""
     patch()
     with pytest.raises(ValueError, match="Unrecognized keyword arguments"):
         keras.layers.BatchNormalization(**kwargs)
+
+
+def test_fused_of_keras_2_is_accepted(tmp_path: Path) -> None:
+    with patch():
+        model = keras.Sequential([keras.Input((3,)), keras.layers.BatchNormalization(fused=True)])
+        assert model.layers[0].fused is True
+        assert uses_bnfast(model.layers[0])
+        with pytest.raises(TypeError, match=r"fused must be None, True or False. Received: 1"):
+            keras.layers.BatchNormalization(fused=1)
+        with pytest.raises(ValueError, match="fused must not be True with renorm=True"):
+            keras.layers.BatchNormalization(fused=True, renorm=True)
+        again = keras.models.model_from_json(model.to_json())
+        assert uses_bnfast(again.layers[0])
+    model.save(tmp_path / "model.keras")
+    assert type(keras.models.load_model(tmp_path / "model.keras").layers[0]) is KERAS

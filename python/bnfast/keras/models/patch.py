@@ -82,7 +82,8 @@ class _LikeKeras(type(Protocol)):  # type: ignore[misc]
 class PatchedBatchNormalization(BatchNormalization, metaclass=_LikeKeras):
     """The value of keras.layers.BatchNormalization while the patch is in force, with Keras's arguments and config.
 
-    It is saved under Keras's name, so files load without bnfast. Arguments that bnfast's layer doesn't support (renorm
+    It is saved under Keras's name, so files load without bnfast. It accepts Keras 2's `fused`, which is read back but
+    not saved, because Keras 3 has no such argument. Arguments that bnfast's layer doesn't support (renorm
     with synchronized, another backend) make it run Keras's own code; `_entry.reason` then says why. Its own attributes
     have private names: `activation`, `bridge` ... belong to the script, whose subclass may use them.
     """
@@ -90,12 +91,15 @@ class PatchedBatchNormalization(BatchNormalization, metaclass=_LikeKeras):
     _is_protocol = False  # for the metaclass of Protocol
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        fused = _fused(kwargs)
         reason = _unsupported(args, kwargs)
         if reason is None:
             super().__init__(*args, **kwargs)
         else:
             KERAS.__init__(self, *args, **kwargs)
         self._entry.reason = reason
+        if fused is not None:
+            self.fused = fused
 
     def _hold(self, features: arguments.Features) -> None:
         pass
@@ -197,6 +201,17 @@ _PRIVATE = frozenset(
     for name, value in vars(base).items()
     if isinstance(value, (property, FunctionType)) and not hasattr(KERAS, name) and name[0] == "_"
 )
+
+
+def _fused(kwargs: dict[str, Any]) -> bool | None:
+    """Takes Keras 2's `fused` out of the arguments. Keras 2 refuses True where its fused kernel doesn't fit."""
+    fused = kwargs.pop("fused", None)
+    if not isinstance(fused, bool | None):
+        raise TypeError(f"fused must be None, True or False. Received: {fused!r}")
+    for name in ("renorm", "synchronized"):
+        if fused and kwargs.get(name):
+            raise ValueError(f"fused must not be True with {name}=True. Received: fused=True, {name}={kwargs[name]!r}")
+    return fused
 
 
 def _unsupported(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
