@@ -117,6 +117,23 @@ def test_each_cause(changes, code, words):
     assert found["healthy"] is False
 
 
+def test_few_samples_raise_the_limit():
+    off = layer(moving_mean=MEAN + 0.3 * np.sqrt(VARIANCE))
+    assert codes(model(off, samples=640)) == ["stale"]
+    assert codes(model(off, samples=30)) == []
+    far = layer(moving_mean=MEAN + 9)
+    assert codes(model(far, samples=30)) == ["stale"]
+    diagnosis = Diagnosis.of(model(far, samples=3))
+    assert diagnosis.verdicts == ()
+    assert "3 samples are too few for a verdict" in str(diagnosis)
+    assert "healthy" not in str(diagnosis)
+    assert "30 samples are few" in str(Diagnosis.of(model(off, samples=30)))
+
+
+def test_weights_cannot_drift_longer_than_they_were_trained():
+    assert codes(model(layer(moving_mean=MEAN + 3, step=0.05), iterations=3)) == ["stale"]
+
+
 def test_never_trained_needs_all_layers_fresh():
     fresh = {**mixed(1), "trained": False}
     assert codes(model(layer(**fresh), iterations=0)) == ["never-trained"]

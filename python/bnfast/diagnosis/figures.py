@@ -169,7 +169,8 @@ class ModelFigures:
 
     Attributes:
         layers: the batch norms in the order of the data flow.
-        samples: how many samples the statistics were taken of. compared: how many the outputs.
+        samples: how many samples the statistics were taken of, 0 if that is unknown. compared: how many the outputs.
+        other_samples: how many the other data had.
         distance: between the outputs with moving statistics and with those of the data (a recalibration).
         batch_distance: between the outputs with the batch's statistics and with those of the data.
         scores: loss and metrics by the statistics that normalize: "moving", "batch", "recalibrated". other_scores: of
@@ -183,6 +184,7 @@ class ModelFigures:
     name: str
     layers: list[LayerFigures]
     samples: int = 0
+    other_samples: int = 0
     compared: int = 0
     batches: int = 0
     distance: float = 0.0

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from .figures import LayerFigures, ModelFigures, between
-from .verdicts import GAP, Verdict, judge
+from .verdicts import FEWEST, Verdict, gap_limit, judge
 
+FEW_SAMPLES = 100
 WIDTH = 112  # columns of text
 HEALTHY = "healthy: the moving statistics are those of this data"
 HEADS = ("layer", "gap", "mean off (std)", "variance (log2)", "values", "start left", "effect", "notes")
@@ -49,18 +50,26 @@ class Diagnosis:
 
     @property
     def first_gap(self) -> str | None:
-        return next((row.name for row in self.figures.layers if row.gap >= GAP), None)
+        least = gap_limit(self.figures)
+        return next((row.name for row in self.figures.layers if row.gap >= least), None)
 
     def __str__(self) -> str:
         parts = [self._head(), self._table()]
         if self.first_gap is not None:
             parts.append(f"The gap opens at {self.first_gap}.")
         parts += [_verdict_text(verdict) for verdict in self.verdicts]
-        return "\n\n".join([*parts, *self.figures.notes])
+        return "\n\n".join([*parts, *self._notes()])
+
+    def _notes(self) -> list[str]:
+        few = 0 < self.figures.samples < FEW_SAMPLES
+        told = [f"{self.figures.samples} samples are few: by chance alone their statistics are off."] if few else []
+        return [*told, *self.figures.notes]
 
     def _head(self) -> str:
         f = self.figures
-        title = f"{f.name}: {HEALTHY}" if self.healthy else f"{f.name}: {self.verdicts[0].title.lower()}"
+        title = f"{f.name}: {self.verdicts[0].title.lower()}" if self.verdicts else f"{f.name}: {HEALTHY}"
+        if self.healthy and 0 < f.samples < FEWEST:
+            title = f"{f.name}: {f.samples} samples are too few for a verdict"
         lines = [title, f"{len(f.layers)} batch norms, {f.samples} samples"]
         if f.scores:
             lines[1] += f"; loss and metrics on {f.compared}"
@@ -100,7 +109,7 @@ class Diagnosis:
             + (f"<pre>{escaped(v.code_cure)}</pre>" if v.code_cure else "")
             for v in self.verdicts
         )
-        notes = "".join(f"<p>{escaped(note)}</p>" for note in self.figures.notes)
+        notes = "".join(f"<p>{escaped(note)}</p>" for note in self._notes())
         return f"<div><p>{head}</p><table><tr>{heads}</tr>{rows}</table>{found}{notes}</div>"
 
     def to_dict(self) -> dict[str, Any]:
@@ -132,7 +141,7 @@ class Diagnosis:
             "learning_rate": f.learning_rate,
             "epsilon_trial": {f"{key:g}": value for key, value in f.epsilon_trial.items()},
             "unreached": list(f.unreached),
-            "notes": list(f.notes),
+            "notes": self._notes(),
             "layers": [_layer(row) for row in f.layers],
         }
         plain: dict[str, Any] = _plain(whole)

@@ -107,6 +107,49 @@ def test_a_layer_that_training_does_not_update():
     assert watch.verdicts["never-updated"][1].layers == ("bn",)
 
 
+class Gan(keras.Model):
+    """A discriminator that is trained twice per step, by an optimizer of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.d, self.own = keras.Sequential([keras.Input((6,)), KERAS(name="bn", momentum=0.9), L.Dense(1)]), None
+
+    def call(self, x):
+        return self.d(x)
+
+    def train_step(self, data):
+        for x in (data[0], -data[0]):
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_mean(self.d(x, training=True) ** 2)
+            self.own.apply(tape.gradient(loss, self.d.trainable_variables), self.d.trainable_variables)
+        return {"loss": loss}
+
+
+def test_a_train_step_that_updates_twice():
+    model, watch = Gan(), Watch(budget=1.0, verbose=0)
+    model(X[:2])
+    model.own = keras.optimizers.Adam()
+    model.compile()
+    fit(model, watch, 5)
+    assert list(watch._counts.values()) == [2]
+    mean, _ = watch._samples[0][0]
+    assert np.abs(mean).max() < 1  # of both halves
+    assert watch.history[-1]["bn"] < 0.2
+    assert watch.left == {}
+
+
+def test_an_interrupted_training_leaves_nothing():
+    class Interrupt(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if batch == 3:
+                raise KeyboardInterrupt
+
+    model = net()
+    with pytest.raises(KeyboardInterrupt):
+        model.fit(X, Y, verbose=0, callbacks=[Watch(verbose=0), Interrupt()])
+    assert not any("assign" in vars(variable) for variable in model.variables)
+
+
 def test_not_finite():
     model, watch = net(), Watch(verbose=0)
     x = X.copy()
@@ -157,7 +200,10 @@ def test_the_budget_is_kept():
     model, watch = net(), Watch(verbose=0)
     started = time.perf_counter()
     fit(model, watch, 40)
-    assert watch.seconds <= 0.02 * (time.perf_counter() - started) + 0.2  # the first step and a step under way
+    allowed = 0.02 * (time.perf_counter() - started)
+    assert watch.seconds <= allowed + 0.3  # the first step and epoch, the last epoch, and a step under way
+    assert len(watch.history) == 40
+    assert watch.history[-1]
 
 
 @pytest.mark.parametrize("budget", [0, -1, 2, "x", True])

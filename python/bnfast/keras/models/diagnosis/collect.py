@@ -347,6 +347,7 @@ class Collector:
             if tap.index in seen and seen[tap.index].batches:
                 whole = seen[tap.index].all
                 row.other = whole.mean.ravel(), whole.variance.ravel()
+        figures.other_samples = samples
         figures.passes += samples / max(self._samples, 1)
 
 

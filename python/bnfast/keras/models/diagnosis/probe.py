@@ -10,8 +10,8 @@ Each batch norm's own `call` computes its output, with training=False and with t
 moving statistics: so activations, residuals, labels and derived classes stay what they are. The vectors come from a
 numpy_function that is handed x and reads nothing of it unless somebody wants to know: one trace serves all choices.
 
-Whatever the model's own code changes meanwhile (seeds, counters, losses added) is put back in the end, to the bit. What
-a script's `call` does in Python, such as counting on an attribute, is not.
+Whatever the model's own code changes meanwhile (seeds, counters, losses added, attributes of layers) is put back in the
+end, to the bit.
 """
 
 from __future__ import annotations
@@ -93,26 +93,26 @@ class Probe:
     def __enter__(self) -> Probe:
         self._before = [(variable, value(variable)) for variable in _state(self.model)]
         self._losses = [(layer, list(layer._losses), set(layer._loss_ids)) for layer in self.model._flatten_layers()]
-        self._calls = [(tap.layer, vars(tap.layer).get("call")) for tap in self.taps]
-        for tap, (layer, own) in zip(self.taps, self._calls, strict=True):
-            vars(layer)["call"] = self._tapped(tap, own)
+        self._attributes = [(layer, dict(vars(layer))) for layer in self.model._flatten_layers()]
+        for tap in self.taps:
+            vars(tap.layer)["call"] = self._tapped(tap, vars(tap.layer).get("call"))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for layer, own in self._calls:
-            if own is None:
-                vars(layer).pop("call", None)
-            else:
-                vars(layer)["call"] = own
+        for layer, before in self._attributes:
+            attributes = vars(layer)
+            for name in attributes.keys() - before.keys():
+                del attributes[name]
+            attributes.update((name, old) for name, old in before.items() if attributes.get(name) is not old)
         for layer, losses, ids in self._losses:
             layer._losses[:] = losses
             layer._loss_ids.clear()
             layer._loss_ids.update(ids)
-        for variable, before in self._before:
-            if value(variable).tobytes() != before.tobytes():
-                variable.assign(before)
+        for variable, array in self._before:
+            if value(variable).tobytes() != array.tobytes():
+                variable.assign(array)
 
     # ---- running ----------------------------------------------------------------------------------------------------
 
@@ -149,7 +149,7 @@ class Probe:
             return self.model(tf.nest.pack_sequence_as(inputs, tensors), training=True)
 
         try:
-            tf.function(forward).get_concrete_function(*leaves)
+            tf.function(forward, autograph=False).get_concrete_function(*leaves)
             return [tap.inference for tap in self.taps]
         finally:
             self.order = order
@@ -173,7 +173,7 @@ class Probe:
         specs = [_any_batch(leaf) for leaf in leaves]
         key = (tuple(specs), repr(keras.tree.map_structure(lambda _: 0, inputs)))
         if key not in self._functions:
-            self._functions[key] = tf.function(forward, input_signature=specs)
+            self._functions[key] = tf.function(forward, input_signature=specs, autograph=False)
         return self._functions[key]
 
     # ---- what a batch norm's call becomes ----------------------------------------------------------------------------

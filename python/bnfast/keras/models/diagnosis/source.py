@@ -174,7 +174,7 @@ class Source:
         """Raises unless inputs have the names, the number and the ranks of a functional model's, and are finite."""
         model, name = self._model, self._name
         if self._needed:
-            needed = [key for key, _ in self._needed]
+            needed = [key for key, *_ in self._needed]
             if isinstance(inputs, dict):
                 missing = [key for key in needed if key not in inputs]
                 if missing:
@@ -190,7 +190,9 @@ class Source:
                     f"model {model.name} has {len(needed)} inputs ({', '.join(needed)}), and {name} gives {len(leaves)}"
                     f": pass several inputs as a list or a dict (a tuple is inputs, targets, sample weights)"
                 )
-            for (key, shape), leaf in zip(self._needed, leaves, strict=True):
+            for (key, shape, dtype), leaf in zip(self._needed, leaves, strict=True):
+                if dtype != "string" and _is_text(leaf):
+                    raise ValueError(f"input {key!r} must hold numbers. Received: dtype {leaf.dtype}")
                 if shape is not None and len(leaf.shape) == len(shape) - 1 and tuple(leaf.shape) == tuple(shape[1:]):
                     raise ValueError(
                         f"input {key!r} must have shape {shape}, the first extent the batch's. "
@@ -201,15 +203,15 @@ class Source:
                 raise ValueError(f"{name} holds NaN or Inf in its inputs: replace or leave out those samples")
 
 
-def _needed(model: Any) -> list[tuple[str, Any]]:
-    """The names and shapes of a functional model's inputs; empty for a subclassed one, whose call alone knows."""
+def _needed(model: Any) -> list[tuple[str, Any, str]]:
+    """The names, shapes and dtypes of a functional model's inputs; empty for a subclassed one: its call alone knows."""
     functional = model._functional if isinstance(model, keras.Sequential) else model
     if not isinstance(functional, Functional):
         return []
     struct = functional._inputs_struct
     if isinstance(struct, dict):
-        return [(key, tuple(tensor.shape)) for key, tensor in struct.items()]
-    return [(tensor.name, tuple(tensor.shape)) for tensor in functional.inputs]
+        return [(key, tuple(tensor.shape), tensor.dtype) for key, tensor in struct.items()]
+    return [(tensor.name, tuple(tensor.shape), tensor.dtype) for tensor in functional.inputs]
 
 
 def _is_array(value: Any) -> bool:
@@ -242,6 +244,10 @@ def _take(part: Any, rows: Any) -> Any:
 def _extent(leaf: Any) -> int:
     """The number of samples; 1 where a ragged tensor doesn't say."""
     return 1 if not len(leaf.shape) or leaf.shape[0] is None else int(leaf.shape[0])
+
+
+def _is_text(leaf: Any) -> bool:
+    return leaf.dtype.kind in "USO" if isinstance(leaf, np.ndarray) else leaf.dtype == tf.string
 
 
 def _is_float(leaf: Any) -> bool:

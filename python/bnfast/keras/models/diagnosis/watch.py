@@ -49,7 +49,7 @@ class Watch(keras.callbacks.Callback):  # type: ignore[misc]
         verbose: 1 prints verdicts, 0 keeps them in `verdicts`.
 
     Attributes:
-        history: one dict per epoch: {name of the layer: gap}.
+        history: one dict per epoch: {name of the layer: gap}; empty for an epoch so short that the budget was spent.
         verdicts: {code: (epoch, Verdict)}, each when it first became true.
         left: {name of the layer: why it isn't watched}.
         seconds: the time that it took.
@@ -80,7 +80,9 @@ class Watch(keras.callbacks.Callback):  # type: ignore[misc]
         if not found:
             raise ValueError(f"model {self.model.name} has no batch norm to watch")
         self._taps = [Tap(layer, name, i) for i, (layer, name) in enumerate(zip(found, names(found), strict=True))]
-        self._executions, self._pending = 0, dict[str, tuple[int, Verdict]]()
+        self._executions = self._reads = 0
+        self._epoch = self._judged = -1
+        self._pending = dict[str, tuple[int, Verdict]]()
         self._started, self._restore = time.perf_counter(), list[Any]()
         if self._counted is not self.model:
             self._count_updates()
@@ -91,24 +93,35 @@ class Watch(keras.callbacks.Callback):  # type: ignore[misc]
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         started = time.perf_counter()
-        if self.seconds <= 0.75 * self._budget * (started - self._started):
+        if self._affordable():
             self._before, self._iterations = self._read(), self._steps()
             self.seconds += time.perf_counter() - started
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         self._executions += 1
+        self._stop_counting()  # the step has been traced
         if self._before is None:
             return
         started = time.perf_counter()
         before, self._before = self._before, None
-        steps = self._steps() - self._iterations
-        if steps > 0:
-            for tap, old, new in zip(self._taps, before, self._read(), strict=True):
-                self._add(tap, old, new, steps)
+        # The iterations stand still where a train_step has optimizers of its own.
+        steps = self._steps() - self._iterations or int(self.model.steps_per_execution)
+        self._reads += 1
+        for tap, old, new in zip(self._taps, before, self._read(), strict=True):
+            self._add(tap, old, new, steps)
         self.seconds += time.perf_counter() - started
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        started = time.perf_counter()
+        self._epoch = epoch
+        if self._affordable() or not self.history:
+            self._judge()
+        else:  # epochs of a fraction of a second
+            self.history.append({})
+
+    def _judge(self) -> None:
+        """Compares, keeps the gaps of the epoch that has ended, and says what is new."""
+        started, epoch = time.perf_counter(), self._epoch
+        self._judged = epoch
         figures = self._figures()
         self.history.append({row.name: row.gap for row in figures.layers if row.seen})
         self._pending = {}
@@ -122,13 +135,18 @@ class Watch(keras.callbacks.Callback):  # type: ignore[misc]
         self.seconds += time.perf_counter() - started
 
     def on_train_end(self, logs: Any = None) -> None:
-        self._stop_counting()
+        if self._judged != self._epoch:
+            self.history.pop()
+            self._judge()
         for epoch, verdict in self._pending.values():  # training ended early: nothing will undo them
             self._say(epoch, verdict)
         if self._writer is not None:
             self._writer.close()
 
     # ---- reading back ------------------------------------------------------------------------------------------------
+
+    def _affordable(self) -> bool:
+        return self.seconds <= 0.75 * self._budget * (time.perf_counter() - self._started)
 
     def _steps(self) -> int:
         """How many steps there were. A model without an optimizer of its own makes one per execution, or as told."""
@@ -221,7 +239,9 @@ class Watch(keras.callbacks.Callback):  # type: ignore[misc]
             return f"at momentum {row.momentum} batch statistics can't be read back"
         if self._counts.get(id(tap.layer)) is None:
             return "it is updated in a loop, or eagerly: the updates of a step can't be counted"
-        return None if row.seen or self._counts[id(tap.layer)] == 0 else "no step was read: the budget was spent"
+        if row.seen or self._counts[id(tap.layer)] == 0:
+            return None
+        return "no step was read: the budget was spent" if not self._reads else "what it sees isn't finite"
 
     def _row(self, tap: Tap) -> LayerFigures:
         layer = tap.layer
