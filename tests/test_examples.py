@@ -74,6 +74,16 @@ def test_not_working_has_every_verdict_and_the_page_shows_it(need, example):
         assert f"[{name}]" in page.split(f"\n### {name}\n")[1].split("\n### ")[0]
 
 
+def test_other_norms(need, example):
+    need("tensorflow")
+    module = example("other_norms")
+    accuracies = module.main(["--steps", "60", "--depth", "3"])
+    assert accuracies.keys() == set(module.NORMS)
+    assert min(accuracies.values()) > 0.6, accuracies
+    dropped = module.build("SELU", 2, dropout=0.1)
+    assert sum(type(layer).__name__ == "AlphaDropout" for layer in dropped.layers) == 2
+
+
 def test_mlp_numpy(example):
     assert example("mlp_numpy").main(["--steps", str(STEPS)]) > 0.8
 
@@ -86,6 +96,14 @@ def test_an_example_is_a_script():
 
 def test_every_example_is_tested_and_listed():
     scripts = {path.stem for path in EXAMPLES.glob("*.py")} - {"common"}
-    assert scripts == {*KERAS_EXAMPLES, "bn_variants", "cgan_digits", "compat_v1_mlp", "mlp_numpy", "not_working"}
+    assert scripts == {
+        *KERAS_EXAMPLES,
+        "bn_variants",
+        "cgan_digits",
+        "compat_v1_mlp",
+        "mlp_numpy",
+        "not_working",
+        "other_norms",
+    }
     readme = (EXAMPLES / "README.md").read_text()
     assert all(f"`{script}.py`" in readme for script in scripts)

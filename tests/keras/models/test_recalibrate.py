@@ -435,6 +435,14 @@ def test_data(x):
         same(plain.layers[1], plain.layers[0](x))
 
 
+def test_a_torch_loader(need, x):
+    torch = need("torch")
+    pairs = torch.utils.data.TensorDataset(torch.from_numpy(x), torch.zeros(len(x)))
+    model = dense_net()
+    quiet(model, torch.utils.data.DataLoader(pairs, batch_size=50))
+    same(model.layers[1], model.layers[0](x))
+
+
 def test_batches_and_data_without_an_end(x):
     model = dense_net()
     endless = tf.data.Dataset.from_tensor_slices(x).batch(10).repeat()

@@ -159,7 +159,9 @@ class Source:
             elements: Iterator[Any] = (data[i] for i in range(self.length or 0))
         else:
             elements = iter(data)
+        lists = type(data).__module__.partition(".")[0] == "torch"  # a DataLoader makes lists of pairs
         for element in elements:
+            element = tuple(element) if lists and isinstance(element, list) else element
             if isinstance(element, tuple) and len(element) > 3:
                 raise ValueError(
                     f"a batch of {self._name} must be inputs or a tuple (inputs, targets, sample_weights). "
