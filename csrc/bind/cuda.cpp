@@ -166,13 +166,25 @@ private:
     void* memory_ = nullptr;
 };
 
-std::vector<double> read_doubles(int device, Address from, std::size_t count, Address stream) {
-    std::vector<double> values(count);
+py::bytes read(int device, Address from, std::size_t bytes, Address stream) {
+    std::string values(bytes, '\0');
     without_gil([&] {
         const cuda::DeviceGuard guard(device);
-        if (count) cuda::read_back(values.data(), pointer(from), 8 * count, pointer(stream));
+        if (bytes) cuda::read_back(values.data(), pointer(from), bytes, pointer(stream));
     });
     return values;
+}
+
+void write(int device, Address to, const std::string& values, Address stream) {
+    without_gil([&] {
+        const cuda::DeviceGuard guard(device);
+        if (!values.empty()) cuda::write(pointer(to), values.data(), values.size(), pointer(stream));
+    });
+}
+
+void copy(int device, Address to, Address from, std::size_t bytes, Address stream) {
+    const cuda::DeviceGuard guard(device);
+    if (bytes) cuda::copy(pointer(to), pointer(from), bytes, pointer(stream));
 }
 
 bool is_capturing(int device, Address stream) {
@@ -215,7 +227,9 @@ PYBIND11_MODULE(_cuda, m) {
     py::class_<bind::Memory>(m, "Memory", "Memory of a device.")
         .def(py::init<int, std::size_t, std::uintptr_t>(), "__init__(self, device, bytes, stream, /)\n--\n\n")
         .def_property_readonly("address", &bind::Memory::address);
-    m.def("read_doubles", &bind::read_doubles, "read_doubles(device, address, count, stream, /)\n--\n\nWaits.");
+    m.def("read", &bind::read, "read(device, address, bytes, stream, /)\n--\n\nWaits.");
+    m.def("write", &bind::write, "write(device, address, values, stream, /)\n--\n\nWaits.");
+    m.def("copy", &bind::copy, "copy(device, to, from, bytes, stream, /)\n--\n\n");
     m.def("read_dlpack", &bind::read_dlpack, "read_dlpack(capsule, /)\n--\n\n");
     m.def("make_dlpack", &bind::make_dlpack, "make_dlpack(owner, address, shape, code, bits, device, /)\n--\n\n");
     m.def("is_capturing", &bind::is_capturing, "is_capturing(device, stream, /)\n--\n\n");

@@ -33,6 +33,8 @@ struct Driver {
     int (*cuMemAllocAsync)(void**, std::size_t, void*);
     int (*cuMemFreeAsync)(void*, void*);
     int (*cuMemcpyDtoHAsync_v2)(void*, const void*, std::size_t, void*);
+    int (*cuMemcpyHtoDAsync_v2)(void*, const void*, std::size_t, void*);
+    int (*cuMemcpyDtoDAsync_v2)(void*, const void*, std::size_t, void*);
     int (*cuLibraryLoadData)(void**, const void*, void*, void*, unsigned, void*, void*, unsigned);
     int (*cuLibraryGetKernel)(void**, void*, const char*);
     int (*cuKernelSetAttribute)(int, int, void*, int);
@@ -78,6 +80,8 @@ Driver load() {
     BNFAST_FIND(cuMemAllocAsync);
     BNFAST_FIND(cuMemFreeAsync);
     BNFAST_FIND(cuMemcpyDtoHAsync_v2);
+    BNFAST_FIND(cuMemcpyHtoDAsync_v2);
+    BNFAST_FIND(cuMemcpyDtoDAsync_v2);
     BNFAST_FIND(cuLibraryLoadData);
     BNFAST_FIND(cuLibraryGetKernel);
     BNFAST_FIND(cuKernelSetAttribute);
@@ -272,6 +276,14 @@ void release(void* memory, void* stream) noexcept {
 void read_back(void* host, const void* memory, std::size_t bytes, void* stream) {
     check(driver().cuMemcpyDtoHAsync_v2(host, memory, bytes, stream), "reading from the device");
     check(driver().cuStreamSynchronize(stream), "waiting for the stream");
+}
+
+void write(void* memory, const void* host, std::size_t bytes, void* stream) {
+    check(driver().cuMemcpyHtoDAsync_v2(memory, host, bytes, stream), "writing to the device");
+    check(driver().cuStreamSynchronize(stream), "waiting for the stream");
+}
+void copy(void* to, const void* from, std::size_t bytes, void* stream) {
+    check(driver().cuMemcpyDtoDAsync_v2(to, from, bytes, stream), "copying on the device");
 }
 
 std::string load_kernel(const KernelId& id, const Device& device) {

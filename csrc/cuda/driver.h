@@ -43,7 +43,9 @@ bool is_capturing(void* stream);
 // Memory of the current device, in the order of the stream. allocate throws std::bad_alloc where there is none left.
 void* allocate(std::size_t bytes, void* stream);
 void release(void* memory, void* stream) noexcept;
+void copy(void* to, const void* from, std::size_t bytes, void* stream);
 void read_back(void* host, const void* memory, std::size_t bytes, void* stream);  // waits for the stream
+void write(void* memory, const void* host, std::size_t bytes, void* stream);      // waits for the stream
 
 // Loads the kernel if it isn't yet, and returns where it came from: "fatbin", "cache" or "NVRTC".
 std::string load_kernel(const KernelId& kernel, const Device& device);

@@ -163,6 +163,9 @@ class CupyArray(Base):
     def data(self) -> Any:
         return types.SimpleNamespace(ptr=self.host.__array_interface__["data"][0])
 
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 2, self.number
+
     shape = property(lambda self: self.host.shape)
     strides = property(lambda self: self.host.strides)
     dtype = property(lambda self: self.host.dtype)
@@ -200,6 +203,7 @@ class NumbaArray(InterfaceArray):
     """As numba.cuda's device arrays."""
 
     stream = None
+    shape = property(lambda self: self.host.shape)
 
 
 NumbaArray.__module__ = "numba.cuda.cudadrv.devicearray"

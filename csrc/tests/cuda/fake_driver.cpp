@@ -176,6 +176,14 @@ int cuMemcpyDtoHAsync_v2(void* to, const void* from, std::size_t bytes, void*) {
     std::memcpy(to, from, bytes);
     return status_of("cuMemcpyDtoHAsync");
 }
+int cuMemcpyHtoDAsync_v2(void* to, const void* from, std::size_t bytes, void*) {
+    std::memcpy(to, from, bytes);
+    return status_of("cuMemcpyHtoDAsync");
+}
+int cuMemcpyDtoDAsync_v2(void* to, const void* from, std::size_t bytes, void*) {
+    std::memcpy(to, from, bytes);
+    return status_of("cuMemcpyDtoDAsync");
+}
 int cuLibraryLoadData(void** library, const void* image, void*, void*, unsigned, void*, void*, unsigned) {
     *library = self();
     if (!image) return invalid_value;

@@ -274,8 +274,9 @@ def _require_finite(call: Call) -> None:
     refuse_capture(call, "nan_policy='raise'")
     found = _statistics(call)
     channels = math.prod(call.geometry.vector_shape)
-    values = [_cuda.read_doubles(call.x.device, address, channels, call.stream) for _, address in found]
-    bad = [i for i, pair in enumerate(zip(*values, strict=True)) if not all(map(math.isfinite, pair))]
+    values = [_cuda.read(call.x.device, address, 8 * channels, call.stream) for _, address in found]
+    pairs = zip(*(memoryview(each).cast("d") for each in values), strict=True)
+    bad = [i for i, pair in enumerate(pairs) if not all(map(math.isfinite, pair))]
     if bad:
         more = f", ... ({len(bad)} in all)" if len(bad) > 8 else ""
         raise FloatingPointError(f"x has non-finite batch statistics in channels {', '.join(map(str, bad[:8]))}{more}")

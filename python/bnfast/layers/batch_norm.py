@@ -18,7 +18,7 @@ from .._arguments.arrays import Array
 from .._arguments.axes import Axes
 from ..functional.batch_norm import GradResult
 from ..functional.moments import Moments
-from . import convert_keras, convert_torch
+from . import convert_keras, convert_torch, device
 from .batch import Batch, Policy, Renorm
 from .forward import forward
 from .ghosts import GROUPINGS, check_virtual_batch_size
@@ -106,6 +106,10 @@ class BatchNormalization:
         batches: number of batches averaged in the moving statistics since `build`; part of the state with
             momentum=None.
         dgamma, dbeta, dresidual: set by `backward`, else None. dgamma and dbeta stay None without scale and center.
+
+    x may also lie on a CUDA device (see `bnfast.cuda`), where there are no masks, renorm, ghosts, adjustment and smooth
+    activations yet. The layer's arrays follow x: the first call on a device moves them there, and one with a NumPy
+    array back. state_dict() gives NumPy arrays in any case.
 
     A layer can be pickled and deep-copied. The copy has no gradients and nothing kept for `backward`.
 
@@ -247,6 +251,11 @@ class BatchNormalization:
         return self._call(x, training, mask, residual)
 
     def _call(self, x: Any, training: Any, mask: Any, residual: Any, labels: Any = None) -> Array:
+        if device.is_on_device(x):
+            y, counts = device.call(self, x, training, mask, residual, labels)
+            self.batches = min(self.batches + counts, MOST_BATCHES)
+            return y  # type: ignore[no-any-return]
+        device.to_host(self)
         x = tensor("x", x)
         axes = Axes.of(self.axis, x)
         training = checks.boolean("training", training) and self.trainable
@@ -315,8 +324,8 @@ class BatchNormalization:
         if self._backward is None:
             raise RuntimeError("backward needs a call of this layer before it: call layer(x, training=True) first")
         dx, dgamma, dbeta, dresidual = self._backward(dy)
-        self.dgamma = dgamma.reshape(self.gamma.shape) if self.trainable_affine and self.gamma is not None else None
-        self.dbeta = dbeta.reshape(self.beta.shape) if self.trainable_affine and self.beta is not None else None
+        self.dgamma = _in_shape(dgamma, self.gamma) if self.trainable_affine else None
+        self.dbeta = _in_shape(dbeta, self.beta) if self.trainable_affine else None
         self.dresidual = dresidual
         return dx
 
@@ -385,7 +394,7 @@ class BatchNormalization:
         if not self.built:
             raise RuntimeError("the layer has no state before it is built: call it once, or build(channels)")
         counted = {"batches": np.array(batch_count(self.batches), np.int64)} if self.momentum is None else {}
-        return {name: getattr(self, name).copy() for name in self._names()} | counted
+        return {name: device.host_copy(getattr(self, name)) for name in self._names()} | counted
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Copy the arrays of `state` to the layer, all or none. A layer that is not built takes channels and dtype from
@@ -397,6 +406,7 @@ class BatchNormalization:
                 batches is not in [0, 2**63).
             TypeError: a dtype is wrong. Dtypes are never converted.
         """
+        device.to_host(self)
         if self.momentum is None and isinstance(state, Mapping) and "batches" in state:
             batches = batch_count(state["batches"])
             load_state(self, {name: array for name, array in state.items() if name != "batches"}, self._names())
@@ -441,3 +451,10 @@ class BatchNormalization:
     def __repr__(self) -> str:
         config = ", ".join(f"{name}={value!r}" for name, value in self.get_config().items())
         return f"{type(self).__name__}({config})"
+
+
+def _in_shape(gradient: Any, parameter: Any) -> Any:
+    """The gradient of a parameter in its shape; None without one."""
+    if parameter is None or gradient.shape == parameter.shape:
+        return None if parameter is None else gradient
+    return gradient.reshape(parameter.shape)
