@@ -63,7 +63,7 @@ py::dict build_info() {
     info["l3_bytes"] = m.l3;
     info["compiler"] = BNFAST_COMPILER;
     info["flags"] = BNFAST_FLAGS;
-    info["openmp"] = parallel_engine();
+    info["threading"] = parallel_engine();
     const MemoryStatistics s = memory_statistics();
     py::dict memory;
     memory["held_bytes"] = s.held_bytes;

@@ -1,29 +1,28 @@
 #include "parallel.h"
 
-#include <omp.h>
+#include <pthread.h>
 
 #include <algorithm>
 #include <chrono>
 #include <condition_variable>
-#include <memory>
 #include <mutex>
 #include <new>
+#include <thread>
+#if defined(BNFAST_THREADS_OPENMP)
+#include <omp.h>
+
 #include <string>
 #include <system_error>
-#include <thread>
+#else
+#include <signal.h>
+#endif
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
-#if defined(__linux__) || defined(__APPLE__)
-#include <pthread.h>
-#endif
-#if defined(__linux__)
-#include <sched.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
 
+#include "affinity.h"
 #include "machine.h"
+#include "thread_state.h"
 
 namespace bnfast {
 
@@ -78,55 +77,79 @@ void relax() {
 #endif
 }
 
-// Keeps workers off their caller's processor. Linux (6.18, KVM guest) often woke a worker there although another
-// processor was idle; the worker then waited for a time slice, and a job of 0.3 ms took 4.5 ms.
-class WorkerAffinity {
-public:
-#if defined(__linux__)
-    explicit WorkerAffinity(int workers) : tids_(new std::atomic<pid_t>[std::size_t(workers)]()), workers_(workers) {
-        if (sched_getaffinity(0, sizeof allowed_, &allowed_) != 0) CPU_ZERO(&allowed_);
-    }
-    void join(int worker) { tids_[worker].store(pid_t(syscall(SYS_gettid))); }
-    void avoid_caller() {
-        const int cpu = sched_getcpu();
-        if (cpu < 0 || cpu == avoided_ || CPU_COUNT(&allowed_) < 2) return;
-        cpu_set_t others = allowed_;
-        CPU_CLR(cpu, &others);
-        for (int i = 0; i < workers_; ++i)
-            if (const pid_t tid = tids_[i].load()) sched_setaffinity(tid, sizeof others, &others);
-        avoided_ = cpu;
-    }
-
-private:
-    cpu_set_t allowed_;
-    const std::unique_ptr<std::atomic<pid_t>[]> tids_;
-    const int workers_;
-    int avoided_ = -1;
-#else
-    explicit WorkerAffinity(int) {}
-    void join(int) {}
-    void avoid_caller() {}
-#endif
-};
-
 using Clock = std::chrono::steady_clock;
 constexpr std::chrono::microseconds idle_spin{20};
+// After a thread could not be made, no call tries again sooner. A failing attempt takes some 20 us.
+constexpr std::chrono::milliseconds retry_after{100};
 
-// The workers, the current job, and how workers wait for one. OpenMP creates the threads: a host thread opens a
-// parallel region that never ends, and its members wait for jobs here instead of in libgomp, whose idle threads spin
-// for milliseconds. A pool is never destroyed, because its workers sleep in it until the process ends.
+void work();  // a worker's life
+
+// Starts up to `count` threads that run work(), and returns how many will.
+#if defined(BNFAST_THREADS_OPENMP)
+// A host thread opens a parallel region that never ends, so that its members wait in work() instead of in libgomp,
+// whose idle threads spin for milliseconds. libgomp itself ends the process when it can't make a thread.
+int start_workers(int count) {
+    try {
+        std::thread([count] {
+#pragma omp parallel num_threads(count)
+            work();
+        }).detach();
+        return count;
+    } catch (const std::bad_alloc&) {
+    } catch (const std::system_error&) {
+    }
+    return 0;
+}
+#else
+// Signals of the process are for the application's threads. What a worker raises itself it also takes, and a profiler's
+// ticks.
+sigset_t signals_of_others() {
+    sigset_t set;
+    sigfillset(&set);
+    for (const int own : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGABRT, SIGSYS, SIGPROF}) sigdelset(&set, own);
+    return set;
+}
+int start_workers(int count) {
+    pthread_attr_t attributes;
+    if (pthread_attr_init(&attributes) != 0) return 0;
+    pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
+    sigset_t before;
+    const sigset_t others = signals_of_others();
+    pthread_sigmask(SIG_BLOCK, &others, &before);  // a thread starts with its creator's mask
+    int started = 0;
+    pthread_t thread;
+    const auto start = [](void*) -> void* {
+#if defined(__linux__)
+        pthread_setname_np(pthread_self(), "bnfast");
+#endif
+        work();
+        return nullptr;
+    };
+    while (started < count && pthread_create(&thread, &attributes, start, nullptr) == 0) ++started;
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    pthread_attr_destroy(&attributes);
+    return started;
+}
+#endif
+
+// The workers, the current job, and how workers wait for one. A worker lives until the process ends, and so does the
+// pool: when a larger team is asked for, it gets more workers.
 class Pool {
 public:
-    explicit Pool(int workers)
-        : workers_(workers), counters_(new Counter[std::size_t(Team::steps * (workers + 2))]), affinity_(workers) {
-        std::thread([this] {
-#pragma omp parallel num_threads(workers_)
-            this->work();
-        }).detach();
+    // Tries to have a team of `size` members, and returns how many there can be: 1, the caller alone, where no thread
+    // and no memory is to be had.
+    int prepare(int size) {
+        size = std::min(size, int(closed) - 1);
+        if (size > room_ && !make_room(size)) size = std::max(1, room_.load());
+        if (workers_ < size - 1 && Clock::now() >= retry_at_) {
+            const int missing = size - 1 - workers_, started = start_workers(missing);
+            workers_ += started;
+            if (started < missing) retry_at_ = Clock::now() + retry_after;
+        }
+        return std::min(size, workers_ + 1);
     }
-    int workers() const { return workers_; }
 
-    // Runs body with at most `size` members and returns how many took part.
+    // Runs body with at most `size` members, of those that are prepared, and returns how many took part.
     int run(int size, void (*body)(void*, Team&), void* context, bool full) {
         for (int i = 0; i < Team::steps * (size + 1); ++i) counters_[i].value.store(0, std::memory_order_relaxed);
         body_ = body;
@@ -144,18 +167,40 @@ public:
             wake_.notify_all();
         }
         while (full && int(members_.load() & closed) < size) std::this_thread::yield();
-        Team team(0, size, counters_.get());
+        Team team(0, size, counters_);
         body(context, team);
         const int joined = int(members_.exchange(job << shift | closed, std::memory_order_acq_rel) & closed);
         while (left_.load(std::memory_order_acquire) < joined - 1) relax();  // the items are done, so this is short
         return joined;
     }
-    void stop() {  // workers leave when they next wait for a job
-        stopped_.store(true);
-        {
-            const std::lock_guard<std::mutex> lock(mutex_);
+
+    [[noreturn]] void work() {
+        const IeeeMode mode;
+        WorkerAffinity::Worker self{};
+        affinity_.join(self);
+        for (std::uint64_t seen = 0;;) {
+            wait_for_job(seen);
+            std::uint64_t now = members_.load(std::memory_order_acquire);
+            bool joined = false;
+            while (!joined && int(now & closed) < size_)
+                joined = members_.compare_exchange_weak(now, now + 1, std::memory_order_acq_rel);
+            seen = now >> shift;
+            if (!joined) continue;  // the job is over or its team complete; size_ may be the next job's by now
+            Team team(int(now & closed), size_, counters_);
+            body_(context_, team);
+            left_.fetch_add(1, std::memory_order_release);
         }
-        wake_.notify_all();
+    }
+
+    // A forked child has no workers. It keeps the counters: a fork may have come between the two lines that replace
+    // them, so `room_` is never more than they have.
+    Pool* in_child() {
+        Counter* const counters = counters_;
+        const int room = room_;
+        Pool* const fresh = new (this) Pool;  // whatever state its mutex was in
+        fresh->counters_ = counters;
+        fresh->room_ = room;
+        return fresh;
     }
 
 private:
@@ -164,71 +209,72 @@ private:
     static constexpr int shift = 16;
     static constexpr std::uint64_t closed = (1 << shift) - 1;
 
-    void work() {
-        const IeeeMode mode;
-        affinity_.join(omp_get_thread_num());
-        for (std::uint64_t seen = 0; wait_for_job(seen);) {
-            std::uint64_t now = members_.load(std::memory_order_acquire);
-            bool joined = false;
-            while (!joined && int(now & closed) < size_)
-                joined = members_.compare_exchange_weak(now, now + 1, std::memory_order_acq_rel);
-            seen = now >> shift;
-            if (!joined) continue;  // the job is over or its team complete; size_ may be the next job's by now
-            Team team(int(now & closed), size_, counters_.get());
-            body_(context_, team);
-            left_.fetch_add(1, std::memory_order_release);
-        }
+    // Between jobs no worker looks at the counters, so they can be replaced.
+    bool make_room(int size) {
+        auto* const larger = new (std::nothrow) Counter[std::size_t(Team::steps) * std::size_t(size + 1)];
+        if (!larger) return false;
+        Counter* const smaller = counters_;
+        counters_ = larger;
+        room_ = size;
+        delete[] smaller;
+        return true;
     }
-    bool wait_for_job(std::uint64_t seen) {
+    void wait_for_job(std::uint64_t seen) {
         for (const auto until = Clock::now() + idle_spin; Clock::now() < until;) {
             for (int i = 0; i < 32; ++i) {
-                if (posted_.load(std::memory_order_acquire) != seen) return true;
+                if (posted_.load(std::memory_order_acquire) != seen) return;
                 relax();
             }
         }
         std::unique_lock<std::mutex> lock(mutex_);
         sleeping_.fetch_add(1);
-        wake_.wait(lock, [&] { return posted_.load() != seen || stopped_.load(); });
+        wake_.wait(lock, [&] { return posted_.load() != seen; });
         sleeping_.fetch_sub(1);
-        return posted_.load() != seen || !stopped_.load();
     }
 
-    const int workers_;
-    const std::unique_ptr<Counter[]> counters_;
+    // Between the jobs `busy` guards what isn't atomic; within one, a worker reads it after it has joined.
+    int workers_ = 0;
+    std::atomic<Counter*> counters_{nullptr};
+    std::atomic<int> room_{0};  // the most members that counters_ has room for
+    Clock::time_point retry_at_{};
     WorkerAffinity affinity_;
     void (*body_)(void*, Team&) = nullptr;
     void* context_ = nullptr;
     std::atomic<int> size_{0}, left_{0}, sleeping_{0};
     std::atomic<std::uint64_t> members_{closed}, posted_{0};
-    std::atomic<bool> stopped_{false};
     std::mutex mutex_;
     std::condition_variable wake_;
 };
 
+// Never destroyed, because its workers sleep in it until the process ends.
+alignas(Pool) unsigned char pool_memory[sizeof(Pool)];
+Pool* pool = new (pool_memory) Pool;
+
 std::atomic<int> requested{0};  // 0: the machine's default
 std::atomic<bool> busy{false};  // a job is running
 std::atomic<bool> full_team{false};
-Pool* pool = nullptr;  // guarded by busy
-thread_local int team_size_seen = 1;
-thread_local bool inside = false;
 
-#if defined(__linux__) || defined(__APPLE__)
-const int registered = pthread_atfork(nullptr, nullptr, [] {  // the child has no workers
-    pool = nullptr;
-    busy.store(false);
-});
-#endif
+void work() { pool->work(); }
 
-Pool* pool_for(int workers) {
-    if (pool && pool->workers() >= workers) return pool;
-    if (pool) pool->stop();
-    try {
-        pool = nullptr;
-        pool = new Pool(workers);
-    } catch (const std::bad_alloc&) {
-    } catch (const std::system_error&) {  // no more threads available: the caller works alone
-    }
-    return pool;
+// Without the handler a forked child would wait for workers that it hasn't got, so without it nobody has any.
+bool survives_fork() {
+    const auto in_child = [] {
+        pool = pool->in_child();
+        busy.store(false);
+    };
+    static std::atomic<bool> registered{false};  // guarded by busy, after the load
+    if (!registered) registered = pthread_atfork(nullptr, nullptr, in_child) == 0;
+    return registered;
+}
+const bool at_load = survives_fork();
+
+// How many members took part; 0: a job is running, or there is no team to be had.
+int run_by_team(int threads, void (*body)(void*, Team&), void* context) {
+    if (threads < 2 || busy.exchange(true, std::memory_order_acquire)) return 0;
+    const int size = survives_fork() ? pool->prepare(threads) : 1;
+    const int members = size > 1 ? pool->run(size, body, context, full_team.load()) : 0;
+    busy.store(false, std::memory_order_release);
+    return members;
 }
 
 }  // namespace
@@ -238,12 +284,19 @@ int get_num_threads() {
     return n > 0 ? n : machine().threads;
 }
 void set_num_threads(int threads) { requested.store(std::max(0, threads)); }
-int last_team_size() { return team_size_seen; }
+int last_team_size() {
+    const ThreadState* const state = thread_state();
+    return state ? state->team_size : 1;
+}
 void set_full_team(bool wait) { full_team.store(wait); }
 
 const char* parallel_engine() {
+#if defined(BNFAST_THREADS_OPENMP)
     static const std::string name = "OpenMP " + std::to_string(_OPENMP);
     return name.c_str();
+#else
+    return "own threads";
+#endif
 }
 
 void Team::wait_for(const std::atomic<std::int64_t>& value, std::int64_t goal) {
@@ -254,19 +307,13 @@ void Team::wait_for(const std::atomic<std::int64_t>& value, std::int64_t goal) {
 }
 
 void run_team(int threads, void (*body)(void*, Team&), void* context) {
-    if (threads > 1 && !inside && !busy.exchange(true, std::memory_order_acquire)) {
-        if (Pool* team = pool_for(threads - 1)) {
-            inside = true;
-            team_size_seen = team->run(threads, body, context, full_team.load());
-            inside = false;
-            busy.store(false, std::memory_order_release);
-            return;
-        }
-        busy.store(false, std::memory_order_release);
+    int members = run_by_team(threads, body, context);
+    if (members == 0) {
+        Team alone(0, 1, nullptr);
+        body(context, alone);
+        members = 1;
     }
-    Team alone(0, 1, nullptr);
-    body(context, alone);
-    team_size_seen = 1;
+    if (ThreadState* const state = thread_state()) state->team_size = members;
 }
 
 }  // namespace bnfast

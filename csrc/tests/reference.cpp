@@ -98,7 +98,7 @@ bool Array::guards_intact() const {
 bool Array::same_bits(const Array& other) const {
     if (dtype != other.dtype || size != other.size) return false;
     const auto *a = static_cast<const unsigned char*>(data()), *b = static_cast<const unsigned char*>(other.data());
-    if (std::memcmp(a, b, std::size_t(size) * item(dtype)) == 0) return true;
+    if (size == 0 || std::memcmp(a, b, std::size_t(size) * item(dtype)) == 0) return true;
     for (std::int64_t i = 0; i < size; ++i)
         if (!equal_bits(dtype, a + std::size_t(i) * item(dtype), b + std::size_t(i) * item(dtype))) return false;
     return true;

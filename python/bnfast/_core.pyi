@@ -33,7 +33,7 @@ class BuildInfo(TypedDict):
     l3_bytes: int
     compiler: str
     flags: str
-    openmp: str
+    threading: str
     memory: MemoryStatistics
 
 def train(

@@ -56,7 +56,7 @@ def set_num_threads(n: int | None) -> None:
         if isinstance(n, bool) or not hasattr(n, "__index__"):
             raise TypeError(f"n must be an integer or None. Received: {n!r} ({type(n).__name__})")
         n = n.__index__()
-        if not 1 <= n <= 4096:  # a larger number is a mistake, and OpenMP would try to start that many threads
+        if not 1 <= n <= 4096:  # a larger number is a mistake
             raise ValueError(f"n must be in [1, 4096]. Received: {n}")
     _core.set_num_threads(n)
 
@@ -125,8 +125,8 @@ def build_info() -> BuildInfo:
     Returns:
         A dict with the keys version, isa, isa_reason, isas (the instruction sets that this CPU supports), threads,
         default_threads, threads_reason, l1d_bytes, l2_bytes, l3_bytes (the part of the last-level cache that the
-        kernels plan with: at most the larger of 32 MiB and 4 MiB per processor), compiler, flags, openmp, and memory
-        (see `memory_statistics`).
+        kernels plan with: at most the larger of 32 MiB and 4 MiB per processor), compiler, flags, threading
+        (who makes the threads: "own threads", or "OpenMP" and its version), and memory (see `memory_statistics`).
 
     Example:
         >>> import bnfast

@@ -45,7 +45,7 @@ def test_build_info():
     info = bnfast.build_info()
     assert info["isa"] in info["isas"]
     assert "baseline" in info["isas"]
-    for name in ("isa_reason", "threads_reason", "compiler", "flags", "openmp"):
+    for name in ("isa_reason", "threads_reason", "compiler", "flags", "threading"):
         assert info[name]
         assert isinstance(info[name], str)
     assert 0 < info["l1d_bytes"] <= info["l2_bytes"]

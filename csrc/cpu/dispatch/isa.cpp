@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "bnfast/bnfast.h"
+#include "cpu/thread_state.h"
 
 namespace bnfast {
 
@@ -74,7 +75,6 @@ Choice& choice() {
     return c;
 }
 const bool read_at_load = (choice(), true);
-thread_local const char* isa_seen = "";
 
 }  // namespace
 
@@ -94,7 +94,12 @@ void set_isa(const std::string& name) {
     c.now = table;
 }
 
-const char* last_isa() { return isa_seen; }
-void record_isa(const KernelTable& table) { isa_seen = table.isa; }
+const char* last_isa() {
+    const ThreadState* const state = thread_state();
+    return state ? state->isa : "";
+}
+void record_isa(const KernelTable& table) {
+    if (ThreadState* const state = thread_state()) state->isa = table.isa;
+}
 
 }  // namespace bnfast

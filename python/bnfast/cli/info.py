@@ -98,7 +98,7 @@ def describe(facts: dict[str, Any]) -> str:
         "output memory": f"{_size(memory['held_bytes'])} kept for reuse, at most {_size(memory['limit_bytes'])}",
         "compiler": facts["compiler"],
         "flags": facts["flags"],
-        "threading": facts["openmp"],
+        "threading": facts["threading"],
         "Keras bridge": f"{facts['bridge']['name'] or 'none'} ({facts['bridge']['reason']})",
     }
     rows |= _cuda_rows(facts["cuda"])
