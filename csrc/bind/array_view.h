@@ -97,13 +97,21 @@ inline void* data_of(const py::array& a) { return py::detail::array_proxy(a.ptr(
 
 // ---- outputs: memory from the pool, owned by the array through a capsule -----------------------------------------
 
+// Takes the block over, also where no capsule can be made.
 inline py::capsule owned_block(void* block) {
-    return py::capsule(block, [](void* p) { release_block(p); });
+    try {
+        return py::capsule(block, [](void* p) { release_block(p); });
+    } catch (...) {
+        release_block(block);
+        throw;
+    }
 }
 
 inline py::array new_array(const py::dtype& dtype, const py::ssize_t* dims, int rank, std::int64_t bytes) {
+    std::vector<py::ssize_t> shape(dims, dims + rank);
     void* block = acquire_block(std::size_t(bytes));
-    return py::array(dtype, std::vector<py::ssize_t>(dims, dims + rank), block, owned_block(block));
+    const py::capsule owner = owned_block(block);
+    return py::array(dtype, std::move(shape), block, owner);
 }
 
 // n vectors of C doubles in one block. Each starts on a new cache line, so that no two vectors share one.
