@@ -75,6 +75,13 @@ py::dict build_info() {
     return info;
 }
 
+// pybind11's own, which doesn't ask whether the object could be allocated.
+PyObject* new_instance(PyTypeObject* type, PyObject*, PyObject*) {
+    PyObject* const self = type->tp_alloc(type, 0);
+    if (self) reinterpret_cast<py::detail::instance*>(self)->allocate_layout();  // one base: allocates nothing
+    return self;
+}
+
 template <class F> void define(py::module_& m, const char* name, F* function, Names arguments) {
     m.def(name, function,
           (signature(name, arguments) + "See bnfast.functional. None: the fast path declines.").c_str());
@@ -83,15 +90,32 @@ template <class F> void define(py::module_& m, const char* name, F* function, Na
 }  // namespace
 }  // namespace bnfast::bind
 
+// For threadpoolctl, which looks a library's functions up by name (python/bnfast/_thread_pools.py).
+extern "C" PYBIND11_EXPORT int bnfast_get_num_threads() { return bnfast::get_num_threads(); }
+extern "C" PYBIND11_EXPORT void bnfast_set_num_threads(int threads) { bnfast::set_num_threads(threads); }
+
+// pybind11 takes the GIL of the main interpreter before it does anything else. Another interpreter of this process,
+// which holds that lock, would wait for itself. So the function that it makes stays ours, and PyInit__core looks first.
+#undef PYBIND11_PLUGIN_IMPL
+#define PYBIND11_PLUGIN_IMPL(name) static PyObject* init_in_main_interpreter()
+static PyObject* init_in_main_interpreter();
+extern "C" PYBIND11_EXPORT PyObject* PyInit__core() {
+    if (PyInterpreterState_Get() == PyInterpreterState_Main()) return init_in_main_interpreter();
+    PyErr_SetString(PyExc_ImportError, "bnfast can be imported in the main interpreter alone, not in a subinterpreter");
+    return nullptr;
+}
+
 PYBIND11_MODULE(_core, m) {
     using namespace bnfast;
     namespace py = pybind11;
-    if (const std::string error = isa_of_environment_error(); !error.empty()) throw py::import_error(error);
     py::register_exception_translator([](std::exception_ptr p) {
         try {
             if (p) std::rethrow_exception(p);
         } catch (const NonFiniteError& e) {
             PyErr_SetString(PyExc_FloatingPointError, e.what());
+        } catch (const std::runtime_error&) {
+            // pybind11 reports a tuple or list that it can't allocate as RuntimeError, over Python's own MemoryError.
+            if (!PyErr_Occurred() || !PyErr_ExceptionMatches(PyExc_MemoryError)) throw;
         }
     });
     // The docstrings start with the signature, in the form that CPython reads as __text_signature__; pybind11's own
@@ -107,10 +131,12 @@ PYBIND11_MODULE(_core, m) {
     bind::define(m, "layer_norm", bind::layer_norm, bind::layer_norm_names);
     bind::define(m, "layer_norm_grad", bind::layer_norm_grad, bind::layer_norm_grad_names);
     bind::define_tensor_functions(m);
-    py::class_<bind::Callback>(m, "Callback", "train or grad on arrays in a fixed order, for tf.numpy_function.")
-        .def(py::init<const std::string&, const std::vector<std::string>&, const py::dict&, py::object>(),
-             "__init__(self, kernel, names, constants, fallback, /)\n--\n\n")
-        .def("__call__", &bind::Callback::operator(), "__call__(self, /, *arrays)\n--\n\n");
+    const py::object callback =
+        py::class_<bind::Callback>(m, "Callback", "train or grad on arrays in a fixed order, for tf.numpy_function.")
+            .def(py::init<const std::string&, const std::vector<std::string>&, const py::dict&, py::object>(),
+                 "__init__(self, kernel, names, constants, fallback, /)\n--\n\n")
+            .def("__call__", &bind::Callback::operator(), "__call__(self, /, *arrays)\n--\n\n");
+    reinterpret_cast<PyTypeObject*>(callback.ptr())->tp_new = bind::new_instance;
     m.def("empty", &bind::empty,
           "empty(shape, dtype, /)\n--\n\nAn array with undefined values, in memory of the output pool.");
     m.def("get_num_threads", &get_num_threads, "get_num_threads()\n--\n\n");

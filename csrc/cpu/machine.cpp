@@ -2,9 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <fstream>
 #include <string>
 #include <thread>
@@ -14,6 +12,9 @@
 #if defined(__linux__) || defined(__APPLE__)
 #include <unistd.h>
 #endif
+
+#include "cgroup.h"
+#include "environment.h"
 
 namespace bnfast {
 namespace {
@@ -66,23 +67,12 @@ std::int64_t whole_size(const char* text) {
     return *text == '\0' ? n : 0;
 }
 
-// One line on stderr, whatever the value holds: its first 80 bytes, with "?" for those that aren't printable ASCII.
-void report_ignored(const char* variable, const char* value) {
-    std::string shown(value, ::strnlen(value, 80));
-    for (char& c : shown)
-        if (c < ' ' || c > '~') c = '?';
-    if (::strnlen(value, 81) > 80) shown += "...";
-    std::fprintf(
-        stderr,
-        "bnfast: %s must be a whole number of bytes from 1 to %lld. Received: '%s'. The detected size is used.\n",
-        variable, static_cast<long long>(most_cache_bytes), shown.c_str());
-}
-
 // The environment variable overrides what the machine reports, which may be wrong. It affects speed, never bits.
 std::int64_t cache_bytes(int level, const char* variable, std::int64_t fallback, std::int64_t limit) {
     if (const char* forced = std::getenv(variable)) {
         if (const std::int64_t n = whole_size(forced); n > 0) return n;
-        report_ignored(variable, forced);
+        report(std::string(variable) + " must be a whole number of bytes from 1 to " +
+               std::to_string(most_cache_bytes) + ". Received: '" + shown(forced) + "'. The detected size is used.");
     }
     std::int64_t n = sysfs_cache(level);
     if (n <= 0) n = sysconf_cache(level);
@@ -97,33 +87,19 @@ int affinity_threads() {
     return std::max(1u, std::thread::hardware_concurrency());
 }
 
-// The CPU quota in processors, 0 if there is none. cgroup v2: cpu.max ("max 100000" or "150000 100000"); then v1.
-double quota_threads() {
-    const std::string v2 = first_line("/sys/fs/cgroup/cpu.max");
-    if (const auto space = v2.find(' '); space != std::string::npos && v2.rfind("max", 0) != 0)
-        return std::atof(v2.c_str()) / std::max(1.0, std::atof(v2.c_str() + space));
-    const double quota = std::atof(first_line("/sys/fs/cgroup/cpu/cpu.cfs_quota_us").c_str());
-    const double period = std::atof(first_line("/sys/fs/cgroup/cpu/cpu.cfs_period_us").c_str());
-    return quota > 0 && period > 0 ? quota / period : 0;
-}
-
-// cgroup v2: memory.max ("max" or bytes). v1: memory.limit_in_bytes (a huge number if there is no limit).
-std::int64_t usable_memory() {
+std::int64_t usable_memory(std::int64_t cgroup_limit) {
     std::int64_t bytes = 0;
 #if defined(_SC_PHYS_PAGES) && defined(_SC_PAGESIZE)
     bytes = std::max<std::int64_t>(0, std::int64_t(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGESIZE));
 #endif
-    for (const char* file : {"/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"}) {
-        const std::int64_t limit = std::strtoll(first_line(file).c_str(), nullptr, 10);
-        if (limit > 0 && bytes > 0) bytes = std::min(bytes, limit);
-    }
-    return bytes;
+    return cgroup_limit > 0 && bytes > 0 ? std::min(bytes, cgroup_limit) : bytes;
 }
 
 Machine detect() {
     Machine m;
     const int affinity = affinity_threads();
-    const double quota = quota_threads();
+    const CgroupLimits limits = cgroup_limits();
+    const double quota = limits.processors;
     m.threads = affinity;
     m.threads_reason = std::to_string(affinity) + " processors in the affinity mask";
     if (quota > 0 && std::ceil(quota) < affinity) {
@@ -133,7 +109,7 @@ Machine detect() {
     m.l1d = cache_bytes(1, "BNFAST_L1_BYTES", m.l1d, 1 << 20);
     m.l2 = cache_bytes(2, "BNFAST_L2_BYTES", m.l2, 64 << 20);
     m.l3 = cache_bytes(3, "BNFAST_L3_BYTES", 8 * m.l2, usable_llc_bytes(std::int64_t(512) << 20, m.threads));
-    m.memory = usable_memory();
+    m.memory = usable_memory(limits.memory);
     return m;
 }
 

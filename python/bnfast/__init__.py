@@ -3,7 +3,7 @@
 This file is the table of contents. It imports nothing heavier than NumPy.
 """
 
-from . import functional, runtime
+from . import _thread_pools, functional, runtime
 from .functional import *  # noqa: F403  # every function and its result type
 from .layers.batch_norm import BatchNormalization
 from .layers.conditional import ConditionalBatchNormalization
@@ -14,6 +14,8 @@ __all__ += functional.__all__
 __all__ += runtime.__all__
 
 __version__: str
+
+_thread_pools.watch()
 
 
 def __getattr__(name: str) -> str:

@@ -1,5 +1,7 @@
 """Threads, memory settings, build information, and what importing bnfast imports."""
 
+import json
+import os
 import subprocess
 import sys
 from importlib import metadata
@@ -124,14 +126,21 @@ def test_import_brings_numpy_and_nothing_heavier():
     assert "bnfast._core" in run.stdout
 
 
-@pytest.mark.parametrize("name", ["nonsense", "AVX2", ""])
+@pytest.mark.parametrize("name", ["nonsense", "AVX2", "", "a\nb\033"])
 def test_unknown_isa_in_the_environment(name):
-    code = f"import os; os.environ['BNFAST_ISA'] = {name!r}; import bnfast; print(bnfast.build_info()['isa'])"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    if name:
-        assert run.returncode != 0
-        assert "ImportError" in run.stderr
-        assert name in run.stderr
-        assert "baseline" in run.stderr, "the message lists the valid names"
-    else:  # an empty value counts as not set
-        assert run.returncode == 0
+    """One line on stderr, the best instruction set, and `bnfast info` says why; an empty value counts as not set."""
+    shown = name.replace("\n", "?").replace("\033", "?")
+    command = [sys.executable, "-m", "bnfast", "info", "--json"]
+    environment = os.environ | {"BNFAST_ISA": name}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    info = json.loads(done.stdout)
+    assert info["isa"] == info["isas"][0]
+    if not name:
+        assert done.stderr == ""
+        assert info["isa_reason"] == "best of this processor"
+        return
+    assert done.stderr == (
+        f"bnfast: BNFAST_ISA must be one of {', '.join(info['isas'])} on this processor. Received: '{shown}'. "
+        f"{info['isa']} is used.\n"
+    )
+    assert info["isa_reason"] == f"best of this processor; BNFAST_ISA={shown} can't be used"

@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "bnfast/bnfast.h"
+#include "cpu/environment.h"
 #include "cpu/thread_state.h"
 
 namespace bnfast {
@@ -40,7 +41,7 @@ std::string joined(const std::vector<std::string>& names) {
 struct Choice {
     std::vector<const KernelTable*> tables = usable_tables();
     const KernelTable* at_load = tables.front();
-    std::string reason = "best of this processor", error;
+    std::string reason = "best of this processor";
     std::atomic<const KernelTable*> now{nullptr};
 
     const KernelTable* find(const std::string& name) const {
@@ -63,7 +64,8 @@ struct Choice {
                 at_load = table;
                 reason = "set by BNFAST_ISA";
             } else {
-                error = refusal("BNFAST_ISA", wanted);
+                reason += "; BNFAST_ISA=" + shown(wanted) + " can't be used";
+                report(refusal("BNFAST_ISA", "'" + shown(wanted) + "'") + ". " + at_load->isa + " is used.");
             }
         }
         now = at_load;
@@ -78,12 +80,8 @@ const bool read_at_load = (choice(), true);
 
 }  // namespace
 
-const KernelTable& kernels() {
-    if (!choice().error.empty()) throw std::invalid_argument(choice().error);
-    return *choice().now.load(std::memory_order_relaxed);
-}
+const KernelTable& kernels() { return *choice().now.load(std::memory_order_relaxed); }
 std::string isa_reason() { return choice().reason; }
-std::string isa_of_environment_error() { return choice().error; }
 std::vector<std::string> usable_isas() { return choice().names(); }
 std::string isa_name() { return kernels().isa; }
 

@@ -12,7 +12,6 @@ const KernelTable& kernels();
 std::string isa_reason();                // why kernels() was chosen at load
 std::vector<std::string> usable_isas();  // best first
 void set_isa(const std::string& name);  // tests only; "" restores the choice made at load; throws std::invalid_argument
-std::string isa_of_environment_error();  // empty, or why BNFAST_ISA can't be used
 
 const char* last_isa();  // the isa of the table that the calling thread's last call used
 void record_isa(const KernelTable& table);
