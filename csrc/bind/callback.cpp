@@ -1,10 +1,12 @@
 #include "callback.h"
 
 #include <pybind11/numpy.h>
+#include <pybind11/stl.h>
 
 #include <utility>
 
 #include "batch_norm.h"
+#include "bnfast/bnfast.h"
 
 namespace bnfast::bind {
 namespace {
@@ -99,6 +101,92 @@ py::object Callback::grad_on(const py::args& arrays) const {
 py::object Callback::operator()(const py::args& arrays) const {
     const py::object result = is_train_ ? train_on(arrays) : grad_on(arrays);
     return result.is_none() ? fallback_(*arrays) : result;
+}
+
+// ---- the Python type
+// -------------------------------------------------------------------------------------------------
+
+namespace {
+
+struct Object {
+    PyObject_HEAD Callback* callback;
+};
+
+// The result of f, or null with the Python error of its exception.
+template <class F> PyObject* guarded(F f) {
+    try {
+        return f();
+    } catch (py::error_already_set& error) {
+        error.restore();
+    } catch (const py::cast_error&) {
+        PyErr_SetString(PyExc_TypeError, "Callback takes a string, a sequence of strings, a dict and a function");
+    } catch (const py::builtin_exception& error) {
+        error.set_error();
+    } catch (const std::bad_alloc&) {
+        PyErr_NoMemory();
+    } catch (const NonFiniteError& error) {
+        PyErr_SetString(PyExc_FloatingPointError, error.what());
+    } catch (const std::invalid_argument& error) {
+        PyErr_SetString(PyExc_ValueError, error.what());
+    } catch (const std::exception& error) {
+        if (!PyErr_Occurred()) PyErr_SetString(PyExc_RuntimeError, error.what());
+    }
+    return nullptr;
+}
+
+bool has_keywords(PyObject* keywords) {
+    if (!keywords || PyDict_Size(keywords) == 0) return false;
+    PyErr_SetString(PyExc_TypeError, "Callback takes no keyword arguments");
+    return true;
+}
+
+PyObject* create(PyTypeObject* type, PyObject* arguments, PyObject* keywords) {
+    PyObject *kernel, *names, *constants, *fallback;
+    if (has_keywords(keywords) ||
+        !PyArg_ParseTuple(arguments, "UOO!O:Callback", &kernel, &names, &PyDict_Type, &constants, &fallback))
+        return nullptr;
+    PyObject* const self = type->tp_alloc(type, 0);
+    if (!self) return nullptr;
+    PyObject* const made = guarded([&] {
+        reinterpret_cast<Object*>(self)->callback = new Callback(
+            py::cast<std::string>(py::handle(kernel)), py::cast<std::vector<std::string>>(py::handle(names)),
+            py::reinterpret_borrow<py::dict>(constants), py::reinterpret_borrow<py::object>(fallback));
+        return self;
+    });
+    if (!made) Py_DECREF(self);
+    return made;
+}
+
+void destroy(PyObject* self) {
+    PyTypeObject* const type = Py_TYPE(self);
+    delete reinterpret_cast<Object*>(self)->callback;
+    type->tp_free(self);
+    Py_DECREF(type);
+}
+
+PyObject* call_object(PyObject* self, PyObject* arrays, PyObject* keywords) {
+    if (has_keywords(keywords)) return nullptr;
+    return guarded([&] {
+        const Callback& callback = *reinterpret_cast<Object*>(self)->callback;
+        return callback(py::reinterpret_borrow<py::args>(arrays)).release().ptr();
+    });
+}
+
+}  // namespace
+
+py::object callback_type() {
+    static const char doc[] =
+        "Callback(kernel, names, constants, fallback, /)\n--\n\n"
+        "train or grad on arrays in a fixed order, for tf.numpy_function.";
+    static PyType_Slot slots[] = {{Py_tp_doc, const_cast<char*>(doc)},
+                                  {Py_tp_new, reinterpret_cast<void*>(create)},
+                                  {Py_tp_dealloc, reinterpret_cast<void*>(destroy)},
+                                  {Py_tp_call, reinterpret_cast<void*>(call_object)},
+                                  {0, nullptr}};
+    static PyType_Spec spec = {"bnfast._core.Callback", sizeof(Object), 0, Py_TPFLAGS_DEFAULT, slots};
+    PyObject* const type = PyType_FromSpec(&spec);
+    if (!type) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(type);
 }
 
 }  // namespace bnfast::bind

@@ -34,4 +34,8 @@ private:
     pybind11::object fallback_;
 };
 
+// The Python type _core.Callback. It is not made by pybind11, whose instances are allocated and registered outside any
+// handler of exceptions: a failing allocation there ends the process.
+pybind11::object callback_type();
+
 }  // namespace bnfast::bind

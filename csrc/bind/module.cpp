@@ -75,13 +75,6 @@ py::dict build_info() {
     return info;
 }
 
-// pybind11's own, which doesn't ask whether the object could be allocated.
-PyObject* new_instance(PyTypeObject* type, PyObject*, PyObject*) {
-    PyObject* const self = type->tp_alloc(type, 0);
-    if (self) reinterpret_cast<py::detail::instance*>(self)->allocate_layout();  // one base: allocates nothing
-    return self;
-}
-
 template <class F> void define(py::module_& m, const char* name, F* function, Names arguments) {
     m.def(name, function,
           (signature(name, arguments) + "See bnfast.functional. None: the fast path declines.").c_str());
@@ -131,12 +124,7 @@ PYBIND11_MODULE(_core, m) {
     bind::define(m, "layer_norm", bind::layer_norm, bind::layer_norm_names);
     bind::define(m, "layer_norm_grad", bind::layer_norm_grad, bind::layer_norm_grad_names);
     bind::define_tensor_functions(m);
-    const py::object callback =
-        py::class_<bind::Callback>(m, "Callback", "train or grad on arrays in a fixed order, for tf.numpy_function.")
-            .def(py::init<const std::string&, const std::vector<std::string>&, const py::dict&, py::object>(),
-                 "__init__(self, kernel, names, constants, fallback, /)\n--\n\n")
-            .def("__call__", &bind::Callback::operator(), "__call__(self, /, *arrays)\n--\n\n");
-    reinterpret_cast<PyTypeObject*>(callback.ptr())->tp_new = bind::new_instance;
+    m.attr("Callback") = bind::callback_type();
     m.def("empty", &bind::empty,
           "empty(shape, dtype, /)\n--\n\nAn array with undefined values, in memory of the output pool.");
     m.def("get_num_threads", &get_num_threads, "get_num_threads()\n--\n\n");

@@ -84,6 +84,8 @@ def core() -> Cases:
         ),
         "Callback, train": (callback, (x, gamma, beta, *moving)),
         "Callback, grad": (grad_callback, (dy, x, mean, variance, gamma)),
+        "Callback()": (lambda: type(_core.Callback("train", ["x", "gamma"], {"axis": -1}, print)).__name__, ()),
+        "Callback(), a bad name": (_core.Callback, ("train", ["x", "delta"], {"axis": -1}, print)),
         "empty": (lambda: _core.empty((30, 20), np.dtype("float32")).shape, ()),
         "settings": (
             lambda: [
@@ -168,7 +170,7 @@ def attempt(call: Callable[[], Any]) -> Any:
         return bits(call())
     except MemoryError:
         return MemoryError
-    except (TypeError, FloatingPointError) as error:  # what this call raises with memory, too
+    except (TypeError, ValueError, FloatingPointError) as error:  # what this call raises with memory, too
         return str(error)
     except BaseException as error:
         return f"{type(error).__name__}: {error}"
