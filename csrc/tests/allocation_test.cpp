@@ -257,7 +257,11 @@ TEST_CASE("an allocation that fails, alone or with all that follow, is std::bad_
                     });
                 };
                 CHECK(in_new_process([&] { return sweep(call, d, all); }) == fine);
-                // First calls: statics, threads and the thread's own state, each in a process that has none.
+                // First calls: statics, threads and the thread's own state, each in a process that has none. They have
+                // some 200 allocations, nearly all of which read the machine: one call of each kind is enough.
+                const bool one_of_a_kind = call.name == "train (300, 24, 1)" || call.name == "blocks" ||
+                                           call.name == "group_norm_grad of 6 groups, A = 1";
+                if (threads == 1 || !one_of_a_kind) continue;
                 int status = more_to_come, k = 0;
                 while (status == more_to_come && ++k < 1000)
                     status = in_new_process([&] {
@@ -282,7 +286,7 @@ TEST_CASE("the message of a non-finite channel may find no memory either") {
               t.variance = d.variance.data();
               t.invstd = d.invstd.data();
               t.nan_policy = NanPolicy::raise;
-              for (int k = 1, out_of_memory = 0; k < 100; ++k) {
+              for (int k = 1, out_of_memory = 0; k < 1000; ++k) {
                   failing_malloc_arm(k, true);
                   try {
                       train(t);

@@ -3,7 +3,7 @@ dtype and shape, with valid scalars and no forbidden overlap. For anything else 
 bnfast.functional then asks bnfast._arguments for the error or for converted arguments."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypedDict, type_check_only
+from typing import Any, TypedDict, final, type_check_only
 
 import numpy as np
 import numpy.typing as npt
@@ -89,6 +89,7 @@ def grad(
     /,
 ) -> tuple[_Array, _Array, _Array, _Array | None] | None: ...
 
+@final
 class Callback:
     def __new__(
         cls, kernel: str, names: list[str], constants: dict[str, Any], fallback: Callable[..., Any], /
