@@ -364,3 +364,21 @@ def test_importing_bnfast_loads_nothing_of_cuda(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "libcuda" not in done.stdout
     assert "_cuda." not in done.stdout
+
+
+def test_the_info_command_names_driver_devices_and_what_is_missing(tmp_path: Path, fake_library: Path) -> None:
+    """The fake under the driver's own name, found by the loader."""
+    (tmp_path / "libcuda.so.1").symlink_to(fake_library)
+    environment = {"LD_LIBRARY_PATH": os.fspath(tmp_path), "BNFAST_NVRTC": "/nowhere/libnvrtc.so.13"}
+    environment |= {"XDG_CACHE_HOME": os.fspath(tmp_path / "cache"), "BNFAST_BRIDGE": "numpy_function"}
+    command = [sys.executable, "-m", "bnfast", "info"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=120)
+    assert done.returncode == 0, done.stderr
+    rows = dict(line.split("  ", 1) for line in done.stdout.splitlines() if line.startswith("CUDA"))
+    rows = {name: text.strip() for name, text in rows.items()}
+    assert rows["CUDA driver"] == "13.0"
+    assert rows["CUDA devices"] == "0: Emulated device 0 (sm_90), 1: Emulated device 1 (sm_90)"
+    assert rows["CUDA compiler"] == "none"
+    assert rows["CUDA cache"] == os.fspath(tmp_path / "cache" / "bnfast" / "cuda")
+    assert rows["CUDA is missing"].endswith('was not found. pip install "bnfast[cuda]" brings it.')
+    assert not (tmp_path / "cache").exists(), "a report makes no folders"

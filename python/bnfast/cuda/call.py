@@ -137,17 +137,17 @@ class Call:
     def new(self, out: Any = None) -> tuple[Any, int]:
         """`out`, or a new array like x; and its address."""
         array = self.library.empty_like(self.value, self.x, self.stream) if out is None else out
-        return array, view_of("out", array).address
+        return array, self.library.address(array) if out is None else view_of("out", array).address
 
     def new_vector(self, dtype: str = "float64") -> tuple[Any, int]:
         array = self.library.empty(self.geometry.vector_shape, dtype, self.x.device, self.stream)
-        return array, view_of("vector", array).address
+        return array, self.library.address(array)
 
     def scratch(self, size: int) -> int:
         """Memory for the launched work. The library keeps it for this stream when it is freed."""
         array = self.library.empty((-(-(size + _SCRATCH_ALIGNMENT) // 4),), "float32", self.x.device, self.stream)
         self._kept.append(array)
-        return -(-view_of("scratch", array).address // _SCRATCH_ALIGNMENT) * _SCRATCH_ALIGNMENT
+        return -(-self.library.address(array) // _SCRATCH_ALIGNMENT) * _SCRATCH_ALIGNMENT
 
 
 def refuse_capture(call: Call, what: str) -> None:

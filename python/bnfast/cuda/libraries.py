@@ -6,6 +6,7 @@ is read through DLPack, else through `__cuda_array_interface__`, and gets its re
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import Any, Protocol
 
@@ -26,6 +27,10 @@ class Library(Protocol):
         """Raises a TypeError that names the argument if it is no array on a device, or has another dtype."""
         ...
 
+    def address(self, value: Any) -> int:
+        """Where an array lies that `empty` or `empty_like` made."""
+        ...
+
     def stream(self, value: Any, device: int) -> int: ...
 
     def empty(self, shape: tuple[int, ...], dtype: str, device: int, stream: int) -> Any: ...
@@ -39,7 +44,7 @@ def library_of(name: str, value: Any) -> Library:
     """The library that an array belongs to."""
     torch, cupy = sys.modules.get("torch"), sys.modules.get("cupy")
     if torch is not None and isinstance(value, torch.Tensor):
-        return Torch(torch)
+        return _torch(torch)
     if cupy is not None and isinstance(value, cupy.ndarray):
         return Cupy(cupy)
     if isinstance(value, DeviceArray):
@@ -70,9 +75,15 @@ def _not_on_device(name: str, received: str) -> TypeError:
     return TypeError(f"{name} must be on a CUDA device. Received: {received}")
 
 
+@functools.cache
+def _torch(torch: Any) -> Torch:
+    return Torch(torch)
+
+
 class Torch:
     def __init__(self, torch: Any) -> None:
         self.torch = torch
+        self.names = {getattr(torch, name): name for name in DTYPES}
 
     def view(self, name: str, value: Any) -> View:
         if not value.is_cuda:
@@ -83,8 +94,11 @@ class Torch:
                 "requires_grad=True"
             )
         strides = None if value.is_contiguous() else tuple(value.stride())
-        dtype = _checked_dtype(name, str(value.dtype).removeprefix("torch."))
+        dtype = self.names.get(value.dtype) or _checked_dtype(name, str(value.dtype).removeprefix("torch."))
         return View(value.data_ptr(), tuple(value.shape), strides, dtype, value.device.index, False, value)
+
+    def address(self, value: Any) -> int:
+        return int(value.data_ptr())
 
     def stream(self, value: Any, device: int) -> int:
         return int(self.torch.cuda.current_stream(device).cuda_stream)
@@ -104,6 +118,9 @@ class Cupy:
         dtype = _checked_dtype(name, value.dtype.name)
         strides = tuple(stride // ITEM_BYTES[dtype] for stride in value.strides)
         return View(value.data.ptr, tuple(value.shape), strides, dtype, value.device.id, False, value)
+
+    def address(self, value: Any) -> int:
+        return int(value.data.ptr)
 
     def stream(self, value: Any, device: int) -> int:
         with self.cupy.cuda.Device(device):
@@ -137,6 +154,9 @@ class Interface:
         if device < 0:
             raise _not_on_device(name, f"{type(value).__name__}, whose pointer is not one of a device")
         return View(address, shape, strides, dtype, device, bool(read_only), value)
+
+    def address(self, value: Any) -> int:
+        return view_of("result", value).address
 
     def stream(self, value: Any, device: int) -> int:
         given = value.__cuda_array_interface__.get("stream")
