@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 
 import keras
@@ -136,6 +138,34 @@ def test_a_train_step_that_updates_twice():
     assert np.abs(mean).max() < 1  # of both halves
     assert watch.history[-1]["bn"] < 0.2
     assert watch.left == {}
+
+
+REPLICAS = """
+import os
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+import keras, numpy as np, tensorflow as tf
+two = [tf.config.LogicalDeviceConfiguration()] * 2
+tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], two)
+from bnfast.keras import Watch, diagnose, recalibrate
+x = np.random.default_rng(0).normal(3, 2, (640, 6)).astype("float32")
+with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+    norm = keras.layers.BatchNormalization(synchronized=True)
+    model = keras.Sequential([keras.Input((6,)), norm, keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+watch = Watch(budget=1.0, verbose=0)
+model.fit(x, x[:, 0], epochs=1, verbose=0, callbacks=[watch])
+assert list(watch._counts.values()) == [1], watch._counts
+assert diagnose(model, x, x[:, 0]).verdicts[0].code == "too-few-updates"
+recalibrate(model, x, verbose=0)
+for copy in norm.moving_variance.value.values:
+    np.testing.assert_allclose(np.asarray(copy), x.astype("float64").var(0), rtol=1e-6)
+assert diagnose(model, x, x[:, 0]).healthy
+"""
+
+
+def test_two_replicas():
+    run = subprocess.run([sys.executable, "-c", REPLICAS], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-2000:]
 
 
 def test_an_interrupted_training_leaves_nothing():

@@ -188,7 +188,9 @@ class Watch(keras.callbacks.Callback):  # type: ignore[misc]
             variable, layer = tap.layer.moving_mean, tap.layer
 
             def counting(new: Any, *args: Any, _own: Any = variable.assign, _layer: Any = layer, **kwargs: Any) -> Any:
-                if tf.inside_function():
+                if not _in_first_replica():  # the others' assignments are parts of the same update
+                    pass
+                elif tf.inside_function():
                     graph = tf.compat.v1.get_default_graph()
                     looped = "while" in graph.name
                     key = id(_layer), id(graph)
@@ -294,6 +296,15 @@ class Watch(keras.callbacks.Callback):  # type: ignore[misc]
                     _scalar(f"batch_norm/{row.name}/mean_off", float(np.sqrt(np.mean(row.shift**2))), epoch)
                     _scalar(f"batch_norm/{row.name}/variance_log2", float(np.median(row.ratio)), epoch)
         self._writer.flush()
+
+
+def _in_first_replica() -> bool:
+    """Whether this isn't the trace of a second replica of a tf.distribute strategy."""
+    context = tf.distribute.get_replica_context()
+    if context is None:
+        return True
+    replica = context.replica_id_in_sync_group
+    return not (tf.get_static_value(replica) if tf.is_tensor(replica) else replica)
 
 
 def _scalar(tag: str, number: float, step: int) -> None:
