@@ -194,13 +194,27 @@ def test_the_readme_gives_exactly_two_setup_commands():
     assert README.count("pip install") == 2
 
 
-@pytest.mark.parametrize("block", code_blocks(README, "python"), ids=["numpy", "keras", "model"])
-def test_the_readme_examples_run(need, block):
-    if "bnfast.keras" in block:
-        need("tensorflow")
-    assert len([line for line in block.splitlines() if line.strip()]) <= 10
+BLOCKS = [
+    pytest.param(block, id=f"{path.relative_to(ROOT)}:{number}")
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    for number, block in enumerate(code_blocks(path.read_text(), "python"), 1)
+    if path.name != "not-working.md"  # fragments around a reader's model; examples/not_working.py runs them
+]
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_the_examples_of_documents_run(need, block):
+    for module, package in (("keras", "tensorflow"), ("torch", "torch"), ("sklearn", "sklearn")):
+        if re.search(rf"^(import|from) (bnfast\.)?{module}\b", block, re.MULTILINE):
+            need(package)
     with contextlib.redirect_stdout(io.StringIO()):
-        exec(compile(block, "README.md", "exec"), {})
+        exec(compile(block, "example", "exec"), {})
+
+
+def test_the_readme_is_short():
+    assert len(README.split()) < 600
+    for block in code_blocks(README, "python"):
+        assert len([line for line in block.splitlines() if line.strip()]) <= 10
 
 
 def test_links_between_documents_lead_somewhere():
