@@ -12,7 +12,7 @@ import bnfast
 import numpy as np
 import pytest
 from bnfast import _cuda, cuda
-from fake_cuda import STREAM, Driver, InterfaceArray, Namespace
+from fake_cuda import STREAM, DlpackArray, Driver, InterfaceArray, Namespace
 
 X = np.arange(12, dtype="float32").reshape(4, 3)
 
@@ -206,6 +206,26 @@ def test_the_stream_is_the_arrays(driver: Driver, interface: Namespace) -> None:
         x.stream = stream
         cuda.batch_norm_train(x)
         assert driver.stream == wanted
+
+
+def test_what_is_waited_for(driver: Driver, interface: Namespace) -> None:
+    """Nothing on one stream; the other stream where arrays meet; the call's own for memory that is only lent."""
+    x, gamma = interface.to(X), interface.to(np.ones(3, "float32"))
+    before = driver.waits[0]
+    y = cuda.batch_norm_train(x, gamma).y
+    y.__dlpack__(stream=STREAM)
+    y.__dlpack__(stream=-1)
+    assert driver.waits[0] == before
+    y.__dlpack__(stream=1)
+    assert driver.waits == (before + 1, STREAM)
+    gamma.stream = 0xABC
+    cuda.batch_norm_train(x, gamma)
+    assert driver.waits == (before + 2, 0xABC)
+    lent = DlpackArray(X.copy())
+    cuda.moments(lent)
+    assert driver.waits == (before + 3, 0)
+    cuda.batch_norm_train(x, residual=lent)
+    assert driver.waits == (before + 5, STREAM)
 
 
 def test_a_captured_stream_takes_calls_whose_kernels_are_loaded(driver: Driver, interface: Namespace) -> None:

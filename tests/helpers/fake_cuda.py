@@ -67,6 +67,7 @@ class Driver:
         self.library = ctypes.CDLL(os.fspath(path))
         self.library.fake_cuda_stream.restype = ctypes.c_void_p
         self.library.fake_cuda_image.restype = ctypes.c_char_p
+        self.library.fake_cuda_waited.restype = ctypes.c_void_p
 
     @property
     def launches(self) -> int:
@@ -85,6 +86,11 @@ class Driver:
     def context(self) -> int:
         """The device whose context is current now."""
         return int(self.library.fake_cuda_context())
+
+    @property
+    def waits(self) -> tuple[int, int]:
+        """How often a stream was waited for, and the last one."""
+        return int(self.library.fake_cuda_waits()), int(self.library.fake_cuda_waited() or 0)
 
     @property
     def allocations(self) -> int:

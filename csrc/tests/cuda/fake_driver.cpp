@@ -40,7 +40,8 @@ std::set<void*> captured;                                            // streams
 std::size_t free_bytes = std::size_t(1) << 40;
 std::string last_image;
 void* last_stream = nullptr;
-int launches = 0, devices = 2, last_device = -1, allocations = 0;
+void* last_waited = nullptr;
+int waits = 0, launches = 0, devices = 2, last_device = -1, allocations = 0;
 thread_local std::vector<int> contexts = {0};  // the current one is the last; a thread begins on device 0
 
 int status_of(const char* function) {
@@ -73,6 +74,8 @@ void fake_cuda_fail(const char* function, int status) { failures[function] = sta
 int fake_cuda_launches() { return launches; }
 void* fake_cuda_stream() { return last_stream; }
 int fake_cuda_device() { return last_device; }
+int fake_cuda_waits() { return waits; }
+void* fake_cuda_waited() { return last_waited; }
 int fake_cuda_context() { return contexts.back(); }
 int fake_cuda_allocations() { return allocations; }
 const char* fake_cuda_image() { return last_image.c_str(); }  // its first bytes
@@ -156,7 +159,11 @@ int cuStreamIsCapturing(void* stream, int* status) {
     *status = int(captured.count(stream));
     return ok;
 }
-int cuStreamSynchronize(void*) { return status_of("cuStreamSynchronize"); }
+int cuStreamSynchronize(void* stream) {
+    last_waited = stream;
+    ++waits;
+    return status_of("cuStreamSynchronize");
+}
 int cuMemAllocAsync(void** at, std::size_t bytes, void*) {
     if (const int status = status_of("cuMemAllocAsync")) return status;
     if (bytes > free_bytes) return out_of_memory;

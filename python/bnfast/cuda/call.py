@@ -29,6 +29,7 @@ class Call:
         self.stream = self.library.stream(x, self.x.device)
         self.inputs: list[tuple[str, View]] = [(name, self.x)]
         self._kept: list[Any] = []
+        self._lent = self.library.lends
         compiler.find()
 
     @property
@@ -72,12 +73,23 @@ class Call:
         return view
 
     def _on_device(self, name: str, value: Any) -> View:
-        view = view_of(name, value)
+        library = library_of(name, value)
+        view = library.view(name, value)
         if view.device != self.x.device:
             raise ValueError(
                 f"{name} must be on CUDA device {self.x.device}, where {self.name} is. Received: device {view.device}"
             )
+        self._lent = self._lent or library.lends
+        if library is not self.library and view.size:
+            other = library.stream(value, view.device)
+            if other != self.stream:  # of another library, or made on another stream: wait until it is written
+                _wait(view, other)
         return view
+
+    def finish(self) -> None:
+        """After the launches. A producer that only lends its memory must not take it back while the device reads it."""
+        if self._lent and self.x.size:
+            _wait(self.x, self.stream)
 
     def _require_like_x(self, name: str, view: View) -> None:
         if view.shape != self.x.shape:
@@ -148,6 +160,11 @@ class Call:
         array = self.library.empty((-(-(size + _SCRATCH_ALIGNMENT) // 4),), "float32", self.x.device, self.stream)
         self._kept.append(array)
         return -(-self.library.address(array) // _SCRATCH_ALIGNMENT) * _SCRATCH_ALIGNMENT
+
+
+def _wait(view: View, stream: int) -> None:
+    """Waits for the stream: one byte is read back in its order."""
+    _cuda.read(view.device, view.address, 1, stream)
 
 
 def refuse_capture(call: Call, what: str) -> None:

@@ -50,7 +50,10 @@ class DeviceArray:
         return _CUDA, self.device
 
     def __dlpack__(self, *, stream: Any = None, **_: Any) -> Any:
-        """The array's own stream must be the consumer's, or be waited for: no event is recorded here."""
+        """Waits for the array's stream, unless the consumer's is the same or the consumer asks for no order (-1)."""
+        own = self.stream or 1
+        if stream not in (own, -1) and self.address:
+            _cuda.read(self.device, self.address, 1, self.stream)
         code = _BFLOAT if self.dtype == "bfloat16" else _FLOAT
         bits = 8 * ITEM_BYTES[self.dtype]
         return _cuda.make_dlpack(self, self.address, list(self.shape), code, bits, self.device)

@@ -2,7 +2,8 @@
 
 The signatures, formulas and checks are those of `bnfast.functional`. Everything stays on the device, on the current
 stream of x's library, and a call returns before the device has done its work. Outputs and scratch memory come from that
-library, so a CUDA graph can capture a call once its kernels are loaded.
+library, so a CUDA graph can capture a call once its kernels are loaded. A call waits for the device in three cases:
+nan_policy="raise"; an array of another library, or of another stream, than x; an array that only DLPack shows.
 """
 
 from __future__ import annotations
@@ -95,6 +96,7 @@ def batch_norm_train(
         *options, ddof, policy == "skip_update", *(address for _, address in vectors),
     )
     # fmt: on
+    call.finish()
     return TrainResult(y, *(array for array, _ in vectors))
 
 
@@ -147,6 +149,7 @@ def batch_norm_infer(
         *options,
     )
     # fmt: on
+    call.finish()
     return y
 
 
@@ -221,6 +224,7 @@ def batch_norm_grad(
         *parameters, *options, trains, *upstream, (dgamma[1], known[1]), (dbeta[1], known[1]),
     )
     # fmt: on
+    call.finish()
     return GradResult(dx, dgamma[0], dbeta[0], dresidual)
 
 
@@ -248,6 +252,7 @@ def moments(x: Any, *, axis: int | Sequence[int] = -1, mask: Any = None) -> Mome
     refuse_mask(mask)
     call = Call("x", x, axis)
     mean, variance = _statistics(call)
+    call.finish()
     channels = math.prod(call.geometry.vector_shape)
     return Moments(call.x.size / channels if channels else 0.0, mean[0], variance[0])
 

@@ -21,7 +21,12 @@ _TYPESTR = {"<f2": "float16", "<f4": "float32", "<f8": "float64"}
 
 
 class Library(Protocol):
-    """What a library does for a call."""
+    """What a library does for a call.
+
+    lends: its arrays may be freed, and their memory reused on any stream, right after the call.
+    """
+
+    lends: bool
 
     def view(self, name: str, value: Any) -> View:
         """Raises a TypeError that names the argument if it is no array on a device, or has another dtype."""
@@ -46,7 +51,7 @@ def library_of(name: str, value: Any) -> Library:
     if torch is not None and isinstance(value, torch.Tensor):
         return _torch(torch)
     if cupy is not None and isinstance(value, cupy.ndarray):
-        return Cupy(cupy)
+        return _cupy(cupy)
     if isinstance(value, DeviceArray):
         return Own()
     if type(value).__module__.split(".")[0] in ("numba", "numba_cuda"):
@@ -81,6 +86,8 @@ def _torch(torch: Any) -> Torch:
 
 
 class Torch:
+    lends = False
+
     def __init__(self, torch: Any) -> None:
         self.torch = torch
         self.names = {getattr(torch, name): name for name in DTYPES}
@@ -110,7 +117,14 @@ class Torch:
         return self.torch.empty_like(value)
 
 
+@functools.cache
+def _cupy(cupy: Any) -> Cupy:
+    return Cupy(cupy)
+
+
 class Cupy:
+    lends = False
+
     def __init__(self, cupy: Any) -> None:
         self.cupy = cupy
 
@@ -137,6 +151,8 @@ class Cupy:
 
 class Interface:
     """`__cuda_array_interface__`, versions 2 and 3. The pointer tells the device."""
+
+    lends = False
 
     def view(self, name: str, value: Any) -> View:
         facts = value.__cuda_array_interface__
@@ -191,7 +207,10 @@ class Numba(Interface):
 
 
 class Dlpack(Interface):
-    """DLPack on the default stream: the producer's work comes before what is launched there."""
+    """DLPack on the default stream: the producer's work comes before what is launched there. The call waits for the
+    device, because a capsule's memory is the producer's again when it is dropped."""
+
+    lends = True
 
     def view(self, name: str, value: Any) -> View:
         try:
