@@ -319,6 +319,20 @@ def test_errors_are_pytorchs(name):
     assert isinstance(results[0], tuple)
 
 
+@pytest.mark.parametrize("kwargs", [{"eps": 0}, {"eps": -1.0}, {"momentum": 1.5}, {"momentum": -0.5}])
+def test_odd_settings_are_as_in_pytorch(kwargs):
+    for training in (True, False):
+        results = []
+        for module in pair(**kwargs):
+            torch.manual_seed(0)
+            module.train(training)
+            results.append(outcome(lambda module=module: module(torch.randn(4, 6, 5, 5))))
+        if isinstance(results[1], tuple):
+            assert results[0] == results[1]
+        else:
+            close(*results)
+
+
 def test_an_empty_batch_changes_nothing():
     for module in pair():
         x = torch.zeros(0, 6, 2, 2, requires_grad=True)

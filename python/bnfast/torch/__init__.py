@@ -14,10 +14,12 @@ except ModuleNotFoundError as error:
 from .functional import batch_norm
 from .group_functional import group_norm, instance_norm, layer_norm
 from .models.accelerate import accelerate, to_torch
+from .models.fold import fold
 from .models.report import report
 from .modules.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .modules.group_norm import GroupNorm, LayerNorm
 from .modules.instance_norm import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
+from .modules.sync_batch_norm import SyncBatchNorm
 
 __all__ = [
     "BatchNorm1d",
@@ -28,8 +30,10 @@ __all__ = [
     "InstanceNorm2d",
     "InstanceNorm3d",
     "LayerNorm",
+    "SyncBatchNorm",
     "accelerate",
     "batch_norm",
+    "fold",
     "group_norm",
     "instance_norm",
     "layer_norm",

@@ -178,8 +178,10 @@ def why_not_input(x: Tensor) -> str | None:
 def why_not_moving(moving: tuple[Vector, Vector], options: Options) -> str | None:
     if (moving[0] is None) is not (moving[1] is None) or (not options.training and moving[0] is None):
         return "running_mean or running_var is None"
-    if (options.training and not 0 <= options.momentum <= 1) or not options.epsilon >= 0:
-        return "momentum is not in [0, 1] or eps is negative"
+    if options.training and not (0 <= options.momentum <= 1 and options.epsilon > 0):
+        return "momentum is not in [0, 1] or eps is not positive"
+    if not options.epsilon >= 0:
+        return "eps is negative"
     return None
 
 

@@ -67,8 +67,10 @@ def train(
     x: Tensor, gamma: Tensor | None, beta: Tensor | None, residual: Tensor | None, moving: Moving, options: Options
 ) -> tuple[Tensor, Statistics]:
     """(y, statistics) of this batch. The moving statistics, where given, are updated in place."""
-    y = _empty_like(x)
     _, momentum, epsilon, activation, negative_slope = options
+    if not epsilon > 0:  # an error of PyTorch's in training
+        raise Declined
+    y = _empty_like(x)
     code = ACTIVATIONS[activation]
     statistics = _train(x, y, gamma, beta, *moving, momentum, epsilon, code, negative_slope, residual)
     if statistics is None:

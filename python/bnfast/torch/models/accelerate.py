@@ -11,6 +11,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from ..modules.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from ..modules.group_norm import GroupNorm, LayerNorm
 from ..modules.instance_norm import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
+from ..modules.sync_batch_norm import SyncBatchNorm
 
 __all__ = ["CLASSES", "accelerate", "to_torch", "why_unchanged"]
 
@@ -25,6 +26,7 @@ CLASSES: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     torch.nn.InstanceNorm1d: InstanceNorm1d,
     torch.nn.InstanceNorm2d: InstanceNorm2d,
     torch.nn.InstanceNorm3d: InstanceNorm3d,
+    torch.nn.SyncBatchNorm: SyncBatchNorm,
 }
 _BACK = {ours: theirs for theirs, ours in CLASSES.items()}
 _OWN_FORWARDS = {theirs: inspect.getattr_static(theirs, "forward") for theirs in CLASSES}
