@@ -84,10 +84,12 @@ def test_other_norms(need, example):
     assert sum(type(layer).__name__ == "AlphaDropout" for layer in dropped.layers) == 2
 
 
+@pytest.mark.needs("sklearn", "tensorflow", "keras")
 def test_mlp_numpy(example):
     assert example("mlp_numpy").main(["--steps", str(STEPS)]) > 0.8
 
 
+@pytest.mark.needs("sklearn", "tensorflow", "keras")
 def test_an_example_is_a_script():
     command = [sys.executable, EXAMPLES / "mlp_numpy.py", "--steps", "3"]
     run = subprocess.run(command, capture_output=True, text=True, check=True)

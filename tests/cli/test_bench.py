@@ -45,6 +45,7 @@ def short(monkeypatch):
     monkeypatch.setattr(timing, "wait_for_idle_threads", lambda: None)
 
 
+@pytest.mark.needs("matplotlib", "rich")
 def test_the_command_with_all_installed_peers(tmp_path):
     """Runs in a new process, since TensorFlow's threads can be set only once."""
     folder = tmp_path / "new" / "folder"
@@ -76,6 +77,7 @@ def test_the_command_with_all_installed_peers(tmp_path):
     assert "Time over bnfast's" in done.stdout
 
 
+@pytest.mark.needs("matplotlib", "rich")
 def test_missing_peers_are_named_in_one_line(capsys, monkeypatch, short):
     for module in ("torch", "tensorflow", "keras", "jax"):
         monkeypatch.setitem(sys.modules, module, None)
@@ -117,12 +119,14 @@ def test_errors_name_the_accepted_values(capsys, arguments, message):
     assert message in err
 
 
+@pytest.mark.needs("matplotlib", "rich")
 def test_a_folder_that_cannot_be_written_is_rejected_before_measuring(capsys, tmp_path):
     (tmp_path / "file").write_text("in the way")
     assert main(["bench", "--quick", "--shape", "8,32", "--out", str(tmp_path / "file" / "folder")]) == 2
     assert capsys.readouterr().err.startswith("bnfast: argument --out: ")
 
 
+@pytest.mark.needs("matplotlib", "rich")
 @pytest.mark.parametrize(("module", "arguments"), [("rich", []), ("matplotlib", ["--out", "somewhere"])])
 def test_a_missing_extra_is_named(capsys, monkeypatch, module, arguments):
     monkeypatch.setitem(sys.modules, module, None)

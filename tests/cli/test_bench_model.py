@@ -44,6 +44,7 @@ def test_a_model_is_a_name_or_a_call(text, name, arguments, file_name):
     assert spec.label == f"{spec.text} 16x224x224"
 
 
+@pytest.mark.needs("tensorflow", "keras", "matplotlib", "rich")
 @pytest.mark.parametrize("text", ["", "1", "a.B", "A(1)", "A(b=c)", "A(**{})", "A(weights=None)", "A(", "A B", "A()()"])
 def test_anything_else_is_rejected(capsys, text):
     with pytest.raises(ValueError):
@@ -55,6 +56,7 @@ def test_anything_else_is_rejected(capsys, text):
     assert repr(text) in message
 
 
+@pytest.mark.needs("tensorflow", "keras", "matplotlib", "rich")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -117,6 +117,7 @@ def test_python_m_bnfast_is_the_command():
     assert "invalid choice" in run.stderr
 
 
+@pytest.mark.needs("sklearn", "tensorflow", "keras", "matplotlib", "rich")
 @pytest.mark.parametrize("module", ["tensorflow", "keras", "rich", "matplotlib", "sklearn"])
 def test_a_missing_extra_is_named(capfd, monkeypatch, module):
     monkeypatch.setitem(sys.modules, module, None)
@@ -176,6 +177,7 @@ def test_demo_where_the_download_fails(need, capfd, monkeypatch, tmp_path):
     fails_with_one_line(capfd, arguments, "fashion_mnist could not be downloaded", "--data digits needs no network")
 
 
+@pytest.mark.needs("sklearn", "tensorflow", "keras", "matplotlib", "rich")
 def test_digits_are_images_and_labels():
     data = datasets.load("digits")
     assert data.x_train.shape == (1437, 8, 8, 1)

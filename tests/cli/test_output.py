@@ -118,6 +118,7 @@ def test_a_pipe_that_is_full_is_waited_for():
 # ---- requests that nothing could meet --------------------------------------------------------------------------------
 
 
+@pytest.mark.needs("tensorflow", "keras", "matplotlib", "rich", "sklearn")
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
@@ -263,6 +264,7 @@ def test_a_long_name_and_a_name_that_is_taken(tmp_path):
         files.prepare("--out", [tmp_path / "folder.png"])
 
 
+@pytest.mark.needs("tensorflow", "keras", "matplotlib", "rich", "sklearn")
 @pytest.mark.serial
 def test_bench_on_a_full_disk_or_stdout(capsys, monkeypatch, tmp_path):
     for module in ("torch", "tensorflow", "keras", "jax"):
@@ -319,6 +321,7 @@ def test_a_closed_descriptor_is_no_file_s():
 # ---- Ctrl-C ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.needs("tensorflow", "keras", "matplotlib", "rich", "sklearn")
 @pytest.mark.serial
 def test_an_interrupt_is_one_line_and_status_130(tmp_path):
     code = """

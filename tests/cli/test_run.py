@@ -188,6 +188,7 @@ def test_a_broken_module_has_python_s_message(need, folder):
     assert "bnfast" not in done.stderr
 
 
+@pytest.mark.needs("tensorflow", "keras")
 @pytest.mark.parametrize("module", ["tensorflow", "keras"])
 def test_a_missing_package_is_named(folder, module):
     code = (

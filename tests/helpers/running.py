@@ -70,6 +70,12 @@ def pytest_pycollect_makemodule(module_path: Path, parent: Any) -> pytest.Module
     return ModuleOfTests.from_parent(parent, path=module_path)
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for marker in item.iter_markers("needs"):
+        for package in marker.args:
+            needs.need_module(package)
+
+
 # ---- pytest-xdist ----------------------------------------------------------------------------------------------------
 
 
