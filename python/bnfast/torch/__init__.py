@@ -15,6 +15,7 @@ from .functional import batch_norm
 from .group_functional import group_norm, instance_norm, layer_norm
 from .models.accelerate import accelerate, to_torch
 from .models.fold import fold
+from .models.recalibrate import recalibrate
 from .models.report import report
 from .modules.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .modules.group_norm import GroupNorm, LayerNorm
@@ -37,6 +38,7 @@ __all__ = [
     "group_norm",
     "instance_norm",
     "layer_norm",
+    "recalibrate",
     "report",
     "to_torch",
 ]

@@ -1,1 +1,1 @@
-"""Functions of whole modules: accelerate, to_torch, report, fold."""
+"""Functions of whole modules: accelerate, to_torch, report, fold, recalibrate."""
