@@ -12,6 +12,7 @@ from bnfast.keras import (
     BatchNormalizationAdd,
     ConditionalBatchNormalization,
     accelerate,
+    diagnose,
     recalibrate,
 )
 from keras import layers as L
@@ -385,6 +386,143 @@ def test_run_eagerly(x):
     model.compile("sgd", "mse", run_eagerly=True)
     quiet(model, x)
     same(model.layers[1], model.layers[0](x))
+
+
+class Cell(L.Layer):
+    """Normalizes its input, and, with `twice`, its state by the same layer; with `traced`, in a tf.function."""
+
+    state_size = output_size = 3
+
+    def __init__(self, twice=False, traced=False, **kwargs):
+        super().__init__(**kwargs)
+        self.norm, self.twice = KERAS(), twice
+        self.normalize = tf.function(self._normalize, autograph=False) if traced else self._normalize
+
+    def build(self, shape):
+        self.norm.build((None, 3))
+
+    def _normalize(self, x):
+        return self.norm(x, training=False)
+
+    def call(self, x, states, training=None):
+        y = self.normalize(x)
+        return y, [self.normalize(states[0] + y) if self.twice else y]
+
+
+class Mapped(L.Layer):
+    def __init__(self):
+        super().__init__()
+        self.norm = KERAS()
+
+    def build(self, shape):
+        self.norm.build((None, 3))
+
+    def call(self, x):
+        swapped = keras.ops.transpose(x, [1, 0, 2])
+        return keras.ops.transpose(keras.ops.map(self.norm, swapped), [1, 0, 2])
+
+
+class Within(L.Layer):
+    """A cell with an RNN inside: each step runs over the four parts of its input."""
+
+    state_size = output_size = 3
+
+    def __init__(self, inner, traced=False):
+        super().__init__()
+        self.inner = L.RNN(inner)
+        self.run = tf.function(self.inner, autograph=False) if traced else self.inner
+
+    def build(self, shape):
+        self.inner.build((None, 4, 3))
+
+    def call(self, x, states):
+        y = self.run(keras.ops.reshape(x, [-1, 4, 3]))
+        return y, [y]
+
+
+def bidirectional():
+    with keras.utils.custom_object_scope({"Cell": Cell}):
+        return L.Bidirectional(L.RNN(Cell()))
+
+
+LOOPS = {
+    "rnn": lambda: L.RNN(Cell(), return_sequences=True),
+    "backwards, unrolled": lambda: L.RNN(Cell(), go_backwards=True, unroll=True, return_sequences=True),
+    "bidirectional": bidirectional,
+    "time distributed": lambda: L.TimeDistributed(KERAS()),
+    "map": Mapped,
+}
+
+
+def loop_model(made, eager, width=3):
+    model = keras.Sequential([keras.Input((5, width)), made])
+    model.compile(run_eagerly=eager)
+    return model, [layer for layer in model._flatten_layers() if isinstance(layer, KERAS)]
+
+
+@pytest.mark.parametrize("kind", LOOPS)
+def test_each_step_counts_once_eagerly_too(kind):
+    """Keras's loops call once more, for the shape of the output. Steps differ, so that a wrong count shows."""
+    x = (RNG.normal(1, 2, (20, 5, 3)) + 3 * np.arange(5)[:, None]).astype("float32")
+    for eager in (False, True):
+        model, layers = loop_model(LOOPS[kind](), eager)
+        rows = quiet(model, x, batch_size=8).rows  # three batches, the last of 4
+        assert [row.count for row in rows] == [100] * len(layers)
+        for layer in layers:
+            same(layer, x)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("make", [lambda: L.RNN(Cell(twice=True)), lambda: L.RNN(Within(Cell()))])
+def test_loops_give_the_same_eagerly_and_in_a_graph(make, masked):
+    """The same layer twice in a step, and a loop in a loop; masks of the steps are not the cell's."""
+    width = 3 if isinstance(make().cell, Cell) else 12
+    x = RNG.normal(1, 2, (16, 5, width)).astype("float32")
+    x[:5, 2:] = 0
+    found = []
+    for eager in (False, True):
+        made = keras.Sequential([keras.Input((5, width)), *([L.Masking()] if masked else []), make()])
+        made.compile(run_eagerly=eager)
+        (layer,) = (layer for layer in made._flatten_layers() if isinstance(layer, KERAS))
+        rows = quiet(made, x).rows
+        figures = diagnose(made, x).figures.layers[0]
+        found.append((rows[0].count, len(figures.sites), *statistics(layer), *figures.sites[-1]))
+    assert found[0][:2] == (16 * 5 * (2 if width == 3 else 4), 2 if width == 3 else 1)
+    for graph, eager in zip(*found, strict=True):
+        np.testing.assert_allclose(eager, graph, rtol=1e-6, atol=1e-7)
+
+
+def test_one_rnn_for_two_inputs_has_two_places():
+    """diagnose must see that a layer gets two distributions, whose calls are two runs of one loop."""
+    first, second = RNG.normal(0, 1, (40, 5, 3)).astype("float32"), RNG.normal(8, 1, (40, 5, 3)).astype("float32")
+    for eager in (False, True):
+        a, b, shared = keras.Input((5, 3)), keras.Input((5, 3)), L.RNN(Cell())
+        model = keras.Model([a, b], [shared(a), shared(b)])
+        model.compile(run_eagerly=eager)
+        (row,) = diagnose(model, [first, second]).figures.layers
+        expected = [x.astype("float64").reshape(-1, 3) for x in (first, second)]
+        places = sorted(row.sites, key=lambda place: place[0][0])  # Keras may call for the second input first
+        np.testing.assert_allclose([mean for mean, _ in places], [x.mean(0) for x in expected], atol=1e-5)
+        np.testing.assert_allclose([variance for _, variance in places], [x.var(0) for x in expected], rtol=1e-5)
+
+
+@pytest.mark.parametrize("make", [lambda: Cell(traced=True), lambda: Within(Cell(), traced=True)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_tf_function_in_a_loop_is_right_or_refused(make, masked):
+    """One trace of it serves the steps and the call for the shape, so that the two can't be told apart. In a graph
+    without masks and inner loops the latter is pruned."""
+    x = RNG.normal(1, 2, (8, 5, 3 if isinstance(make(), Cell) else 12)).astype("float32")
+    for eager in (True, False):
+        model = keras.Sequential([keras.Input(x.shape[1:]), *([L.Masking()] if masked else []), L.RNN(make())])
+        model.compile(run_eagerly=eager)
+        if not eager and not masked and x.shape[-1] == 3:
+            assert quiet(model, x).rows[0].count == 40
+            continue
+        before = state(model)
+        for call in (quiet, diagnose):
+            with pytest.raises(RuntimeError, match=r"^layer batch_normalization.* a tf.function inside the loop"):
+                call(model, x)
+            assert state(model) == before
 
 
 def test_under_a_strategy(x):

@@ -71,7 +71,8 @@ def diagnose(
     Raises:
         TypeError, ValueError: an argument is wrong, the model isn't built or has no batch norm, the data is empty, or
             its inputs hold NaN or Inf.
-        RuntimeError: Keras runs on another backend than TensorFlow.
+        RuntimeError: Keras runs on another backend than TensorFlow; or an RNN's cell calls a batch norm in its own
+            tf.function, so that the RNN's extra call for the shape of the output can't be told from its steps.
 
     Example:
         >>> import keras, numpy as np

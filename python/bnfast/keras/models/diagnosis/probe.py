@@ -32,10 +32,12 @@ from ....functional.moments import Moments
 from ...layers.batch_norm import features_of
 from ...layers.framework import Axes, as_input
 from ..norms import norms
+from .loops import loop_around
 
 MOVING, BATCH = "moving", "batch"
 
 Observer = Callable[["Tap", int, Any, Any, Moments], None]
+Path = tuple[tuple[int, int], ...]
 
 
 class Tap:
@@ -44,7 +46,8 @@ class Tap:
     Attributes:
         statistics: what it normalizes with: MOVING, BATCH, or a pair of float64 vectors of shape (C,).
         observed: whether `observe` of the probe is told of its batches.
-        sites: how often one call of the model calls it.
+        sites: how often one call of the model calls it; the steps of a loop are one.
+        loops: of those, by `Loop.key` and `Loop.path`: the number of that call.
         inference: the values of `training` that the model passes to it in inference, as far as they are known.
         shape: that of its input, with None for extents that vary.
     """
@@ -54,6 +57,7 @@ class Tap:
         self.statistics: Any = MOVING
         self.observed = True
         self.sites = 0
+        self.loops: dict[int, dict[Path, int]] = {}
         self.inference: set[bool] = set()
         self.shape: tuple[int | None, ...] | None = None
         self.dtype = ""
@@ -121,7 +125,7 @@ class Probe:
 
         weights: of the samples, in the statistics.
         """
-        self._weights = weights
+        self._weights, self._error = weights, None
         inputs = _like_the_models(self.model, inputs)
         leaves = [tf.convert_to_tensor(leaf) if not tf.is_tensor(leaf) else leaf for leaf in tf.nest.flatten(inputs)]
         try:
@@ -162,6 +166,7 @@ class Probe:
         def forward(*tensors: Any) -> Any:
             for tap in self.taps:
                 tap.sites = 0
+                tap.loops.clear()
             self.order = []
             outputs = self.model(tf.nest.pack_sequence_as(inputs, tensors), training=False)
             self.structure = keras.tree.map_structure(lambda _: 0, outputs)
@@ -185,7 +190,7 @@ class Probe:
             placed = dict(zip(("training", "mask"), args, strict=False))
             training, mask = ({**placed, **kwargs}.get(name) for name in ("training", "mask"))
             with self._lock:
-                site, tap.sites = tap.sites, tap.sites + 1
+                site = self._site(tap)
                 if tap.index not in self.order:
                     self.order.append(tap.index)
             static = tf.get_static_value(training) if tf.is_tensor(training) else training
@@ -208,7 +213,25 @@ class Probe:
 
         return call
 
-    def _vectors(self, tap: Tap, site: int, inputs: Any, mask: Any) -> list[Any]:
+    def _site(self, tap: Tap) -> int | None:
+        """Which call of this batch norm it is; None for one whose result Keras discards."""
+        try:
+            loop = loop_around(tap.name)
+        except RuntimeError as error:  # without what Keras would add to its message
+            self._error = error
+            raise
+        known = {} if loop is None else tap.loops.setdefault(loop.key, {})
+        path = () if loop is None else loop.path
+        if loop is not None and loop.starts:
+            known.clear()
+        if loop is not None and loop.discarded:
+            return None
+        if path not in known:
+            known[path] = tap.sites
+            tap.sites += 1
+        return known[path]
+
+    def _vectors(self, tap: Tap, site: int | None, inputs: Any, mask: Any) -> list[Any]:
         """The mean and variance that a call normalizes with, as tensors in the shape of the layer's weights."""
         first = inputs[0] if isinstance(inputs, (list, tuple)) else inputs
         x = as_input(first, getattr(tap.layer.input_spec, "ndim", None))
@@ -228,20 +251,20 @@ class Probe:
                 raise
 
         dtype = tf.float64 if x.dtype == tf.float64 else tf.float32
-        # Not stateful, so that a call whose output nobody reads doesn't count: Keras's RNN calls its cell once more
-        # than it has steps, to learn the shapes.
+        # Not stateful, so that a call whose output nobody reads is not computed in a graph.
         found = tf.numpy_function(see, [x, *weights], [tf.float64, tf.float64], stateful=False)
         shape = tap.layer.moving_mean.shape
         return [tf.cast(tf.reshape(vector, shape), dtype) for vector in found]
 
-    def _see(self, tap: Tap, site: int, x: Any, mask: Any) -> Any:
-        told = self.observe is not None and tap.observed
+    def _see(self, tap: Tap, site: int | None, x: Any, mask: Any) -> Any:
+        told = self.observe is not None and tap.observed and site is not None
         statistics = BATCH if tap.always_batch and tap.statistics == MOVING else tap.statistics
         if told or statistics == BATCH:
             weights = self._weighed(tap, x, mask)
             found = moments(x, axis=tap.axes(x.ndim), mask=weights)
             if told:
                 assert self.observe is not None
+                assert site is not None
                 with self._lock:
                     self.observe(tap, site, x, weights, found)
             if statistics == BATCH:
