@@ -45,7 +45,8 @@ def softplus(x: Any) -> tf.Tensor | None:
     terms = [_origin(term) for term in _origin(x).inputs]
     if not any(term.type == "BiasAdd" and _origin(term.inputs[0]).type in ("Conv2D", "Conv3D") for term in terms):
         return None
-    limit = tf.constant(40, x.dtype)  # e^-40 is below the rounding of 40, in float64 too
+    # Beyond the limit e^-x is below the rounding of x, in float64 too. In float16 e^12 is infinite.
+    limit = tf.constant(8 if x.dtype == tf.float16 else 40, x.dtype)
     few = tf.where(x > limit, limit, x)  # not tf.minimum: the gradient of NaN is NaN
     return tf.where(x > limit, x, tf.math.log1p(tf.exp(few)))
 

@@ -164,6 +164,26 @@ def test_mish_of_a_sum_with_a_folded_convolution() -> None:
     np.testing.assert_allclose(slope, wanted_slope, rtol=1e-14)
 
 
+def test_softplus_of_a_sum_with_a_convolution_in_half_types() -> None:
+    """The form that stands in for TensorFlow's Softplus: e^12 is infinite in float16, softplus of 12 is not."""
+    for dtype in (tf.float16, tf.bfloat16):
+
+        @tf.function
+        def both(z: Any) -> Any:
+            zero = tf.zeros((1, 1, 64, 1), z.dtype)
+            product = tf.nn.conv2d(zero, tf.ones((1, 1, 1, 1), z.dtype), 1, "SAME")
+            total = tf.nn.bias_add(product, tf.zeros(1, z.dtype)) + z
+            special = folding.softplus(total)
+            return special, tf.gradients(special, z)[0]
+
+        z = tf.reshape(tf.cast(tf.linspace(-20.0, 60.0, 64), dtype), (1, 1, 64, 1))
+        special, slope = both(z)
+        wide = tf.cast(z, tf.float32)
+        precision = 2.0**-9 if dtype == tf.float16 else 2.0**-6
+        np.testing.assert_allclose(tf.cast(special, tf.float32), tf.math.softplus(wide), rtol=precision, atol=precision)
+        np.testing.assert_allclose(tf.cast(slope, tf.float32), tf.sigmoid(wide), rtol=precision, atol=precision)
+
+
 def test_a_sigmoid_keeps_its_logits() -> None:
     """Keras's binary cross-entropy computes from the logits that its sigmoid attaches."""
     y = np.random.default_rng(2).integers(0, 2, (5, 3)).astype("float64")
