@@ -101,7 +101,7 @@ extern "C" PYBIND11_EXPORT PyObject* PyInit__core() {
 PYBIND11_MODULE(_core, m) {
     using namespace bnfast;
     namespace py = pybind11;
-    py::register_exception_translator([](std::exception_ptr p) {
+    py::register_local_exception_translator([](std::exception_ptr p) {
         try {
             if (p) std::rethrow_exception(p);
         } catch (const NonFiniteError& e) {

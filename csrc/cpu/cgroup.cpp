@@ -7,19 +7,12 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <fstream>
-#include <sstream>
 #include <vector>
+
+#include "files.h"
 
 namespace bnfast {
 namespace {
-
-std::string first_line(const std::string& path) {
-    std::ifstream file(path);
-    std::string line;
-    std::getline(file, line);
-    return line;
-}
 
 // "\040" is a space there.
 std::string unescaped(const std::string& text) {
@@ -45,19 +38,12 @@ struct Mount {
 // "36 35 98:0 /top /folder rw,noatime master:1 - cgroup2 source rw,options"
 std::vector<Mount> cgroup_mounts(const std::string& root) {
     std::vector<Mount> mounts;
-    std::ifstream file(root + "/proc/self/mountinfo");
-    for (std::string line; std::getline(file, line);) {
+    for (const std::string& line : lines_of(root + "/proc/self/mountinfo")) {
         const auto dash = line.find(" - ");
         if (dash == std::string::npos) continue;
-        std::istringstream before(line.substr(0, dash)), after(line.substr(dash + 3));
-        std::string id, parent, device, source;
-        Mount m;
-        before >> id >> parent >> device >> m.top >> m.folder;
-        after >> m.type >> source >> m.options;
-        if (m.type != "cgroup" && m.type != "cgroup2") continue;
-        m.top = unescaped(m.top);
-        m.folder = unescaped(m.folder);
-        mounts.push_back(std::move(m));
+        const std::vector<std::string> before = words_of(line.substr(0, dash)), after = words_of(line.substr(dash + 3));
+        if (before.size() < 5 || after.size() < 3 || (after[0] != "cgroup" && after[0] != "cgroup2")) continue;
+        mounts.push_back({after[0], unescaped(before[3]), unescaped(before[4]), after[2]});
     }
     return mounts;
 }
@@ -88,12 +74,13 @@ void lower(std::int64_t& limit, const std::string& text) {  // "max", "" and an 
 }
 
 void read_limits(const std::string& folder, CgroupLimits& limits) {
-    std::istringstream cpu_max(first_line(folder + "/cpu.max"));
-    double quota = 0, period = 0;
-    if (cpu_max >> quota >> period && period > 0) lower(limits.processors, quota / period);
-    quota = std::atof(first_line(folder + "/cpu.cfs_quota_us").c_str());
-    period = std::atof(first_line(folder + "/cpu.cfs_period_us").c_str());
-    if (quota > 0 && period > 0) lower(limits.processors, quota / period);
+    const auto lower_to = [&](const std::string& quota, const std::string& period) {
+        const double q = std::atof(quota.c_str()), p = std::atof(period.c_str());  // 0 for "max" and ""
+        if (q > 0 && p > 0) lower(limits.processors, q / p);
+    };
+    const std::vector<std::string> cpu_max = words_of(first_line(folder + "/cpu.max"));
+    if (cpu_max.size() == 2) lower_to(cpu_max[0], cpu_max[1]);
+    lower_to(first_line(folder + "/cpu.cfs_quota_us"), first_line(folder + "/cpu.cfs_period_us"));
     lower(limits.memory, first_line(folder + "/memory.max"));
     lower(limits.memory, first_line(folder + "/memory.limit_in_bytes"));
 }
@@ -103,8 +90,7 @@ void read_limits(const std::string& folder, CgroupLimits& limits) {
 CgroupLimits cgroup_limits(const std::string& root) {
     CgroupLimits limits;
     const std::vector<Mount> mounts = cgroup_mounts(root);
-    std::ifstream file(root + "/proc/self/cgroup");
-    for (std::string line; std::getline(file, line);) {
+    for (const std::string& line : lines_of(root + "/proc/self/cgroup")) {
         const auto first = line.find(':'), second = line.find(':', first + 1);
         if (first == std::string::npos || second == std::string::npos) continue;
         const std::string controllers = line.substr(first + 1, second - first - 1), group = line.substr(second + 1);

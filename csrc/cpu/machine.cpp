@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
-#include <fstream>
 #include <string>
 #include <thread>
 #if defined(__linux__)
@@ -15,16 +14,10 @@
 
 #include "cgroup.h"
 #include "environment.h"
+#include "files.h"
 
 namespace bnfast {
 namespace {
-
-std::string first_line(const std::string& path) {
-    std::ifstream file(path);
-    std::string line;
-    std::getline(file, line);
-    return line;
-}
 
 std::int64_t parse_size(const std::string& text) {  // "32K", "1024K", "32M"
     if (text.empty()) return 0;

@@ -2,8 +2,6 @@
 
 #include <dlfcn.h>
 
-#include <fstream>
-#include <iterator>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -11,6 +9,7 @@
 
 #include "cuda/compiler.h"
 #include "cuda/image_cache.h"
+#include "files.h"
 
 namespace bnfast::cuda {
 namespace {
@@ -153,10 +152,9 @@ void* fatbin_library(const KernelId& kernel) {
     static const char* const dtypes[] = {"float32", "float64", "float16", "bfloat16"};
     const std::string path = image_folder + "/bnfast_cuda_" + dtypes[int(kernel.image())] + ".fatbin";
     if (void* known = libraries[path]) return known;
-    std::ifstream file(path, std::ios::binary);
-    if (!file) return nullptr;
-    std::string& image = images[{-1, path}];
-    image.assign(std::istreambuf_iterator<char>(file), {});
+    std::optional<std::string> found = contents(path);
+    if (!found) return nullptr;
+    std::string& image = images[{-1, path}] = std::move(*found);
     return libraries[path] = load_library(image.data(), path);
 }
 

@@ -7,7 +7,6 @@ torch is imported only to write to a torch module.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from decimal import Decimal
 from typing import Any, TypeVar
 
 from .._arguments import checks
@@ -141,4 +140,6 @@ def from_torch(
 
 def _complement(momentum: float) -> float:
     """1 - momentum in decimal arithmetic, so that 0.1 becomes 0.9 and then 0.1 again, not 0.09999999999999998."""
+    from decimal import Decimal  # not needed to import bnfast
+
     return float(1 - Decimal(repr(float(momentum))))
