@@ -119,6 +119,7 @@ def test_frameworks_stay_in_their_rooms():
     assert importers("keras", "tf_keras") <= FRONTS | KERAS
     rooms = {"bnfast.torch", "bnfast.benchmark", "bnfast.layers", "bnfast.cuda"}  # layers: to_torch; cuda: autograd
     assert importers("torch") <= rooms
+    assert importers("jax", "flax") <= {"bnfast.jax", "bnfast.benchmark"}
 
 
 def test_only_the_fronts_import_bnfast_keras():
@@ -204,7 +205,7 @@ BLOCKS = [
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_the_examples_of_documents_run(need, block):
-    for module, package in (("keras", "tensorflow"), ("torch", "torch"), ("sklearn", "sklearn")):
+    for module, package in (("keras", "tensorflow"), ("torch", "torch"), ("jax", "jax"), ("sklearn", "sklearn")):
         if re.search(rf"^(import|from) (bnfast\.)?{module}\b", block, re.MULTILINE):
             need(package)
     with contextlib.redirect_stdout(io.StringIO()):

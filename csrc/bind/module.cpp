@@ -1,10 +1,13 @@
 // The Python module bnfast._core. All arguments are positional-only. The norm functions take the fast path of
 // array_view.h: contiguous, aligned arrays of the right dtype and shape; for anything else they return None and have
-// changed nothing. The functions that start with "_" are for tests, for bnfast.tensorflow and for bnfast.torch.
+// changed nothing. The functions that start with "_" are for tests and for bnfast.jax, bnfast.tensorflow and
+// bnfast.torch.
 #include "cpu/dispatch/isa.h"
 #include "cpu/machine.h"
 #include "cpu/parallel.h"
 #include "cpu/plan.h"
+#include "../jax/call.h"
+#include "../jax/handlers.h"
 #include "../tf/core_api.h"
 #include "batch_norm.h"
 #include "call.h"
@@ -75,6 +78,24 @@ py::dict build_info() {
     return info;
 }
 
+// The handlers as JAX registers them, by the name of their call.
+py::dict jax_handlers() {
+    py::dict handlers;
+    const auto add = [&](const char* name, jax::Handler* handler) {
+        handlers[name] = py::capsule(reinterpret_cast<void*>(handler));
+    };
+    add("bnfast_train", jax::train);
+    add("bnfast_infer", jax::infer);
+    add("bnfast_grad", jax::grad);
+    add("bnfast_moments", jax::moments);
+    return handlers;
+}
+
+py::tuple jax_query() {
+    const jax::Query query = jax::last_query();
+    return py::make_tuple(query.asked, query.major_number, query.minor_number, query.reason);
+}
+
 template <class F> void define(py::module_& m, const char* name, F* function, Names arguments) {
     m.def(name, function,
           (signature(name, arguments) + "See bnfast.functional. None: the fast path declines.").c_str());
@@ -138,6 +159,10 @@ PYBIND11_MODULE(_core, m) {
         "_connect_tf", [](const std::string& path) { return tf::connect(path.c_str()); },
         "_connect_tf(path, /)\n--\n\nGives the core to the TensorFlow op's library. Returns \"\" or the reason why "
         "not.");
+    m.def("_jax_handlers", &bind::jax_handlers, "_jax_handlers()\n--\n\nCapsules by the name of the custom call.");
+    m.def("_jax_query", &bind::jax_query,
+          "_jax_query()\n--\n\nXLA's last query for a handler's metadata: whether there was one, its API version, and "
+          "\"\" or why the handlers can't run with it.");
     m.def("_set_isa", [](std::optional<std::string> name) { set_isa(name.value_or("")); }, "_set_isa(name, /)\n--\n\n");
     m.def(
         "_set_serial_bytes", [](std::optional<std::int64_t> n) { set_serial_bytes(n.value_or(-1)); },

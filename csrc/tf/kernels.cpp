@@ -1,8 +1,8 @@
 #include "kernels.h"
 
-#include <cmath>
 #include <memory>
 
+#include "../weights.h"
 #include "signatures.h"
 
 namespace bnfast::tf {
@@ -39,14 +39,9 @@ private:
         if (mask.dims().size() != shape.per_channel())
             throw Failure{TF_INVALID_ARGUMENT, "mask must have " + std::to_string(shape.per_channel()) +
                                                    " values, one for all channels. Received: " + mask.dims().text()};
-        if (type == TF_DOUBLE) require_weights(static_cast<const double*>(mask.data()), shape.per_channel());
-        else require_weights(static_cast<const float*>(mask.data()), shape.per_channel());
-    }
-    template <class T> static void require_weights(const T* weights, std::int64_t n) {
-        for (std::int64_t i = 0; i < n; ++i)
-            if (!(weights[i] >= 0 && std::isfinite(weights[i])))
-                throw Failure{TF_INVALID_ARGUMENT,
-                              "mask must hold finite weights of at least 0. Received: " + std::to_string(weights[i])};
+        const DType dtype = type == TF_DOUBLE ? DType::float64 : DType::float32;
+        if (const std::string fault = weights_fault(mask.data(), dtype, shape.per_channel()); !fault.empty())
+            throw Failure{TF_INVALID_ARGUMENT, fault};
     }
 };
 

@@ -91,6 +91,19 @@ def test_the_binding_has_the_order_of_functional(name):
     assert names(getattr(_core, name)) == names(function)
 
 
+@pytest.mark.parametrize("name", ["batch_norm_train", "batch_norm_infer", "batch_norm_grad", "moments"])
+def test_jax_has_the_arguments_of_functional(need, name):
+    need("jax")
+    import bnfast.jax
+
+    ours, wanted = (inspect.signature(getattr(one, name)).parameters for one in (bnfast.jax, functional))
+    # XLA allocates the results
+    wanted = {key: one for key, one in wanted.items() if key not in ("out", "out_dresidual")}
+    assert list(ours) == list(wanted)
+    assert {one.default for one in ours.values()} == {one.default for one in wanted.values()}
+    assert [one.kind for one in ours.values()] == [one.kind for one in wanted.values()]
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_the_validation_has_the_order_of_functional(name):
     function, validation = FUNCTIONS[name]

@@ -57,13 +57,13 @@ class Axes(NamedTuple):
     @property
     def merged_axis(self) -> int:
         """The index of the channel axis after `merge`."""
-        return self.axes[0] if self._adjacent else len(self.x_shape) - len(self.axes)
+        return self.axes[0] if self.adjacent else len(self.x_shape) - len(self.axes)
 
     def merge(self, array: Array | None) -> Array | None:
         """An array with the shape of x as a C-contiguous array with one channel axis."""
         if array is None or len(self.axes) == 1:
             return contiguous(array)
-        array = contiguous(array if self._adjacent else array.transpose(self._order))
+        array = contiguous(array if self.adjacent else array.transpose(self.order))
         assert array is not None
         axis, end = self.merged_axis, self.merged_axis + len(self.axes)
         return array.reshape(*array.shape[:axis], math.prod(self.shape), *array.shape[end:])
@@ -71,7 +71,7 @@ class Axes(NamedTuple):
     def merge_out(self, out: Array | None) -> Array | None:
         """The array for _core to write: a view of `out`, or None if the axes are not adjacent; then `restore` copies
         the result to `out`."""
-        return self.merge(out) if self._adjacent else None
+        return self.merge(out) if self.adjacent else None
 
     def flatten(self, vector: Array | None, dtype: Any = None) -> Array | None:
         """A vector as a C-contiguous array of shape (C,). Vectors that are written in place are checked to be
@@ -87,7 +87,7 @@ class Axes(NamedTuple):
         items = [self._split(item) if hasattr(item, "reshape") else item for item in result]
         for i, out in enumerate(outs):
             if out is not None:
-                if not self._adjacent:
+                if not self.adjacent:
                     out[...] = items[i]
                 items[i] = out
         return tuple(items)
@@ -97,19 +97,19 @@ class Axes(NamedTuple):
         are channel axes, so x has the shape of the vectors."""
         if array.ndim == 1:
             return array.reshape(self.shape)
-        if self._adjacent:
+        if self.adjacent:
             return array.reshape(self.x_shape)
-        order = self._order
+        order = self.order
         transposed = array.reshape([self.x_shape[i] for i in order])
         restored = contiguous(transposed.transpose([order.index(i) for i in range(len(order))]))
         assert restored is not None
         return restored
 
     @property
-    def _adjacent(self) -> bool:
+    def adjacent(self) -> bool:
         return self.axes[-1] - self.axes[0] == len(self.axes) - 1
 
     @property
-    def _order(self) -> list[int]:
+    def order(self) -> list[int]:
         """The axes of x with the channel axes moved to the end."""
         return [*(i for i in range(len(self.x_shape)) if i not in self.axes), *self.axes]
