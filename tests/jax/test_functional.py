@@ -139,6 +139,7 @@ def close(ours, theirs, rtol=1e-9):
 CASES = list(itertools.product([((6, 4), -1), ((3, 4, 2, 2), 1)], [None, "relu", "gelu"], [False, True], [0, 1]))
 
 
+@pytest.mark.sample(8)  # of 24, which compile for seconds each
 @pytest.mark.parametrize(("where", "activation", "masked", "correction"), CASES)
 def test_all_results_and_derivatives_equal_the_plain_formula(where, activation, masked, correction):
     shape, axis = where
