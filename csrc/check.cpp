@@ -1,7 +1,7 @@
 #include "check.h"
 
+#include <algorithm>
 #include <cmath>
-#include <limits>
 
 namespace bnfast {
 namespace {
@@ -26,8 +26,10 @@ void check_tensor(const void* data, Shape s, DType dtype, const char* name) {
     require(s.N >= 0 && s.C >= 0 && s.S >= 0, "shape must have extents >= 0. Received: (", s.N, ", ", s.C, ", ", s.S,
             ")");
     require(int(dtype) >= 0 && int(dtype) <= 3, "dtype must be a valid DType. Received: ", int(dtype));
-    const int64_t limit = std::numeric_limits<int64_t>::max() / 16;
-    require(s.C == 0 || s.N == 0 || s.S <= limit / s.C / s.N, "shape must have fewer than 2^59 values");
+    // No address space holds them, and a plan multiplies their number by up to 40: bytes, tensors, operations.
+    // Extents of 0 count as 1, because the plan multiplies the others too.
+    const int64_t limit = (int64_t(1) << 57) - 1, N = std::max<int64_t>(s.N, 1), C = std::max<int64_t>(s.C, 1);
+    require(std::max<int64_t>(s.S, 1) <= limit / C / N, "shape must have fewer than 2^57 values");
     require(data || s.size() == 0, name, " must not be null");
 }
 
@@ -67,6 +69,8 @@ void check(const TrainArgs& a) {
     require(a.momentum >= 0 && a.momentum <= 1, "momentum must lie in [0, 1]. Received: ", a.momentum);
     check_epsilon(a.epsilon);
     check_activation(a.activation, a.negative_slope);
+    require(int(a.nan_policy) >= 0 && a.nan_policy <= NanPolicy::raise,
+            "nan_policy must be a valid NanPolicy. Received: ", int(a.nan_policy));
     require(a.correction == 0 || a.correction == 1, "correction must be 0 or 1. Received: ", a.correction);
     require((a.mean && a.variance && a.invstd) || a.shape.C == 0, "mean, variance and invstd must not be null");
 }
@@ -139,9 +143,14 @@ Shape shape_of(const int64_t* dims, int rank, int axis) {
     require(rank >= 1 && channel_axis >= 0 && channel_axis < rank, "axis must lie in [-", rank, ", ", rank,
             "). Received: ", axis);
     Shape s;
-    for (int i = 0; i < channel_axis; ++i) s.N *= dims[i];
-    s.C = dims[channel_axis];
-    for (int i = channel_axis + 1; i < rank; ++i) s.S *= dims[i];
+    const auto merge = [&](int64_t& extent, int i) {
+        require(dims[i] >= 0 && !__builtin_mul_overflow(extent, dims[i], &extent),
+                "dims must be >= 0, and the values before and after the axis fewer than 2^63. Received at axis ", i,
+                ": ", dims[i]);
+    };
+    for (int i = 0; i < channel_axis; ++i) merge(s.N, i);
+    merge(s.C, channel_axis);
+    for (int i = channel_axis + 1; i < rank; ++i) merge(s.S, i);
     return s;
 }
 

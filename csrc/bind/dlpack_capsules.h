@@ -35,6 +35,9 @@ inline py::tuple read_dlpack(const py::object& capsule) {
     } else {
         throw py::type_error("__dlpack__ must return a capsule named dltensor");
     }
+    if (t->ndim < 0 || (t->ndim > 0 && !t->shape))
+        throw py::type_error("__dlpack__ must return a tensor with ndim >= 0 and a shape. Received: ndim = " +
+                             std::to_string(t->ndim) + (t->shape ? "" : " and no shape"));
     const auto extents = [&](const std::int64_t* from) {
         py::tuple all(t->ndim);
         for (int i = 0; i < t->ndim; ++i) all[std::size_t(i)] = from[i];

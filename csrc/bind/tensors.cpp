@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "call.h"
-#include "dlpack.h"
+#include "dlpack_view.h"
 
 namespace bnfast::bind {
 namespace {
@@ -28,17 +28,7 @@ void connect(py::handle tensor, py::handle parameter) {
     plain_parameter = reinterpret_cast<PyTypeObject*>(parameter.inc_ref().ptr());
 }
 
-enum class Order { contiguous, channels_last };
-constexpr int most_axes = 16;
-
-DType dtype_of(const dlpack::Tensor& t) {
-    decline_unless(t.lanes == 1);
-    if (t.code == dlpack::brain_float && t.bits == 16) return DType::bfloat16;
-    decline_unless(t.code == dlpack::floating_point && (t.bits == 16 || t.bits == 32 || t.bits == 64));
-    return t.bits == 16 ? DType::float16 : t.bits == 32 ? DType::float32 : DType::float64;
-}
-
-class Tensor {
+class Tensor : public dlpack::View {
 public:
     Tensor() = default;
     explicit Tensor(py::handle h) {
@@ -53,28 +43,10 @@ public:
         } else {
             t = through_capsule(h);
         }
-        decline_unless(t.device_type == dlpack::cpu || t.device_type == dlpack::cuda_host);
-        decline_unless(t.ndim >= 0 && t.ndim <= most_axes);
-        dtype = dtype_of(t);
-        rank = t.ndim;
-        for (int i = 0; i < rank; ++i) {
-            dims[i] = t.shape[i];
-            size *= dims[i];
-        }
-        decline_unless(size > 0 && t.data);  // empty tensors are left to the framework; null: a tensor without memory
-        data = static_cast<char*>(t.data) + t.byte_offset;
-        set_order(t.strides);
+        const auto view = dlpack::view_of(t);
+        decline_unless(view.has_value());
+        static_cast<dlpack::View&>(*this) = *view;
     }
-    explicit operator bool() const { return data; }
-    bool like(const Tensor& o) const {
-        return rank == o.rank && dtype == o.dtype && order == o.order && std::equal(dims, dims + rank, o.dims);
-    }
-
-    void* data = nullptr;
-    DType dtype = DType::float32;
-    Order order = Order::contiguous;
-    int rank = 0;
-    int64_t size = 1, dims[most_axes];
 
 private:
     // Before PyTorch 2.10 or so. A tensor that requires a gradient must be detached first.
@@ -84,38 +56,19 @@ private:
         if (!managed) throw py::error_already_set();
         static thread_local std::vector<int64_t> extents;  // of the capsule, which is freed here
         dlpack::Tensor t = managed->tensor;
+        decline_unless(t.ndim >= 0 && t.ndim <= dlpack::most_axes && (t.ndim == 0 || t.shape));
         extents.assign(t.shape, t.shape + t.ndim);
         if (t.strides) extents.insert(extents.end(), t.strides, t.strides + t.ndim);
         t.shape = extents.data();
         t.strides = t.strides ? extents.data() + t.ndim : nullptr;
         return t;
     }
-    void set_order(const int64_t* strides) {
-        if (!strides || follows(strides, false)) return;
-        decline_unless((rank == 4 || rank == 5) && follows(strides, true));
-        order = Order::channels_last;
-    }
-    // Whether the elements are dense in this order of axes; strides of extents of 1 don't matter.
-    bool follows(const int64_t* strides, bool last) const {
-        int64_t next = 1;
-        const auto is_next = [&](int i) {
-            const bool valid = dims[i] == 1 || strides[i] == next;
-            next *= dims[i];
-            return valid;
-        };
-        if (last && !is_next(1)) return false;
-        for (int i = rank - 1; i >= 0; --i)
-            if (!(last && i == 1) && !is_next(i)) return false;
-        return true;
-    }
 };
 
 Shape batch_shape(const Tensor& x) {
-    decline_unless(x && x.rank >= 2);
-    int64_t S = 1;
-    for (int i = 2; i < x.rank; ++i) S *= x.dims[i];
-    if (x.order == Order::channels_last) return {x.dims[0] * S, x.dims[1], 1};
-    return {x.dims[0], x.dims[1], S};
+    const auto shape = dlpack::batch_shape(x);
+    decline_unless(shape.has_value());
+    return *shape;
 }
 
 // (C,) vectors of one call: all share a dtype, that of x or float32 for a half type.
@@ -127,7 +80,7 @@ public:
         if (!t) return {};
         // A negated view (z.conj().imag) isn't contiguous, unless it has one value.
         decline_unless(t.size > 1 || !h.attr("is_neg")().cast<bool>());
-        decline_unless(t.rank == axes && t.size == C_ && t.dtype == wanted_ && t.order == Order::contiguous);
+        decline_unless(t.rank == axes && t.size == C_ && t.dtype == wanted_ && t.order == dlpack::Order::contiguous);
         V v;
         v.data = t.data;
         v.dtype = t.dtype;
@@ -303,21 +256,12 @@ py::object grad(py::handle dy, py::handle x, py::handle dx, py::handle statistic
 // (N, A, C, S) in groups; for layer norm the last `axes` axes are one row of C values (groups = 0).
 struct Grouping {
     GroupShape shape;
-    int vector_axes = 1;
+    int vector_axes;
 
-    Grouping(const Tensor& x, int64_t groups, int axes) {
-        decline_unless(x && x.rank >= (groups ? 2 : axes) && (groups || x.order == Order::contiguous));
-        if (groups) {
-            decline_unless(groups > 0 && x.dims[1] % groups == 0);
-            int64_t S = 1;
-            for (int i = 2; i < x.rank; ++i) S *= x.dims[i];
-            const bool last = x.order == Order::channels_last;
-            shape = {x.dims[0], last ? S : 1, x.dims[1], last ? 1 : S, groups};
-            return;
-        }
-        decline_unless(axes >= 1);
-        for (int i = 0; i < x.rank; ++i) (i < x.rank - axes ? shape.N : shape.C) *= x.dims[i];
-        vector_axes = axes;
+    Grouping(const Tensor& x, int64_t groups, int axes) : vector_axes(groups ? 1 : axes) {
+        const auto known = dlpack::group_shape(x, groups, axes);
+        decline_unless(known.has_value());
+        shape = *known;
     }
     int64_t rows() const { return shape.N * shape.G; }
 };

@@ -27,9 +27,9 @@ std::int64_t parse_size(const std::string& text) {  // "32K", "1024K", "32M"
 }
 
 // Tried before sysconf, which can report the host's L3 under a hypervisor (384 MiB where sysfs has 32 MiB).
-std::int64_t sysfs_cache(int level) {
+std::int64_t sysfs_cache(const std::string& root, int level) {
     for (int i = 0; i < 8; ++i) {
-        const std::string dir = "/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(i) + "/";
+        const std::string dir = root + "/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(i) + "/";
         if (first_line(dir + "level") != std::to_string(level)) continue;
         if (first_line(dir + "type") == "Instruction") continue;
         return parse_size(first_line(dir + "size"));
@@ -61,13 +61,14 @@ std::int64_t whole_size(const char* text) {
 }
 
 // The environment variable overrides what the machine reports, which may be wrong. It affects speed, never bits.
-std::int64_t cache_bytes(int level, const char* variable, std::int64_t fallback, std::int64_t limit) {
+std::int64_t cache_bytes(const std::string& root, int level, const char* variable, std::int64_t fallback,
+                         std::int64_t limit) {
     if (const char* forced = std::getenv(variable)) {
         if (const std::int64_t n = whole_size(forced); n > 0) return n;
         report(std::string(variable) + " must be a whole number of bytes from 1 to " +
                std::to_string(most_cache_bytes) + ". Received: '" + shown(forced) + "'. The detected size is used.");
     }
-    std::int64_t n = sysfs_cache(level);
+    std::int64_t n = sysfs_cache(root, level);
     if (n <= 0) n = sysconf_cache(level);
     return n > 0 ? std::min(n, limit) : fallback;
 }
@@ -88,10 +89,16 @@ std::int64_t usable_memory(std::int64_t cgroup_limit) {
     return cgroup_limit > 0 && bytes > 0 ? std::min(bytes, cgroup_limit) : bytes;
 }
 
-Machine detect() {
+}  // namespace
+
+std::int64_t usable_llc_bytes(std::int64_t bytes, int processors) {
+    return std::min(bytes, std::max<std::int64_t>(32, 4 * std::int64_t(processors)) << 20);
+}
+
+Machine detect_machine(const std::string& root) {
     Machine m;
     const int affinity = affinity_threads();
-    const CgroupLimits limits = cgroup_limits();
+    const CgroupLimits limits = cgroup_limits(root);
     const double quota = limits.processors;
     m.threads = affinity;
     m.threads_reason = std::to_string(affinity) + " processors in the affinity mask";
@@ -99,21 +106,15 @@ Machine detect() {
         m.threads = std::max(1, int(std::ceil(quota)));
         m.threads_reason += ", cgroup quota of " + std::to_string(quota);
     }
-    m.l1d = cache_bytes(1, "BNFAST_L1_BYTES", m.l1d, 1 << 20);
-    m.l2 = cache_bytes(2, "BNFAST_L2_BYTES", m.l2, 64 << 20);
-    m.l3 = cache_bytes(3, "BNFAST_L3_BYTES", 8 * m.l2, usable_llc_bytes(std::int64_t(512) << 20, m.threads));
+    m.l1d = cache_bytes(root, 1, "BNFAST_L1_BYTES", m.l1d, 1 << 20);
+    m.l2 = cache_bytes(root, 2, "BNFAST_L2_BYTES", m.l2, 64 << 20);
+    m.l3 = cache_bytes(root, 3, "BNFAST_L3_BYTES", 8 * m.l2, usable_llc_bytes(std::int64_t(512) << 20, m.threads));
     m.memory = usable_memory(limits.memory);
     return m;
 }
 
-}  // namespace
-
-std::int64_t usable_llc_bytes(std::int64_t bytes, int processors) {
-    return std::min(bytes, std::max<std::int64_t>(32, 4 * std::int64_t(processors)) << 20);
-}
-
 const Machine& machine() {
-    static const Machine m = detect();
+    static const Machine m = detect_machine();
     return m;
 }
 

@@ -13,6 +13,9 @@ struct Machine {
 };
 const Machine& machine();
 
+// What `machine` reads. `root` comes before /proc and /sys: tests give a folder of their own.
+Machine detect_machine(const std::string& root = "");
+
 // The part of a last-level cache of `bytes` that a process on `processors` may expect to use: at most
 // max(32 MiB, 4 MiB per processor). A virtual machine reports the L3 of the whole socket (2 processors, 260 MiB), which
 // it shares with other guests.

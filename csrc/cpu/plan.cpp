@@ -41,7 +41,8 @@ Grid columns_grid(Shape s, DType dtype) {
     const int64_t packed_rows = s.N / g.pack;
     g.blocks = ceil_div(packed_rows, g.block_rows);
     // A chunk is about 256 KiB, but at least 2 blocks, so that its float64 results stay below 1/16 of what was read.
-    const int64_t block_bytes = g.block_rows * g.pack * s.C * item_bytes(dtype);
+    // 256 Ki columns and more are 2 blocks in any case, and 2^54 would overflow.
+    const int64_t block_bytes = g.block_rows * item_bytes(dtype) * std::min(g.pack * s.C, 256 * KiB);
     g.chunk_blocks = std::clamp<int64_t>(256 * KiB / block_bytes, 2, 64);
     g.chunks = ceil_div(g.blocks, g.chunk_blocks);
     return g;

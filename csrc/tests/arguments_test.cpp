@@ -100,8 +100,11 @@ template <class Args> std::vector<Bad<Args>> common() {
         {"shape must have extents >= 0. Received: (-3, 2, 1)", [](Args& a) { a.shape.N = -3; }},
         {"shape must have extents >= 0", [](Args& a) { a.shape.C = -2; }},
         {"shape must have extents >= 0", [](Args& a) { a.shape.S = -1; }},
-        {"fewer than 2^59 values", [](Args& a) { a.shape = {std::int64_t(1) << 30, std::int64_t(1) << 20, 1 << 20}; }},
+        {"fewer than 2^57 values", [](Args& a) { a.shape = {std::int64_t(1) << 30, std::int64_t(1) << 20, 1 << 20}; }},
+        {"fewer than 2^57 values", [](Args& a) { a.shape = {45, 0, std::int64_t(1) << 62}; }},
+        {"fewer than 2^57 values", [](Args& a) { a.shape = {std::int64_t(1) << 62, 14, 0}; }},
         {"dtype must be a valid DType. Received: 7", [](Args& a) { a.dtype = DType(7); }},
+        {"dtype must be a valid DType. Received: -1", [](Args& a) { a.dtype = DType(-1); }},
     };
 }
 // The same, plus those of functions with an activation, gamma and beta.
@@ -111,6 +114,8 @@ template <class Args> std::vector<Bad<Args>> affine() {
         {"activation must be a valid Activation. Received: 99", [](Args& a) { a.activation = Activation(99); }},
         {"negative_slope must be finite and >= 0", [](Args& a) { a.negative_slope = -0.1; }},
         {"negative_slope must be finite and >= 0", [](Args& a) { a.negative_slope = NAN; }},
+        {"negative_slope must be finite and >= 0", [](Args& a) { a.negative_slope = INFINITY; }},
+        {"activation must be a valid Activation. Received: -1", [](Args& a) { a.activation = Activation(-1); }},
         {"gamma must be float32 or float64", [](Args& a) { a.gamma = {a.x, DType::float16}; }},
         {"beta must be float32 or float64", [](Args& a) { a.beta = {a.x, DType::bfloat16}; }},
     };
@@ -131,6 +136,10 @@ TEST_CASE("train throws for bad arguments") {
         {"epsilon must be finite and >= 0", [](TrainArgs& a) { a.epsilon = -1e-3; }},
         {"epsilon must be finite and >= 0", [](TrainArgs& a) { a.epsilon = INFINITY; }},
         {"correction must be 0 or 1. Received: 2", [](TrainArgs& a) { a.correction = 2; }},
+        {"nan_policy must be a valid NanPolicy. Received: 3", [](TrainArgs& a) { a.nan_policy = NanPolicy(3); }},
+        {"nan_policy must be a valid NanPolicy. Received: -1", [](TrainArgs& a) { a.nan_policy = NanPolicy(-1); }},
+        {"mean, variance and invstd must not be null", [](TrainArgs& a) { a.mean = nullptr; }},
+        {"mean, variance and invstd must not be null", [](TrainArgs& a) { a.variance = nullptr; }},
         {"mean, variance and invstd must not be null", [](TrainArgs& a) { a.invstd = nullptr; }},
     };
     bad.insert(bad.end(), more.begin(), more.end());
@@ -141,6 +150,7 @@ TEST_CASE("infer throws for bad arguments") {
     auto bad = affine<InferArgs>();
     const std::vector<Bad<InferArgs>> more = {
         {"y must not be null", [](InferArgs& a) { a.y = nullptr; }},
+        {"moving_mean and moving_variance must not be null", [](InferArgs& a) { a.moving_mean = {}; }},
         {"moving_mean and moving_variance must not be null", [](InferArgs& a) { a.moving_variance = {}; }},
         {"epsilon must be finite and >= 0", [](InferArgs& a) { a.epsilon = NAN; }},
     };
@@ -153,7 +163,16 @@ TEST_CASE("grad throws for bad arguments") {
     const std::vector<Bad<GradArgs>> more = {
         {"dy must not be null", [](GradArgs& a) { a.dy = nullptr; }},
         {"dx must not be null", [](GradArgs& a) { a.dx = nullptr; }},
+        {"mean, invstd, dgamma and dbeta must not be null", [](GradArgs& a) { a.mean = {}; }},
+        {"mean, invstd, dgamma and dbeta must not be null", [](GradArgs& a) { a.invstd = {}; }},
+        {"mean, invstd, dgamma and dbeta must not be null", [](GradArgs& a) { a.dgamma = {}; }},
         {"mean, invstd, dgamma and dbeta must not be null", [](GradArgs& a) { a.dbeta = {}; }},
+        {"residual and y must not be given together", [](GradArgs& a) { a.residual = a.y = a.x; }},
+        {"y must be null for an activation whose gradient it doesn't tell",
+         [](GradArgs& a) {
+             a.y = a.x;
+             a.activation = Activation::silu;
+         }},
         {"invstd must be float32 or float64", [](GradArgs& a) { a.invstd.dtype = DType::bfloat16; }},
         {"dvariance must be float32 or float64", [](GradArgs& a) { a.dvariance = {a.x, DType::float16}; }},
     };
@@ -177,6 +196,10 @@ TEST_CASE("shape_of merges the extents before and after the axis, and throws for
         CHECK_THROWS_WITH_AS(shape_of(dims, 4, axis), doctest::Contains("axis must lie in [-4, 4)"),
                              std::invalid_argument);
     CHECK_THROWS_AS(shape_of(dims, 0, 0), std::invalid_argument);
+    const std::int64_t huge[] = {std::int64_t(1) << 40, std::int64_t(1) << 40, 2, -3};
+    CHECK_THROWS_WITH_AS(shape_of(huge, 3, 2), doctest::Contains("Received at axis 1: 1099511627776"),
+                         std::invalid_argument);
+    CHECK_THROWS_WITH_AS(shape_of(huge + 2, 2, 1), doctest::Contains("Received at axis 1: -3"), std::invalid_argument);
 }
 
 TEST_CASE("NonFiniteError names the channels, and y and the moving statistics are not written") {
@@ -203,6 +226,14 @@ TEST_CASE("NonFiniteError names the channels, and y and the moving statistics ar
         train(a);
         CHECK_FALSE(std::isfinite(b.moving_mean[1]));
     }
+}
+
+TEST_CASE("NonFiniteError lists eight channels, and how many there are") {
+    CHECK(std::string(NonFiniteError({2, 5}).what()) == "x has non-finite batch statistics in channels 2, 5");
+    CHECK(std::string(NonFiniteError({0, 1, 2, 3, 4, 5, 6, 7}).what()) ==
+          "x has non-finite batch statistics in channels 0, 1, 2, 3, 4, 5, 6, 7");
+    CHECK(std::string(NonFiniteError({0, 1, 2, 3, 4, 5, 6, 7, 9}).what()) ==
+          "x has non-finite batch statistics in channels 0, 1, 2, 3, 4, 5, 6, 7, ... (9 in all)");
 }
 
 TEST_CASE("NonFiniteError leaves x unchanged in place") {

@@ -1,36 +1,18 @@
 // The limits of control groups, read from folders that look like /proc and /sys.
 #include <doctest/doctest.h>
 
-#include <unistd.h>
-
-#include <cstdlib>
-#include <filesystem>
-#include <fstream>
 #include <string>
 
 #include "cpu/cgroup.h"
+#include "fake_root.h"
 
 using namespace bnfast;
+using namespace bnfast::test;
 
 namespace {
 
-class Root {
-public:
-    Root() {
-        std::string name = std::filesystem::temp_directory_path() / "bnfast-cgroup-XXXXXX";
-        path_ = mkdtemp(name.data());
-    }
-    Root(const Root&) = delete;
-    ~Root() { std::filesystem::remove_all(path_); }
-    void write(const std::string& file, const std::string& text) const {
-        const std::filesystem::path path = path_ + file;
-        std::filesystem::create_directories(path.parent_path());
-        std::ofstream(path) << text << "\n";
-    }
-    CgroupLimits limits() const { return cgroup_limits(path_); }
-
-private:
-    std::string path_;
+struct Root : FakeRoot {
+    CgroupLimits limits() const { return cgroup_limits(path()); }
 };
 
 const char* const v2_mount = "30 23 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate";

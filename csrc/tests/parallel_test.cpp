@@ -99,6 +99,11 @@ TEST_CASE("set_num_threads sets the number of threads, and 0 restores the defaul
     CHECK(get_num_threads() == default_threads);
 }
 
+TEST_CASE("the engine says who makes the threads") {
+    const std::string engine = parallel_engine();
+    CHECK((engine == "own threads" || engine.rfind("OpenMP 20", 0) == 0));
+}
+
 TEST_CASE("small tensors run on one thread") {
     const Case c{{8, 8, 1}};
     const Inputs in(c);

@@ -11,8 +11,10 @@
 namespace bnfast {
 
 extern const KernelTable baseline_kernels;
-#if defined(__x86_64__)
+#if defined(BNFAST_HAS_AVX2)
 extern const KernelTable avx2_kernels;
+#endif
+#if defined(BNFAST_HAS_AVX512)
 extern const KernelTable avx512_kernels;
 #endif
 
@@ -22,9 +24,13 @@ std::vector<const KernelTable*> usable_tables() {
     std::vector<const KernelTable*> tables;
 #if defined(__x86_64__)
     __builtin_cpu_init();
+#endif
+#if defined(BNFAST_HAS_AVX512)
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("bmi2"))
         tables.push_back(&avx512_kernels);
+#endif
+#if defined(BNFAST_HAS_AVX2)
     // AVX2 implies F16C: every processor with AVX2 has it (Haswell, Excavator and later).
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) tables.push_back(&avx2_kernels);
 #endif
