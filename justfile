@@ -26,12 +26,20 @@ lint:
 guarantees *arguments:
     PYTHONPATH=tests/helpers python -m guarantees {{arguments}}
 
+# 120 mutants of the scalar path, and whether the C++ tests notice them: some 45 minutes of one core.
+mutants *arguments:
+    PYTHONPATH=tests/helpers python -m mutants {{arguments}}
+
+# libFuzzer on views, plans and checks, 10 minutes; needs clang. Writes the corpus that every build replays.
+fuzz *arguments:
+    PYTHONPATH=tests/helpers python -m fuzzing {{arguments}}
+
 bench:
     cmake --preset bench -G Ninja && cmake --build --preset bench && build/bench/bench/bench_batch_norm
 
-# The C++ tests under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer.
+# The C++ tests under AddressSanitizer, UndefinedBehaviorSanitizer, ThreadSanitizer and valgrind.
 sanitize:
-    .ci/run sanitize tsan
+    .ci/run sanitize tsan valgrind
 
 # Coverage of C++ by its tests and of Python by the quick tests; reports in build/reports.
 coverage:

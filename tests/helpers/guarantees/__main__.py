@@ -100,12 +100,61 @@ ROWS = {
     ),
 }
 
+
+def fuzzed(data: Figures) -> str:
+    targets = data["targets"].items()
+    inputs = ", ".join(f"{row['inputs']} on {name}" for name, row in targets)
+    return f"{data['minutes']:.0f} minutes; inputs: {inputs}; {sum(row['findings'] for _, row in targets)} findings"
+
+
+def mutated(data: Figures) -> str:
+    survivors = data["mutants"] - data["killed"]
+    planned = "" if data["mutants"] == data["planned"] else f", of {data['planned']} that are planned"
+    reasons = "each with its reason" if not data["unexplained"] else f"{data['unexplained']} of them without a reason"
+    return f"{data['mutants']} mutants{planned}: {data['killed']} killed, {survivors} survivors, {reasons}"
+
+
+class Apart:
+    """A promise whose figures another command writes: `just NAME` to docs/benchmarks/NAME.json."""
+
+    def __init__(self, promise: str, kept: Callable[[Figures], bool], said: Callable[[Figures], str]) -> None:
+        self.promise, self.kept, self.said = promise, kept, said
+
+
+APART = {
+    "fuzzing": Apart(
+        "libFuzzer finds nothing in the views of tensors, the plans and the public functions (`just fuzz`)",
+        lambda data: not any(row["findings"] for row in data["targets"].values()),
+        fuzzed,
+    ),
+    "mutants": Apart(
+        "The C++ tests notice at least 90 % of the mutants of the scalar path (`just mutants`)",
+        lambda data: data["killed"] >= 0.9 * data["mutants"] and not data["unexplained"],
+        mutated,
+    ),
+}
+
+
+def apart() -> list[str]:
+    lines = []
+    for name, row in APART.items():
+        path = DATA.with_name(f"{name}.json")
+        if path.exists():
+            data = json.loads(path.read_text())
+            when = f"{data['date']}, [{data['commit']}](benchmarks/{name}.json)"
+            lines.append(f"| {row.promise} | {row.said(data)} | {'yes' if row.kept(data) else '**no**'} | {when} |")
+    head = ["## Measured apart", "", "| promise | figure | kept? | measured |", "|---|---|---|---|"]
+    return [*head, *lines, ""] if lines else []
+
+
 HELD_BY_CI = """## Held by every run of CI
 
 | promise | held by |
 |---|---|
 | the bits of results are those that are written down, on x86-64 (three instruction sets) and on aarch64 (NEON, under qemu) | `csrc/tests/golden_test.cpp`; stages gcc, clang, machines |
 | no invalid address, no undefined behaviour | stage sanitize: AddressSanitizer and UndefinedBehaviorSanitizer over the C++ tests |
+| no read of what was never written, no lost memory | stage valgrind: memcheck over the C++ tests, up to AVX2 |
+| the inputs that the fuzzers kept are handled | `csrc/tests/fuzz/corpus`, replayed by every build of the C++ tests |
 | no data race | stage tsan: ThreadSanitizer |
 | a failing allocation is a MemoryError | `csrc/tests/memory_test.cpp` and the tests beside it |
 | the functions of Python and of the stub agree | stage types: stubtest; `tests/core/test_signatures.py` |
@@ -145,7 +194,7 @@ def page(data: dict[str, Any]) -> str:
     for name, row in ROWS.items():
         figures = data["rows"][name]
         lines.append(f"| {row.promise} | {said(row, figures)} | {'yes' if row.kept(figures) else '**no**'} |")
-    return "\n".join([*lines, "", HELD_BY_CI])
+    return "\n".join([*lines, "", *apart(), HELD_BY_CI])
 
 
 def machine() -> str:
