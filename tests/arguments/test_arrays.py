@@ -302,9 +302,10 @@ class Managed(ctypes.Structure):
 KEPT = []
 
 
-def capsule(data=0, shape=(4, 3), bits=32):
-    extents = (ctypes.c_int64 * len(shape))(*shape)
-    tensor = Managed(data, 1, 0, len(shape), 2, bits, 1, extents, None, 0, None, None)
+def capsule(data=0, shape=(4, 3), bits=32, ndim=None):
+    extents = None if shape is None else (ctypes.c_int64 * len(shape))(*shape)
+    ndim = len(shape) if ndim is None else ndim
+    tensor = Managed(data, 1, 0, ndim, 2, bits, 1, extents, None, 0, None, None)
     KEPT.extend((extents, tensor))
     new = ctypes.pythonapi.PyCapsule_New
     new.restype, new.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
@@ -315,6 +316,15 @@ def test_a_dlpack_tensor_of_our_own_is_read():
     values = np.arange(12, dtype="float32").reshape(4, 3)
     given = Liar(data=values.ctypes.data)
     same(bnfast.batch_norm_train(given), bnfast.batch_norm_train(values))
+
+
+@pytest.mark.parametrize(("fields", "said"), [({"ndim": -1}, "-1"), ({"shape": None, "ndim": 2}, "2 and no shape")])
+def test_a_tensor_without_axes_or_shape_is_an_error(fields, said):
+    """_cuda reads capsules itself, and believed both."""
+    from bnfast import _cuda
+
+    with pytest.raises(TypeError, match=f"a tensor with ndim >= 0 and a shape. Received: ndim = {said}$"):
+        _cuda.read_dlpack(capsule(**fields))
 
 
 def test_a_null_pointer_is_an_error():
