@@ -63,7 +63,7 @@ def test_the_extreme_sizes_overflow_nothing(value):
 def test_a_closed_stderr_does_not_matter():
     words = [sys.executable, "-c", "import bnfast, os; print(bnfast.build_info()['l2_bytes'])"]
     done = subprocess.run(
-        ["sh", "-c", '"$@" 2>&-', "sh", *words],
+        ["/bin/sh", "-c", '"$@" 2>&-', "sh", *words],
         env={**os.environ, "BNFAST_L2_BYTES": "1e9"},
         capture_output=True,
         text=True,

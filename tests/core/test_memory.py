@@ -194,8 +194,9 @@ def run_python(code):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_fork_leaves_both_pools_working():
     code = """
-        import os, signal, threading
+        import os, signal, threading, warnings
         import bnfast, numpy as np
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12: of a fork beside other threads
         x = np.ones((300000, 1), np.float32)
         kept = bnfast.batch_norm_train(x)
         stop = threading.Event()
