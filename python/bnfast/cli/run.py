@@ -68,7 +68,8 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     if not command:
         raise UserError(f"run: a script or -m MODULE is needed. usage: {USAGE}")
-    require("tensorflow", "keras", extra="keras")
+    other = os.environ.get("KERAS_BACKEND", "tensorflow") != "tensorflow"
+    require(*([] if other else ["tensorflow"]), "keras", extra="keras")
     try:
         module, code = _load_module(command) if "-m" in options else _load_script(command)
     except FileNotFoundError as error:  # os.getcwd
@@ -232,7 +233,7 @@ class _PatchOnImport(importlib.abc.MetaPathFinder):
         try:
             import keras
 
-            if keras.backend.backend() != "tensorflow":  # bnfast.keras would import TensorFlow in vain
+            if keras.backend.backend() not in ("tensorflow", "torch", "jax"):
                 self.reason = f"Keras runs on {keras.backend.backend()}"
                 return
             import bnfast.keras

@@ -1,18 +1,19 @@
-"""bnfast.keras: Keras 3 layers (TensorFlow backend) on bnfast's kernels, and functions of whole models.
+"""bnfast.keras: Keras 3 layers on bnfast's kernels, and functions of whole models; on TensorFlow, PyTorch and JAX.
 
-This file is the table of contents. `layers/` has the layers, `models/` the functions; bnfast.tensorflow, which never
-imports Keras, has what they compute.
+This file is the table of contents. `layers/` has the layers, `models/` the functions. What they compute is in
+bnfast.tensorflow, which never imports Keras, and for the other backends in `layers/portable/`.
 """
 
 try:
     import keras as _keras
-    import tensorflow as _tensorflow
 except ModuleNotFoundError as error:
-    if error.name not in ("keras", "tensorflow"):
-        raise  # another package is missing (that of another Keras backend, say): its own message is clearer
+    if error.name not in ("keras", "tensorflow", "torch", "jax"):
+        raise  # another package is missing: its own message is clearer
+    _install = {"torch": 'pip install "bnfast[torch]"', "jax": "pip install jax"}.get(error.name)
+    _install = _install or 'pip install "bnfast[demo]" (or tensorflow-cpu)'
     raise ImportError(
-        f'bnfast.keras needs TensorFlow and Keras 3, and {error.name} is not installed: pip install "bnfast[demo]" '
-        "(or tensorflow-cpu)"
+        "bnfast.keras needs Keras 3 and the framework that it runs on (KERAS_BACKEND; TensorFlow unless set), and "
+        f"{error.name} is not installed: {_install}"
     ) from error
 
 if not hasattr(_keras, "__version__") or int(_keras.__version__.split(".")[0]) < 3:
@@ -21,7 +22,7 @@ if not hasattr(_keras, "__version__") or int(_keras.__version__.split(".")[0]) <
     )
 
 from ..diagnosis.report import Diagnosis
-from ..tensorflow import op as _op
+from .layers import framework as _framework
 from .layers.batch_norm import BatchNormalization
 from .layers.batch_norm_add import BatchNormalizationAdd
 from .layers.conditional import ConditionalBatchNormalization
@@ -29,9 +30,7 @@ from .layers.group_norm import GroupNormalization, InstanceNormalization
 from .layers.layer_norm import LayerNormalization
 from .layers.weight_norm import WeightNormalization
 from .models.accelerate import accelerate
-from .models.diagnosis.diagnose import diagnose
-from .models.diagnosis.recalibrate import Recalibration, recalibrate
-from .models.diagnosis.watch import Watch
+from .models.diagnosis import Recalibration, Watch, diagnose, recalibrate
 from .models.fold import fold
 from .models.patch import is_patched, patch, unpatch, uses_bnfast
 from .models.report import report
@@ -60,6 +59,6 @@ __all__ = [
     "uses_bnfast",
 ]
 
-_op.register()  # so that a SavedModel with a training signature can be loaded
+_framework.register()
 
-del _keras, _op, _tensorflow
+del _framework, _keras

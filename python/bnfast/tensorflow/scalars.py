@@ -43,6 +43,11 @@ def check(name: str, value: Any) -> Any:
     return value
 
 
+def of_variable(name: str, variable: Any) -> Any:
+    """The tf.Variable of one of Keras's variables."""
+    return variable._value
+
+
 def _as_float(value: Any) -> float:
     try:
         return float(value)

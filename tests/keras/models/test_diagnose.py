@@ -242,10 +242,3 @@ def test_an_error_in_the_middle_restores_the_model():
         diagnose(model, batches())
     assert state(model) == before
     assert not any("call" in vars(layer) for layer in model.layers)
-
-
-def test_another_backend(monkeypatch):
-    model = net()
-    monkeypatch.setattr(keras.backend, "backend", lambda: "torch")
-    with pytest.raises(RuntimeError, match="TensorFlow backend"):
-        diagnose(model, X)

@@ -215,13 +215,6 @@ def test_invalid_arguments_raise_keras_errors() -> None:
         assert str(ours.value).replace("PatchedBatchNormalization", "BatchNormalization") == str(theirs.value)
 
 
-def test_other_backends_use_keras(monkeypatch: pytest.MonkeyPatch) -> None:
-    patch()
-    monkeypatch.setattr(keras.backend, "backend", lambda: "torch")
-    assert not uses_bnfast(keras.layers.BatchNormalization())
-    assert made[0].reason == "Keras runs on torch"
-
-
 def test_summary(rng: np.random.Generator) -> None:
     assert summary() == "no batch norm was made"
     patch()

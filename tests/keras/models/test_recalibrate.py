@@ -647,10 +647,3 @@ def test_bad_input(model, data, kwargs, error, words):
         quiet(given, data, **kwargs)
     if before is not None:
         assert state(given) == before
-
-
-def test_another_backend(monkeypatch, x):
-    model = dense_net()
-    monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
-    with pytest.raises(RuntimeError, match="TensorFlow backend"):
-        quiet(model, x)

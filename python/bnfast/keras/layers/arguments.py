@@ -54,24 +54,24 @@ def checked(name: str, value: Any) -> Any:
 
     A keras.Variable is replaced by the variable that it wraps: Keras would count it among the layer's weights.
     """
-    return scalars.check(name, _unwrapped(value))
+    return scalars.check(name, _unwrapped(name, value))
 
 
 def read(layer: Any, name: str) -> Any:
     """momentum or epsilon for one call; None stays None."""
-    value = _unwrapped(getattr(layer, name))
+    value = _unwrapped(name, getattr(layer, name))
     return None if value is None else scalars.read(name, value)
 
 
 def current(layer: Any) -> dict[str, float]:
     """The values of momentum and epsilon, where they are tensors or variables."""
-    held = {name: _unwrapped(getattr(layer, name)) for name in SCALARS}
+    held = {name: _unwrapped(name, getattr(layer, name)) for name in SCALARS}
     return {name: scalars.current(name, value) for name, value in held.items() if keras.ops.is_tensor(value)}
 
 
-def _unwrapped(value: Any) -> Any:
+def _unwrapped(name: str, value: Any) -> Any:
     """The framework's variable for one of Keras's, whose own value a layer of mixed precision would round."""
-    return value._value if isinstance(value, keras.Variable) else value
+    return scalars.of_variable(name, value) if isinstance(value, keras.Variable) else value
 
 
 def validated_features(

@@ -1,9 +1,9 @@
 """`bnfast.keras.BatchNormalization`: keras.layers.BatchNormalization, trained by bnfast's kernels.
 
-In training `call` runs one kernel forward and one backward; in inference it uses the framework's own ops, so that an
-exported model doesn't need bnfast. Weights, their names and order, config, dtype policies and the meaning of `training`
-and `trainable` are Keras's own. Two things differ on purpose: a mask is read along the right axes for every `axis`, and
-an empty or fully masked batch leaves the moving statistics unchanged.
+In training `call` runs one kernel forward and one backward; in inference, what is exported are the framework's own ops,
+so that an exported model doesn't need bnfast. Weights, their names and order, config, dtype policies and the meaning of
+`training` and `trainable` are Keras's own. Two things differ on purpose: a mask is read along the right axes for every
+`axis`, and an empty or fully masked batch leaves the moving statistics unchanged.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from .framework import (
     Options,
     Policy,
     as_input,
-    check_backend,
+    count_dtype,
     folding,
     fusion,
     ghosts,
     is_training,
-    on_own_ops,
     parameter,
     replicas,
     step,
+    supports_jit,
 )
 from .framework import (
     adjustment as adjustments,
@@ -75,8 +75,9 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
     mode. In the third row y and the moving statistics come from separate passes, so x is read once more.
 
     renorm=True works as in Keras: y = gamma*(xhat*r + d) + beta in training, with Keras's weights and order of updates.
-    The values of renorm_clipping may also be scalar `tf.Variable`s: assigning to one takes effect without retracing. A
-    config holds their values at that time. Their order (rmin <= rmax) is checked once, by the constructor.
+    The values of renorm_clipping may also be scalar `tf.Variable`s: assigning to one takes effect without retracing.
+    (Off TensorFlow they may be scalar tensors.) A config holds their values at that time. Their order (rmin <= rmax) is
+    checked once, by the constructor.
 
     axis may name several axes, as in tf.keras 2: axis=[1, 2] normalizes every pair of indices separately, over the
     other axes. The weights then have the rank of inputs, with extent 1 off these axes, and a mask has the shape of
@@ -105,15 +106,16 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         adjustment: a function of the shape of inputs (a tensor) that returns (scale, bias), which broadcast to inputs.
             In training y is activation((xhat*scale + bias)*gamma + beta), as in TF 1. A config can't hold the function:
             it is left out, and a warning goes to the logger `bnfast`. Not with virtual_batch_size.
-        synchronized: under a tf.distribute strategy, normalize over the samples of all replicas, whose shards may have
-            any size. Without a strategy, or with one replica, it has no effect. Replicas communicate in every training
-            call, which must not be inside a tf.cond or tf.while_loop. Not with renorm, virtual_batch_size or
-            adjustment.
-        bridge: how TensorFlow calls the kernels in training: "op" (bnfast's own TensorFlow op), "numpy_function" (a
-            Python callback each way), "tensorflow" (not the kernels but TensorFlow's own ops, the fused one where it
-            fits), or "auto": where TensorFlow sees a GPU, its own ops and one warning in the logger `bnfast`, because
-            the kernels run on the CPU alone; elsewhere the op if it loads, else numpy_function and one warning. The
-            environment variable BNFAST_BRIDGE decides for "auto". XLA compiles the layer on TensorFlow's own ops only.
+        synchronized: on TensorFlow alone; under a tf.distribute strategy, normalize over the samples of all replicas,
+            whose shards may have any size. Without a strategy, or with one replica, it has no effect. Replicas
+            communicate in every training call, which must not be inside a tf.cond or tf.while_loop. Not with renorm,
+            virtual_batch_size or adjustment.
+        bridge: how TensorFlow calls the kernels in training (other backends store the word and don't read it): "op"
+            (bnfast's own TensorFlow op), "numpy_function" (a Python callback each way), "tensorflow" (not the kernels
+            but TensorFlow's own ops, the fused one where it fits), or "auto": where TensorFlow sees a GPU, its own ops
+            and one warning in the logger `bnfast`, because the kernels run on the CPU alone; elsewhere the op if it
+            loads, else numpy_function and one warning. The environment variable BNFAST_BRIDGE decides for "auto". XLA
+            compiles the layer on TensorFlow's own ops only.
 
     Call arguments:
         inputs: float tensor of any rank; integers are computed in float32, as in Keras.
@@ -123,8 +125,8 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
             and so does any other mask that fits no other way.
 
     Raises:
-        RuntimeError: Keras runs on a backend other than TensorFlow; or, in training only, bridge="op" and the op can't
-            be loaded. A saved layer can still be loaded and used for inference.
+        RuntimeError: in training only, bridge="op" and the op can't be loaded. A saved layer can still be loaded and
+            used for inference.
         ValueError, TypeError: an argument is out of range or of the wrong type; the message names it.
 
     Source: Ioffe and Szegedy 2015, arXiv:1502.03167.
@@ -154,7 +156,6 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         fused: bool | None = None,
         **kwargs: Any,
     ) -> None:
-        check_backend("BatchNormalization")
         clipping = kwargs.get("renorm_clipping")
         if kwargs.get("renorm") or not isinstance(clipping, Mapping | None):  # get_config reads it without renorm, too
             renorms.check(clipping, kwargs.get("renorm_momentum", 0.99))
@@ -183,7 +184,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
                 synchronized=self.synchronized,
             )
         )
-        self.supports_jit = on_own_ops(self._features.bridge)  # XLA has no kernel for the other bridges
+        self.supports_jit = supports_jit(self._features.bridge)
         install_fusion()
 
     def _hold(self, features: arguments.Features) -> None:
@@ -210,7 +211,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
             self.input_spec = keras.layers.InputSpec(ndim=axes.rank, axes={i: input_shape[i] for i in axes.axes})
         if self.momentum is None:
             self.batches = self.add_weight(
-                shape=(), initializer="zeros", dtype="int64", name="batches", trainable=False, autocast=False
+                shape=(), initializer="zeros", dtype=count_dtype(), name="batches", trainable=False, autocast=False
             )
         if isinstance(features.activation, keras.layers.Layer) and not features.activation.built:
             features.activation.build(input_shape)

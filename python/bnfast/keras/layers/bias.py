@@ -13,7 +13,7 @@ from typing import Any
 import keras
 from keras.src import api_export
 
-from .framework import bias
+from .framework import ON_TENSORFLOW, bias
 
 _KINDS = (
     keras.layers.Conv1D,
@@ -33,8 +33,16 @@ _made: dict[Any, Any] = {}  # the class for each of Keras's
 
 
 def adopt(layer: Any) -> None:
-    """Changes the class of a layer of exactly these of Keras's kinds that adds a bias last; leaves all others."""
-    if type(layer) in _KINDS and layer.use_bias and layer.activation in (None, keras.activations.linear):
+    """Changes the class of a layer of exactly these of Keras's kinds that adds a bias last; leaves all others.
+
+    Without effect off TensorFlow.
+    """
+    if (
+        ON_TENSORFLOW
+        and type(layer) in _KINDS
+        and layer.use_bias
+        and layer.activation in (None, keras.activations.linear)
+    ):
         layer.__class__ = _passing(type(layer))
 
 

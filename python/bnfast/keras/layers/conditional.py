@@ -43,7 +43,7 @@ class ConditionalBatchNormalization(BatchNormalization):
         training, mask: as for BatchNormalization. mask is that of x, or a list whose first entry is that of x.
 
     A label out of range is a ValueError in eager mode and a tf.errors.InvalidArgumentError in a graph; in both cases
-    nothing is updated before.
+    nothing is updated before. Where JAX compiles the call, it can't raise: the sample's y is NaN.
 
     Raises:
         ValueError, TypeError: an argument is out of range or of the wrong shape or type. And everything that
@@ -99,9 +99,9 @@ class ConditionalBatchNormalization(BatchNormalization):
         return conditional.of_samples(table, labels, self.num_classes, x)
 
     def _check_x(self, x: Any) -> None:
-        rank, channels = x.shape.rank, self.moving_mean.shape[0]
-        if not -rank <= self.axis < rank or self.axis in (0, -rank) or x.shape[self.axis] not in (None, channels):
-            raise ValueError(f"x must have {channels} channels along axis {self.axis}. Received: shape {x.shape}")
+        rank, channels, (axis,) = len(x.shape), self.moving_mean.shape[0], self._axes
+        if not -rank <= axis < rank or axis in (0, -rank) or x.shape[axis] not in (None, channels):
+            raise ValueError(f"x must have {channels} channels along axis {axis}. Received: shape {x.shape}")
 
     def compute_mask(self, inputs: Any, previous_mask: Any = None) -> Any:
         return previous_mask[0] if isinstance(previous_mask, (list, tuple)) else previous_mask

@@ -20,15 +20,15 @@ from typing import Any
 import keras
 import numpy as np
 
-from .framework import folding, fusion, inference
+from .framework import ON_TENSORFLOW, folding, fusion, inference
 
 _installed = False
 
 
 def install() -> None:
-    """Called by the first batch norm that is made or adopted. Without effect afterwards."""
+    """Called by the first batch norm that is made or adopted. Without effect afterwards, and off TensorFlow."""
     global _installed
-    if _installed:
+    if _installed or not ON_TENSORFLOW:
         return
     _installed = True
     backend = keras.src.backend

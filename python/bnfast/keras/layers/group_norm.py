@@ -37,7 +37,6 @@ class GroupNormalization(keras.layers.GroupNormalization):  # type: ignore[misc]
         training: None, True, False or a boolean tensor.
 
     Raises:
-        RuntimeError: Keras runs on a backend other than TensorFlow.
         ValueError, TypeError: epsilon is negative or not finite. And everything that Keras's layer raises.
 
     Source: Wu and He 2018, arXiv:1803.08494.

@@ -37,7 +37,6 @@ class LayerNormalization(keras.layers.LayerNormalization):  # type: ignore[misc]
         training: None, True, False or a boolean tensor.
 
     Raises:
-        RuntimeError: Keras runs on a backend other than TensorFlow.
         ValueError, TypeError: epsilon is negative or not finite. And everything that Keras's layer raises.
 
     Source: Ba, Kiros and Hinton 2016, arXiv:1607.06450.

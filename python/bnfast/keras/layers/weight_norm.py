@@ -15,7 +15,7 @@ from typing import Any
 import keras
 from keras.src.backend import AutocastScope  # Keras has no public way to read a variable uncast under a mixed policy
 
-from .framework import check_backend, may_train, weight_norm
+from .framework import may_train, weight_norm
 
 _OUTPUT_AXES = {  # of the kernel
     **dict.fromkeys(("Dense", "Conv1D", "Conv2D", "Conv3D"), (-1,)),
@@ -50,11 +50,9 @@ class WeightNormalization(keras.layers.Wrapper):  # type: ignore[misc]
         TypeError: layer is of another kind.
         ValueError: the layer is quantized or has LoRA enabled.
         NotImplementedError: the first training call with data_init on several replicas of a tf.distribute strategy.
-        RuntimeError: Keras runs on a backend other than TensorFlow.
     """
 
     def __init__(self, layer: Any, data_init: bool = True, **kwargs: Any) -> None:
-        check_backend("WeightNormalization")
         if not _output_axes(layer):
             raise TypeError(f"layer must be one of {list(_OUTPUT_AXES)}. Received: {type(layer).__name__}")
         if not isinstance(data_init, bool):

@@ -49,9 +49,8 @@ def accelerate(
         TypeError: not a keras.Model.
         ValueError: the model has no batch norm or isn't built; something in it can't be copied (inplace=True needs no
             copy); strict=True and a batch norm stays on Keras's layer. The message names the layer.
-        RuntimeError: Keras runs on a backend other than TensorFlow.
     """
-    check_model(model, "accelerate")
+    check_model(model)
     found = list(norms(model))
     if not found:
         raise ValueError(f"model {model.name} has no batch norm: there is nothing to accelerate")

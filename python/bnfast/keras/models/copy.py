@@ -1,9 +1,10 @@
-"""Copies a built Keras model (TensorFlow backend) object by object, without configs.
+"""Copies a built Keras model object by object, without configs.
 
     twin = duplicate(model)
 
 `duplicate` walks everything that the model reaches and copies it once: classes, attributes, layers, weights, the graph
-of symbolic tensors, and the compiled state (object_copy.py says how). Tensors and static lookup tables are shared. The
+of symbolic tensors, and the compiled state (object_copy.py says how; copy_tensorflow.py, copy_torch.py and copy_jax.py,
+what that means for the framework's own objects). The
 train, test and predict functions are dropped; Keras makes new ones. Calls in other models keep their index, but not
 their inputs. A Copier can also leave the compiled state out, and put other objects into the copy (`pair`).
 
@@ -13,28 +14,23 @@ raises ValueError. The original is only read.
 
 from __future__ import annotations
 
-import gc
 import types
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
-import tensorflow as tf
-from keras.src.backend.tensorflow.trainer import TensorFlowTrainer  # Keras has no public names for these
-from keras.src.utils.tracking import Tracker
-from tensorflow.python.eager.polymorphic_function.atomic_function import AtomicFunction
+from keras.src.utils.tracking import Tracker  # Keras has no public name for it
 
+from ..layers.framework import BACKEND
 from .object_copy import ATOMS, SHARED, ObjectCopier, held_by
 
-TF_SHARED: tuple[type, ...] = (
-    tf.Tensor, tf.DType, tf.TensorShape, tf.TypeSpec, tf.__internal__.CompositeTensor, tf.data.Dataset, tf.Graph,
-    tf.lookup.StaticHashTable, tf.distribute.Strategy, tf.summary.SummaryWriter,
-)  # fmt: skip
-TF_FUNCTIONS: tuple[type, ...] = (
-    type(tf.function(lambda: None)),
-    tf.types.experimental.ConcreteFunction,
-    AtomicFunction,
-)
+if TYPE_CHECKING or BACKEND == "tensorflow":
+    from .copy_tensorflow import FUNCTION_KINDS, SHARED_KINDS, VARIABLE_KINDS, FrameworkCopier, Trainer
+elif BACKEND == "torch":
+    from .copy_torch import FUNCTION_KINDS, SHARED_KINDS, VARIABLE_KINDS, FrameworkCopier, Trainer
+else:
+    from .copy_jax import FUNCTION_KINDS, SHARED_KINDS, VARIABLE_KINDS, FrameworkCopier, Trainer
+
 # Set by Keras during fit, evaluate and predict. Each is made anew when it is None.
 FUNCTIONS = ("train_function", "test_function", "predict_function", "_eval_epoch_iterator")
 # What compile(), fit(), evaluate() and predict() add to a model.
@@ -56,7 +52,7 @@ def duplicate(model: Any, shared: Iterable[Any] = ()) -> Any:
     return Copier(shared=shared).duplicate(model)
 
 
-class Copier(ObjectCopier):
+class Copier(FrameworkCopier):
     """Copies a model, and finds the copy of each object in it."""
 
     def __init__(self, *, compiled: bool = True, shared: Iterable[Any] = ()) -> None:
@@ -65,7 +61,6 @@ class Copier(ObjectCopier):
         self._reset = dict.fromkeys(FUNCTIONS) if compiled else _never_compiled()
         self._omitted = frozenset() if compiled else COMPILED
         self._nodes: list[tuple[Any, str, list[Any], list[Any]]] = []  # operation, attribute, original nodes, copies
-        self._keys: dict[str, str] = {}  # the key of a variable in Keras's optimizers -> that of its copy
         for thing in shared:
             self.pair(thing, thing)
 
@@ -74,25 +69,10 @@ class Copier(ObjectCopier):
         self.finish()
         return copy
 
-    def pair(self, original: Any, copy: Any) -> Any:
-        if isinstance(original, tf.Variable) and isinstance(copy, tf.Variable):
-            self._keys[original._unique_id] = copy._unique_id
-        return super().pair(original, copy)
-
     def finish(self) -> None:
         self._drain()
         self._copy_nodes()
         super().finish()
-
-    @classmethod
-    def other_handler(cls, kind: Any) -> Callable[[Any, Any, str], Any]:
-        if any(base.__name__ == "ObjectProxy" for base in kind.__mro__):
-            return cls._proxy
-        package = kind.__module__.split(".")[0]
-        if package == "tensorflow" and not _is_structure(kind):
-            table = issubclass(kind, tf.__internal__.tracking.Trackable)
-            return cls._refuse if table else cls._share
-        return cls._object if package in ("keras", "tensorflow") else super().other_handler(kind)
 
     def _error(self, path: str, what: str) -> ValueError:
         return ValueError(f"{super()._error(path, what)}. {ADVICE}")
@@ -103,7 +83,9 @@ class Copier(ObjectCopier):
     def _describe(self, value: Any) -> str:
         if isinstance(value, keras.layers.Layer):
             return f"the layer {super()._describe(value)}"
-        return f"{value.name} ({type(value).__name__})" if isinstance(value, tf.Variable) else super()._describe(value)
+        if isinstance(value, VARIABLE_KINDS):
+            return f"{getattr(value, 'name', 'a variable')} ({type(value).__name__})"
+        return super()._describe(value)
 
     # Keras
 
@@ -143,7 +125,7 @@ class Copier(ObjectCopier):
     def _function(self, value: Any, path: str) -> Any:
         closure = value.__closure__ or ()
         package = value.__globals__.get("__name__", "").split(".")[0]
-        if not closure or package not in ("keras", "tensorflow"):
+        if not closure or package not in self.PACKAGES:
             return self._share(value, path)
         # Keras wraps `build` and `quantize` of each layer in functions that capture the layer.
         cells = tuple(self._cell(cell, path) for cell in closure)
@@ -199,62 +181,6 @@ class Copier(ObjectCopier):
                     mine._keras_history = type(history)(source, index, place)
         vars(new).update((name, self.copy(item, node.operation.name)) for name, item in vars(node).items())
 
-    # TensorFlow
-
-    def _tensor(self, value: Any, path: str) -> Any:
-        if value.dtype in (tf.resource, tf.variant) and hasattr(value, "numpy"):
-            raise self._error(path, f"the handle of a resource, {self._describe(value)}")
-        return value
-
-    def _variable(self, value: Any, path: str) -> Any:
-        spread = isinstance(value, tf.distribute.DistributedValues)
-        with tf.init_scope(), value.distribute_strategy.scope() if spread else tf.device(value.device):
-            try:
-                initial = value.read_value()
-            except tf.errors.FailedPreconditionError as error:
-                raise self._error(path, f"the variable {value.name}, which has no value") from error
-            new = tf.Variable(
-                # Without DeepCopy the two variables would share a buffer, which an op may update in place.
-                tf.raw_ops.DeepCopy(x=initial),
-                trainable=value.trainable,
-                name=value.name.split(":")[0],
-                dtype=value.dtype,
-                shape=value.shape,
-                aggregation=value.aggregation,
-                synchronization=value.synchronization,
-            )
-        self.pair(value, new)
-        others = [name for name in vars(value) if name not in vars(new) or name == "_constraint"]
-
-        def fill() -> None:
-            vars(new).update((name, self.copy(vars(value)[name], f"{path}.{name}")) for name in others)
-
-        self._pending.append(fill)
-        return new
-
-    def _table(self, value: Any, path: str) -> Any:
-        new = tf.lookup.experimental.MutableHashTable(
-            value.key_dtype, value.value_dtype, value._default_value, name=value._name
-        )
-        new.insert(*value.export())
-        return self.pair(value, new)
-
-    def _proxy(self, value: Any, path: str) -> Any:
-        """TensorFlow's wrappers of dicts and tuples in attributes of a tf.Module."""
-        base: Any = next(kind for kind in type(value).__mro__ if kind.__name__ == "ObjectProxy")
-        new = self.pair(value, base.__new__(type(value)))
-        base.__init__(new, self.copy(value.__wrapped__, path))
-
-        def fill() -> None:
-            # `wrapt` hides the attributes of the wrapper itself. TensorFlow's have names with _self_.
-            own = next(x for x in gc.get_referents(value) if type(x) is dict and "_self_trainable" in x)
-            for name, item in own.items():
-                if name.startswith("_self_"):
-                    setattr(new, name, self.copy(item, f"{path}.{name}"))
-
-        self._pending.append(fill)
-        return new
-
     # What holds ids of other objects
 
     def _replace_ids(self) -> None:
@@ -272,48 +198,20 @@ class Copier(ObjectCopier):
         number, index = key.split("_ib-")  # keras.src.ops.function.make_node_key
         return f"{self._id(int(number))}_ib-{index}"
 
-    def _replace_keys(self, optimizer: Any) -> None:
-        """Optimizers find the slots of a variable, and whether it decays, by a key that is unique to it."""
-        for item in vars(optimizer).values():
-            # TensorFlow wraps the dicts, and compares each with a snapshot.
-            wrapped = isinstance(item, dict) and not issubclass(type(item), dict)
-            inner = getattr(item, "_self_last_wrapped_dict_snapshot", None) if wrapped else None
-            for keys in (getattr(item, "__wrapped__", item), inner):
-                if isinstance(keys, dict) and not self._keys.keys().isdisjoint(keys):
-                    pairs = [(self._keys.get(key, key), value) for key, value in keys.items()]
-                    dict.clear(keys)
-                    dict.update(keys, pairs)
-                elif isinstance(keys, set) and not self._keys.keys().isdisjoint(keys):
-                    new = [self._keys.get(key, key) for key in keys]
-                    set.clear(keys)
-                    set.update(keys, new)
-
     HANDLERS = (
         ((keras.Variable,), ObjectCopier._object),
-        ((tf.Variable,), _variable),
-        ((tf.Tensor,), _tensor),
         ((types.FunctionType,), _function),
         ((keras.dtype_policies.DTypePolicyMap,), ObjectCopier._object),
-        ((*TF_SHARED, keras.DTypePolicy), ObjectCopier._keep),
-        (TF_FUNCTIONS, ObjectCopier._share),
-        ((tf.lookup.experimental.MutableHashTable,), _table),
-        ((tf.data.Iterator,), ObjectCopier._refuse),
+        ((keras.DTypePolicy,), ObjectCopier._keep),
+        *FrameworkCopier.FRAMEWORK_HANDLERS,
         ((keras.Operation, keras.metrics.Metric, keras.optimizers.Optimizer), ObjectCopier._object),
         *ObjectCopier.HANDLERS,
     )
 
 
-def _is_structure(kind: type) -> bool:
-    """Whether a class of TensorFlow's only holds other objects."""
-    names = {base.__name__ for base in kind.__mro__}
-    return not names.isdisjoint(
-        {"AutoTrackable", "TrackableDataStructure", "AttributeSentinel", "NoDependency", "TrackableReference"}
-    )
-
-
 def _never_compiled() -> dict[str, Any]:
     """The compiled state of a model that never was compiled, apart from an attribute that depends on its class."""
-    return {name: value for name, value in vars(TensorFlowTrainer()).items() if not name.endswith("has_training_arg")}
+    return {name: value for name, value in vars(Trainer()).items() if not name.endswith("has_training_arg")}
 
 
 def find(value: Any, matches: Callable[[Any], bool]) -> Any:
@@ -328,7 +226,7 @@ def find(value: Any, matches: Callable[[Any], bool]) -> Any:
         if matches(item):
             return item
         # Each list in an attribute of a layer holds the tracker of the layer, and so all its variables.
-        if not isinstance(item, (keras.Operation, keras.KerasTensor, Tracker, *SHARED, *TF_SHARED)):
+        if not isinstance(item, (keras.Operation, keras.KerasTensor, Tracker, *SHARED, *SHARED_KINDS)):
             waiting.extend(_held(item))
     return None
 
@@ -336,12 +234,18 @@ def find(value: Any, matches: Callable[[Any], bool]) -> Any:
 def _is_state(value: Any) -> bool:
     if isinstance(value, keras.layers.Layer):
         return not value.built or bool(value.variables or value._layers)
-    kinds = (keras.Variable, tf.Variable, keras.optimizers.Optimizer, keras.metrics.Metric, keras.random.SeedGenerator)
+    kinds = (
+        keras.Variable,
+        *VARIABLE_KINDS,
+        keras.optimizers.Optimizer,
+        keras.metrics.Metric,
+        keras.random.SeedGenerator,
+    )
     return isinstance(value, kinds)
 
 
 def _held(value: Any) -> Iterator[Any]:
-    if isinstance(value, TF_FUNCTIONS):
+    if isinstance(value, FUNCTION_KINDS):
         yield getattr(value, "python_function", None)
         yield getattr(value, "variables", None)
     else:

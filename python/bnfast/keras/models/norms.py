@@ -9,7 +9,6 @@ import keras
 
 from ..layers.batch_norm import KERAS, BatchNormalization
 from ..layers.batch_norm_add import BatchNormalizationAdd
-from ..layers.framework import check_backend
 from ..layers.group_norm import GroupNormalization, InstanceNormalization
 from ..layers.layer_norm import LayerNormalization
 from .copy import duplicate
@@ -38,9 +37,8 @@ def scalars(layers: list[Any]) -> list[Any]:
     return [value for value in values if keras.ops.is_tensor(value)]
 
 
-def check_model(model: Any, function: str) -> None:
-    """Raises the errors that accelerate and to_keras share: backend, type, and a model that isn't built."""
-    check_backend(function)
+def check_model(model: Any) -> None:
+    """Raises the errors that accelerate and to_keras share: the type, and a model that isn't built."""
     if not isinstance(model, keras.Model):
         raise TypeError(f"model must be a keras.Model. Received: {type(model).__module__}.{type(model).__name__}")
     if not model.built or (isinstance(model, keras.Sequential) and model._functional is None):

@@ -23,17 +23,31 @@ import keras
 from keras.src import api_export
 from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 
-from ...tensorflow import op
 from ..layers import arguments, bias
 from ..layers.batch_norm import KERAS, BatchNormalization
-from ..layers.framework import fusion, may_train, on_own_ops, renorm, scalars
+from ..layers.framework import (
+    ON_TENSORFLOW,
+    choose_bridge,
+    fusion,
+    may_train,
+    renorm,
+    scalars,
+    supports_jit,
+    why_slower,
+)
 from ..layers.fusion import install as install_fusion
 
 API_NAME = "keras.layers.BatchNormalization"
 OWNERS = ("keras", "tensorflow")  # the packages whose names are replaced
 MOST_NAMES = 3  # layers named per reason
 
-_BRIDGE_NAMES = {"op": "bnfast's TensorFlow op", "tensorflow": "TensorFlow's own ops"}
+_BRIDGE_NAMES = {
+    "op": "bnfast's TensorFlow op",
+    "tensorflow": "TensorFlow's own ops",
+    "torch": "bnfast's kernels in PyTorch",
+    "jax": "bnfast's kernels in JAX",
+    "keras.ops": "Keras's own ops",
+}
 
 _SCALARS = (("momentum", 0.99, "outside [0, 1]"), ("epsilon", 1e-3, "negative or not finite"))
 
@@ -84,8 +98,8 @@ class PatchedBatchNormalization(BatchNormalization, metaclass=_LikeKeras):
 
     It is saved under Keras's name, so files load without bnfast. It accepts Keras 2's `fused`, which is read back but
     not saved, because Keras 3 has no such argument. Arguments that bnfast's layer doesn't support (renorm
-    with synchronized, another backend) make it run Keras's own code; `_entry.reason` then says why. Its own attributes
-    have private names: `activation`, `bridge` ... belong to the script, whose subclass may use them.
+    with synchronized) and backends without kernels make it run Keras's own code; `_entry.reason` then says why. Its own
+    attributes have private names: `activation`, `bridge` ... belong to the script, whose subclass may use them.
     """
 
     _is_protocol = False  # for the metaclass of Protocol
@@ -119,7 +133,7 @@ class PatchedBatchNormalization(BatchNormalization, metaclass=_LikeKeras):
 
     def build(self, input_shape: Any) -> None:
         if self._entry.reason is None:
-            self.supports_jit = on_own_ops(self._entry.wanted)
+            self.supports_jit = supports_jit(self._entry.wanted)
             super().build(input_shape)
         else:
             KERAS.build(self, input_shape)
@@ -128,7 +142,7 @@ class PatchedBatchNormalization(BatchNormalization, metaclass=_LikeKeras):
     def adopt(cls, layer: Any, bridge: str) -> None:
         """Changes the class of a built layer of exactly Keras's class, and nothing else."""
         setattr(layer, _ENTRY, Entry(layer.name, None, bridge))
-        layer.supports_jit = on_own_ops(bridge)  # XLA has no kernel for the other bridges
+        layer.supports_jit = supports_jit(bridge)
         install_fusion()
         layer.__class__ = cls
 
@@ -151,7 +165,7 @@ class PatchedBatchNormalization(BatchNormalization, metaclass=_LikeKeras):
             return KERAS.call(self, inputs, training=training, mask=mask)
         y = super().call(inputs, training=training, mask=mask)
         if self.trainable and may_train(training) and not in_symbolic_scope():
-            entry.bridge, entry.trace = op.choose(entry.wanted), self._bnfast_trace
+            entry.bridge, entry.trace = choose_bridge(entry.wanted), self._bnfast_trace
         return y
 
     def compute_output_shape(self, input_shape: Any) -> Any:
@@ -216,8 +230,8 @@ def _fused(kwargs: dict[str, Any]) -> bool | None:
 
 def _unsupported(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     """Why bnfast's layer doesn't support these arguments of Keras's layer, or None if it does."""
-    if keras.backend.backend() != "tensorflow":
-        return f"Keras runs on {keras.backend.backend()}"
+    if not ON_TENSORFLOW and (absent := why_slower(None, "float32", "auto")) is not None:
+        return absent
     try:
         given = inspect.signature(KERAS.__init__).bind(None, *args, **kwargs).arguments
         if unknown := sorted({*arguments.Features._fields} & set(given.get("kwargs", {}))):
@@ -271,9 +285,9 @@ def patch() -> Patch:
             model = keras.applications.MobileNetV2(weights=None)
 
     Models built under the patch keep bnfast's layer afterwards; their files and configs name Keras's. With arguments
-    that bnfast's layer doesn't support (renorm with synchronized, a backend other than TensorFlow) the layer behaves as
-    Keras's. Code compiled with `tf.function(jit_compile=True)` can't use bnfast's layer: XLA has no kernel for it.
-    Where TensorFlow sees a GPU, the layers run TensorFlow's own ops, which XLA compiles.
+    that bnfast's layer doesn't support (renorm with synchronized), and on backends for which there are no kernels, the
+    layer behaves as Keras's. Code compiled with `tf.function(jit_compile=True)` can't use bnfast's layer: XLA has no
+    kernel for it. Where TensorFlow sees a GPU, the layers run TensorFlow's own ops, which XLA compiles.
     """
     with _lock:
         began = not is_patched()

@@ -2,8 +2,8 @@
 
 state   "bnfast", or "keras": the layer runs Keras's own code, or that of a derived class
 fused   what the last training call of the layer that was traced is fused with: "relu", "add", "add + relu" ...
-bridge  how TensorFlow calls the kernels: "numpy_function" or "op"; "tensorflow": its own ops compute instead; "" if
-        the state is "keras"
+bridge  how TensorFlow calls the kernels: "numpy_function" or "op"; "tensorflow": its own ops compute instead. On other
+        backends of Keras "torch" or "jax", or "keras.ops" where these compute instead. "" if the state is "keras"
 reason  why the state is "keras", or why nothing is fused; "" otherwise
 """
 
@@ -15,11 +15,10 @@ from typing import Any
 
 import keras
 
-from ...tensorflow import numpy_callback, op, op_library
 from ..layers import arguments
 from ..layers.batch_norm import KERAS
 from ..layers.batch_norm_add import BatchNormalizationAdd
-from ..layers.framework import scalars
+from ..layers.framework import ON_TENSORFLOW, choose_bridge, scalars, why_slower
 from .norms import OURS, norms
 from .patch import PatchedBatchNormalization, overridden, uses_bnfast
 
@@ -89,6 +88,8 @@ def _why_unfused(layer: Any) -> str:
         return "its activation is not one that the kernels have"
     if not layer.trainable:
         return "it is frozen"
+    if not ON_TENSORFLOW:
+        return "only TensorFlow's graphs are fused: pass the activation to bnfast.keras.BatchNormalization"
     if trace is None:
         return "no training call of it has been seen yet"
     if not isinstance(layer.axis, int) or features.virtual_batch_size is not None or features.adjustment is not None:
@@ -100,7 +101,7 @@ def _why_unfused(layer: Any) -> str:
 
 def _bridge(layer: Any) -> str:
     try:
-        return op.choose(layer._features.bridge)
+        return choose_bridge(layer._features.bridge)
     except RuntimeError:  # the op was asked for and can't be loaded: training will raise the reason
         return str(layer._features.bridge)
 
@@ -128,29 +129,4 @@ def why_unchanged(layer: Any, shape: tuple[int | None, ...] | None, bridge: str 
             arguments.checked(name, value)
         except (TypeError, ValueError) as error:
             return str(error)
-    return worth_it(layer, shape, bridge)
-
-
-def worth_it(layer: Any, shape: tuple[int | None, ...] | None, bridge: str) -> str | None:
-    """Why this layer would be slower on bnfast than on Keras's own code; or None.
-
-    Where TensorFlow sees a GPU, every call would copy x, y, dy and dx over the bus: some 100x the time by the
-    bandwidths of PCIe and of a GPU's memory, which was not measured. The rest was: through the TensorFlow op no layer
-    is slower: (8, 32) takes 0.83x Keras's time. If the op can't be loaded, a callback each way costs 0.13 ms more than
-    Keras's ops on little data: (32, 300) takes 2.1x Keras's time, 256 KiB 1.1x, 512 KiB 0.55x. A bridge that is asked
-    for by name obeys.
-    """
-    if op_library.wanted(bridge) != "auto":
-        return None
-    chosen = op.choose(bridge)
-    if chosen == "tensorflow":
-        return op.GPU_REASON
-    if chosen == "op" or shape is None or None in shape[1:]:
-        return None
-    size = numpy_callback.input_bytes(shape, layer.compute_dtype)
-    if size >= numpy_callback.SMALL_BYTES:
-        return None
-    return (
-        f"{size / 1024:.0f} KiB of input (a batch of unknown size counts as {numpy_callback.USUAL_BATCH} samples) are "
-        f"too little for numpy_function, and the TensorFlow op can't be used: {op.status()[1]}"
-    )
+    return why_slower(shape, layer.compute_dtype, bridge)

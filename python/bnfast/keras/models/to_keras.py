@@ -36,12 +36,12 @@ def to_keras(model: Any, *, inplace: bool = False) -> Any:
         The new model, compiled if the model was, as in `accelerate`.
 
     Raises:
-        TypeError, RuntimeError: as `accelerate`.
+        TypeError: as `accelerate`.
         ValueError: the model has no layer of bnfast's or isn't built, or can't be copied; an activation or an Add is
             built into a batch norm that is converted in place, or whose model is subclassed or a layer of another kind;
             a batch norm has an argument that Keras's layer lacks (momentum=None, correction=1, several axes ...).
     """
-    check_model(model, "to_keras")
+    check_model(model)
     ours = [layer for layer in layers(model) if _is_ours(layer)]
     if not ours:
         raise ValueError(f"model {model.name} has no layer of bnfast's: its layers are Keras's already")

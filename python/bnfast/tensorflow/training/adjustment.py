@@ -14,20 +14,15 @@ from typing import Any
 
 import tensorflow as tf
 
+from ..._arguments.features import check_adjustment as check
 from ..axes import Axes
 from ..batch import Batch, compute_dtype
 from ..reference import activate, add_affine
 from .core import CoreStep, Finish, State
 
+__all__ = ["Adjustment", "check", "draw", "draw_merged", "transform"]
+
 Adjustment = Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
-
-
-def check(adjustment: Any, virtual_batch_size: Any) -> None:
-    """Raises the errors of the arguments."""
-    if adjustment is not None and not callable(adjustment):
-        raise TypeError(f"adjustment must be None or a function of the shape. Received: {adjustment!r}")
-    if adjustment is not None and virtual_batch_size is not None:
-        raise ValueError(f"adjustment must be None with virtual_batch_size. Received: {virtual_batch_size=}")
 
 
 def draw(adjustment: Adjustment, x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:

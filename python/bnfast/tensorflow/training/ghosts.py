@@ -16,19 +16,12 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from ..._arguments import checks
+from ..._arguments.features import GROUPINGS
+from ..._arguments.features import check_ghosts as check
 from ..batch import Batch
 from .core import CoreStep, Finish, State, update_valid
 
-GROUPINGS = ("contiguous", "strided")
-
-
-def check(size: Any, renorm: bool) -> None:
-    """Raises the errors of the arguments."""
-    if checks.integer("virtual_batch_size", size) < 1:
-        raise ValueError(f"virtual_batch_size must be at least 1. Received: {size}")
-    if renorm:
-        raise ValueError(f"virtual_batch_size must be None where renorm=True. Received: {size}")
+__all__ = ["GROUPINGS", "Ghosts", "check", "transform"]
 
 
 class Ghosts(NamedTuple):

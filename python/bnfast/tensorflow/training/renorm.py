@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
+from ..._arguments.features import RENORM_BOUNDS, RENORM_NAMES, check_renorm
 from .. import ops, reference
 from ..batch import has_values, mask_varies_by_channel
 from ..scalars import Scalar
 from .core import CoreStep, Finish, State
 
-NAMES = ("moving_stddev", "renorm_mean", "renorm_stddev")  # the weights besides moving_mean and moving_variance
-_BOUNDS = ("rmin", "rmax", "dmax")
+NAMES = RENORM_NAMES
 
 
 class Renorm(NamedTuple):
@@ -33,18 +33,13 @@ class Renorm(NamedTuple):
 
 def check(clipping: Any, momentum: Any) -> None:
     """Raises the errors that Keras doesn't raise, or raises without the name of the argument."""
-    if clipping is not None and not isinstance(clipping, Mapping):
-        raise TypeError(f"renorm_clipping must be a dict of rmin, rmax, dmax. Received: {clipping!r}")
-    for name in _BOUNDS:
-        bound = (clipping or {}).get(name)
-        if bound is None or (isinstance(bound, tf.Variable) and bound.shape.rank == 0 and bound.dtype.is_floating):
-            continue
-        if isinstance(bound, bool) or not hasattr(bound, "__float__") or isinstance(bound, tf.Variable):
-            raise TypeError(f"renorm_clipping[{name!r}] must be a number or a scalar tf.Variable. Received: {bound!r}")
-        if not float(bound) >= 0:
-            raise ValueError(f"dmax should be non-negative, and rmin and rmax too. Received: {name}={bound}")
-    if isinstance(momentum, bool) or not isinstance(momentum, (int, float)) or not 0 <= momentum <= 1:
-        raise ValueError(f"renorm_momentum must be in [0, 1]. Received: {momentum!r}")
+    check_renorm(clipping, momentum, "a number or a scalar tf.Variable", _is_scalar_variable)
+
+
+def _is_scalar_variable(bound: Any) -> bool | None:
+    if not isinstance(bound, tf.Variable):
+        return False
+    return (bound.shape.rank == 0 and bound.dtype.is_floating) or None
 
 
 def plain_clipping(clipping: Any) -> Any:
@@ -92,7 +87,7 @@ def compose(
     floor = tf.maximum(tf.cast(state["renorm_stddev"], tf.float64), tf.sqrt(tf.convert_to_tensor(epsilon, tf.float64)))
     r = tf.sqrt(variance + epsilon) / floor
     d = (mean - tf.cast(state["renorm_mean"], tf.float64)) / floor
-    rmin, rmax, dmax = map(_wide, map(renorm.clipping.get, _BOUNDS))
+    rmin, rmax, dmax = map(_wide, map(renorm.clipping.get, RENORM_BOUNDS))
     r = r if rmin is None else tf.maximum(r, rmin)
     r = r if rmax is None else tf.minimum(r, rmax)
     d = d if dmax is None else tf.maximum(tf.minimum(d, dmax), -dmax)

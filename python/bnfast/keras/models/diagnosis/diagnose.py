@@ -82,7 +82,7 @@ def diagnose(
         >>> diagnose(model, x).verdicts[0].code
         'never-trained'
     """
-    check_model(model, "diagnose")
+    check_model(model)
     source = Source(model, data, targets, batch_size=batch_size, batches=batches)
     other = None if data2 is None else Source(model, data2, batch_size=batch_size, batches=batches, name="data2")
     if not Probe(model).taps:

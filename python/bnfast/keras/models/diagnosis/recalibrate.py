@@ -145,7 +145,7 @@ def recalibrate(
     Source: Li et al. 2016, "Revisiting batch normalization for practical domain adaptation", arXiv:1603.04779; Wu and
     Johnson 2021, "Rethinking 'batch' in batchnorm" (precise batch norm), arXiv:2105.07576.
     """
-    check_model(model, "recalibrate")
+    check_model(model)
     check_estimator(estimator)
     source = Source(model, data, batch_size=batch_size, batches=batches)
     probe = Probe(model)
