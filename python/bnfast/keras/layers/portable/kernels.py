@@ -111,7 +111,9 @@ def moments(x: Any, mask: Any, options: Options) -> tuple[Any, Any, Any]:
 
 def infer(batch: Batch, moving: tuple[Any, Any], options: Options) -> Any:
     """y in the shape and dtype of x; the mask of the batch is ignored."""
-    return (framework().infer if _takes(batch.x, None, options, quiet=True) else reference.infer)(batch, moving, options)
+    return (framework().infer if _takes(batch.x, None, options, quiet=True) else reference.infer)(
+        batch, moving, options
+    )
 
 
 def group_norm(x: Any, gamma: Any, beta: Any, norm: Any) -> Any:
