@@ -81,13 +81,16 @@ def run(function: Any, shape: Any, kwargs: dict[str, Any], *, tensor: bool, dtyp
         updates = v1.get_collection(KEYS.UPDATE_OPS)
         seen: list[Any] = [y.name.split("/")[:2], y.shape.as_list(), y.dtype]
         seen += [{name: (variable.shape.as_list(), variable.dtype.base_dtype) for name, variable in named.items()}]
-        seen += [[variable.name for variable in v1.trainable_variables()]]
+        seen += [[variable.name for variable in v1.trainable_variables()], len(updates)]
         session.run(v1.global_variables_initializer())
         values: list[Any] = []
         for _ in range(3):
             feed: dict[Any, Any] = {x: rng.normal(1, 2, shape)} | ({training: True} if tensor else {})
             values += [session.run([y, *gradients], feed)]  # updates no statistics
             session.run(updates, feed)
+            values += [session.run(list(named.values()))]
+        for update in updates:  # each moves what it moves in TF 1
+            session.run(update, feed)
             values += [session.run(list(named.values()))]
         if tensor:
             feed = {x: rng.normal(1, 2, shape), training: False}

@@ -174,16 +174,31 @@ def _normalize(
     draw = None if adjustment is None else partial(adjustments.draw_merged, adjustment, x, axes)
     y, new = step(Batch(axes.merge(x), gamma, beta), state, Options(axes.place, epsilon), policy, mode, draw)
     if updates and (known is None or known):
-        # after y, which may read a variable that TF 1's assignments change in place
-        with tf.control_dependencies([y]), tf.name_scope("AssignMovingAvg"):
-            for name, variable in weights.state.items():
-                taken = tf.stop_gradient(tf.reshape(state[name] - new[name], variable.shape))
-                tf.compat.v1.add_to_collection(
-                    tf.compat.v1.GraphKeys.UPDATE_OPS, tf.compat.v1.assign_sub(variable, taken)
-                )
+        _add_updates(y, weights.state, state, new)
     y = axes.split(y, x)
     y.set_shape(x.shape)
     return y
+
+
+def _add_updates(y: tf.Tensor, variables: dict[str, Any], old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Adds two ops to UPDATE_OPS, as TF 1 does, which programs unpack: that of moving_mean, that of moving_variance.
+
+    With renorm each of them also updates renorm_mean and renorm_stddev, and the second moving_stddev.
+    """
+    with tf.control_dependencies([y]):
+        taken = {
+            name: tf.stop_gradient(tf.reshape(old[name] - new[name], variable.shape))
+            for name, variable in variables.items()
+        }
+    # after y and all differences, which may read a variable that TF 1's assignments change in place
+    with tf.control_dependencies([y, *taken.values()]), tf.name_scope("AssignMovingAvg"):
+        done = {name: tf.compat.v1.assign_sub(variable, taken[name]) for name, variable in variables.items()}
+    both = [done[name] for name in ("renorm_mean", "renorm_stddev") if name in done]
+    for last, others in (("moving_mean", both), ("moving_variance", [*both, done.get("moving_stddev")])):
+        together = [update for update in others if update is not None]
+        with tf.control_dependencies(together):
+            update = tf.identity(done[last]) if together else done[last]
+        tf.compat.v1.add_to_collection(tf.compat.v1.GraphKeys.UPDATE_OPS, update)
 
 
 def _check(x: tf.Tensor, training: Any, fused: Any, **switches: Any) -> None:

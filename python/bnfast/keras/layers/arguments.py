@@ -87,10 +87,11 @@ def validated_features(
     adjustment: Any,
     bridge: Any,
     fused: Any,
+    axis: Any,
     renorm: bool,
     synchronized: bool,
 ) -> Features:
-    """The checked arguments. renorm and synchronized are Keras's own; they exclude some of ours."""
+    """The checked arguments. axis, renorm and synchronized are Keras's own; they exclude some of ours."""
     if bridge not in BRIDGES:
         raise ValueError(f"bridge must be one of {BRIDGES}. Received: {bridge!r}")
     if virtual_batch_size is not None:
@@ -107,6 +108,10 @@ def validated_features(
                 raise ValueError(
                     f"synchronized must be False with {', '.join(others)}. Received: synchronized=True, {name}={value}"
                 )
+    if fused:
+        _check_fused(
+            axis, renorm=renorm, synchronized=synchronized, virtual_batch_size=virtual_batch_size, adjustment=adjustment
+        )
     grouping = checks.choice("virtual_batch_grouping", virtual_batch_grouping, ghosts.GROUPINGS)
     optional = {"use_batch_statistics": use_batch_statistics, "fused": fused}
     return Features(
@@ -121,3 +126,24 @@ def validated_features(
         bridge=bridge,
         **{name: value if value is None else checks.boolean(name, value) for name, value in optional.items()},
     )
+
+
+def _check_fused(axis: Any, **features: Any) -> None:
+    """Keras 2's errors for fused=True, so that a config which it refuses is refused here, too."""
+    for name, value in features.items():
+        if value not in (None, False):
+            raise ValueError(f"fused must be None or False with {name}. Received: fused=True, {name}={value}")
+    axes = axis if isinstance(axis, (list, tuple)) else [axis]
+    if len(axes) > 1 or axes[0] not in (-4, -3, -1, 1, 3, 4):
+        raise ValueError(
+            "axis must be 1 or the last one of inputs of rank 4 or 5 with fused=True. "
+            f"Received: fused=True, axis={axis}"
+        )
+
+
+def check_fused_shape(axis: int, rank: int) -> None:
+    """The same once the rank is known. Of rank 5 Keras 2 takes any axis, unfused."""
+    if rank not in (4, 5):
+        raise ValueError(f"inputs must have rank 4 or 5 with fused=True. Received: rank {rank}")
+    if rank == 4 and axis % rank not in (1, 3):
+        raise ValueError(f"axis must be 1 or 3 of inputs of rank 4 with fused=True. Received: axis={axis}")

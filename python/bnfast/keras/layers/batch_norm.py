@@ -84,7 +84,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
     inputs without them. Adjacent axes cost nothing more; others cost a copy of x, y, dy and dx.
 
     Args: all of Keras's (axis, momentum, epsilon, center, scale, initializers, regularizers, constraints, dtype, name
-    ...), `fused` (from Keras 2; stored and otherwise ignored), and
+    ...), `fused` (from Keras 2: True is refused where Keras 2 refuses it; else it is only stored), and
         activation: None, a name, a function or a layer instance. Fused into the kernels are relu, relu6, leaky_relu,
             silu (swish), hard_silu (hard_swish), sigmoid, hard_sigmoid, tanh, gelu, elu, selu, softplus and mish, also
             as keras.activations functions and as ReLU, LeakyReLU and Activation layers. Any other activation is applied
@@ -180,6 +180,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
                 adjustment=adjustment,
                 bridge=bridge,
                 fused=fused,
+                axis=axis,
                 renorm=self._renorm is not None,
                 synchronized=self.synchronized,
             )
@@ -199,6 +200,8 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         axes, features = Axes.of(self._axes, input_shape), self._features
         if features.virtual_batch_size is not None and 0 in axes.axes:
             raise ValueError(f"axis must not be 0, the batch's, with virtual_batch_size. Received: axis={self.axis}")
+        if features.fused:
+            arguments.check_fused_shape(axes.axes[0], axes.rank)
         if isinstance(self.axis, int):
             super().build(input_shape)
         else:
