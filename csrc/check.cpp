@@ -154,14 +154,14 @@ Shape shape_of(const int64_t* dims, int rank, int axis) {
     return s;
 }
 
+// The first eight, and how many there are.
+static std::string listed(const std::vector<int64_t>& channels) {
+    std::string all;
+    for (std::size_t i = 0; i < channels.size() && i < 8; ++i) all += (i ? ", " : "") + std::to_string(channels[i]);
+    return channels.size() > 8 ? all + ", ... (" + std::to_string(channels.size()) + " in all)" : all;
+}
+
 NonFiniteError::NonFiniteError(std::vector<int64_t> at)
-    : std::runtime_error("x has non-finite batch statistics in channels " +
-                         [&] {
-                             std::string text;
-                             for (std::size_t i = 0; i < at.size() && i < 8; ++i)
-                                 text += (i ? ", " : "") + std::to_string(at[i]);
-                             return text + (at.size() > 8 ? ", ... (" + std::to_string(at.size()) + " in all)" : "");
-                         }()),
-      channels(std::move(at)) {}
+    : std::runtime_error("x has non-finite batch statistics in channels " + listed(at)), channels(std::move(at)) {}
 
 }  // namespace bnfast

@@ -22,6 +22,9 @@ struct Norm {
     DType dtype;
     bool affine;
     Array x, dy, gamma, beta;
+    Activation act = Activation::none;
+    double negative_slope = 0.2;
+    Array residual;  // none if its size is 0
     Norm(GroupShape s, DType type, bool has_affine, double offset = 0)
         : shape(s),
           dtype(type),
@@ -50,9 +53,10 @@ struct Norm {
 struct Out {
     Array y, dx, dgamma, dbeta;
     std::vector<double> mean, invstd;
+    Array dresidual = {};
     bool same_bits(const Out& o) const {
-        return y.same_bits(o.y) && dx.same_bits(o.dx) && dgamma.same_bits(o.dgamma) && dbeta.same_bits(o.dbeta) &&
-               same(mean, o.mean) && same(invstd, o.invstd);
+        return y.same_bits(o.y) && dresidual.same_bits(o.dresidual) && dx.same_bits(o.dx) &&
+               dgamma.same_bits(o.dgamma) && dbeta.same_bits(o.dbeta) && same(mean, o.mean) && same(invstd, o.invstd);
     }
 };
 
@@ -63,7 +67,8 @@ Out run(const Norm& n, int shift = 0) {
           Array(n.gamma.dtype, C, 0, 64),
           Array(n.gamma.dtype, C, 0, 64),
           std::vector<double>(std::size_t(rows), -7),
-          std::vector<double>(std::size_t(rows), -7)};
+          std::vector<double>(std::size_t(rows), -7),
+          Array(n.dtype, n.residual.size, shift, 64)};
     GroupNormArgs a;
     a.x = n.x.data();
     a.y = o.y.data();
@@ -75,8 +80,16 @@ Out run(const Norm& n, int shift = 0) {
     }
     a.mean = o.mean.data();
     a.invstd = o.invstd.data();
+    a.activation = n.act;
+    a.negative_slope = n.negative_slope;
+    a.residual = n.residual.size ? n.residual.data() : nullptr;
     group_norm(a);
     GroupNormGradArgs g;
+    g.activation = a.activation;
+    g.negative_slope = a.negative_slope;
+    g.residual = a.residual;
+    g.dresidual = a.residual && n.act != Activation::none ? o.dresidual.data() : nullptr;
+    g.beta = a.beta;
     g.dy = n.dy.data();
     g.x = n.x.data();
     g.dx = o.dx.data();
@@ -89,6 +102,7 @@ Out run(const Norm& n, int shift = 0) {
     g.dbeta = {o.dbeta.data(), o.dbeta.dtype};
     group_norm_grad(g);
     CHECK((o.y.guards_intact() && o.dx.guards_intact() && o.dgamma.guards_intact() && o.dbeta.guards_intact()));
+    CHECK((!o.dresidual.size || o.dresidual.guards_intact()));
     return o;
 }
 
@@ -115,22 +129,35 @@ Worst check(const Norm& n, const Out& o) {
         worst.add("invstd", int64_t(r), o.invstd[r], invstd[r], invstd[r] * (eps > 1e-10L ? 1e-6L : 1e-12L));
     }
     auto xhat = [&](int64_t i) { return (n.x.get(i) - at(mean, n.row(i))) * at(invstd, n.row(i)); };
+    auto z = [&](int64_t i) {
+        return xhat(i) * gamma(i) + (n.affine ? n.beta.get(n.channel(i)) : 0) +
+               (n.residual.size ? n.residual.get(i) : 0);
+    };
+    auto gated_dy = [&](int64_t i) {
+        return n.dy.get(i) *
+               (n.act == Activation::none ? 1.0L : activation_slope(z(i), n.act, (long double)n.negative_slope));
+    };
     for (int64_t i = 0; i < n.x.size; ++i) {
-        const long double dy = n.dy.get(i), h = xhat(i), g = dy * gamma(i);
+        const long double dy = gated_dy(i), h = xhat(i), g = dy * gamma(i);
         at(mean_g, n.row(i)) += g / M;
         at(mean_g_xhat, n.row(i)) += g * h / M;
         at(size_g, n.row(i)) += std::fabs(g) * (1 + std::fabs(h)) / M;
         at(dbeta, n.channel(i)) += dy;
         at(dgamma, n.channel(i)) += dy * h;
-        at(size_beta, n.channel(i)) += std::fabs(dy);
-        at(size_gamma, n.channel(i)) += std::fabs(dy) * (1 + std::fabs(h));
+        // The slope's error is relative to 1 + |z|, where the slope itself may be near 0.
+        const long double size = std::fabs(n.act == Activation::none ? dy : n.dy.get(i) * (1 + std::fabs(z(i))));
+        at(size_beta, n.channel(i)) += size;
+        at(size_gamma, n.channel(i)) += size * (1 + std::fabs(h));
     }
     for (int64_t i = 0; i < n.x.size; ++i) {
-        const long double h = xhat(i), g = n.dy.get(i) * gamma(i), s1 = at(invstd, n.row(i));
-        const long double y = h * gamma(i) + (n.affine ? n.beta.get(n.channel(i)) : 0);
+        const long double h = xhat(i), dy = gated_dy(i), g = dy * gamma(i), s1 = at(invstd, n.row(i));
+        const long double y = n.act == Activation::none ? z(i) : activated(z(i), n.act, (long double)n.negative_slope);
         const long double subnormal = half_eps > 0 ? 6e-8L : 0;
         worst.add("y", i, o.y.get(i), y,
                   16 * eps * (1 + std::fabs(h)) * (std::fabs(gamma(i)) + 1) + half_eps * std::fabs(y) + subnormal);
+        if (n.residual.size && n.act != Activation::none)
+            worst.add("dresidual", i, o.dresidual.get(i), dy,
+                      16 * eps * (1 + std::fabs(z(i))) * std::fabs(n.dy.get(i)) + half_eps * std::fabs(dy) + subnormal);
         const long double dx = s1 * (g - at(mean_g, n.row(i)) - h * at(mean_g_xhat, n.row(i)));
         worst.add("dx", i, o.dx.get(i), dx,
                   16 * eps * s1 * (std::fabs(g) + (1 + std::fabs(h)) * at(size_g, n.row(i))) +
@@ -182,6 +209,35 @@ TEST_CASE("group norm agrees with the oracle, with the same bits on every instru
                         CHECK(last_isa() == isa);
                     }
             }
+}
+
+TEST_CASE("group norm with an activation, a residual or both, in every layout") {
+    for (const GroupShape& shape : {GroupShape{5, 1, 6, 35, 3}, GroupShape{4, 35, 6, 1, 3}, GroupShape{90, 1, 24, 1, 4},
+                                    GroupShape{40, 1, 3, 1, 1}, GroupShape{3, 1, 2000, 1, 1}})
+        for (DType dtype : all_dtypes)
+            for (Activation act : {Activation::none, Activation::relu, Activation::relu6, Activation::leaky_relu,
+                                   Activation::silu, Activation::hard_silu})
+                for (bool residual : {false, true})
+                    for (double negative_slope : {0.0, 0.25}) {
+                        if (act != Activation::leaky_relu && negative_slope == 0) continue;
+                        Norm n(shape, dtype, true);
+                        n.act = act;
+                        n.negative_slope = negative_slope;
+                        if (residual) {
+                            n.residual = Array(dtype, n.x.size);
+                            for (int64_t i = 0; i < n.x.size; ++i) n.residual.set(i, double(i * 37 % 101 - 45) / 8);
+                        }
+                        INFO(text(n) << " activation " << int(act) << " residual " << residual);
+                        const Settings one(smallest_isa(), 1);
+                        const Out first = run(n);
+                        const Worst worst = check(n, first);
+                        INFO(worst.what);
+                        CHECK(worst.ratio <= 1);
+                        for (const std::string& isa : usable_isas()) {
+                            const Settings settings(isa, 3);
+                            CHECK(run(n, 1).same_bits(first));
+                        }
+                    }
 }
 
 TEST_CASE("group norm: the variance stays accurate at large offsets") {
