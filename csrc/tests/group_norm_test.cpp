@@ -106,64 +106,82 @@ Out run(const Norm& n, int shift = 0) {
     return o;
 }
 
+long double& at(Wide& w, int64_t i) { return w[std::size_t(i)]; }
+
+// The formulas in long double: statistics of the rows, and what one value becomes.
+struct Oracle {
+    const Norm& n;
+    const long double M;  // values per row
+    Wide mean, variance, invstd;
+
+    explicit Oracle(const Norm& norm)
+        : n(norm),
+          M((long double)(norm.shape.A * (norm.shape.C / norm.shape.G) * norm.shape.S)),
+          mean(std::size_t(norm.shape.N * norm.shape.G)),
+          variance(mean),
+          invstd(mean) {
+        for (int64_t i = 0; i < n.x.size; ++i) at(mean, n.row(i)) += n.x.get(i) / M;
+        for (int64_t i = 0; i < n.x.size; ++i) {
+            const long double d = n.x.get(i) - at(mean, n.row(i));
+            at(variance, n.row(i)) += d * d / M;
+        }
+        for (std::size_t r = 0; r < invstd.size(); ++r) invstd[r] = 1 / std::sqrt(variance[r] + (long double)1e-3);
+    }
+    long double gamma(int64_t i) const { return n.affine ? n.gamma.get(n.channel(i)) : 1; }
+    long double xhat(int64_t i) { return (n.x.get(i) - at(mean, n.row(i))) * at(invstd, n.row(i)); }
+    long double z(int64_t i) {
+        const double beta = n.affine ? n.beta.get(n.channel(i)) : 0, residual = n.residual.size ? n.residual.get(i) : 0;
+        return xhat(i) * gamma(i) + beta + residual;
+    }
+    long double y(int64_t i) {
+        return n.act == Activation::none ? z(i) : activated(z(i), n.act, (long double)n.negative_slope);
+    }
+    long double gated_dy(int64_t i) {
+        if (n.act == Activation::none) return n.dy.get(i);
+        return n.dy.get(i) * activation_slope(z(i), n.act, (long double)n.negative_slope);
+    }
+    // The slope's error is relative to 1 + |z|, where the slope itself may be near 0.
+    long double size_of_dy(int64_t i) {
+        return std::fabs(n.act == Activation::none ? (long double)n.dy.get(i) : n.dy.get(i) * (1 + std::fabs(z(i))));
+    }
+};
+
 // The largest ratio of error to bound.
 Worst check(const Norm& n, const Out& o) {
-    const GroupShape s = n.shape;
-    const std::size_t rows = std::size_t(s.N * s.G), channels = std::size_t(s.C);
-    const long double M = (long double)(s.A * (s.C / s.G) * s.S);
+    Oracle f(n);
     const long double eps = compute_type(n.dtype) == DType::float64 ? 0x1p-52L : 0x1p-23L;
     const long double half_eps = n.dtype == DType::float16 ? 0x1p-11L : n.dtype == DType::bfloat16 ? 0x1p-8L : 0;
-    Wide mean(rows), variance(rows), invstd(rows), mean_g(rows), mean_g_xhat(rows), size_g(rows), dgamma(channels),
-        dbeta(channels), size_gamma(channels), size_beta(channels);
-    auto at = [&](Wide& w, int64_t i) -> long double& { return w[std::size_t(i)]; };
-    auto gamma = [&](int64_t i) { return n.affine ? (long double)n.gamma.get(n.channel(i)) : 1; };
-    for (int64_t i = 0; i < n.x.size; ++i) at(mean, n.row(i)) += n.x.get(i) / M;
-    for (int64_t i = 0; i < n.x.size; ++i) {
-        const long double d = n.x.get(i) - at(mean, n.row(i));
-        at(variance, n.row(i)) += d * d / M;
-    }
+    const long double subnormal = half_eps > 0 ? 6e-8L : 0;
+    const auto stored = [&](long double value) { return half_eps * std::fabs(value) + subnormal; };
+    const std::size_t channels = std::size_t(n.shape.C);
+    Wide mean_g(f.mean.size()), mean_g_xhat(mean_g), size_g(mean_g), dgamma(channels), dbeta(channels),
+        size_gamma(channels), size_beta(channels);
     Worst worst;
-    for (std::size_t r = 0; r < rows; ++r) {
-        invstd[r] = 1 / std::sqrt(variance[r] + (long double)1e-3);
-        worst.add("mean", int64_t(r), o.mean[r], mean[r], 4 * eps * (std::fabs(mean[r]) + std::sqrt(variance[r])));
-        worst.add("invstd", int64_t(r), o.invstd[r], invstd[r], invstd[r] * (eps > 1e-10L ? 1e-6L : 1e-12L));
+    for (std::size_t r = 0; r < f.mean.size(); ++r) {
+        worst.add("mean", int64_t(r), o.mean[r], f.mean[r],
+                  4 * eps * (std::fabs(f.mean[r]) + std::sqrt(f.variance[r])));
+        worst.add("invstd", int64_t(r), o.invstd[r], f.invstd[r], f.invstd[r] * (eps > 1e-10L ? 1e-6L : 1e-12L));
     }
-    auto xhat = [&](int64_t i) { return (n.x.get(i) - at(mean, n.row(i))) * at(invstd, n.row(i)); };
-    auto z = [&](int64_t i) {
-        return xhat(i) * gamma(i) + (n.affine ? n.beta.get(n.channel(i)) : 0) +
-               (n.residual.size ? n.residual.get(i) : 0);
-    };
-    auto gated_dy = [&](int64_t i) {
-        return n.dy.get(i) *
-               (n.act == Activation::none ? 1.0L : activation_slope(z(i), n.act, (long double)n.negative_slope));
-    };
     for (int64_t i = 0; i < n.x.size; ++i) {
-        const long double dy = gated_dy(i), h = xhat(i), g = dy * gamma(i);
-        at(mean_g, n.row(i)) += g / M;
-        at(mean_g_xhat, n.row(i)) += g * h / M;
-        at(size_g, n.row(i)) += std::fabs(g) * (1 + std::fabs(h)) / M;
+        const long double dy = f.gated_dy(i), h = f.xhat(i), g = dy * f.gamma(i);
+        at(mean_g, n.row(i)) += g / f.M;
+        at(mean_g_xhat, n.row(i)) += g * h / f.M;
+        at(size_g, n.row(i)) += std::fabs(g) * (1 + std::fabs(h)) / f.M;
         at(dbeta, n.channel(i)) += dy;
         at(dgamma, n.channel(i)) += dy * h;
-        // The slope's error is relative to 1 + |z|, where the slope itself may be near 0.
-        const long double size = std::fabs(n.act == Activation::none ? dy : n.dy.get(i) * (1 + std::fabs(z(i))));
-        at(size_beta, n.channel(i)) += size;
-        at(size_gamma, n.channel(i)) += size * (1 + std::fabs(h));
+        at(size_beta, n.channel(i)) += f.size_of_dy(i);
+        at(size_gamma, n.channel(i)) += f.size_of_dy(i) * (1 + std::fabs(h));
     }
     for (int64_t i = 0; i < n.x.size; ++i) {
-        const long double h = xhat(i), dy = gated_dy(i), g = dy * gamma(i), s1 = at(invstd, n.row(i));
-        const long double y = n.act == Activation::none ? z(i) : activated(z(i), n.act, (long double)n.negative_slope);
-        const long double subnormal = half_eps > 0 ? 6e-8L : 0;
-        worst.add("y", i, o.y.get(i), y,
-                  16 * eps * (1 + std::fabs(h)) * (std::fabs(gamma(i)) + 1) + half_eps * std::fabs(y) + subnormal);
-        if (n.residual.size && n.act != Activation::none)
-            worst.add("dresidual", i, o.dresidual.get(i), dy,
-                      16 * eps * (1 + std::fabs(z(i))) * std::fabs(n.dy.get(i)) + half_eps * std::fabs(dy) + subnormal);
-        const long double dx = s1 * (g - at(mean_g, n.row(i)) - h * at(mean_g_xhat, n.row(i)));
+        const long double h = f.xhat(i), dy = f.gated_dy(i), g = dy * f.gamma(i), s1 = at(f.invstd, n.row(i));
+        const long double y = f.y(i), dx = s1 * (g - at(mean_g, n.row(i)) - h * at(mean_g_xhat, n.row(i)));
+        worst.add("y", i, o.y.get(i), y, 16 * eps * (1 + std::fabs(h)) * (std::fabs(f.gamma(i)) + 1) + stored(y));
         worst.add("dx", i, o.dx.get(i), dx,
-                  16 * eps * s1 * (std::fabs(g) + (1 + std::fabs(h)) * at(size_g, n.row(i))) +
-                      half_eps * std::fabs(dx) + subnormal);
+                  16 * eps * s1 * (std::fabs(g) + (1 + std::fabs(h)) * at(size_g, n.row(i))) + stored(dx));
+        if (n.residual.size && n.act != Activation::none)
+            worst.add("dresidual", i, o.dresidual.get(i), dy, 16 * eps * f.size_of_dy(i) + stored(dy));
     }
-    for (int64_t c = 0; c < s.C; ++c) {
+    for (int64_t c = 0; c < n.shape.C; ++c) {
         worst.add("dgamma", c, o.dgamma.get(c), at(dgamma, c), 16 * eps * at(size_gamma, c));
         worst.add("dbeta", c, o.dbeta.get(c), at(dbeta, c), 16 * eps * at(size_beta, c));
     }
