@@ -207,7 +207,8 @@ BLOCKS = [
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_the_examples_of_documents_run(need, block):
-    for module, package in (("keras", "tensorflow"), ("torch", "torch"), ("jax", "jax"), ("sklearn", "sklearn")):
+    packages = (("keras", "tensorflow"), ("torch", "torch"), ("jax", "jax"), ("flax", "flax"), ("sklearn", "sklearn"))
+    for module, package in packages:
         if re.search(rf"^(import|from) (bnfast\.)?{module}\b", block, re.MULTILINE):
             need(package)
     with contextlib.redirect_stdout(io.StringIO()):

@@ -1,13 +1,17 @@
-"""Without JAX only the tests of call frames are collected here; BNFAST_REQUIRE=jax makes that an error."""
+"""Without JAX only the tests of call frames are collected here, and without Flax not those of its module.
+BNFAST_REQUIRE makes that an error."""
 
 import importlib.util
 
 import pytest
 from needs import REQUIRED
 
-collect_ignore_glob = [] if importlib.util.find_spec("jax") else ["test_[!h]*.py"]
-if collect_ignore_glob and "jax" in REQUIRED:
-    raise pytest.UsageError("jax is in BNFAST_REQUIRE, but it isn't installed")
+collect_ignore_glob = []
+for package, tests in (("jax", "test_[!h]*.py"), ("flax", "test_nnx.py")):
+    if importlib.util.find_spec(package) is None:
+        collect_ignore_glob.append(tests)
+        if package in REQUIRED:
+            raise pytest.UsageError(f"{package} is in BNFAST_REQUIRE, but it isn't installed")
 
 
 @pytest.fixture

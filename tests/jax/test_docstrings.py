@@ -1,6 +1,8 @@
 """Every public name of bnfast.jax has a row in docs/jax.md, and every function an example that runs."""
 
 import doctest
+import importlib
+import operator
 from pathlib import Path
 
 import bnfast.jax
@@ -9,9 +11,12 @@ import pytest
 PAGE = (Path(__file__).parents[2] / "docs" / "jax.md").read_text()
 
 
-@pytest.mark.parametrize("name", bnfast.jax.__all__)
-def test_the_example_runs(name):
-    doc = getattr(bnfast.jax, name).__doc__
+@pytest.mark.parametrize("name", [*bnfast.jax.__all__, "nnx.BatchNorm"])
+def test_the_example_runs(need, name):
+    if name.startswith("nnx"):
+        need("flax")
+        importlib.import_module("bnfast.jax.nnx")
+    doc = operator.attrgetter(name)(bnfast.jax).__doc__
     assert f"`{name}`" in PAGE
     assert ("\n    Example:\n" in doc) is not name.endswith("Result")
     example = doctest.DocTestParser().get_doctest(doc, {}, name, None, None)

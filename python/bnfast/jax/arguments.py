@@ -16,6 +16,7 @@ import numpy as np
 from .._arguments import checks
 from .._arguments.axes import Axes
 from . import support
+from .mesh import agree
 from .options import Options
 from .reference import Array, compute_dtype
 
@@ -109,7 +110,7 @@ def operands(axes: Axes, given: Mapping[str, Array]) -> dict[str, Array]:
     widened, which is exact); the mask as N*S weights, float64 for float64 x and else float32, a constant to gradients.
     """
     found = {}
-    for name, array in given.items():
+    for name, array in agree(given).items():
         if name in TENSORS:
             found[name] = merge(axes, array)
         elif name == "mask":

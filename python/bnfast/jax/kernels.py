@@ -14,6 +14,7 @@ import numpy as np
 
 from .._arguments.checks import ACTIVATIONS, NAN_POLICIES
 from . import reference
+from .mesh import result_like
 from .options import Options
 from .reference import Array, Given
 from .support import BY_PLATFORM
@@ -89,7 +90,7 @@ def _call(
     }
 
     def run(given: Given) -> tuple[Array, ...]:
-        outputs = [_result(shape, dtype, given) for shape, dtype in results]
+        outputs = [result_like(given["x"], shape, dtype) for shape, dtype in results]
         call = jax.ffi.ffi_call(target, outputs, vmap_method="expand_dims")
         return tuple(call(*given.values(), inputs=" ".join(given), **attributes))
 
@@ -97,10 +98,3 @@ def _call(
         found: tuple[Array, ...] = jax.lax.platform_dependent(given, cpu=run, default=otherwise)
         return found
     return run(given)
-
-
-def _result(shape: tuple[int, ...], dtype: Any, given: Given) -> jax.ShapeDtypeStruct:
-    """Inside jax.shard_map, a result varies over the axes of the mesh that an operand varies over."""
-    typeof = getattr(jax, "typeof", None)
-    varying = frozenset().union(*(getattr(typeof(v), "vma", ()) for v in given.values())) if typeof else frozenset()
-    return jax.ShapeDtypeStruct(shape, dtype, **({"vma": varying} if varying else {}))

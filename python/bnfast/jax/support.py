@@ -26,6 +26,8 @@ BY_PLATFORM = "by platform"  # the kernels where it is compiled for the CPU, JAX
 
 _log = logging.getLogger("bnfast.jax")
 _state = threading.local()
+# JAX 0.8
+_own_ops: Any = jax.make_user_context(default_value=False) if hasattr(jax, "make_user_context") else None
 
 
 @functools.cache
@@ -56,24 +58,35 @@ def status() -> tuple[bool, str]:
 @contextlib.contextmanager
 def own_ops() -> Iterator[None]:
     """Calls that are traced inside are made of JAX's own ops alone, as an exported program must be that runs without
-    bnfast, and as forward-mode differentiation (`jax.jvp`) needs them.
+    bnfast, and as forward-mode differentiation (`jax.jvp`) needs them. Functions traced before are traced anew:
+    before JAX 0.8, by clearing all of JAX's caches.
 
     Example:
         >>> import bnfast.jax, jax
         >>> with bnfast.jax.own_ops():
         ...     y = bnfast.jax.batch_norm_train(jax.numpy.array([[1.0], [3.0]])).y
     """
+    if _own_ops is not None:  # a part of the key of every trace
+        with _own_ops(True):
+            yield
+        return
     before = getattr(_state, "own_ops", False)
     _state.own_ops = True
+    jax.clear_caches()  # so that nothing that was traced outside is taken inside, and vice versa
     try:
         yield
     finally:
         _state.own_ops = before
+        jax.clear_caches()
+
+
+def _inside_own_ops() -> bool:
+    return bool(_own_ops.value if _own_ops is not None else getattr(_state, "own_ops", False))
 
 
 def way(x: Any) -> str:
     """The way of a call on x, a JAX array or a tracer of one."""
-    if getattr(_state, "own_ops", False):
+    if _inside_own_ops():
         return OWN_OPS
     available, reason = status()
     if not available:
