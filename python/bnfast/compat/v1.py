@@ -74,8 +74,10 @@ def batch_normalization(
         momentum, epsilon: as in the formulas above, momentum in [0, 1]. Numbers, or scalar tensors such as variables
             and placeholders, whose range is checked when the graph runs. They get no gradient.
         center, scale: whether to use beta, gamma.
-        *_initializer: a name, an initializer of TF 1 or Keras, or a function of shape and dtype; None is the scope's.
-        *_regularizer, *_constraint: None, a name or a function of the variable.
+        beta_initializer, gamma_initializer, moving_mean_initializer, moving_variance_initializer: a name, an
+            initializer of TF 1 or Keras, or a function of shape and dtype; None is the scope's.
+        beta_regularizer, gamma_regularizer, beta_constraint, gamma_constraint: None, a name or a function of the
+            variable.
         training: a bool or a boolean scalar tensor, such as a placeholder: whether to normalize with the batch's
             statistics.
         trainable: whether gamma and beta are in TRAINABLE_VARIABLES, and whether there are updates. It doesn't affect
@@ -90,12 +92,24 @@ def batch_normalization(
         adjustment: a function of the shape of inputs that returns (scale, bias); in training y is
             (xhat*scale + bias)*gamma + beta.
 
-    Returns y, in the shape and dtype of inputs.
+    Returns:
+        y, in the shape and dtype of inputs.
 
     Raises:
         ValueError, TypeError: an argument is out of range or of the wrong type.
         ValueError: execution is eager.
         tf.errors.InvalidArgumentError: virtual_batch_size doesn't divide the batch when the graph runs.
+
+    Example:
+        >>> import tensorflow as tf
+        >>> from bnfast.compat.v1 import batch_normalization
+        >>> with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+        ...     y = batch_normalization(tf.constant([[1.0], [5.0]]), epsilon=0.0, momentum=0.5, training=True)
+        ...     updates = tf.compat.v1.get_collection(tf.compat.v1.GraphKeys.UPDATE_OPS)
+        ...     session.run(tf.compat.v1.global_variables_initializer())
+        ...     session.run([y, updates])[0]
+        array([[-1.],
+               [ 1.]], dtype=float32)
 
     Source: Ioffe and Szegedy 2015, arXiv:1502.03167.
     """

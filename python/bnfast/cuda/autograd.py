@@ -38,17 +38,21 @@ def batch_norm(
     that doesn't lie in memory as x does is copied.
 
     Args:
-        axis: 1 by default, as torch's modules have it. momentum is the weight of the old value: 1 minus torch's.
-        The others are those of `bnfast.cuda.batch_norm_train`.
+        axis: 1 by default, as torch's modules have it.
+        momentum: the weight of the old value: 1 minus torch's.
+        x, gamma, beta, residual, moving_mean, moving_variance: as in `bnfast.cuda.batch_norm_train`.
+        epsilon, activation, negative_slope, correction, nan_policy: as in `bnfast.cuda.batch_norm_train`.
 
     Raises:
-        As `bnfast.cuda.batch_norm_train`. RuntimeError: the gradient is differentiated again.
+        RuntimeError: the gradient is differentiated again. And everything that `bnfast.cuda.batch_norm_train` raises.
 
-    Example (with a GPU):
-        >>> import torch                                                                        # doctest: +SKIP
-        >>> from bnfast.cuda.autograd import batch_norm                                         # doctest: +SKIP
-        >>> x = torch.randn(8, 64, 32, 32, device="cuda", requires_grad=True)                   # doctest: +SKIP
-        >>> batch_norm(x, activation="relu").sum().backward()                                   # doctest: +SKIP
+    Example:
+        >>> import torch
+        >>> from bnfast.cuda.autograd import batch_norm
+        >>> x = torch.tensor([[1.0], [5.0]], device="cuda").requires_grad_()
+        >>> batch_norm(x, epsilon=0.0, activation="relu").sum().backward()
+        >>> x.grad.tolist()
+        [[0.0], [0.0]]
 
     Source: Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167.
     """

@@ -29,6 +29,18 @@ _WORDS = {
 class Diagnosis:
     """What `diagnose` found. print() it, or look at `verdicts`.
 
+    Example:
+        >>> import keras, numpy as np
+        >>> from bnfast.keras import diagnose, recalibrate
+        >>> model = keras.Sequential([keras.Input((3,)), keras.layers.BatchNormalization(name="norm")])
+        >>> x = np.random.default_rng(0).normal(5, 2, (1000, 3)).astype("float32")
+        >>> diagnosis = diagnose(model, x)
+        >>> diagnosis.healthy, diagnosis.first_gap
+        (False, 'norm')
+        >>> _ = recalibrate(model, x, verbose=0)
+        >>> diagnose(model, x).healthy
+        True
+
     Attributes:
         verdicts: what is wrong, the root cause first; empty if the model is healthy. Each has code, title, layers,
             reasons, cure and code_cure.

@@ -8,6 +8,7 @@ so that an exported model doesn't need bnfast. Weights, their names and order, c
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -45,6 +46,7 @@ from .fusion import install as install_fusion
 
 KERAS: Any = keras.layers.BatchNormalization  # the class itself, whatever that name is patched to later
 
+_KERAS_HAS_RENORM = "renorm" in inspect.signature(KERAS.__init__).parameters  # since Keras 3.14
 _logger = logging.getLogger("bnfast")
 _VECTORS = ("gamma", "beta", "moving_mean", "moving_variance")
 
@@ -83,8 +85,15 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
     other axes. The weights then have the rank of inputs, with extent 1 off these axes, and a mask has the shape of
     inputs without them. Adjacent axes cost nothing more; others cost a copy of x, y, dy and dx.
 
-    Args: all of Keras's (axis, momentum, epsilon, center, scale, initializers, regularizers, constraints, dtype, name
-    ...), `fused` (from Keras 2: True is refused where Keras 2 refuses it; else it is only stored), and
+    Args:
+        axis: the channel axis, an int, or several: see above.
+        center, scale: whether to have beta, gamma.
+        beta_initializer, gamma_initializer, moving_mean_initializer, moving_variance_initializer: of the weights, which
+            have shape (C,) and are float32 (with dtype="float64": float64).
+        beta_regularizer, gamma_regularizer, beta_constraint, gamma_constraint: as in any layer of Keras.
+        renorm, renorm_clipping, renorm_momentum: batch renormalization, see above. It needs Keras 3.14.
+        fused: Keras 2's argument. True is refused where Keras 2 refuses it; else it is only stored.
+        kwargs: those of keras.layers.Layer: name, dtype, trainable, activity_regularizer ...
         activation: None, a name, a function or a layer instance. Fused into the kernels are relu, relu6, leaky_relu,
             silu (swish), hard_silu (hard_swish), sigmoid, hard_sigmoid, tanh, gelu, elu, selu, softplus and mish, also
             as keras.activations functions and as ReLU, LeakyReLU and Activation layers. Any other activation is applied
@@ -129,6 +138,17 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
             used for inference.
         ValueError, TypeError: an argument is out of range or of the wrong type; the message names it.
 
+    Example:
+        >>> import numpy as np
+        >>> from bnfast.keras import BatchNormalization
+        >>> layer = BatchNormalization(momentum=0.5, epsilon=0.0, activation="relu")
+        >>> x = np.array([[1.0], [5.0]], "float32")
+        >>> layer(x, training=True).numpy()
+        array([[0.],
+               [1.]], dtype=float32)
+        >>> layer.moving_mean.numpy(), layer.moving_variance.numpy()
+        (array([1.5], dtype=float32), array([2.5], dtype=float32))
+
     Source: Ioffe and Szegedy 2015, arXiv:1502.03167.
     """
 
@@ -142,7 +162,21 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         axis: Any = -1,
         momentum: Any = 0.99,
         epsilon: Any = 1e-3,
-        *args: Any,
+        center: bool = True,
+        scale: bool = True,
+        beta_initializer: Any = "zeros",
+        gamma_initializer: Any = "ones",
+        moving_mean_initializer: Any = "zeros",
+        moving_variance_initializer: Any = "ones",
+        beta_regularizer: Any = None,
+        gamma_regularizer: Any = None,
+        beta_constraint: Any = None,
+        gamma_constraint: Any = None,
+        renorm: bool = False,
+        renorm_clipping: Mapping[str, Any] | None = None,
+        renorm_momentum: float = 0.99,
+        synchronized: bool = False,
+        *,
         activation: Any = None,
         correction: int = 0,
         nan_policy: str = "propagate",
@@ -156,14 +190,31 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         fused: bool | None = None,
         **kwargs: Any,
     ) -> None:
-        clipping = kwargs.get("renorm_clipping")
-        if kwargs.get("renorm") or not isinstance(clipping, Mapping | None):  # get_config reads it without renorm, too
-            renorms.check(clipping, kwargs.get("renorm_momentum", 0.99))
+        if renorm or not isinstance(renorm_clipping, Mapping | None):  # get_config reads it without renorm, too
+            renorms.check(renorm_clipping, renorm_momentum)
+        if renorm or _KERAS_HAS_RENORM:
+            kwargs |= {"renorm": renorm, "renorm_clipping": renorm_clipping, "renorm_momentum": renorm_momentum}
         axes = [arguments.one_axis(one) for one in axis] if isinstance(axis, (list, tuple)) and len(axis) > 1 else axis
         first = arguments.one_axis(axes[0] if axes is not axis else axis)
         momentum = None if momentum is None else arguments.checked("momentum", momentum)
         epsilon = arguments.checked("epsilon", epsilon)
-        super().__init__(first, 0.0, 0.0, *args, **kwargs)  # Keras makes floats of them
+        super().__init__(
+            axis=first,
+            momentum=0.0,  # Keras would make floats of them
+            epsilon=0.0,
+            center=center,
+            scale=scale,
+            beta_initializer=beta_initializer,
+            gamma_initializer=gamma_initializer,
+            moving_mean_initializer=moving_mean_initializer,
+            moving_variance_initializer=moving_variance_initializer,
+            beta_regularizer=beta_regularizer,
+            gamma_regularizer=gamma_regularizer,
+            beta_constraint=beta_constraint,
+            gamma_constraint=gamma_constraint,
+            synchronized=synchronized,
+            **kwargs,
+        )
         self.momentum, self.epsilon = momentum, epsilon
         if axes is not axis:
             self.axis = axes

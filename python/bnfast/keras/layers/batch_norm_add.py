@@ -20,7 +20,7 @@ class BatchNormalizationAdd(BatchNormalization):
 
         y = activation(gamma*(x - mean)/sqrt(variance + epsilon) + beta + residual)
 
-    Args: those of `bnfast.keras.BatchNormalization`.
+    Arguments are those of `bnfast.keras.BatchNormalization`.
 
     Call arguments:
         inputs: [x, residual], two float tensors of one shape.
@@ -31,6 +31,16 @@ class BatchNormalizationAdd(BatchNormalization):
 
     Raises:
         ValueError: inputs are not two tensors of one shape. And everything that BatchNormalization raises.
+
+    Example:
+        >>> import numpy as np
+        >>> from bnfast.keras import BatchNormalizationAdd
+        >>> x, residual = np.array([[1.0], [5.0]], "float32"), np.array([[3.0], [-4.0]], "float32")
+        >>> BatchNormalizationAdd(epsilon=0.0, activation="relu")([x, residual], training=True).numpy()
+        array([[2.],
+               [0.]], dtype=float32)
+
+    Source: Ioffe and Szegedy 2015, arXiv:1502.03167; He, Zhang, Ren and Sun 2016, arXiv:1512.03385.
     """
 
     def build(self, input_shape: Any) -> None:

@@ -33,7 +33,8 @@ class ConditionalBatchNormalization(BatchNormalization):
     Args:
         num_classes: the number of classes, 1 or more.
         axis: the channel axis, a single one; not 0, the axis of the samples.
-        others: those of `bnfast.keras.BatchNormalization`. An adjustment is applied before gamma and beta here, too.
+        momentum, args, kwargs: those of `bnfast.keras.BatchNormalization`. An adjustment is applied before gamma and
+            beta here, too.
 
     Call arguments:
         inputs: [x, labels]; labels are integers of shape (N,) or (N, 1) in [0, num_classes). x or [x] is enough if
@@ -48,6 +49,17 @@ class ConditionalBatchNormalization(BatchNormalization):
     Raises:
         ValueError, TypeError: an argument is out of range or of the wrong shape or type. And everything that
             BatchNormalization raises.
+
+    Example:
+        >>> import numpy as np
+        >>> from bnfast.keras import ConditionalBatchNormalization
+        >>> layer = ConditionalBatchNormalization(2, epsilon=0.0)
+        >>> layer.build([(None, 1), (None,)])
+        >>> _ = layer.gamma.assign([[1.0], [10.0]])
+        >>> x, labels = np.array([[1.0], [3.0]], "float32"), np.array([0, 1])
+        >>> layer([x, labels], training=True).numpy()
+        array([[-1.],
+               [10.]], dtype=float32)
 
     Source: Dumoulin, Shlens and Kudlur 2017, arXiv:1610.07629; de Vries et al. 2017, arXiv:1707.00683.
     """

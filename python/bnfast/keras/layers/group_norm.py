@@ -29,8 +29,14 @@ class GroupNormalization(keras.layers.GroupNormalization):  # type: ignore[misc]
     Integer inputs are left to Keras's code. XLA can't run the callbacks, so supports_jit is False. Where TensorFlow
     sees a GPU, all runs on TensorFlow's own ops and supports_jit is True, unless BNFAST_BRIDGE says otherwise.
 
-    Args: all of Keras's: groups (-1: as many as channels), axis, epsilon, center, scale, initializers, regularizers,
-        constraints, dtype, name ...
+    Args:
+        groups: how many; they must divide the channels. -1: as many as channels.
+        axis: the channel axis.
+        epsilon: a finite number >= 0.
+        center, scale: whether to have beta, gamma.
+        beta_initializer, gamma_initializer, beta_regularizer, gamma_regularizer, beta_constraint, gamma_constraint: as
+            in any layer of Keras.
+        kwargs: those of keras.layers.Layer: name, dtype, trainable ...
 
     Call arguments:
         inputs: a tensor of rank 2 or more; axis 0 is the axis of the samples.
@@ -39,11 +45,45 @@ class GroupNormalization(keras.layers.GroupNormalization):  # type: ignore[misc]
     Raises:
         ValueError, TypeError: epsilon is negative or not finite. And everything that Keras's layer raises.
 
+    Example:
+        >>> import numpy as np
+        >>> from bnfast.keras import GroupNormalization
+        >>> x = np.array([[1.0, 3.0, 10.0, 30.0]], "float32")
+        >>> GroupNormalization(groups=2, epsilon=0.0)(x).numpy()
+        array([[-1.,  1., -1.,  1.]], dtype=float32)
+
     Source: Wu and He 2018, arXiv:1803.08494.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        groups: int = 32,
+        axis: int = -1,
+        epsilon: float = 1e-3,
+        center: bool = True,
+        scale: bool = True,
+        beta_initializer: Any = "zeros",
+        gamma_initializer: Any = "ones",
+        beta_regularizer: Any = None,
+        gamma_regularizer: Any = None,
+        beta_constraint: Any = None,
+        gamma_constraint: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            groups=groups,
+            axis=axis,
+            epsilon=epsilon,
+            center=center,
+            scale=scale,
+            beta_initializer=beta_initializer,
+            gamma_initializer=gamma_initializer,
+            beta_regularizer=beta_regularizer,
+            gamma_regularizer=gamma_regularizer,
+            beta_constraint=beta_constraint,
+            gamma_constraint=gamma_constraint,
+            **kwargs,
+        )
         norms.check(self)
 
     def call(self, inputs: Any, training: Any = None) -> Any:
@@ -62,19 +102,59 @@ class InstanceNormalization(GroupNormalization):
 
     This is `bnfast.keras.GroupNormalization` with groups = C; its remarks hold here, too.
 
-    Args: those of TensorFlow Addons' layer of this name: axis, epsilon, center, scale, beta_initializer,
-        gamma_initializer, beta_regularizer, gamma_regularizer, beta_constraint, gamma_constraint, and those of any
-        layer: dtype, name ... A `groups` in a config of Addons' layer is ignored.
+    The arguments are those of TensorFlow Addons' layer of this name. A `groups` in a config of it is ignored.
 
-    Call arguments, errors: those of GroupNormalization.
+    Args:
+        axis: the channel axis.
+        epsilon: a finite number >= 0.
+        center, scale: whether to have beta, gamma.
+        beta_initializer, gamma_initializer, beta_regularizer, gamma_regularizer, beta_constraint, gamma_constraint: as
+            in any layer of Keras.
+        kwargs: those of keras.layers.Layer: name, dtype, trainable ...
+
+    Call arguments and errors are those of GroupNormalization.
+
+    Example:
+        >>> import numpy as np
+        >>> from bnfast.keras import InstanceNormalization
+        >>> x = np.array([[[1.0, 10.0], [3.0, 30.0]]], "float32")  # one sample, two positions, two channels
+        >>> InstanceNormalization(epsilon=0.0)(x).numpy()
+        array([[[-1., -1.],
+                [ 1.,  1.]]], dtype=float32)
 
     Source: Ulyanov, Vedaldi and Lempitsky 2016, arXiv:1607.08022.
     """
 
-    def __init__(self, axis: int = -1, epsilon: float = 1e-3, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        axis: int = -1,
+        epsilon: float = 1e-3,
+        center: bool = True,
+        scale: bool = True,
+        beta_initializer: Any = "zeros",
+        gamma_initializer: Any = "ones",
+        beta_regularizer: Any = None,
+        gamma_regularizer: Any = None,
+        beta_constraint: Any = None,
+        gamma_constraint: Any = None,
+        **kwargs: Any,
+    ) -> None:
         if "groups" in kwargs:
             raise TypeError(f"InstanceNormalization accepts no groups: it always has C. Received: {kwargs['groups']!r}")
-        super().__init__(-1, axis, epsilon, *args, **kwargs)
+        super().__init__(
+            groups=-1,
+            axis=axis,
+            epsilon=epsilon,
+            center=center,
+            scale=scale,
+            beta_initializer=beta_initializer,
+            gamma_initializer=gamma_initializer,
+            beta_regularizer=beta_regularizer,
+            gamma_regularizer=gamma_regularizer,
+            beta_constraint=beta_constraint,
+            gamma_constraint=gamma_constraint,
+            **kwargs,
+        )
 
     def get_config(self) -> dict[str, Any]:
         return {name: value for name, value in super().get_config().items() if name != "groups"}

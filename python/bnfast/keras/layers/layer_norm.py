@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -29,8 +30,13 @@ class LayerNormalization(keras.layers.LayerNormalization):  # type: ignore[misc]
     False. Where TensorFlow sees a GPU, all runs on TensorFlow's own ops and supports_jit is True, unless BNFAST_BRIDGE
     says otherwise.
 
-    Args: all of Keras's: axis (an int, or several), epsilon, center, scale, initializers, regularizers, constraints,
-        dtype, name ...
+    Args:
+        axis: an axis, or several; gamma and beta have their extents.
+        epsilon: a finite number >= 0.
+        center, scale: whether to have beta, gamma.
+        beta_initializer, gamma_initializer, beta_regularizer, gamma_regularizer, beta_constraint, gamma_constraint: as
+            in any layer of Keras.
+        kwargs: those of keras.layers.Layer: name, dtype, trainable ...
 
     Call arguments:
         inputs: a tensor of any rank.
@@ -39,11 +45,43 @@ class LayerNormalization(keras.layers.LayerNormalization):  # type: ignore[misc]
     Raises:
         ValueError, TypeError: epsilon is negative or not finite. And everything that Keras's layer raises.
 
+    Example:
+        >>> import numpy as np
+        >>> from bnfast.keras import LayerNormalization
+        >>> LayerNormalization(epsilon=0.0)(np.array([[1.0, 3.0], [10.0, 30.0]], "float32")).numpy()
+        array([[-1.,  1.],
+               [-1.,  1.]], dtype=float32)
+
     Source: Ba, Kiros and Hinton 2016, arXiv:1607.06450.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        axis: int | Sequence[int] = -1,
+        epsilon: float = 1e-3,
+        center: bool = True,
+        scale: bool = True,
+        beta_initializer: Any = "zeros",
+        gamma_initializer: Any = "ones",
+        beta_regularizer: Any = None,
+        gamma_regularizer: Any = None,
+        beta_constraint: Any = None,
+        gamma_constraint: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            axis=axis,
+            epsilon=epsilon,
+            center=center,
+            scale=scale,
+            beta_initializer=beta_initializer,
+            gamma_initializer=gamma_initializer,
+            beta_regularizer=beta_regularizer,
+            gamma_regularizer=gamma_regularizer,
+            beta_constraint=beta_constraint,
+            gamma_constraint=gamma_constraint,
+            **kwargs,
+        )
         norms.check(self)
 
     def call(self, inputs: Any, training: Any = None) -> Any:

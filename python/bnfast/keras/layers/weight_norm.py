@@ -36,7 +36,7 @@ class WeightNormalization(keras.layers.Wrapper):  # type: ignore[misc]
     Args:
         layer: a Dense, Conv1D/2D/3D, Conv1D/2D/3DTranspose or DepthwiseConv1D/2D layer, or one of a derived class.
         data_init: whether the first training batch initializes g and the bias.
-        **kwargs: arguments of keras.layers.Layer (name, trainable, ...); dtype defaults to the layer's own policy.
+        kwargs: arguments of keras.layers.Layer (name, trainable, ...); dtype defaults to the layer's own policy.
 
     Call arguments:
         inputs: the inputs of the layer.
@@ -50,6 +50,19 @@ class WeightNormalization(keras.layers.Wrapper):  # type: ignore[misc]
         TypeError: layer is of another kind.
         ValueError: the layer is quantized or has LoRA enabled.
         NotImplementedError: the first training call with data_init on several replicas of a tf.distribute strategy.
+
+    Example:
+        >>> import keras, numpy as np
+        >>> from bnfast.keras import WeightNormalization
+        >>> dense = keras.layers.Dense(1, kernel_initializer="ones")
+        >>> layer = WeightNormalization(dense, data_init=False)
+        >>> layer(np.ones((1, 4), "float32")).numpy(), layer.g.numpy()
+        (array([[4.]], dtype=float32), array([2.], dtype=float32))
+        >>> _ = layer.g.assign([1.0])  # half the length, the same direction
+        >>> layer(np.ones((1, 4), "float32")).numpy()
+        array([[2.]], dtype=float32)
+
+    Source: Salimans and Kingma 2016, arXiv:1602.07868.
     """
 
     def __init__(self, layer: Any, data_init: bool = True, **kwargs: Any) -> None:

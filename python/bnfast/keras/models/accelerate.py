@@ -49,6 +49,14 @@ def accelerate(
         TypeError: not a keras.Model.
         ValueError: the model has no batch norm or isn't built; something in it can't be copied (inplace=True needs no
             copy); strict=True and a batch norm stays on Keras's layer. The message names the layer.
+
+    Example:
+        >>> import keras
+        >>> from bnfast.keras import accelerate, uses_bnfast
+        >>> model = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.BatchNormalization()])
+        >>> fast = accelerate(model, verbose=False)
+        >>> uses_bnfast(fast), uses_bnfast(model)
+        (True, False)
     """
     check_model(model)
     found = list(norms(model))

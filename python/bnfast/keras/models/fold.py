@@ -73,6 +73,13 @@ def fold(model: Any, *, check: bool = False, verbose: bool = False) -> Any:
         TypeError: model is not a Keras model.
         ValueError: model isn't built, is subclassed, or has no batch norm; or the check failed.
 
+    Example:
+        >>> import keras
+        >>> from bnfast.keras import fold
+        >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3), keras.layers.BatchNormalization()])
+        >>> [type(layer).__name__ for layer in fold(model).layers]
+        ['Dense']
+
     Source: Jacob et al. 2018, arXiv:1712.05877, section 3.2.
     """
     _validate(model)

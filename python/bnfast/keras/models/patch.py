@@ -288,6 +288,14 @@ def patch() -> Patch:
     that bnfast's layer doesn't support (renorm with synchronized), and on backends for which there are no kernels, the
     layer behaves as Keras's. Code compiled with `tf.function(jit_compile=True)` can't use bnfast's layer: XLA has no
     kernel for it. Where TensorFlow sees a GPU, the layers run TensorFlow's own ops, which XLA compiles.
+
+    Example:
+        >>> import keras
+        >>> import bnfast.keras
+        >>> with bnfast.keras.patch():
+        ...     layer = keras.layers.BatchNormalization()
+        >>> bnfast.keras.uses_bnfast(layer), bnfast.keras.uses_bnfast(keras.layers)
+        (True, False)
     """
     with _lock:
         began = not is_patched()
@@ -303,6 +311,13 @@ def unpatch() -> None:
     """Undo `patch()`: every module attribute that is the patched class becomes Keras's again. No effect if not patched.
 
     Layers and models that were made under the patch keep working as they are.
+
+    Example:
+        >>> import bnfast.keras
+        >>> _ = bnfast.keras.patch()
+        >>> bnfast.keras.unpatch()
+        >>> bnfast.keras.is_patched()
+        False
     """
     with _lock:
         api_export.REGISTERED_NAMES_TO_OBJS[API_NAME] = KERAS
@@ -312,7 +327,16 @@ def unpatch() -> None:
 
 
 def is_patched() -> bool:
-    """Whether `patch()` is in force."""
+    """Whether `patch()` is in force.
+
+    Example:
+        >>> import bnfast.keras
+        >>> bnfast.keras.is_patched()
+        False
+        >>> with bnfast.keras.patch():
+        ...     bnfast.keras.is_patched()
+        True
+    """
     return api_export.REGISTERED_NAMES_TO_OBJS.get(API_NAME) is PatchedBatchNormalization
 
 
@@ -326,6 +350,14 @@ def uses_bnfast(obj: Any) -> bool:
 
     Raises:
         TypeError: obj is anything else.
+
+    Example:
+        >>> import keras
+        >>> import bnfast.keras
+        >>> bnfast.keras.uses_bnfast(keras.layers.BatchNormalization())
+        False
+        >>> bnfast.keras.uses_bnfast(bnfast.keras.BatchNormalization())
+        True
     """
     if isinstance(obj, type):
         return BatchNormalization in obj.__mro__

@@ -56,7 +56,21 @@ class Report:
 
 
 def report(model: Any) -> Report:
-    """The report of any Keras model, accelerated or not."""
+    """Which batch norms of a Keras model run on bnfast, what is fused with them, and why not. print() the result.
+
+    Args:
+        model: a keras.Model, accelerated or not.
+
+    Returns:
+        A Report: `rows`, one per batch norm, with name, state ("bnfast" or "keras"), fused, bridge and reason.
+
+    Example:
+        >>> import keras
+        >>> from bnfast.keras import report
+        >>> model = keras.Sequential([keras.Input((4,)), keras.layers.BatchNormalization(name="norm")])
+        >>> report(model).rows[0].state
+        'keras'
+    """
     found = list(norms(model))
     times = Counter(layer.name for layer in found)
     names = [layer.name if times[layer.name] == 1 else layer.path or layer.name for layer in found]

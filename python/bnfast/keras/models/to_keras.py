@@ -40,6 +40,13 @@ def to_keras(model: Any, *, inplace: bool = False) -> Any:
         ValueError: the model has no layer of bnfast's or isn't built, or can't be copied; an activation or an Add is
             built into a batch norm that is converted in place, or whose model is subclassed or a layer of another kind;
             a batch norm has an argument that Keras's layer lacks (momentum=None, correction=1, several axes ...).
+
+    Example:
+        >>> import keras
+        >>> from bnfast.keras import BatchNormalization, to_keras
+        >>> model = keras.Sequential([keras.Input((4,)), BatchNormalization(activation="relu", name="norm")])
+        >>> [type(layer).__name__ for layer in to_keras(model).layers]
+        ['BatchNormalization', 'Activation']
     """
     check_model(model)
     ours = [layer for layer in layers(model) if _is_ours(layer)]

@@ -48,6 +48,14 @@ class Recalibrated:
 class Recalibration:
     """What `recalibrate` changed: one row per batch norm, in the order of the data flow. str() gives a table.
 
+    Example:
+        >>> import keras, numpy as np
+        >>> from bnfast.keras import recalibrate
+        >>> model = keras.Sequential([keras.Input((1,)), keras.layers.BatchNormalization(name="norm")])
+        >>> result = recalibrate(model, np.array([[1.0], [5.0]], "float32"), verbose=0)
+        >>> result.samples, result.rows[0].name, result.rows[0].after["moving_mean"]
+        (2, 'norm', array([3.], dtype=float32))
+
     Attributes:
         model: the model's name.
         batches: how many batches were read, in each pass.

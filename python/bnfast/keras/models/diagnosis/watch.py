@@ -56,6 +56,17 @@ class Watch(keras.callbacks.Callback):  # type: ignore[misc]
 
     Raises:
         ValueError: budget isn't in (0, 1]. At the start of training: the model has no batch norm.
+
+    Example:
+        >>> import keras, numpy as np
+        >>> from bnfast.keras import Watch
+        >>> norm = keras.layers.BatchNormalization(momentum=0.9, name="norm")
+        >>> model = keras.Sequential([keras.Input((3,)), norm, keras.layers.Dense(1)])
+        >>> model.compile("sgd", "mse")
+        >>> x, watch = np.random.default_rng(0).normal(5, 2, (640, 3)).astype("float32"), Watch(verbose=0)
+        >>> _ = model.fit(x, x[:, :1], epochs=3, verbose=0, callbacks=[watch])
+        >>> len(watch.history), list(watch.history[-1])
+        (3, ['norm'])
     """
 
     def __init__(self, log_dir: Any = None, *, budget: float = 0.02, verbose: int = 1) -> None:
