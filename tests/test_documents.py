@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-DOCS = Path(__file__).parent.parent / "docs"
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
 DECISIONS = sorted((DOCS / "decisions").glob("[0-9]*.md"))
 TOPICS = sorted(path for path in (DOCS / "performance").glob("*.md") if path.name != "README.md")
 COLUMNS = ["tried", "expected", "measured", "machine", "commit", "kept?"]
@@ -24,6 +25,29 @@ def cells(line: str) -> list[str]:
 def tables(text: str) -> list[list[list[str]]]:
     """Every Markdown table of a page as its rows of cells, the ruler included."""
     return [[cells(line) for line in block.splitlines()] for block in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)]
+
+
+TRANSLATIONS = [
+    path for path in (ROOT / "README.zh.md", *sorted((DOCS / "tutorials").glob("*.zh.md"))) if path.exists()
+]
+
+
+@pytest.mark.parametrize("path", TRANSLATIONS, ids=lambda path: path.name)
+def test_a_translation_has_the_code_and_the_structure_of_its_original(path):
+    original = path.with_name(path.name.replace(".zh.md", ".md"))
+    texts = [each.read_text() for each in (path, original)]
+    ours, theirs = (re.findall(r"```.*?```", text, re.DOTALL) for text in texts)
+    assert ours == theirs, f"copy the code blocks of {original.name} to {path.name}"
+    ours, theirs = (re.findall(r"^#+ ", text, re.MULTILINE) for text in texts)
+    assert ours == theirs, f"{path.name} must have the headings of {original.name}"
+    ours, theirs = ([[len(row) for row in table] for table in tables(text)] for text in texts)
+    assert ours == theirs, f"{path.name} must have the tables of {original.name}"
+    ours, theirs = (set(re.findall(r"(?<![\w.])\d+\.\d\d(?!\d)", text)) for text in texts)
+    assert ours == theirs, f"{path.name} must have the figures of {original.name}"
+
+
+def test_there_are_translations():
+    assert len(TRANSLATIONS) >= 3
 
 
 @pytest.fixture(scope="module")
