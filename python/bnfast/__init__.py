@@ -3,6 +3,9 @@
 This file is the table of contents. It imports nothing heavier than NumPy.
 """
 
+import importlib
+from typing import Any
+
 from . import _thread_pools, functional, runtime
 from .functional import *  # noqa: F403  # every function and its result type
 from .layers.batch_norm import BatchNormalization
@@ -15,10 +18,28 @@ __all__ += runtime.__all__
 
 __version__: str
 
+_LAZY = ("keras", "torch", "cuda")  # namespaces that need more than NumPy
+
 _thread_pools.watch()
 
 
-def __getattr__(name: str) -> str:
+def load_ipython_extension(ipython: Any) -> None:
+    """`%load_ext bnfast` in a notebook: from now on Keras's BatchNormalization is bnfast's layer, as under `bnfast run`.
+
+    A cell that ran `from keras.layers import BatchNormalization` before keeps Keras's. `%unload_ext bnfast` undoes it.
+    """
+    __getattr__("keras").patch()
+    print("bnfast: keras.layers.BatchNormalization is bnfast's layer now (%unload_ext bnfast undoes it)")
+
+
+def unload_ipython_extension(ipython: Any) -> None:
+    """`%unload_ext bnfast`. Layers that were made in between stay as they are."""
+    __getattr__("keras").unpatch()
+
+
+def __getattr__(name: str) -> Any:
     if name == "__version__":  # lazy, because build_info reads the cache sizes, which would slow the import
         return runtime.build_info()["version"]
+    if name in _LAZY:  # `import bnfast; bnfast.keras.accelerate(model)`; TensorFlow is imported here and no sooner
+        return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module 'bnfast' has no attribute {name!r}")

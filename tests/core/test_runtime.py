@@ -144,3 +144,16 @@ def test_unknown_isa_in_the_environment(name):
         f"{info['isa']} is used.\n"
     )
     assert info["isa_reason"] == f"best of this processor; BNFAST_ISA={shown} can't be used"
+
+
+def test_namespaces_are_imported_when_they_are_used():
+    code = (
+        "import sys, types, bnfast; assert 'bnfast.torch' not in sys.modules; sys.modules['torch'] = None\n"
+        "try: bnfast.torch\n"
+        "except ImportError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == 'bnfast.torch needs PyTorch, which is not installed: pip install "bnfast[torch]"\n'
+    if sys.platform == "linux":
+        code = "import sys, bnfast; bnfast.cuda.status; assert 'torch' not in sys.modules"
+        subprocess.run([sys.executable, "-c", code], check=True)

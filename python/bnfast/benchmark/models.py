@@ -223,7 +223,7 @@ def _accelerated(model: Any, bridge: str) -> Any:
 def _folded(model: Any) -> Any:
     from bnfast.keras import fold
 
-    return fold(model)
+    return fold(model, verbose=0)
 
 
 def _with_fused_op(model: Any) -> Any:

@@ -9,8 +9,8 @@ try:
 except ModuleNotFoundError as error:
     if error.name not in ("keras", "tensorflow", "torch", "jax"):
         raise  # another package is missing: its own message is clearer
-    _install = {"torch": 'pip install "bnfast[torch]"', "jax": "pip install jax"}.get(error.name)
-    _install = _install or 'pip install "bnfast[demo]" (or tensorflow-cpu)'
+    _install = {"torch": 'pip install "bnfast[torch]"', "jax": 'pip install "bnfast[jax]"'}.get(error.name)
+    _install = _install or 'pip install "bnfast[keras]"'
     raise ImportError(
         "bnfast.keras needs Keras 3 and the framework that it runs on (KERAS_BACKEND; TensorFlow unless set), and "
         f"{error.name} is not installed: {_install}"
@@ -34,6 +34,7 @@ from .models.diagnosis import Recalibration, Watch, diagnose, recalibrate
 from .models.fold import fold
 from .models.patch import is_patched, patch, unpatch, uses_bnfast
 from .models.report import report
+from .models.save import save
 from .models.to_keras import to_keras
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "patch",
     "recalibrate",
     "report",
+    "save",
     "to_keras",
     "unpatch",
     "uses_bnfast",

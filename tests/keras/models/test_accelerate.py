@@ -282,14 +282,33 @@ def test_without_the_op_small_inputs_stay_on_keras(monkeypatch: pytest.MonkeyPat
     assert states(quiet(model, bridge="numpy_function")) == {"large": "bnfast", "small": "bnfast"}
 
 
+def test_verbose_of_accelerate(capsys: pytest.CaptureFixture[str]) -> None:
+    assert accelerate(residual_net(), verbose=0).name == "net"
+    assert capsys.readouterr().out == ""
+    accelerate(residual_net(), verbose=2, inplace=True)
+    out = capsys.readouterr().out
+    assert len(out.splitlines()) == 2 + 4 + 1
+    assert out.endswith("The given model is now the fast one.\n")
+    with pytest.raises(ValueError, match=r"verbose must be 0, 1 or 2\. Received: 3"):
+        accelerate(residual_net(), verbose=3)
+
+
 def test_the_report_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     fast = accelerate(residual_net())
-    out = capsys.readouterr().out
-    assert out == f"{report(fast)}\n"
-    assert out.startswith("net: 4 of 4 batch norms on bnfast, 0 fused\nlayer")
-    assert out.count("no training call of it has been seen yet") == 4
+    title, heads, row, last = capsys.readouterr().out.splitlines()
+    assert title == "net: 4 of 4 batch norms on bnfast, 0 fused"
+    assert heads.split() == ["count", "state", "fused", "bridge", "reason", "layers"]
+    assert row.startswith("4      bnfast")
+    assert "no training call of it has been seen yet" in row
+    assert row.endswith("and 1 more")
+    assert last == "The model that accelerate returned is the fast one: train it. The given model is unchanged."
+    assert report(fast).text(verbose=2).count("no training call of it has been seen yet") == 4
     step(fast, data()[0])
-    assert str(report(fast)).startswith("net: 4 of 4 batch norms on bnfast, 3 fused\nlayer")
+    title, _, *rows = str(report(fast)).splitlines()
+    assert title == "net: 4 of 4 batch norms on bnfast, 3 fused"
+    assert sum(int(row.split()[0]) for row in rows) == 4
+    assert len(rows) == len(set(report(fast).rows[i].fused for i in range(4)))
+    assert report(fast)._repr_html_().count("<tr>") == 1 + len(rows)
     fast(data()[0], training=True)
     assert [row.reason for row in report(fast).rows] == [
         "its last training call ran eagerly, and only graphs are fused"

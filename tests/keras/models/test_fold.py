@@ -259,6 +259,28 @@ def test_errors() -> None:
         fold(chain((3,), layers.Dense(2)))
 
 
+def test_fold_says_how_many_and_why_others_stay(capsys: pytest.CaptureFixture[str]) -> None:
+    x = keras.Input((6, 6, 3))
+    y = layers.Conv2D(4, 3)(x)
+    for i in range(5):
+        y = layers.MaxPooling2D(1)(layers.BatchNormalization(name=f"stays{i}")(layers.MaxPooling2D(1)(y)))
+    model = keras.Model(x, layers.BatchNormalization(name="goes")(layers.Conv2D(4, 3, padding="same")(y)), name="net")
+    folded = fold(bnfast.keras.accelerate(model, verbose=0))
+    title, reason, last = capsys.readouterr().out.splitlines()
+    assert title == "net: 1 of 6 batch norms folded"
+    assert reason == (
+        "5 stay, because a MaxPooling2D is no Dense or convolution layer, or a subclass, quantized, or has LoRA; "
+        "no ReLU or ReLU6 follows it: stays0, stays1, stays2 and 2 more"
+    )
+    assert last == "The model that fold returned is for inference. The given model is unchanged."
+    assert {type(layer).__module__.split(".")[0] for layer in folded.layers} == {"keras"}
+    assert [type(folded.get_layer(name)) for name in norms(folded)] == [Keras] * 5
+    fold(model, verbose=2)
+    assert "goes: folded into" in capsys.readouterr().out
+    fold(model, verbose=0)
+    assert capsys.readouterr().out == ""
+
+
 def marked(name: str) -> Any:
     return (
         name if name in families.EVERY_RUN else pytest.param(name, marks=(pytest.mark.families, pytest.mark.sample(5)))

@@ -331,3 +331,11 @@ def test_fused_of_keras_2_is_accepted(tmp_path: Path) -> None:
         assert uses_bnfast(again.layers[0])
     model.save(tmp_path / "model.keras")
     assert type(keras.models.load_model(tmp_path / "model.keras").layers[0]) is KERAS
+
+
+def test_load_ext_is_patch(capsys: pytest.CaptureFixture[str]) -> None:
+    bnfast.load_ipython_extension(None)
+    assert is_patched()
+    assert "%unload_ext bnfast undoes it" in capsys.readouterr().out
+    bnfast.unload_ipython_extension(None)
+    assert not is_patched()

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,15 @@ import pytest
 pytest.importorskip("tensorflow")
 import keras
 import tensorflow as tf
-from bnfast.keras import BatchNormalization, BatchNormalizationAdd, report, to_keras
+from bnfast.keras import (
+    BatchNormalization,
+    BatchNormalizationAdd,
+    LayerNormalization,
+    WeightNormalization,
+    report,
+    save,
+    to_keras,
+)
 from keras import layers as L
 from keras_models import KERAS, Block, data, dense_net, quiet, randomize, residual_net, same_predictions, subclassed
 from needs import need_module
@@ -175,3 +184,48 @@ def test_onnx(tmp_path: Path) -> None:
     x = data()[0]
     (y,) = need_module("onnx.reference").ReferenceEvaluator(exported).run(None, {exported.graph.input[0].name: x})
     np.testing.assert_allclose(y, restored(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_file_of_save_opens_without_bnfast(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    inputs = keras.Input((6, 6, 3))
+    y = BatchNormalizationAdd(activation="relu")([BatchNormalization()(L.Conv2D(3, 3, padding="same")(inputs)), inputs])
+    model = randomize(keras.Model(inputs, LayerNormalization()(y)))
+    x = np.ones((2, 6, 6, 3), "float32")
+    save(model, tmp_path / "model.keras")
+    assert "bnfast" not in caplog.text
+    np.save(tmp_path / "x.npy", x)
+    code = (
+        "import keras, numpy as np, sys; m = keras.models.load_model('model.keras'); "
+        "np.save('y.npy', m(np.load('x.npy'))); assert not any('bnfast' in name for name in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
+    np.testing.assert_allclose(np.load(tmp_path / "y.npy"), model(x), rtol=1e-5, atol=1e-5)
+    assert type(model.layers[2]) is BatchNormalization, "the model stays as it is"
+
+
+def test_save_refuses_what_keras_lacks(tmp_path: Path) -> None:
+    model = keras.Sequential([keras.Input((4,)), WeightNormalization(L.Dense(3), name="weights")])
+    with pytest.raises(ValueError, match=r"without a counterpart in Keras: weights \(WeightNormalization\)"):
+        save(model, tmp_path / "model.keras")
+    model = keras.Sequential([keras.Input((4,)), BatchNormalization(momentum=None)])
+    with pytest.raises(ValueError, match="momentum"):
+        save(model, tmp_path / "model.keras")
+    assert not list(tmp_path.iterdir())
+
+
+def test_model_save_says_once_what_a_reader_needs(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bnfast.keras.layers.reader._said", False)
+    fast = quiet(residual_net())
+    fast.save(tmp_path / "fast.keras")
+    save(fast, tmp_path / "same.keras")
+    model = keras.Sequential([keras.Input((4,)), BatchNormalization(), LayerNormalization()])
+    model.save_weights(tmp_path / "model.weights.h5")
+    assert not caplog.records
+    model.save(tmp_path / "model.keras")
+    model.save(tmp_path / "model.keras")
+    (record,) = caplog.records
+    assert "bnfast's layers (BatchNormalization): who opens it must import bnfast.keras" in record.getMessage()
+    assert not any("assets" in name for name in zipfile.ZipFile(tmp_path / "model.keras").namelist())
+    same_predictions(model, keras.models.load_model(tmp_path / "model.keras"))

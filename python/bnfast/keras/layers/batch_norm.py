@@ -17,7 +17,7 @@ from typing import Any
 import keras
 
 from . import activation as activations
-from . import arguments
+from . import arguments, reader
 from .framework import (
     Axes,
     Batch,
@@ -276,6 +276,8 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         if self._weight_shape is not None and kwargs.get("name") in (*_VECTORS, *renorms.NAMES):
             kwargs["shape"] = self._weight_shape
         return super().add_weight(*args, **kwargs)
+
+    save_assets = reader.save_assets
 
     def call(self, inputs: Any, training: Any = None, mask: Any = None) -> Any:
         arguments, finish = self._prepare(inputs, training, mask)

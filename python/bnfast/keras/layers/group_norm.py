@@ -9,7 +9,7 @@ from typing import Any
 
 import keras
 
-from . import norms
+from . import norms, reader
 from .framework import group_norm
 
 
@@ -85,6 +85,8 @@ class GroupNormalization(keras.layers.GroupNormalization):  # type: ignore[misc]
             **kwargs,
         )
         norms.check(self)
+
+    save_assets = reader.save_assets
 
     def call(self, inputs: Any, training: Any = None) -> Any:
         axis = self.axis % len(inputs.shape)

@@ -10,7 +10,7 @@ from typing import Any
 
 import keras
 
-from . import norms
+from . import norms, reader
 from .framework import group_norm
 
 
@@ -83,6 +83,8 @@ class LayerNormalization(keras.layers.LayerNormalization):  # type: ignore[misc]
             **kwargs,
         )
         norms.check(self)
+
+    save_assets = reader.save_assets
 
     def call(self, inputs: Any, training: Any = None) -> Any:
         if getattr(self, "rms_scaling", False) or not group_norm.accepts(inputs):

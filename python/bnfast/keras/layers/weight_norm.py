@@ -15,6 +15,7 @@ from typing import Any
 import keras
 from keras.src.backend import AutocastScope  # Keras has no public way to read a variable uncast under a mixed policy
 
+from . import reader
 from .framework import may_train, weight_norm
 
 _OUTPUT_AXES = {  # of the kernel
@@ -98,6 +99,8 @@ class WeightNormalization(keras.layers.Wrapper):  # type: ignore[misc]
         if self.data_init and self.trainable and self.layer.trainable and may_train(training):
             self._initialize(inputs, training)
         return _compute(self, self.layer, inputs, [(self.v, self._kernel(self.g))])
+
+    save_assets = reader.save_assets
 
     def remove(self) -> Any:
         """The wrapped layer, with its kernel set to w, so that it computes the same as this wrapper.

@@ -14,10 +14,14 @@ from .copy import duplicate
 from .norms import check_model, norms, reset_compiled_functions, scalars
 from .patch import PatchedBatchNormalization, uses_bnfast
 from .report import report, shape_of, why_unchanged
+from .text import check_verbose
+
+_RETURNED = "The model that accelerate returned is the fast one: train it. The given model is unchanged."
+_CHANGED = "The given model is now the fast one."
 
 
 def accelerate(
-    model: Any, *, inplace: bool = False, strict: bool = False, bridge: str = "auto", verbose: bool = True
+    model: Any, *, inplace: bool = False, strict: bool = False, bridge: str = "auto", verbose: int = 1
 ) -> Any:
     """The same model, trained on bnfast's kernels: equal layers, names, weights, tensors and gradients.
 
@@ -38,7 +42,7 @@ def accelerate(
         inplace: True changes the given model and returns it, without a second copy of its weights.
         strict: raise if a batch norm would stay on Keras's layer, before anything is changed.
         bridge: how TensorFlow calls the kernels, as in `bnfast.keras.BatchNormalization`.
-        verbose: print the report.
+        verbose: 1 prints the report with one line per group of layers that are alike, 2 with one per layer, 0 nothing.
 
     Returns:
         The new model, compiled if the model was: optimizer with its slots and iterations, losses and metrics. Training
@@ -58,6 +62,7 @@ def accelerate(
         >>> uses_bnfast(fast), uses_bnfast(model)
         (True, False)
     """
+    check_verbose(verbose)
     check_model(model)
     found = list(norms(model))
     if not found:
@@ -78,5 +83,6 @@ def accelerate(
                 bias.adopt(node.input_tensors[0]._keras_history.operation)
     reset_compiled_functions(model)
     if verbose:
-        print(report(model))
+        print(report(model).text(verbose))
+        print(_CHANGED if inplace else _RETURNED)
     return model

@@ -12,6 +12,7 @@ arithmetic is float64, rounded once to the dtype of the layer's weights (foldabl
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable
 from types import FunctionType
@@ -41,14 +42,16 @@ from .graph import (
 )
 from .norms import part
 from .patch import PatchedBatchNormalization
+from .text import check_verbose, listed
 
 NORMS = (KERAS, BatchNormalization, PatchedBatchNormalization, BatchNormalizationAdd)
 UPPER_LIMIT: dict[str | None, float] = {"relu": np.inf, "relu6": 6.0}
 CONVOLVED = ("Conv1D", "Conv2D", "Conv3D", "SeparableConv1D", "SeparableConv2D")  # end in Conv2D or Conv3D and a bias
+STAYS = "stays, because "
 TOLERANCE = {"float16": 2e-2, "bfloat16": 1e-1}  # of `check`; other dtypes 1e-5
 
 
-def fold(model: Any, *, check: bool = False, verbose: bool = False) -> Any:
+def fold(model: Any, *, check: bool = False, verbose: int = 1) -> Any:
     """A copy of the model for inference in which batch norms are folded into the layers before or after them.
 
     A batch norm (keras.layers.BatchNormalization or bnfast's) is folded into the layer before it if that is Dense,
@@ -59,15 +62,17 @@ def fold(model: Any, *, check: bool = False, verbose: bool = False) -> Any:
     minimum) with one limit per channel.
 
     Shared layers, and batch norms that are called in training mode, stay. An activation that was fused into bnfast's
-    layer stays as a layer of that name. The copy computes what `model(x, training=False)` does, up to rounding. It is
-    not compiled; folded layers have biases and lose the regularizers and constraints of their weights. If everything
-    folds, the copy holds only Keras's own layers and operations.
+    layer stays as a layer of that name. Batch norms of an accelerated model that stay are Keras's in the copy. It
+    computes what `model(x, training=False)` does, up to rounding. It is not compiled; folded layers have biases and
+    lose the regularizers and constraints of their weights. If everything folds, the copy holds only Keras's own layers
+    and operations.
 
     Args:
         model: a built Functional or Sequential model. Models nested in it are folded, too. It is never changed.
         check: run both models on random input, and raise if an output differs by more than 1e-5 times its largest
             absolute value, or by more than 1e-5 if that is below 1 (float16 2e-2, bfloat16 1e-1).
-        verbose: print what became of each batch norm: the layer it was folded into, or why it stays.
+        verbose: 1 prints how many batch norms were folded, and for each reason which stay; 2 what became of each; 0
+            nothing.
 
     Raises:
         TypeError: model is not a Keras model.
@@ -77,18 +82,19 @@ def fold(model: Any, *, check: bool = False, verbose: bool = False) -> Any:
         >>> import keras
         >>> from bnfast.keras import fold
         >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3), keras.layers.BatchNormalization()])
-        >>> [type(layer).__name__ for layer in fold(model).layers]
+        >>> [type(layer).__name__ for layer in fold(model, verbose=0).layers]
         ['Dense']
 
     Source: Jacob et al. 2018, arXiv:1712.05877, section 3.2.
     """
+    check_verbose(verbose)
     _validate(model)
     folding = Folding(model)
     copy = _apply(folding, model)
     if check:
         _check(model, copy)
     if verbose:
-        print("\n".join(f"{name}: {outcome}" for name, outcome in folding.outcomes.items()))
+        print(folding.summary(model.name, verbose))
     return copy
 
 
@@ -122,6 +128,8 @@ def _apply(folding: Folding, model: Any) -> Any:
     rewire(copier, folding.plan)
     for layer in layers(copy):
         bias.release(layer)
+        if type(layer) is PatchedBatchNormalization:  # one that stays: the copy is for inference, which is Keras's
+            layer.release()
     return copy
 
 
@@ -165,6 +173,7 @@ class Folding:
         self._calls = calls(model)
         held = [{id(variable) for variable in getattr(each, "variables", ())} for each in operations(model)]
         self._owners = Counter(key for keys in held for key in keys)  # how many operations hold a variable
+        self._kinds = {operation.name: type(operation).__name__ for operation in operations(model)}
         self._taken = {operation.name for operation in operations(model)}
         in_training = _called_in_training(model)
         for graph in graphs(model):
@@ -173,17 +182,41 @@ class Folding:
                     reason = "its model is called in training mode" if id(graph.model) in in_training else None
                     found = reason or self._fold(graph, node)
                     nested = "" if graph.model is model else f"{graph.model.name}/"
-                    outcome = f"stays, because {found}" if found else self._where(node)
+                    outcome = f"{STAYS}{found}" if found else self._where(node)
                     self.outcomes[f"{nested}{node.operation.name}"] = outcome
         in_graphs = {id(operation) for operation in operations(model)}
         for layer in layers(model):
             if isinstance(layer, KERAS) and (type(layer) not in NORMS or id(layer) not in in_graphs):
                 found = "it lies inside another layer" if type(layer) in NORMS else "it is a class of its own"
-                self.outcomes.setdefault(layer.path or layer.name, f"stays, because {found}")
+                self.outcomes.setdefault(layer.path or layer.name, f"{STAYS}{found}")
 
     @property
     def folded(self) -> list[FoldableLayer]:
         return list({id(foldable.layer): foldable for foldable in self._foldables.values()}.values())
+
+    def summary(self, model: str, verbose: int) -> str:
+        """How many batch norms were folded; and each, or for each reason those that stay."""
+        staying: dict[str, list[str]] = {}
+        for name, outcome in self.outcomes.items():
+            if outcome.startswith(STAYS):
+                staying.setdefault(self._general(outcome.removeprefix(STAYS)), []).append(name)
+        folded = len(self.outcomes) - sum(map(len, staying.values()))
+        lines = [f"{model}: {folded} of {len(self.outcomes)} batch norms folded"]
+        if verbose == 2:
+            lines += [f"{name}: {outcome}" for name, outcome in self.outcomes.items()]
+        else:
+            for reason, names in staying.items():
+                lines.append(f"{len(names)} stay{'s' * (len(names) == 1)}, because {reason}: {listed(names)}")
+        return "\n".join([*lines, "The model that fold returned is for inference. The given model is unchanged."])
+
+    def _general(self, reason: str) -> str:
+        """A reason with the kinds of layers in place of their names, so that equal cases are told once."""
+
+        def kind(match: re.Match[str]) -> str:
+            return match[1] + (f"a {self._kinds[match[2]]}" if match[2] in self._kinds else match[2])
+
+        parts = [re.sub(r"(^|\bof )(\S+)", kind, part) for part in reason.split("; ")]
+        return "; ".join(dict.fromkeys(parts))
 
     def _where(self, node: Any) -> str:
         return f"folded into {self._into[id(node.operation)]}"

@@ -36,11 +36,10 @@ from ..layers.framework import (
     why_slower,
 )
 from ..layers.fusion import install as install_fusion
+from .text import listed
 
 API_NAME = "keras.layers.BatchNormalization"
 OWNERS = ("keras", "tensorflow")  # the packages whose names are replaced
-MOST_NAMES = 3  # layers named per reason
-
 _BRIDGE_NAMES = {
     "op": "bnfast's TensorFlow op",
     "tensorflow": "TensorFlow's own ops",
@@ -114,6 +113,11 @@ class PatchedBatchNormalization(BatchNormalization, metaclass=_LikeKeras):
         self._entry.reason = reason
         if fused is not None:
             self.fused = fused
+
+    @property
+    def save_assets(self) -> Any:
+        """Not there: a file of this layer names Keras's class, and has nothing to say of bnfast."""
+        raise AttributeError("save_assets")
 
     def _hold(self, features: arguments.Features) -> None:
         pass
@@ -383,9 +387,7 @@ def summary() -> str:
     counts = [f"{count} {state}" for state, count in states.most_common()] + [f"{fused} fused"] * bool(fused)
     lines = [f"{len(made)} batch norms: " + ", ".join(counts)]
     for reason in dict.fromkeys(entry.reason for entry in made if entry.reason is not None):
-        names = list(dict.fromkeys(entry.name for entry in made if entry.reason == reason))
-        more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
-        lines.append(f"Keras's own for {', '.join(names[:MOST_NAMES])}{more}: {reason}")
+        lines.append(f"Keras's own for {listed(entry.name for entry in made if entry.reason == reason)}: {reason}")
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""The state of a model's batch norms, one row per layer.
+"""The state of a model's batch norms, one row per layer; printed, one line per group of equal rows.
 
 state   "bnfast", or "keras": the layer runs Keras's own code, or that of a derived class
 fused   what the last training call of the layer that was traced is fused with: "relu", "add", "add + relu" ...
@@ -21,6 +21,10 @@ from ..layers.batch_norm_add import BatchNormalizationAdd
 from ..layers.framework import ON_TENSORFLOW, choose_bridge, scalars, why_slower
 from .norms import OURS, norms
 from .patch import PatchedBatchNormalization, overridden, uses_bnfast
+from .text import check_verbose, html_table, listed, table
+
+Table = tuple[tuple[str, ...], list[tuple[str, ...]]]  # heads and rows
+_COLUMNS = ("state", "fused", "bridge", "reason")
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """All batch norms of a model, in the order of the data flow. str() gives a table."""
+    """All batch norms of a model, in the order of the data flow.
+
+    str(), and what a notebook shows, is a table with one line per group of layers that have the same state, fused,
+    bridge and reason; text(verbose=2) has one line per layer.
+    """
 
     model: str
     rows: tuple[Row, ...]
@@ -46,17 +54,40 @@ class Report:
         return tuple(row for row in self.rows if row.state == "keras")
 
     def __str__(self) -> str:
-        heads = ("layer", "state", "fused", "bridge", "reason")
-        rows = [(row.name, row.state, row.fused, row.bridge, row.reason) for row in self.rows]
-        widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
-        lines = ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in (heads, *rows)]
+        return self.text()
+
+    def text(self, verbose: int = 1) -> str:
+        """The table: one line per group, or with verbose=2 per layer."""
+        whole = check_verbose(verbose) == 2
+        return "\n".join([self._title(), *table(*(self._layers() if whole else self._groups()))])
+
+    def _repr_html_(self) -> str:
+        return html_table(self._title(), *self._groups())
+
+    def _title(self) -> str:
         ours = len(self.rows) - len(self.keras)
         fused = sum(bool(row.fused) for row in self.rows)
-        return "\n".join([f"{self.model}: {ours} of {len(self.rows)} batch norms on bnfast, {fused} fused", *lines])
+        return f"{self.model}: {ours} of {len(self.rows)} batch norms on bnfast, {fused} fused"
+
+    def _layers(self) -> Table:
+        return ("layer", *_COLUMNS), [(row.name, *_kind(row)) for row in self.rows]
+
+    def _groups(self) -> Table:
+        groups: dict[tuple[str, ...], list[str]] = {}
+        for row in self.rows:
+            groups.setdefault(_kind(row), []).append(row.name)
+        rows = [(str(len(names)), *kind, listed(names)) for kind, names in groups.items()]
+        return ("count", *_COLUMNS, "layers"), rows
+
+
+def _kind(row: Row) -> tuple[str, ...]:
+    return row.state, row.fused, row.bridge, row.reason
 
 
 def report(model: Any) -> Report:
     """Which batch norms of a Keras model run on bnfast, what is fused with them, and why not. print() the result.
+
+    The table has one line per group of layers that are alike; `report(model).text(verbose=2)` one per layer.
 
     Args:
         model: a keras.Model, accelerated or not.
