@@ -24,7 +24,7 @@ _thread_pools.watch()
 
 
 def load_ipython_extension(ipython: Any) -> None:
-    """`%load_ext bnfast` in a notebook: from now on Keras's BatchNormalization is bnfast's layer, as under `bnfast run`.
+    """`%load_ext bnfast` in a notebook: from now on Keras's BatchNormalization is bnfast's, as under `bnfast run`.
 
     A cell that ran `from keras.layers import BatchNormalization` before keeps Keras's. `%unload_ext bnfast` undoes it.
     """

@@ -115,7 +115,7 @@ class PatchedBatchNormalization(BatchNormalization, metaclass=_LikeKeras):
             self.fused = fused
 
     @property
-    def save_assets(self) -> Any:
+    def save_assets(self) -> Any:  # type: ignore[override]
         """Not there: a file of this layer names Keras's class, and has nothing to say of bnfast."""
         raise AttributeError("save_assets")
 
