@@ -33,6 +33,9 @@ mutants *arguments:
 # libFuzzer on views, plans and checks, 10 minutes; needs clang. Writes the corpus that every build replays.
 fuzz *arguments:
     PYTHONPATH=tests/helpers python -m fuzzing {{arguments}}
+# The site in build/site, from docs/, README, examples and docstrings (`pip install --group docs`).
+site:
+    mkdocs build --strict
 
 bench:
     cmake --preset bench -G Ninja && cmake --build --preset bench && build/bench/bench/bench_batch_norm

@@ -202,8 +202,8 @@ BLOCKS = [
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     for number, block in enumerate(code_blocks(path.read_text(), "python"), 1)
     # not-working.md has fragments around a reader's model, which examples/not_working.py runs. tests/test_pages.py runs
-    # how-to.md and the tutorials, whose blocks belong together.
-    if path.name not in ("not-working.md", "how-to.md")
+    # how-to.md, numerics.md and the tutorials, whose blocks belong together.
+    if path.name not in ("not-working.md", "how-to.md", "numerics.md")
 ]
 
 

@@ -1,4 +1,4 @@
-"""The code of the tutorials and of docs/how-to.md runs: the blocks of a page in order, as one program."""
+"""The code of the tutorials, docs/how-to.md and docs/numerics.md runs, the blocks of a page in order as one program."""
 
 import contextlib
 import io
@@ -9,7 +9,7 @@ import pytest
 
 DOCS = Path(__file__).parent.parent / "docs"
 TUTORIALS = [path for path in sorted((DOCS / "tutorials").glob("*.md")) if path.suffixes == [".md"]]
-PAGES = [*(path for path in TUTORIALS if path.name != "README.md"), DOCS / "how-to.md"]
+PAGES = [*(path for path in TUTORIALS if path.name != "README.md"), DOCS / "how-to.md", DOCS / "numerics.md"]
 OPTIONAL = {"tf2onnx"}  # a block that imports one of these is left out without it
 
 

@@ -16,7 +16,7 @@ import time
 import bnfast
 import numpy as np
 import pytest
-from bnfast.benchmark import allocator, cases, correctness, figure, report, timing
+from bnfast.benchmark import allocator, cases, correctness, figure, machine, report, timing
 from bnfast.benchmark.peers import BASELINES, PEERS, Unsupported
 from bnfast.cli import bench, main
 
@@ -316,3 +316,26 @@ def test_a_picture_of_one_peer_and_one_operation(tmp_path):
     rows = [make_row("bnfast", 1.0, 1.0, op="infer"), make_row("jax", 2.0, 2.0, op="infer")]
     figure.save(tmp_path / "one.png", rows, bench.TITLES, "a machine")
     assert (tmp_path / "one.png").stat().st_size > 20_000
+
+
+@pytest.mark.needs("rich")
+def test_a_busy_machine_is_refused_unless_rounds_are_given(monkeypatch, capsys):
+    monkeypatch.setattr("bnfast.benchmark.machine.others_busy", lambda: 0.9)
+    monkeypatch.setattr("bnfast.benchmark.machine.os.sched_getaffinity", lambda _: {0, 1}, raising=False)
+    command = ["bench", "--shape", "4,6", "--op", "train", "--layout", "channels_last"]
+    assert main([*command, "--peers", OTHERS[0]]) == 2
+    assert "other programs keep 0.9 of 2 processors busy, so the figures would lie" in capsys.readouterr().err
+    assert main([*command, "--peers", OTHERS[0], "--quick"]) == 0
+    assert "; other programs kept 0.9 of 2 processors busy" in capsys.readouterr().out
+
+
+def test_what_others_run_is_counted_and_ones_own_time_is_not(monkeypatch):
+    ticks = iter([1000, 1000 + 3 * machine.os.sysconf("SC_CLK_TCK") // 4])
+    monkeypatch.setattr(machine, "_busy_ticks", lambda: next(ticks))
+    monkeypatch.setattr(machine.time, "sleep", lambda _: None)
+    times = iter([5.0, 5.25])
+    monkeypatch.setattr(machine.time, "process_time", lambda: next(times))
+    assert machine.others_busy(0.5) == 1.0
+    monkeypatch.setattr(machine, "_busy_ticks", lambda: int("no such file"))
+    assert machine.others_busy(0.5) is None
+    assert machine.load_sentence({"load_before": 1.5, "cores": 2}) == "Load before the run: 1.5"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ def describe(threads: int, versions: dict[str, str]) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "libc": " ".join(platform.libc_ver()).strip(),
         "load_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "others_busy": others_busy(),
         "compiler": info["compiler"],
         "versions": {"python": platform.python_version(), "numpy": np.__version__, **versions},
     }
@@ -40,6 +42,36 @@ def sentence(machine: dict[str, Any]) -> str:
             parts.append(f"{name} {machine[key] / 2**20:g} MiB")
     parts += [machine["isa"], f"{machine['threads']} threads"]
     return ", ".join(parts)
+
+
+def load_sentence(machine: dict[str, Any]) -> str:
+    """How busy the machine was before the run."""
+    others = machine.get("others_busy")
+    told = "" if others is None else f"; other programs kept {others:.1f} of {machine['cores']} processors busy"
+    return f"Load before the run: {machine['load_before']}{told}"
+
+
+def others_busy(seconds: float = 0.5) -> float | None:
+    """How many processors the rest of the machine keeps busy now, stolen time included. None: /proc/stat isn't there.
+
+    The load average would count what this user ran a minute ago.
+    """
+    try:
+        before = _busy_ticks(), time.process_time()
+        time.sleep(seconds)
+        after = _busy_ticks(), time.process_time()
+    except (OSError, ValueError):
+        return None
+    spent = (after[0] - before[0]) / os.sysconf("SC_CLK_TCK") - (after[1] - before[1])
+    return round(max(spent, 0.0) / seconds, 2)
+
+
+def _busy_ticks() -> int:
+    """Of all processors since the start: user, nice, system, irq, softirq and steal; neither idle nor iowait."""
+    name, *ticks = Path("/proc/stat").read_text().split("\n", 1)[0].split()
+    if name != "cpu" or len(ticks) < 8:
+        raise ValueError(f"/proc/stat starts with {name}")
+    return sum(int(tick) for i, tick in enumerate(ticks[:8]) if i not in (3, 4))
 
 
 def _field(path: Path, name: str) -> str:

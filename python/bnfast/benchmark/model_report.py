@@ -13,7 +13,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from bnfast.benchmark.machine import sentence
+from bnfast.benchmark.machine import load_sentence, sentence
 from bnfast.benchmark.model_memory import Runs
 from bnfast.benchmark.model_timing import PREDICTION_TOLERANCE, ModelResult, Variant
 from bnfast.benchmark.models import BASE, TITLES
@@ -98,7 +98,7 @@ def markdown(machine: dict[str, Any], label: str, rows: list[Row], left_out: lis
         heads += [title, "to Keras"]
     parts = [
         f"# {label}: one model, several batch norms",
-        f"{sentence(machine)}. {versions}. Load before the run: {machine['load_before']}.",
+        f"{sentence(machine)}. {versions}. {load_sentence(machine)}.",
         'Times are medians over interleaved rounds. "to Keras" is the median ratio to Keras\'s layer within a round;'
         " below 1 is faster. Peak memory is VmHWM of a fresh process that runs three training steps, the median over"
         " several processes. `docs/benchmarks/README.md` explains how to repeat this.",

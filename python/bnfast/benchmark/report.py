@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bnfast.benchmark.cases import OPS
-from bnfast.benchmark.machine import sentence
+from bnfast.benchmark.machine import load_sentence, sentence
 from bnfast.benchmark.peers import BASELINES
 from bnfast.benchmark.timing import MODES, CaseResult, Measurement, median, ratio
 
@@ -145,7 +145,7 @@ def markdown(machine: dict[str, Any], rows: list[Row], left_out: list[Row], titl
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     parts = [
         "# bnfast against its peers",
-        f"{sentence(machine)}. {versions}. Load before the run: {machine['load_before']}.",
+        f"{sentence(machine)}. {versions}. {load_sentence(machine)}.",
         "Times are medians over interleaved rounds. The figure in brackets is the median ratio to bnfast's time within"
         " a round: above 1, bnfast is faster. `docs/benchmarks/README.md` explains how to read and repeat this.",
         _summary_table(rows, titles),

@@ -15,7 +15,16 @@ import bnfast
 from bnfast.benchmark import allocator, cases, machine, models, quiet, report, timing
 from bnfast.benchmark.peers import BASELINES, PEERS, Peer
 from bnfast.cli import bench_model, files
-from bnfast.cli.errors import REPORTED, UserError, non_negative_int, positive_int, require, require_memory, thread_count
+from bnfast.cli.errors import (
+    REPORTED,
+    UserError,
+    non_negative_int,
+    positive_int,
+    require,
+    require_idle,
+    require_memory,
+    thread_count,
+)
 from bnfast.cli.output import show, show_table
 from bnfast.cli.progress import progress_bar
 
@@ -39,7 +48,12 @@ def register(subparsers: Any) -> None:
     _add_shape_options(parser)
     add = parser.add_argument
     add("--threads", type=thread_count, metavar="N", help="threads of each library (default: bnfast's default)")
-    add("--rounds", type=positive_int, metavar="N", help="rounds (default: 5 to 15 per case, or 15 with --model)")
+    add(
+        "--rounds",
+        type=positive_int,
+        metavar="N",
+        help="rounds (default: 5 to 15 per case, or 15 with --model), also on a busy machine",
+    )
     add("--quick", action="store_true", help=f"only {QUICK_ROUNDS} rounds: shows that it works; figures mean little")
     add("--out", type=Path, metavar="DIR", help="also write JSON, Markdown and a picture to this folder")
     _add_model_options(parser)
@@ -131,6 +145,8 @@ def _run_shapes(arguments: argparse.Namespace) -> int:
         if missing:
             show(f"not installed, left out: {', '.join(missing)}")
         about = machine.describe(threads, {peer.distribution: peer.version() for peer in peers})
+        if rounds is None:
+            require_idle(about["others_busy"], about["cores"])
         rows, left_out = _measure(chosen_cases, peers, arguments.outputs, rounds)
     if arguments.out:  # before anything is printed: stdout may be a pipe that nobody reads any more
         settings = {name: getattr(arguments, name) for name in ("op", "layout", "dtype", "outputs", "rounds", "quick")}
@@ -201,6 +217,7 @@ def _measure(
 
 def _print_summary(about: dict[str, Any], rows: list[report.Row], left_out: list[report.Row]) -> None:
     show(machine.sentence(about))
+    show(machine.load_sentence(about))
     show("Time over bnfast's: the geometric mean over the cases, in brackets the smallest. Above 1, bnfast is faster.")
     show("The columns differ in what happens to the outputs.")
     summaries = [s for s in report.summarize(rows) if s.peer not in report.TORCHES]  # "torch" stands for both

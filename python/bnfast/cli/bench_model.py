@@ -18,7 +18,7 @@ import bnfast
 from bnfast.benchmark import machine, model_memory, model_report, model_timing, models, quiet, timing
 from bnfast.benchmark.report import Row, json_text
 from bnfast.cli import files
-from bnfast.cli.errors import REPORTED, UserError, require, require_memory
+from bnfast.cli.errors import REPORTED, UserError, require, require_idle, require_memory
 from bnfast.cli.output import show, show_table
 from bnfast.cli.progress import progress_bar
 
@@ -39,6 +39,8 @@ def run(arguments: argparse.Namespace) -> int:
     with timing.preserve_num_threads():
         _start(spec, arguments.threads)
         about = _describe(arguments.threads)
+        if not (arguments.rounds or arguments.quick):
+            require_idle(about["others_busy"], about["cores"])
         result, memory, failed = _measure(spec, names, arguments)
     rows = model_report.rows_of(result, memory)
     left_out = _left_out_rows(result.left_out, "all") + _left_out_rows(failed, "memory")
@@ -134,6 +136,7 @@ def _print(about: dict[str, Any], spec: models.Spec, rows: list[Row], left_out: 
     from rich.table import Table
 
     show(machine.sentence(about))
+    show(machine.load_sentence(about))
     show(f"{spec.label}. In brackets: the ratio to Keras's layer; below 1 is faster, or smaller.")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("batch norm", no_wrap=True)

@@ -38,6 +38,18 @@ def require_memory(what: str, least_bytes: int) -> None:
         raise UserError(f"{what} needs at least {wanted} of memory. This machine has {present}")
 
 
+MOST_BUSY = 0.25  # of the processors. At a load of 9 on two, single ratios of one comparison went from 0.4 to 2.1.
+
+
+def require_idle(busy: float | None, processors: int) -> None:
+    """Raise UserError if other programs run: the figures would lie."""
+    if busy is not None and busy > MOST_BUSY * processors:
+        raise UserError(
+            f"other programs keep {busy:.1f} of {processors} processors busy, so the figures would lie. Wait for them, "
+            "or pass --quick or --rounds N to measure all the same"
+        )
+
+
 def positive_int(text: str) -> int:
     """An argparse type: an integer in [1, 2**31)."""
     return _integer(text, least=1)
