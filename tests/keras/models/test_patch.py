@@ -224,8 +224,23 @@ def test_summary(rng: np.random.Generator) -> None:
         keras.layers.BatchNormalization(momentum=1.5, name=f"odd_{index}")
     first, second = summary().splitlines()
     assert first.startswith("8 batch norms: 5 on Keras's own layer, 2 trained on ")
-    assert first.endswith(", 1 never trained, 1 fused")
+    assert first.endswith(", 1 never called, 1 fused")
     assert second == "Keras's own for odd_0, odd_1, odd_2 and 2 more: momentum outside [0, 1]"
+
+
+def test_summary_tells_never_called_from_never_in_training() -> None:
+    with patch():
+        idle, used, frozen = (keras.layers.BatchNormalization(name=name) for name in ("idle", "used", "frozen"))
+    x = np.ones((4, 3), "float32")
+    used(x)
+    frozen.trainable = False
+    frozen(x, training=True)
+    first, second = summary().splitlines()
+    assert first == "3 batch norms: 1 never called, 1 called in inference alone, 1 frozen"
+    assert second == "none was called with training=True: a training loop of one's own calls model(x, training=True)"
+    used(x, training=True)
+    assert len(summary().splitlines()) == 1
+    assert not idle.built
 
 
 LOAD = """

@@ -171,7 +171,7 @@ def test_only_what_ran_counts_as_trained() -> None:
         layer = Outer()
     entry = made[-1]
     layer(keras.Input((3,)))
-    assert entry.state == "never trained"
+    assert entry.state == "never called"
     layer(X)
     assert entry.state.startswith("trained on")
 

@@ -53,6 +53,9 @@ _SCALARS = (("momentum", 0.99, "outside [0, 1]"), ("epsilon", 1e-3, "negative or
 _lock = threading.RLock()
 
 
+NEVER, INFERENCE, FROZEN = "never called", "called in inference alone", "frozen"
+
+
 @dataclass
 class Entry:
     """The state of one layer that was made under the patch or changed by `accelerate`."""
@@ -62,13 +65,14 @@ class Entry:
     wanted: str = "auto"  # the bridge that accelerate was given
     bridge: str | None = None  # the bridge of its last training call; None before one
     trace: fusion.Trace | None = None  # of that call
+    calls: str = NEVER  # what calls there were, other than training ones
 
     @property
     def state(self) -> str:
         if self.reason is not None:
             return "on Keras's own layer"
         if self.bridge is None:
-            return "never trained"
+            return self.calls
         return "trained on " + _BRIDGE_NAMES.get(self.bridge, self.bridge)
 
 
@@ -168,8 +172,14 @@ class PatchedBatchNormalization(BatchNormalization, metaclass=_LikeKeras):
         if entry.reason is not None:
             return KERAS.call(self, inputs, training=training, mask=mask)
         y = super().call(inputs, training=training, mask=mask)
-        if self.trainable and may_train(training) and not in_symbolic_scope():
+        if in_symbolic_scope():
+            return y
+        if not may_train(training):
+            entry.calls = INFERENCE if entry.calls == NEVER else entry.calls
+        elif self.trainable:
             entry.bridge, entry.trace = choose_bridge(entry.wanted), self._bnfast_trace
+        else:
+            entry.calls = FROZEN
         return y
 
     def compute_output_shape(self, input_shape: Any) -> Any:
@@ -386,6 +396,8 @@ def summary() -> str:
     fused = sum(entry.trace is not None and bool(entry.trace.fused) for entry in made)
     counts = [f"{count} {state}" for state, count in states.most_common()] + [f"{fused} fused"] * bool(fused)
     lines = [f"{len(made)} batch norms: " + ", ".join(counts)]
+    if INFERENCE in states and not any(entry.bridge for entry in made):
+        lines.append("none was called with training=True: a training loop of one's own calls model(x, training=True)")
     for reason in dict.fromkeys(entry.reason for entry in made if entry.reason is not None):
         lines.append(f"Keras's own for {listed(entry.name for entry in made if entry.reason == reason)}: {reason}")
     return "\n".join(lines)
