@@ -31,6 +31,7 @@ def python(*args: object, cwd: Path | None = None) -> subprocess.CompletedProces
         ("mlp.py", [], ["2 batch norms: 2 trained on "]),
         ("gan.py", [], ["2 batch norms: 2 trained on "]),
         ("resume.py", ["."], ["6 batch norms: 6 trained on "]),
+        ("tf1.py", [], ["tf.layers.batch_normalization: 2 in graphs, computed by bnfast"]),
         ("cnn.py", ["--epochs", "4", "."], ["6 batch norms: 4 called in inference alone, 2 trained on "]),
     ],
 )

@@ -23,6 +23,7 @@ from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
 
+from bnfast.cli import tf_layers
 from bnfast.cli.errors import UserError, require
 from bnfast.cli.output import say, show
 
@@ -239,6 +240,7 @@ class _PatchOnImport(importlib.abc.MetaPathFinder):
             import bnfast.keras
 
             bnfast.keras.patch()
+            tf_layers.install()
             self.reason = None
         except Exception as error:  # the script must run all the same
             self.reason = f"{type(error).__name__}: {error}"
@@ -249,9 +251,11 @@ class _PatchOnImport(importlib.abc.MetaPathFinder):
             legacy = " (tf_keras is not Keras 3)" if "tf_keras" in sys.modules else ""
             lines = [f"nothing was replaced: {self.reason}{legacy}"]
         else:
-            from bnfast.keras.models.patch import summary
+            from bnfast.keras.models.patch import made, summary
 
-            lines = summary().splitlines()
+            lines = tf_layers.summary()
+            if made or not lines:
+                lines = [*summary().splitlines(), *lines]
         if not sys.modules.keys().isdisjoint(STARTERS):
             lines.append("processes that multiprocessing spawned aren't covered: Keras's own layer runs there")
         return "\n".join(f"bnfast: {line}" for line in lines)

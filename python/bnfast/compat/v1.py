@@ -1,4 +1,4 @@
-"""`tf.layers.batch_normalization` in TF 1's graph mode; TensorFlow 2.21 has it only if tf_keras is installed.
+"""`tf.layers.batch_normalization` in TF 1's graph mode; TensorFlow has it only with tf_keras and TF_USE_LEGACY_KERAS=1.
 
     y = gamma*(x - mean)/sqrt(variance + epsilon) + beta, and UPDATE_OPS get moving -= (moving - batch)*(1 - momentum)
 
