@@ -18,7 +18,7 @@ __all__ += runtime.__all__
 
 __version__: str
 
-_LAZY = ("keras", "torch", "cuda")  # namespaces that need more than NumPy
+_LAZY = ("keras", "torch", "jax", "cuda")  # namespaces that need more than NumPy
 
 _thread_pools.watch()
 

@@ -15,6 +15,7 @@ NAMESPACES = {
     "bnfast.keras": "tensorflow",
     "bnfast.torch": "torch",
     "bnfast.jax": "jax",
+    "bnfast.jax.nnx": "flax",
     "bnfast.cuda": None,
     "bnfast.cuda.autograd": "torch",
     "bnfast.compat.v1": "tensorflow",

@@ -34,6 +34,13 @@ class TrainResult(NamedTuple):
         mean, variance: the batch mean and population variance, of shape (C,): float64 with x64 enabled, else float32.
         invstd: 1/sqrt(variance + epsilon), likewise; 0 where variance + epsilon is 0.
         moving_mean, moving_variance: the updated moving statistics in the dtype of the given ones; None without.
+
+    Example:
+        >>> import bnfast.jax
+        >>> import jax.numpy as jnp
+        >>> result = bnfast.jax.batch_norm_train(jnp.array([[1.0], [5.0]]))
+        >>> result.mean.tolist(), result.variance.tolist(), result.moving_mean
+        ([3.0], [4.0], None)
     """
 
     y: Array
@@ -51,6 +58,14 @@ class GradResult(NamedTuple):
         dx: in the shape and dtype of x.
         dgamma, dbeta: of shape (C,), even if gamma or beta was None.
         dresidual: in the shape and dtype of x; None without residual and y.
+
+    Example:
+        >>> import bnfast.jax
+        >>> import jax.numpy as jnp
+        >>> x = jnp.array([[1.0], [5.0]])
+        >>> result = bnfast.jax.batch_norm_train(x)
+        >>> bnfast.jax.batch_norm_grad(jnp.ones((2, 1)), x, result.mean, result.invstd).dbeta.tolist()
+        [2.0]
     """
 
     dx: Array
