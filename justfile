@@ -33,6 +33,7 @@ mutants *arguments:
 # libFuzzer on views, plans and checks, 10 minutes; needs clang. Writes the corpus that every build replays.
 fuzz *arguments:
     PYTHONPATH=tests/helpers python -m fuzzing {{arguments}}
+
 # The site in build/site, from docs/, README, examples and docstrings (`pip install --group docs`).
 site:
     mkdocs build --strict
