@@ -240,7 +240,8 @@ class _PatchOnImport(importlib.abc.MetaPathFinder):
             import bnfast.keras
 
             bnfast.keras.patch()
-            tf_layers.install()
+            if "tensorflow" in sys.modules:
+                tf_layers.install()
             self.reason = None
         except Exception as error:  # the script must run all the same
             self.reason = f"{type(error).__name__}: {error}"

@@ -26,7 +26,6 @@ def save(model: Any, path: Any, *, overwrite: bool = True) -> None:
         TypeError: not a keras.Model.
         ValueError: the model isn't built, or has a layer or an option that Keras lacks (ConditionalBatchNormalization,
             WeightNormalization, momentum=None, several axes ...). The message names it. Nothing is written.
-        RuntimeError: Keras runs on a backend other than TensorFlow.
 
     Example:
         >>> import keras, tempfile
