@@ -19,6 +19,7 @@ import keras
 from . import activation as activations
 from . import arguments, reader
 from .framework import (
+    ON_TENSORFLOW,
     Axes,
     Batch,
     Mode,
@@ -292,7 +293,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         """
         features = self._features
         x = as_input(inputs, getattr(self.input_spec, "ndim", None))
-        if has_other_readers(self):
+        if ON_TENSORFLOW and has_other_readers(self):
             folding.keep(x)
         axes = Axes.of(self._axes, x.shape, known=len(self._axes) > 1)
         attached = getattr(inputs, "_keras_mask", None)
@@ -316,8 +317,11 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
             if mode.update is not False:
                 for name, value in new.items():
                     variable = getattr(self, name)
-                    variable.assign(keras.ops.reshape(value, variable.shape))
-            y = keras.ops.cast(axes.split(y, x), self.compute_dtype)
+                    same = not ON_TENSORFLOW and tuple(value.shape) == tuple(variable.shape)  # a graph may not know
+                    variable.assign(value if same else keras.ops.reshape(value, variable.shape))
+            y = axes.split(y, x)
+            if keras.backend.standardize_dtype(y.dtype) != self.compute_dtype:
+                y = keras.ops.cast(y, self.compute_dtype)
             if built_in or not affine:
                 return y
             return keras.ops.cast(features.activation(y), self.compute_dtype)
@@ -358,6 +362,8 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
 
     def _new_trace(self, mode: Mode, features: arguments.Features) -> fusion.Trace | None:
         """Where a call notes what is fused with it; None if nothing may be, as its output is needed."""
+        if not ON_TENSORFLOW:
+            return None
         trace = trace_of(self)
         if mode.is_training is not False:
             self._bnfast_trace = trace

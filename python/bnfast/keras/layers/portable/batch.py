@@ -49,7 +49,7 @@ def as_input(inputs: Any, rank: int | None = None) -> Any:
     Raises:
         TypeError: inputs are neither floats nor integers nor booleans.
     """
-    x = ops.convert_to_tensor(inputs)
+    x = inputs if ops.is_tensor(inputs) else ops.convert_to_tensor(inputs)
     name = dtype_of(x)
     if name in FLOATS:
         return x
@@ -72,7 +72,7 @@ def per_channel(values: Any, x: Any, axis: int) -> Any:
 
 def parameter(variable: Any) -> Any:
     """A layer's weight as the kernels need it: shape (C,), and float32 if it is a half type. A scalar stays scalar."""
-    value = ops.convert_to_tensor(variable)
+    value = variable.value if isinstance(variable, keras.Variable) else ops.convert_to_tensor(variable)
     value = ops.reshape(value, (-1,)) if len(value.shape) > 1 else value
     return ops.cast(value, "float32") if dtype_of(value) in ("float16", "bfloat16") else value
 
