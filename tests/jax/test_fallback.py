@@ -57,6 +57,7 @@ def test_status_gives_the_reason_of_the_handlers(monkeypatch):
     assert support.status()[0]
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 6, 2), reason="JAX before 0.6.2 takes its own ops there")
 def test_beside_another_device_the_platform_decides(monkeypatch, reasons):
     monkeypatch.setattr(support, "backends", lambda: {"cpu": None, "cuda": None})
     traced = jax.jit(jax.grad(lambda x: (run(x) ** 2).sum())).trace(X)

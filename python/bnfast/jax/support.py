@@ -93,14 +93,17 @@ def way(x: Any) -> str:
         log_once(reason)
         return OWN_OPS
     if not isinstance(x, jax.core.Tracer):
-        others = {device.platform for device in x.devices()} - {"cpu"}
-        if others:
-            log_once(f"an array is on {', '.join(sorted(others))}, and the kernels run on the CPU alone")
-        return OWN_OPS if others else KERNELS
-    others = set(backends()) - {"cpu", "interpreter"}
+        elsewhere = ", ".join(sorted({device.platform for device in x.devices()} - {"cpu"}))
+        if elsewhere:
+            log_once(f"an array is on {elsewhere}, and the kernels run on the CPU alone")
+        return OWN_OPS if elsewhere else KERNELS
+    others = ", ".join(sorted(set(backends()) - {"cpu", "interpreter"}))
     if not others:
         return KERNELS
-    log_once(f"what is compiled for {', '.join(sorted(others))}: the kernels run on the CPU alone")
+    if jax.__version_info__ < (0, 6, 2):  # 0.5.3 keeps the CPU's branch in programs of other platforms
+        log_once(f"JAX {jax.__version__} has {others} beside the CPU, and can't tell what it compiles for")
+        return OWN_OPS
+    log_once(f"what is compiled for {others}: the kernels run on the CPU alone")
     return BY_PLATFORM
 
 
