@@ -1,4 +1,4 @@
-// The part of DLPack's C interface (version 1) that tensors.cpp reads: https://dmlc.github.io/dlpack/latest/c_api.html
+// The part of DLPack's C interface (version 1) that is read here: https://dmlc.github.io/dlpack/latest/c_api.html
 // Declared here, so that building needs neither DLPack nor a framework.
 #pragma once
 #include <cstdint>

@@ -13,7 +13,7 @@
 #include "call.h"
 #include "callback.h"
 #include "group_norm.h"
-#include "tensors.h"
+#include "torch_functions.h"
 
 #include <memory>
 
@@ -144,7 +144,7 @@ PYBIND11_MODULE(_core, m) {
     bind::define(m, "group_norm_grad", bind::group_norm_grad, bind::group_norm_grad_names);
     bind::define(m, "layer_norm", bind::layer_norm, bind::layer_norm_names);
     bind::define(m, "layer_norm_grad", bind::layer_norm_grad, bind::layer_norm_grad_names);
-    bind::define_tensor_functions(m);
+    bind::define_torch_functions(m);
     m.attr("Callback") = bind::callback_type();
     m.def("empty", &bind::empty,
           "empty(shape, dtype, /)\n--\n\nAn array with undefined values, in memory of the output pool.");

@@ -26,6 +26,22 @@ def test_import_orders(first):
     run(f"{first}\nimport bnfast, torch, bnfast.torch\n{STEP}")
 
 
+def test_a_torch_without_dlpacks_table_is_read_through_capsules():
+    code = f"""
+import torch, numpy as np
+del torch.Tensor.__dlpack_c_exchange_api__  # as in releases before 2.10
+import bnfast.torch
+from bnfast.torch import kernels
+{STEP}
+bits = bnfast.batch_norm_train(x.detach().numpy(), axis=1, epsilon=1e-5).y
+assert y.detach().numpy().tobytes() == bits.tobytes()
+last = x.detach().contiguous(memory_format=torch.channels_last)
+assert module(last).is_contiguous(memory_format=torch.channels_last)
+kernels.train(last, None, None, None, (None, None), kernels.Options())  # declines nothing
+"""
+    run(code)
+
+
 def test_importing_bnfast_loads_no_torch():
     assert run("import sys, bnfast; print('torch' in sys.modules)") == "False\n"
 

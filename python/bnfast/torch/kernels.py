@@ -1,6 +1,6 @@
 """The core's functions on tensors: no autograd, no choice of a way. Outputs come from PyTorch's allocator.
 
-The core accepts plain tensors in the CPU's memory that are contiguous or channels_last (csrc/bind/tensors.h). For
+The core accepts plain tensors in the CPU's memory that are contiguous or channels_last (csrc/bind/torch_tensor.h). For
 anything else these functions raise Declined, with nothing changed; functional.py then converts the arguments or leaves
 the call to PyTorch. The channel axis is 1. statistics are NumPy arrays of the core, float64 of shape (3, C): mean,
 variance and invstd.
