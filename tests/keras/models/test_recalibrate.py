@@ -472,6 +472,30 @@ def test_each_step_counts_once_eagerly_too(kind):
             same(layer, x)
 
 
+class OutputCell(L.SimpleRNNCell):
+    """Only its output is normalized, so that of an RNN's last output all other steps' are read by nobody."""
+
+    def __init__(self, units):
+        super().__init__(units)
+        self.norm = KERAS()
+
+    def call(self, x, states, training=False):
+        y, states = super().call(x, states)
+        return self.norm(y, training=training), states
+
+
+@pytest.mark.parametrize("unroll", [False, True])
+def test_steps_whose_output_nobody_reads_count_as_in_training(unroll):
+    x = RNG.normal(1, 2, (16, 5, 3)).astype("float32")
+    for eager in (False, True):
+        for sequences in (False, True):
+            model, _ = loop_model(L.RNN(OutputCell(4), unroll=unroll, return_sequences=sequences), eager)
+            with pytest.raises(ValueError, match=r"layer .* is not built, although the model is"):
+                quiet(model, x)
+            model(x)
+            assert quiet(model, x).rows[0].count == 80
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("make", [lambda: L.RNN(Cell(twice=True)), lambda: L.RNN(Within(Cell()))])
 def test_loops_give_the_same_eagerly_and_in_a_graph(make, masked):

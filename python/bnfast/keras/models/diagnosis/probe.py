@@ -53,6 +53,8 @@ class Tap:
     """
 
     def __init__(self, layer: Any, name: str, index: int) -> None:
+        if not layer.built:
+            raise ValueError(f"layer {name} is not built, although the model is: call the model on a batch, before")
         self.layer, self.name, self.index = layer, name, index
         self.statistics: Any = MOVING
         self.observed = True
@@ -190,13 +192,13 @@ class Probe:
             placed = dict(zip(("training", "mask"), args, strict=False))
             training, mask = ({**placed, **kwargs}.get(name) for name in ("training", "mask"))
             with self._lock:
-                site = self._site(tap)
+                site, certain = self._site(tap)
                 if tap.index not in self.order:
                     self.order.append(tap.index)
             static = tf.get_static_value(training) if tf.is_tensor(training) else training
             if static is not None:
                 tap.inference.add(bool(static))
-            vectors = self._vectors(tap, site, inputs, mask)
+            vectors = self._vectors(tap, site, certain, inputs, mask)
             kwargs = {**{name: value for name, value in kwargs.items() if name != "training"}, "training": False}
             kwargs |= {"mask": placed["mask"]} if "mask" in placed else {}
             attributes = vars(layer)
@@ -213,8 +215,9 @@ class Probe:
 
         return call
 
-    def _site(self, tap: Tap) -> int | None:
-        """Which call of this batch norm it is; None for one whose result Keras discards."""
+    def _site(self, tap: Tap) -> tuple[int | None, bool]:
+        """Which call of this batch norm it is, None for one whose result Keras discards; and whether it is certain
+        that the call counts, even if nobody reads its result."""
         try:
             loop = loop_around(tap.name)
         except RuntimeError as error:  # without what Keras would add to its message
@@ -225,13 +228,14 @@ class Probe:
         if loop is not None and loop.starts:
             known.clear()
         if loop is not None and loop.discarded:
-            return None
+            return None, False
         if path not in known:
             known[path] = tap.sites
             tap.sites += 1
-        return known[path]
+        # A tf.function in a loop has one trace for the steps and for the call for the shape, which TensorFlow prunes.
+        return known[path], loop is None or not loop.starts
 
-    def _vectors(self, tap: Tap, site: int | None, inputs: Any, mask: Any) -> list[Any]:
+    def _vectors(self, tap: Tap, site: int | None, certain: bool, inputs: Any, mask: Any) -> list[Any]:
         """The mean and variance that a call normalizes with, as tensors in the shape of the layer's weights."""
         first = inputs[0] if isinstance(inputs, (list, tuple)) else inputs
         x = as_input(first, getattr(tap.layer.input_spec, "ndim", None))
@@ -251,8 +255,9 @@ class Probe:
                 raise
 
         dtype = tf.float64 if x.dtype == tf.float64 else tf.float32
-        # Not stateful, so that a call whose output nobody reads is not computed in a graph.
-        found = tf.numpy_function(see, [x, *weights], [tf.float64, tf.float64], stateful=False)
+        # Stateful, so that a call counts even if nobody reads its output, as a training step's update does: an early
+        # step of an unrolled RNN, say.
+        found = tf.numpy_function(see, [x, *weights], [tf.float64, tf.float64], stateful=certain)
         shape = tap.layer.moving_mean.shape
         return [tf.cast(tf.reshape(vector, shape), dtype) for vector in found]
 
