@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from .figures import LayerFigures, ModelFigures
-from .verdicts import GAP
+from .verdicts.case import GAP
 
 MOST = 12  # layers with a panel of their own: those with the largest gaps
 

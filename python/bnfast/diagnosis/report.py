@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from .figures import LayerFigures, ModelFigures, between
-from .verdicts import FEWEST, Verdict, gap_limit, judge
+from .verdicts import judge
+from .verdicts.case import FEWEST, Verdict, gap_limit
 
 FEW_SAMPLES = 100
 WIDTH = 112  # columns of text

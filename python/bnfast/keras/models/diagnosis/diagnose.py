@@ -7,7 +7,8 @@ from typing import Any
 
 from ....diagnosis.figures import ModelFigures
 from ....diagnosis.report import Diagnosis
-from ....diagnosis.verdicts import GAP, judge
+from ....diagnosis.verdicts import judge
+from ....diagnosis.verdicts.case import GAP
 from ..copy import duplicate
 from ..norms import check_model
 from .collect import Collector, drift

@@ -19,7 +19,8 @@ import tensorflow as tf
 
 from ....diagnosis.estimate import Estimate
 from ....diagnosis.figures import LayerFigures, ModelFigures
-from ....diagnosis.verdicts import POSSIBLE_SHARE, Verdict, judge
+from ....diagnosis.verdicts import judge
+from ....diagnosis.verdicts.case import POSSIBLE_SHARE, Verdict
 from ....functional.moments import Moments
 from ..norms import norms
 from .collect import _constants, _infinite, _trained
