@@ -41,7 +41,9 @@ std::string buffer_fault(py::handle object) {
     const std::unique_ptr<Py_buffer, void (*)(Py_buffer*)> release(&view, PyBuffer_Release);
     if (view.ndim < 0 || view.ndim > 64) return std::to_string(view.ndim) + " axes";
     if (view.ndim > 1 && !view.shape) return "no shape for " + std::to_string(view.ndim) + " axes";
-    if (!view.shape) return "";
+    // Without a shape memoryview divides len by it.
+    if (view.itemsize <= 0) return "items of " + std::to_string(view.itemsize) + " bytes";
+    if (!view.shape) return view.len >= 0 ? "" : std::to_string(view.len) + " bytes";
     std::int64_t bytes = view.itemsize;
     for (int i = 0; i < view.ndim; ++i) {
         if (view.shape[i] < 0) return "the extent " + std::to_string(view.shape[i]);

@@ -9,6 +9,7 @@ import pytest
 import sample_data
 from bnfast import _core
 from bnfast.functional import batch_norm
+from hostile import Liar, capsule, exporter
 
 
 @pytest.fixture
@@ -273,45 +274,6 @@ def test_gradient_of_x_with_itself_in_place():
     same([bnfast.batch_norm_grad(both, both, mean, invstd, out=both).dx], [wanted])
 
 
-class Liar:
-    """A DLPack producer that says what it likes."""
-
-    def __init__(self, device=(1, 0), **fields):
-        self.device, self.fields = device, fields
-
-    def __dlpack_device__(self):
-        if isinstance(self.device, Exception):
-            raise self.device
-        return self.device
-
-    def __dlpack__(self, **_):
-        return capsule(**self.fields)
-
-
-class Managed(ctypes.Structure):
-    """DLManagedTensor of DLPack, version 0."""
-
-    _fields_ = (
-        ("data", ctypes.c_void_p), ("device_type", ctypes.c_int32), ("device_id", ctypes.c_int32),
-        ("ndim", ctypes.c_int32), ("code", ctypes.c_uint8), ("bits", ctypes.c_uint8), ("lanes", ctypes.c_uint16),
-        ("shape", ctypes.POINTER(ctypes.c_int64)), ("strides", ctypes.c_void_p), ("byte_offset", ctypes.c_uint64),
-        ("context", ctypes.c_void_p), ("deleter", ctypes.c_void_p),
-    )  # fmt: skip
-
-
-KEPT = []
-
-
-def capsule(data=0, shape=(4, 3), bits=32, ndim=None):
-    extents = None if shape is None else (ctypes.c_int64 * len(shape))(*shape)
-    ndim = len(shape) if ndim is None else ndim
-    tensor = Managed(data, 1, 0, ndim, 2, bits, 1, extents, None, 0, None, None)
-    KEPT.extend((extents, tensor))
-    new = ctypes.pythonapi.PyCapsule_New
-    new.restype, new.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
-    return new(ctypes.addressof(tensor), b"dltensor", None)
-
-
 def test_a_dlpack_tensor_of_our_own_is_read():
     values = np.arange(12, dtype="float32").reshape(4, 3)
     given = Liar(data=values.ctypes.data)
@@ -355,47 +317,6 @@ def test_a_producer_that_raises_is_an_error_with_the_name():
         bnfast.batch_norm_train(Raises())
 
 
-class Buffer(ctypes.Structure):
-    """Py_buffer."""
-
-    _fields_ = [
-        ("buf", ctypes.c_void_p),
-        ("obj", ctypes.c_void_p),
-        ("len", ctypes.c_ssize_t),
-        ("itemsize", ctypes.c_ssize_t),
-        ("readonly", ctypes.c_int),
-        ("ndim", ctypes.c_int),
-        ("format", ctypes.c_char_p),
-        *((name, ctypes.c_void_p) for name in ("shape", "strides", "suboffsets", "internal")),
-    ]
-
-
-def exporter(**fields):
-    """An object whose buffer says what a C extension could say: twelve float32, but for these fields."""
-    values = np.arange(12, dtype="float32")
-    extents = fields.pop("shape", (4, 3))
-    shape = None if extents is None else (ctypes.c_ssize_t * len(extents))(*extents)
-
-    @ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.c_void_p, ctypes.c_int)
-    def export(self, view, flags):
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
-        told = Buffer(values.ctypes.data, id(self), 48, 4, 1, 2, b"f", shape and ctypes.addressof(shape))
-        for name, value in fields.items():
-            setattr(told, name, value)
-        ctypes.memmove(view, ctypes.addressof(told), ctypes.sizeof(Buffer))
-        return 0
-
-    class Exporter:
-        pass
-
-    procedures = (ctypes.c_void_p * 2)(ctypes.cast(export, ctypes.c_void_p).value, None)
-    KEPT.extend((values, shape, export, procedures, Exporter))
-    # tp_as_buffer of CPython's type objects (64 bits), checked below by reading a right buffer
-    ctypes.c_void_p.from_address(id(Exporter) + 20 * 8).value = ctypes.addressof(procedures)
-    ctypes.pythonapi.PyType_Modified(ctypes.py_object(Exporter))
-    return Exporter()
-
-
 def test_a_buffer_of_our_own_is_read():
     same(bnfast.batch_norm_train(exporter()), bnfast.batch_norm_train(np.arange(12, dtype="float32").reshape(4, 3)))
     bnfast.batch_norm_train(exporter(shape=None, ndim=1))  # what PyBUF_SIMPLE allows: its length is that of the bytes
@@ -411,6 +332,9 @@ def test_a_buffer_of_our_own_is_read():
         ({"shape": (-4, -3)}, "the extent -4"),
         ({"shape": (1 << 60, 1 << 60)}, "a shape of more than"),
         ({"len": 47}, "47 bytes for a shape of 48"),
+        ({"itemsize": 0, "shape": None, "ndim": 1}, "items of 0 bytes"),
+        ({"itemsize": -4}, "items of -4 bytes"),
+        ({"len": -1, "shape": None, "ndim": 1}, "-1 bytes"),
     ],
     ids=str,
 )

@@ -54,7 +54,7 @@ def _from_buffer(name: str, view: memoryview) -> Array:
         )
     try:
         array = np.asarray(view)
-    except (TypeError, ValueError, BufferError, NotImplementedError) as error:
+    except (TypeError, ValueError, BufferError, RuntimeError) as error:
         raise TypeError(f"{name} has a buffer that NumPy can't read: {error}") from error
     return _borrowed(name, array)
 
