@@ -38,6 +38,10 @@ fuzz *arguments:
 site:
     mkdocs build --strict
 
+# Measures errors beside the other libraries that are installed, and writes docs/accuracy.md.
+accuracy *arguments:
+    PYTHONPATH=tests/helpers python -m guarantees.peers {{arguments}}
+
 bench:
     cmake --preset bench -G Ninja && cmake --build --preset bench && build/bench/bench/bench_batch_norm
 

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import accuracy, calls, processes, same_bits, views
+from . import accuracy, calls, hostile, processes, same_bits, views
 
 ROOT = Path(__file__).resolve().parents[3]
 PAGE, DATA = ROOT / "docs" / "guarantees.md", ROOT / "docs" / "benchmarks" / "guarantees.json"
@@ -98,6 +98,13 @@ ROWS = {
         lambda f: not f["failures"],
         "{views} pairs of views, {n_failures} failures",
     ),
+    "hostile": Row(
+        "DLPack tensors and buffers that contradict themselves, nonsense as options, states and op attributes: a "
+        "clear error or a right result, and nothing loaded by half",
+        lambda scale: hostile.measure(count(scale, 20_000)),
+        lambda f: not f["failures"],
+        "{attempts} attempts of each kind ({n_kinds} kinds), {n_failures} failures",
+    ),
 }
 
 
@@ -158,18 +165,20 @@ HELD_BY_CI = """## Held by every run of CI
 | no data race | stage tsan: ThreadSanitizer |
 | a failing allocation is a MemoryError | `csrc/tests/memory_test.cpp` and the tests beside it |
 | the functions of Python and of the stub agree | stage types: stubtest; `tests/core/test_signatures.py` |
-| hostile DLPack tensors, buffers, configs and files are errors that name the argument | `tests/arguments`, `tests/cli` |
+| hostile files and command lines are errors that name the argument | `tests/cli` |
 | NaN, infinity, overflow, empty, masked, one value | [states](states.md), each cell with its test |
 """  # noqa: E501
 
 
 def measured(names: list[str], scale: float) -> dict[str, Any]:
+    command = ["git", "rev-parse", "--short=7", "HEAD"]
+    commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     figures = {}
     for name in names:
         row = ROWS[name]
         begin = time.perf_counter()
         figures[name] = row.measure(scale)
-        figures[name]["seconds"] = round(time.perf_counter() - begin, 1)
+        figures[name] |= {"seconds": round(time.perf_counter() - begin, 1), "commit": commit}
         print(f"{'kept  ' if row.kept(figures[name]) else 'BROKEN'} {name}: {said(row, figures[name])}", flush=True)
     return figures
 
@@ -180,13 +189,19 @@ def said(row: Row, figures: Figures) -> str:
 
 
 def page(data: dict[str, Any]) -> str:
+    commits: dict[str, list[str]] = {}
+    for name, figures in data["rows"].items():
+        commits.setdefault(figures["commit"], []).append(name)
+    most = max(commits, key=lambda commit: len(commits[commit]))
+    others = "".join(f"; {', '.join(names)} at {commit}" for commit, names in commits.items() if commit != most)
     lines = [
         "# Guarantees",
         "",
         "What bnfast promises, and the figures of the last whole measurement. `just guarantees` measures it again and",
-        "writes this page; CI measures a tenth of every row. Code: `tests/helpers/guarantees`.",
+        "writes this page; CI measures a tenth of every row. Code: `tests/helpers/guarantees`. Errors beside those of",
+        "other libraries: [accuracy](accuracy.md).",
         "",
-        f"Measured at {data['commit']} on {data['date']}: {data['machine']}, {data['minutes']} minutes.",
+        f"Measured at {most}{others}; last on {data['date']}: {data['machine']}, {data['minutes']} minutes.",
         "",
         "| promise | figure | kept? |",
         "|---|---|---|",
@@ -212,13 +227,10 @@ def main() -> int:
     if options.page:
         data = json.loads(DATA.read_text())
     else:
-        command = ["git", "rev-parse", "--short=7", "HEAD"]
-        commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
         rows = measured(options.rows or list(ROWS), options.scale)
         if options.rows and options.scale == 1:
             rows = {**json.loads(DATA.read_text())["rows"], **rows}
         data = {
-            "commit": commit,
             "date": datetime.date.today().isoformat(),
             "machine": machine(),
             "minutes": round(sum(figures["seconds"] for figures in rows.values()) / 60),
