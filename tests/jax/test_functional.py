@@ -259,6 +259,9 @@ def test_the_forms_of_a_program():
     lowered = jax.jit(lambda x: bj.batch_norm_train(x).y).lower(x)
     assert "bnfast_train" in lowered.as_text()
     equal(lowered.compile()(x), bj.batch_norm_train(x).y)
+    gradient = jax.jit(jax.grad(lambda x: (bj.batch_norm_train(x).y ** 2).sum())).lower(x).compile().as_text()
+    assert "bnfast_grad" in gradient
+    assert " copy(" not in lowered.compile().as_text() + gradient, "buffers are read and written where they are"
     shapes = jax.eval_shape(bj.batch_norm_train, x)
     assert (shapes.y.shape, shapes.mean.shape, shapes.moving_mean) == ((4, 3), (3,), None)
     with bj.own_ops():
