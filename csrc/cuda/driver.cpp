@@ -6,6 +6,7 @@
 #include <memory>
 #include <mutex>
 #include <new>
+#include <tuple>
 
 #include "cuda/compiler.h"
 #include "cuda/image_cache.h"
@@ -37,13 +38,29 @@ struct Driver {
     int (*cuLibraryLoadData)(void**, const void*, void*, void*, unsigned, void*, void*, unsigned);
     int (*cuLibraryGetKernel)(void**, void*, const char*);
     int (*cuKernelSetAttribute)(int, int, void*, int);
-    int (*cuLaunchKernel)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**,
-                          void**);
+    int (*cuLaunchKernelEx)(const struct LaunchConfig*, void*, void**, void**);
+    int (*cuOccupancyMaxActiveBlocksPerMultiprocessor)(int*, void*, int, std::size_t);
+    int (*cuOccupancyMaxActiveClusters)(int*, void*, const struct LaunchConfig*);
+    int (*cuMemsetD32Async)(void*, unsigned, std::size_t, void*);
 };
 
-// CUresult, CUdevice_attribute, CUfunction_attribute and CUpointer_attribute of cuda.h.
+struct LaunchAttribute {  // CUlaunchAttribute: its value is a union of 64 bytes
+    int id;
+    alignas(8) unsigned value[16];
+};
+struct LaunchConfig {  // CUlaunchConfig
+    unsigned grid[3], block[3], shared_bytes;
+    void* stream;
+    LaunchAttribute* attributes;
+    unsigned attribute_count;
+};
+static_assert(sizeof(LaunchAttribute) == 72 && sizeof(LaunchConfig) == 56, "as in cuda.h");
+
+// CUresult, CUdevice_attribute, CUfunction_attribute, CUlaunchAttributeID and CUpointer_attribute of cuda.h.
 constexpr int out_of_memory = 2;
 constexpr int sm_count = 16, l2_bytes = 38, capability_major = 75, capability_minor = 76, shared_opt_in = 97;
+constexpr int shared_per_sm = 81, cooperative_launch = 95, reserved_shared = 111, cluster_launch = 120;
+constexpr int launch_cooperative = 2, launch_cluster = 4;
 constexpr int most_dynamic_shared = 8;
 constexpr int memory_type = 2, memory_device = 9, of_device = 2;
 
@@ -84,7 +101,10 @@ Driver load() {
     BNFAST_FIND(cuLibraryLoadData);
     BNFAST_FIND(cuLibraryGetKernel);
     BNFAST_FIND(cuKernelSetAttribute);
-    BNFAST_FIND(cuLaunchKernel);
+    BNFAST_FIND(cuLaunchKernelEx);
+    BNFAST_FIND(cuOccupancyMaxActiveBlocksPerMultiprocessor);
+    BNFAST_FIND(cuOccupancyMaxActiveClusters);
+    BNFAST_FIND(cuMemsetD32Async);
 #undef BNFAST_FIND
     if (const int status = d.cuInit(0)) {
         const char* name = nullptr;
@@ -114,10 +134,11 @@ struct Kernel {
 std::mutex mutex;  // guards everything below
 std::string image_folder;
 std::map<int, std::unique_ptr<Device>> devices;
-std::map<int, void*> contexts;                              // primary ones, retained until the process ends
-std::map<std::string, void*> libraries;                     // of fatbins, by path
-std::map<std::pair<int, std::string>, Kernel> kernels;      // by device and name
-std::map<std::pair<int, std::string>, std::string> images;  // compiled ones: the driver may read them later
+std::map<int, void*> contexts;                                 // primary ones, retained until the process ends
+std::map<std::string, void*> libraries;                        // of fatbins, by path
+std::map<std::pair<int, std::string>, Kernel> kernels;         // by device and name
+std::map<std::pair<int, std::string>, std::string> images;     // compiled ones: the driver may read them later
+std::map<std::tuple<void*, int, Index, int>, int> capacities;  // by kernel, device, shared memory, cluster: what fits
 
 std::unique_ptr<Device> make_device(int number) {
     auto attribute = [&](int which) {
@@ -128,7 +149,13 @@ std::unique_ptr<Device> make_device(int number) {
     auto d = std::make_unique<Device>();
     d->number = number;
     d->architecture = 10 * attribute(capability_major) + attribute(capability_minor);
-    d->limits = {attribute(sm_count), attribute(shared_opt_in), attribute(l2_bytes)};
+    d->limits.sms = attribute(sm_count);
+    d->limits.shared_per_block = attribute(shared_opt_in);
+    d->limits.l2_bytes = attribute(l2_bytes);
+    d->limits.shared_per_sm = attribute(shared_per_sm);
+    d->limits.reserved_per_block = attribute(reserved_shared);
+    d->limits.cooperative = attribute(cooperative_launch) != 0;
+    d->limits.clusters = attribute(cluster_launch) != 0;
     return d;
 }
 
@@ -182,7 +209,7 @@ Kernel load(const KernelId& id, const Device& device, const std::string& name) {
     if (!library) library = compiled_library(id, device, name, kernel.origin);
     check(driver().cuLibraryGetKernel(&kernel.function, library, name.c_str()), "looking " + name + " up");
     // Kernels with shared memory of the caller's size opt in to all that the device has.
-    if (id.family == Family::channel_train || id.family == Family::channel_gradient)
+    if (id.family >= Family::channel_train)
         check(driver().cuKernelSetAttribute(most_dynamic_shared, int(device.limits.shared_per_block), kernel.function,
                                             device.number),
               "asking for shared memory");
@@ -200,6 +227,21 @@ template <class F> const Kernel& kernel_for(const KernelId& id, const Device& de
                     " is not loaded: a graph can't capture that. Make the same call once, or call compile, before");
     return kernel = load(id, device, name);
 }
+
+// A launch in the driver's words.
+struct Configured {
+    LaunchAttribute attribute{};
+    LaunchConfig config{};
+
+    Configured(const KernelLaunch& launch, void* stream) {
+        config = {{launch.blocks, 1, 1}, {block_threads, 1, 1}, unsigned(launch.shared_bytes), stream, &attribute, 0};
+        if (launch.cooperative) attribute = {launch_cooperative, {1}};
+        if (launch.cluster > 1) attribute = {launch_cluster, {unsigned(launch.cluster), 1, 1}};
+        config.attribute_count = launch.cooperative || launch.cluster > 1;
+    }
+    Configured(const Configured&) = delete;
+    Configured& operator=(const Configured&) = delete;
+};
 
 }  // namespace
 
@@ -288,14 +330,32 @@ std::string load_kernel(const KernelId& id, const Device& device) {
     return kernel_for(id, device, [] { return true; }).origin;
 }
 
-void launch_kernel(const KernelId& id, const Device& device, unsigned blocks, Index shared_bytes, void* stream,
-                   void* args) {
-    if (blocks == 0) return;
+bool fits(const KernelLaunch& launch, const Device& device, void* stream) {
+    void* const function = kernel_for(launch.kernel, device, [&] { return !is_capturing(stream); }).function;
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto added = capacities.insert({{function, device.number, launch.shared_bytes, launch.cluster}, 0});
+    int& capacity = added.first->second;
+    if (added.second) {
+        Configured c(launch, stream);
+        const int status = launch.cooperative
+                               ? driver().cuOccupancyMaxActiveBlocksPerMultiprocessor(
+                                     &capacity, function, block_threads, std::size_t(launch.shared_bytes))
+                               : driver().cuOccupancyMaxActiveClusters(&capacity, function, &c.config);
+        if (status) capacity = 0;  // where the driver can't say, the form isn't taken
+    }
+    return launch.cooperative ? Index(capacity) * device.limits.sms >= launch.blocks : capacity > 0;
+}
+
+void launch_kernel(const KernelLaunch& launch, const Device& device, void* stream, void* args) {
+    if (launch.blocks == 0) return;
     void* params[] = {args};
-    const Kernel& kernel = kernel_for(id, device, [&] { return !is_capturing(stream); });
-    check(driver().cuLaunchKernel(kernel.function, blocks, 1, 1, block_threads, 1, 1, unsigned(shared_bytes), stream,
-                                  params, nullptr),
-          "launching " + id.name());
+    const Kernel& kernel = kernel_for(launch.kernel, device, [&] { return !is_capturing(stream); });
+    Configured c(launch, stream);
+    check(driver().cuLaunchKernelEx(&c.config, kernel.function, params, nullptr), "launching " + launch.kernel.name());
+}
+
+void set_to_zero(unsigned* word, void* stream) {
+    check(driver().cuMemsetD32Async(word, 0, 1, stream), "setting scratch memory");
 }
 
 }  // namespace bnfast::cuda

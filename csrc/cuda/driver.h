@@ -50,7 +50,18 @@ void write(void* memory, const void* host, std::size_t bytes, void* stream);    
 // Loads the kernel if it isn't yet, and returns where it came from: "fatbin", "cache" or "NVRTC".
 std::string load_kernel(const KernelId& kernel, const Device& device);
 
-void launch_kernel(const KernelId& kernel, const Device& device, unsigned blocks, Index shared_bytes, void* stream,
-                   void* args);
+struct KernelLaunch {
+    KernelId kernel;
+    unsigned blocks;
+    Index shared_bytes;
+    int cluster = 1;           // blocks per cluster
+    bool cooperative = false;  // all blocks are on the device at once, or the launch fails
+};
+
+// Whether the device can hold what the launch needs at once: all blocks of a cooperative one, one cluster. Loads the
+// kernel. The answer counts for this context: under MPS or MIG a device has fewer SMs.
+bool fits(const KernelLaunch& launch, const Device& device, void* stream);
+void launch_kernel(const KernelLaunch& launch, const Device& device, void* stream, void* args);
+void set_to_zero(unsigned* word, void* stream);
 
 }  // namespace bnfast::cuda

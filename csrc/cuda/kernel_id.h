@@ -8,21 +8,23 @@
 namespace bnfast::cuda {
 
 enum class Family {
-    sweep_finalize_train,  // of a compute type: float32 or float64
-    sweep_finalize_inference,
+    sweep_finalize_inference,  // of a compute type: float32 or float64
     sweep_finalize_gradient,
-    sweep_moments,  // of a dtype
-    sweep_apply,    // of a dtype and an activation
+    sweep_finalize_train,  // of a dtype
+    sweep_moments,
+    sweep_apply,  // of a dtype and an activation
     sweep_gradient,
     sweep_apply_gradient,
     channel_train,
-    channel_gradient
+    channel_gradient,
+    resident_train,
+    resident_gradient
 };
-constexpr int family_count = 9;
+constexpr int family_count = 11;
 
 struct KernelId {
     Family family;
-    DType dtype;  // of x; the finalize kernels take its compute type
+    DType dtype;  // of x; the first two families take its compute type
     Act act = Act::none;
 
     DType image() const;         // the dtype of the fatbin that holds the kernel

@@ -1,4 +1,5 @@
 // The calls of bnfast/cuda.h: check, plan, then one launch per step of the plan.
+#include <cstdlib>
 #include <limits>
 
 #include "check.h"
@@ -63,35 +64,60 @@ PlanRequest request_of(const GradArgs& a) {
 }
 PlanRequest request_of(const MomentsArgs& a) { return {a.shape, a.dtype, Call::moments, Form::automatic, 1, 0}; }
 
-struct Step {
-    Family family;
-    unsigned blocks;
-    Index shared_bytes;
-};
+// BNFAST_CUDA_FORM: automatic (the default), sweeps, channel or resident. One that is not possible becomes sweeps.
+Form chosen_form() {
+    const char* const value = std::getenv("BNFAST_CUDA_FORM");
+    const std::string word = value ? value : "automatic";
+    static const char* const words[] = {"automatic", "sweeps", "channel", "resident"};
+    for (int i = 0; i < 4; ++i)
+        if (word == words[i]) return Form(i);
+    throw std::invalid_argument("BNFAST_CUDA_FORM must be automatic, sweeps, channel or resident. Received: " + word);
+}
 
 // The launches of a call, in order.
-std::vector<Step> steps_of(const Plan& p, Call call) {
-    const bool gradient = call == Call::gradient;
+std::vector<KernelLaunch> launches_of(const Plan& p, const PlanRequest& r, Act act) {
+    const bool gradient = r.call == Call::gradient;
+    auto id = [&](Family family) { return KernelId{family, r.dtype, act}; };
     if (p.form == Form::channel)
-        return {{gradient ? Family::channel_gradient : Family::channel_train, p.reduce_blocks, p.reduce_shared}};
-    const Family finalize = gradient              ? Family::sweep_finalize_gradient
-                            : call == Call::infer ? Family::sweep_finalize_inference
-                                                  : Family::sweep_finalize_train;
-    return {{gradient ? Family::sweep_gradient : Family::sweep_moments, p.reduce_blocks, p.reduce_shared},
-            {finalize, p.finalize_blocks, p.finalize_shared},
-            {gradient ? Family::sweep_apply_gradient : Family::sweep_apply, p.apply_blocks, 0}};
+        return {{id(gradient ? Family::channel_gradient : Family::channel_train), p.reduce_blocks, p.reduce_shared,
+                 p.cluster}};
+    if (p.form == Form::resident)
+        return {{id(gradient ? Family::resident_gradient : Family::resident_train), p.reduce_blocks, p.reduce_shared, 1,
+                 true}};
+    const Family finalize = gradient                ? Family::sweep_finalize_gradient
+                            : r.call == Call::infer ? Family::sweep_finalize_inference
+                                                    : Family::sweep_finalize_train;
+    return {{id(gradient ? Family::sweep_gradient : Family::sweep_moments), p.reduce_blocks, p.reduce_shared},
+            {id(finalize), p.finalize_blocks, p.finalize_shared},
+            {id(gradient ? Family::sweep_apply_gradient : Family::sweep_apply), p.apply_blocks, 0}};
+}
+
+Plan planned(PlanRequest r, const Device& device) {
+    r.form = chosen_form();
+    return make_plan(r, device.limits);
+}
+
+// The plan, or that of sweeps where the driver says that the device can't hold the blocks that must run at once. The
+// scratch memory of the one is enough for the other.
+Plan possible(const Plan& plan, PlanRequest r, const Device& device, Act act, void* stream) {
+    if (plan.form != Form::resident && plan.cluster == 1) return plan;
+    if (fits(launches_of(plan, r, act).front(), device, stream)) return plan;
+    r.form = Form::sweeps;
+    return make_plan(r, device.limits);
 }
 
 template <class Args> void run(const PlanRequest& request, const Launch& launch, Act act, Args& args) {
     const Device& device = current_device();
-    const Plan plan = make_plan(request, device.limits);
-    require(launch.scratch || plan.scratch.bytes == 0, "scratch must not be null");
+    const Plan first = planned(request, device);
+    require(launch.scratch || first.scratch.bytes == 0, "scratch must not be null");
     require(reinterpret_cast<std::uintptr_t>(launch.scratch) % 256 == 0, "scratch must be 256-byte aligned");
+    const Plan plan = possible(first, request, device, act, launch.stream);
     args.grid = plan.grid;
+    args.launch = {plan.cluster, plan.kept_slots, plan.scratch.arrived(launch.scratch)};
     args.parts = plan.scratch.parts(launch.scratch);
     args.constants = plan.scratch.constants(launch.scratch);
-    for (const Step& step : steps_of(plan, request.call))
-        launch_kernel({step.family, request.dtype, act}, device, step.blocks, step.shared_bytes, launch.stream, &args);
+    if (plan.form == Form::resident) set_to_zero(args.launch.arrived, launch.stream);
+    for (const KernelLaunch& each : launches_of(plan, request, act)) launch_kernel(each, device, launch.stream, &args);
 }
 
 // What training and inference have in common.
@@ -110,7 +136,7 @@ template <class Args> ForwardArgs forward_args(const Args& a) {
 
 template <class Args> std::size_t planned_scratch(const Args& a) {
     check_call(a);
-    return std::size_t(make_plan(request_of(a), current_device().limits).scratch.bytes);
+    return std::size_t(planned(request_of(a), current_device()).scratch.bytes);
 }
 
 }  // namespace
@@ -179,11 +205,12 @@ std::vector<std::string> load(Call call, Shape shape, DType dtype, bnfast::Activ
     check_activation(activation);
     const Device& device = current_device();
     const Act act = call == Call::moments ? Act::none : act_of(activation, slope);
+    const PlanRequest request{shape, dtype, call};
     std::vector<std::string> loaded;
-    for (const Step& step : steps_of(make_plan({shape, dtype, call}, device.limits), call)) {
-        if (step.blocks == 0) continue;
-        const KernelId id{step.family, dtype, act};
-        loaded.push_back(id.name() + " (" + load_kernel(id, device) + ")");
+    const Plan plan = possible(planned(request, device), request, device, act, nullptr);
+    for (const KernelLaunch& each : launches_of(plan, request, act)) {
+        if (each.blocks == 0) continue;
+        loaded.push_back(each.kernel.name() + " (" + load_kernel(each.kernel, device) + ")");
     }
     return loaded;
 }

@@ -18,6 +18,8 @@ constexpr Index many_parts = 512;                                   // from here
 // Of the schedule: they change none.
 constexpr Index blocks_per_sm = 8;             // 2048 threads
 constexpr Index small_tensor_bytes = 1 << 20;  // one launch wins, however few channels there are
+constexpr int most_cluster_blocks = 8;         // what every device with clusters can launch
+constexpr Index least_kept = 4;                // resident: 1/4 of what is read twice else; it halves the blocks per SM
 
 constexpr Index ceil_div(Index a, Index b) { return (a + b - 1) / b; }
 constexpr Index round_up(Index a, Index b) { return ceil_div(a, b) * b; }
@@ -97,16 +99,55 @@ ScratchLayout scratch_of(const Grid& g, DType dtype) {
     s.part_bytes = round_up(g.chunks * g.pack * g.C * compute_bytes(dtype), 256);
     s.constant_bytes = round_up(g.C * compute_bytes(dtype), 256);
     s.constants_at = 3 * s.part_bytes;
-    s.bytes = s.constants_at + 5 * s.constant_bytes;
+    s.arrived_at = s.constants_at + 5 * s.constant_bytes;
+    s.bytes = s.arrived_at + 256;
     return s;
 }
 
-bool takes_channel(const PlanRequest& r, const Grid& g, const DeviceLimits& device) {
-    if (g.columns || g.chunks == 0 || r.form == Form::sweeps) return false;
-    if (r.call != Call::train && r.call != Call::gradient) return false;
-    if (channel_shared_bytes(g, r.dtype, r.call == Call::gradient) > device.shared_per_block) return false;
-    const Index bytes = g.N * g.C * g.S * item_bytes(r.dtype);
-    return r.form == Form::channel || 2 * g.C >= device.sms || bytes <= small_tensor_bytes;
+bool trains(Call call) { return call == Call::train || call == Call::gradient; }
+
+bool plan_channel(Plan& p, const PlanRequest& r, const DeviceLimits& device) {
+    const Grid& g = p.grid;
+    if (g.columns || g.chunks == 0 || !trains(r.call)) return false;
+    const bool gradient = r.call == Call::gradient;
+    auto shared = [&] { return channel_shared_bytes(g, r.dtype, gradient, p.cluster); };
+    while (shared() > device.shared_per_block && device.clusters && p.cluster < most_cluster_blocks) p.cluster *= 2;
+    const Index bytes = g.N * g.C * g.S * item_bytes(r.dtype), blocks = p.cluster * g.C;
+    const bool wins = 2 * blocks >= device.sms || bytes <= small_tensor_bytes;
+    if (shared() > device.shared_per_block || !(r.form == Form::channel || wins)) {
+        p.cluster = 1;
+        return false;
+    }
+    p.form = Form::channel;
+    const Index clusters = std::max<Index>(1, std::min(g.C, device.sms * blocks_per_sm / p.cluster));
+    p.reduce_blocks = unsigned(clusters * p.cluster);
+    p.reduce_shared = shared();
+    if (p.cluster > 1) p.scratch = scratch_of(g, r.dtype);
+    p.bytes_read = r.inputs * r.shape.size() * item_bytes(r.dtype);
+    return true;
+}
+
+bool plan_resident(Plan& p, const PlanRequest& r, const DeviceLimits& device) {
+    const Grid& g = p.grid;
+    if (g.chunks == 0 || !trains(r.call) || !device.cooperative) return false;
+    const bool gradient = r.call == Call::gradient;
+    const Index items = g.chunks * g.tiles, X = r.shape.size() * item_bytes(r.dtype), reduced = gradient ? 2 * X : X;
+    const Index blocks = std::min<Index>(items, device.sms * resident_blocks_per_sm),
+                limit = resident_shared_limit(device);
+    const Index front = resident_shared_bytes(r.dtype, gradient, 0), slot = 16 * block_threads * (gradient ? 2 : 1);
+    if (front > limit) return false;
+    const Index slots_per_item =
+        g.columns ? g.chunk_rows / tile_lanes : ceil_div(g.chunk_rows * g.row_vectors, block_threads);
+    const Index slots = std::min(ceil_div(items, blocks) * slots_per_item, (limit - front) / slot);
+    const Index kept = std::min(reduced, blocks * slots * slot);
+    if (r.form != Form::resident && least_kept * kept < reduced) return false;
+    p.form = Form::resident;
+    p.kept_slots = int(slots);
+    p.reduce_blocks = unsigned(blocks);
+    p.reduce_shared = resident_shared_bytes(r.dtype, gradient, p.kept_slots);
+    p.scratch = scratch_of(g, r.dtype);
+    p.bytes_read = reduced + r.inputs * X - kept;
+    return true;
 }
 
 void plan_sweeps(Plan& p, const PlanRequest& r, const DeviceLimits& device) {
@@ -153,16 +194,30 @@ Index gradient_shared_bytes(const Grid& g, DType dtype) {
     return compute_bytes(dtype) * (g.columns ? columns * 2 * tile_lanes : 2 * block_threads / 32);
 }
 
-Index channel_shared_bytes(const Grid& g, DType dtype, bool gradient) {
+Index channel_shared_bytes(const Grid& g, DType dtype, bool gradient, int cluster) {
     const Index T = compute_bytes(dtype), warps = block_threads / 32;
     const Index front = round_up(warps * (4 + 2) * 8 + T * (3 * warps + 2 * warps + 5), 16);
-    const Index parts = round_up(3 * g.chunks * g.pack * T, 16);
-    return front + parts + 16 * g.chunks * g.chunk_rows * g.row_vectors * (gradient ? 2 : 1);
+    const Index parts = cluster > 1 ? 0 : round_up(3 * g.chunks * g.pack * T, 16);
+    return front + parts + 16 * ceil_div(g.chunks, cluster) * g.chunk_rows * g.row_vectors * (gradient ? 2 : 1);
+}
+
+Index resident_shared_limit(const DeviceLimits& device) {
+    const Index each = device.shared_per_sm / resident_blocks_per_sm - device.reserved_per_block;
+    return std::min(device.shared_per_block, each) / 16 * 16;
+}
+
+Index resident_shared_bytes(DType dtype, bool gradient, int slots) {
+    const Index columns = tile_vectors * values_per_vector(dtype);  // the moments' sums of one tile are the largest
+    const Index front = round_up(compute_bytes(dtype) * columns * (2 * tile_lanes + 1), 16);
+    return front + Index(16 * block_threads) * slots * (gradient ? 2 : 1);
 }
 
 Parts ScratchLayout::parts(void* scratch) const {
     auto at = [&](Index i) { return static_cast<char*>(scratch) + i * part_bytes; };
     return {at(0), at(1), at(2)};
+}
+unsigned* ScratchLayout::arrived(void* scratch) const {
+    return reinterpret_cast<unsigned*>(static_cast<char*>(scratch) + arrived_at);
 }
 Constants ScratchLayout::constants(void* scratch) const {
     auto at = [&](Index i) { return static_cast<char*>(scratch) + constants_at + i * constant_bytes; };
@@ -175,13 +230,9 @@ Plan make_plan(const PlanRequest& r, const DeviceLimits& device) {
     const Index X = r.shape.size() * item_bytes(r.dtype), reduced = r.call == Call::gradient ? 2 : 1;
     const bool applies = r.call != Call::moments;
     p.bytes_written = applies ? r.outputs * X : 0;
-    if (takes_channel(r, p.grid, device)) {
-        p.form = Form::channel;
-        p.reduce_blocks = blocks_for(p.grid.C, device);
-        p.reduce_shared = channel_shared_bytes(p.grid, r.dtype, r.call == Call::gradient);
-        p.bytes_read = r.inputs * X;
-        return p;
-    }
+    const bool any = r.form == Form::automatic;
+    if ((any || r.form == Form::channel) && plan_channel(p, r, device)) return p;
+    if ((any || r.form == Form::resident) && plan_resident(p, r, device)) return p;
     plan_sweeps(p, r, device);
     p.bytes_read = (r.call == Call::infer ? 0 : reduced * X) + (applies ? r.inputs * X : 0);
     return p;

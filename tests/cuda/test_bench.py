@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import types
@@ -64,8 +65,10 @@ def test_the_small_calls_run(device: Namespace, driver: Driver, monkeypatch: pyt
         checks, "make", lambda shape, dtype=torch.float32: torch.randn(shape).to(dtype).as_subclass(device.classes[0])
     )
     before = driver.launches
-    assert checks.small()
-    assert driver.launches > before + 100
+    assert checks.in_every_form(checks.small)
+    assert driver.launches > before + 400
+    assert not checks.in_every_form(lambda: os.environ["BNFAST_CUDA_FORM"] != "resident")
+    assert "BNFAST_CUDA_FORM" not in os.environ
 
 
 @pytest.mark.parametrize("kind", ["train", "grad", "infer", "train+relu", "grad+relu"])
@@ -81,9 +84,10 @@ def test_one_row_is_measured(device: Namespace, kind: str, layout: str, monkeypa
         )
     on = device.classes[0]
     row = measure.measure(measure.Work(2, 3, 4, "float32", layout), kind, rounds=3)
-    assert {name: row[name]["us"] for name in ("bnfast", "copy", "cudnn", "aten")} == dict.fromkeys(
-        ("bnfast", "copy", "cudnn", "aten"), 250.0
-    )
+    names = ("bnfast", "sweeps", "copy", "cudnn", "aten")
+    assert {name: row[name]["us"] for name in names} == dict.fromkeys(names, 250.0)
+    wanted = "sweep" if kind == "infer" else "resident" if layout == "channels_last" else "channel"
+    assert f"bnfast_{wanted}_" in row["kernels"][0]
     assert row["bytes"] == 2 * 3 * 16 * 4
     json.dumps(row)
 

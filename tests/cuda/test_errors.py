@@ -1,5 +1,6 @@
 """Every error of bnfast.cuda: it names the argument or the cause, and nothing is launched or changed."""
 
+import gc
 import os
 import re
 import subprocess
@@ -192,12 +193,12 @@ def test_the_device_of_x_is_current_during_the_call_alone(driver: Driver, monkey
     xp = Namespace("cupy", monkeypatch, driver)
     cuda.batch_norm_train(xp.to(X, device=1))
     assert (driver.device, driver.stream, driver.context) == (1, STREAM + 1, 0)
-    driver.fail("cuLaunchKernel", 719)
+    driver.fail("cuLaunchKernelEx", 719)
     try:
         with pytest.raises(_cuda.CudaError, match="CUDA error 719"):
             cuda.batch_norm_train(xp.to(X, device=1))
     finally:
-        driver.fail("cuLaunchKernel", 0)
+        driver.fail("cuLaunchKernelEx", 0)
     assert driver.context == 0
 
 
@@ -256,11 +257,15 @@ def test_a_captured_stream_takes_calls_whose_kernels_are_loaded(driver: Driver, 
         "bnfast_sweep_finalize_inference_float64 (fatbin)",
         "bnfast_sweep_apply_float64_relu (fatbin)",
     ]
+    loaded = cuda.compile(X.shape, "float16", calls=["train"])
+    assert loaded == ["bnfast_resident_train_float16_none (fatbin)"]
     launches = driver.launches
     driver.capture(STREAM, True)
     try:
         cuda.batch_norm_infer(wide, *[interface.to(np.ones(3))] * 2, activation="relu6")
         assert driver.launches == launches + 2
+        cuda.batch_norm_train(half)
+        assert driver.launches == launches + 3
     finally:
         driver.capture(STREAM, False)
 
@@ -273,12 +278,50 @@ def test_no_memory_is_left(driver: Driver, interface: Namespace) -> None:
             cuda.batch_norm_train(x, out=interface.to(X))
     finally:
         driver.set_free_bytes(1 << 40)
-    driver.fail("cuLaunchKernel", 2)
+    driver.fail("cuLaunchKernelEx", 2)
     try:
         with pytest.raises(_cuda.CudaError, match="CUDA_ERROR_OUT_OF_MEMORY"):
             cuda.batch_norm_train(x)
     finally:
-        driver.fail("cuLaunchKernel", 0)
+        driver.fail("cuLaunchKernelEx", 0)
+
+
+@pytest.mark.parametrize("form", ["sweeps", "channel", "resident"])
+def test_every_allocation_on_the_device_can_fail(
+    driver: Driver, interface: Namespace, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first, the second, ...: each is a MemoryError that changes nothing and leaves nothing behind."""
+    monkeypatch.setenv("BNFAST_CUDA_FORM", form)
+    rng = np.random.default_rng(0)
+    x, residual, dy = (interface.to(rng.normal(size=(6, 3, 50)).astype("float32")) for _ in range(3))
+    moving = [interface.to(np.full(3, value, "float32")) for value in (0.25, 2)]
+
+    def results() -> list[bytes]:
+        train = cuda.batch_norm_train(
+            x, None, None, *moving, axis=1, momentum=1.0, residual=residual, activation="relu"
+        )
+        grad = cuda.batch_norm_grad(dy, x, train.mean, train.invstd, axis=1, residual=residual, activation="relu")
+        infer = cuda.batch_norm_infer(x, *moving, axis=1)
+        moments = cuda.moments(x, axis=1)
+        return [interface.host(array).tobytes() for array in (*train, *grad, infer, *moments[1:])]
+
+    wanted, failed = results(), 0
+    gc.collect()
+    before = driver.allocations
+    for k in range(100):
+        driver.fail_allocation(k)
+        try:
+            assert results() == wanted
+            break
+        except MemoryError:
+            failed += 1
+        finally:
+            driver.fail_allocation(-1)
+        gc.collect()
+        assert driver.allocations == before
+        assert [interface.host(each)[0] for each in moving] == [0.25, 2]
+        assert results() == wanted
+    assert failed >= 13  # the results alone
 
 
 def test_threads_share_the_kernels(interface: Namespace) -> None:

@@ -14,10 +14,14 @@ from golden_cases import CASES, Case, name_of, results
 FILE = Path(__file__).parent / "golden.json"
 
 
+@pytest.mark.parametrize("form", ["automatic", "sweeps", "channel", "resident"])
 @pytest.mark.parametrize("case", CASES, ids=name_of)
-def test_the_bits_are_the_known_ones(case: Case, dlpack: Namespace) -> None:
+def test_the_bits_are_the_known_ones_in_every_form(
+    case: Case, form: str, dlpack: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BNFAST_CUDA_FORM", form)
     found = results(case, dlpack)
-    if os.environ.get("BNFAST_WRITE_GOLDEN"):
+    if os.environ.get("BNFAST_WRITE_GOLDEN") and form == "sweeps":
         known = json.loads(FILE.read_text()) if FILE.exists() else {}
         known[name_of(case)] = found
         FILE.write_text(json.dumps(known, indent=1) + "\n")

@@ -1,9 +1,9 @@
 """A CUDA driver for tests without a GPU (csrc/tests/cuda/fake_driver.cpp), and arrays that pass for a device's.
 
 The driver's devices compute on host memory: a launch runs the kernel of that name through the emulator. So everything
-is real from bnfast.cuda's arguments to cuLaunchKernel's, and the kernels' own text runs; what NVRTC makes of that text
-is loaded and not run. torch is the real one, with tensors on the CPU that say they are on a device; CuPy, Numba and
-other producers are stand-ins with the attributes that bnfast.cuda reads.
+is real from bnfast.cuda's arguments to cuLaunchKernelEx's, and the kernels' own text runs; what NVRTC makes of that
+text is loaded and not run. torch is the real one, with tensors on the CPU that say they are on a device; CuPy, Numba
+and other producers are stand-ins with the attributes that bnfast.cuda reads.
 """
 
 from __future__ import annotations
@@ -101,6 +101,10 @@ class Driver:
 
     def capture(self, stream: int, on: bool) -> None:
         self.library.fake_cuda_capture(ctypes.c_void_p(stream), int(on))
+
+    def fail_allocation(self, k: int) -> None:
+        """The k-th allocation from now on finds no memory; -1: none."""
+        self.library.fake_cuda_fail_allocation(k)
 
     def set_free_bytes(self, size: int) -> None:
         self.library.fake_cuda_set_free_bytes(ctypes.c_size_t(size))

@@ -65,7 +65,7 @@ template <class X> struct ApplyBatch {
     }
 };
 
-template <class X, Act act> __device__ void apply_columns(const ForwardArgs& a, Index item) {
+template <class X, Act act> __device__ void apply_columns(const ForwardArgs& a, Index item, const Kept& kept) {
     const Grid& g = a.grid;
     const ColumnItem<X> it(g, item);
     if (it.rows == 0 && !it.tail) return;
@@ -75,7 +75,7 @@ template <class X, Act act> __device__ void apply_columns(const ForwardArgs& a, 
         ApplyBatch<X> batch;
         UNROLL for (int u = 0; u < apply_in_flight; ++u) {
             const int row = base + u * tile_lanes;
-            if (row < it.rows) batch.load_one(u, a, size, {it.at(g, row), all_values<X>()}, nullptr);
+            if (row < it.rows) batch.load_one(u, a, size, {it.at(g, row), all_values<X>()}, kept.find(it.number(row)));
         }
         batch.write(a, normalize);
     }
@@ -88,7 +88,7 @@ template <class X, Act act> __device__ void apply_columns(const ForwardArgs& a, 
 
 template <class X, Act act>
 __device__ void apply_rows(const ForwardArgs& a, const Constants& constants, Index constant_at, Index item,
-                           const Raw* kept) {
+                           const Kept& kept) {
     const Grid& g = a.grid;
     const RowItem<X> it(g, item);
     const Index size = size_of(g);
@@ -99,7 +99,7 @@ __device__ void apply_rows(const ForwardArgs& a, const Constants& constants, Ind
         UNROLL for (int u = 0; u < apply_in_flight; ++u) {
             if (!walk.more()) continue;
             const Place p = walk.next();
-            batch.load_one(u, a, size, p, kept ? kept + number + u * block_threads : nullptr);
+            batch.load_one(u, a, size, p, kept.find(number + u * block_threads));
         }
         number += apply_in_flight * block_threads;
         batch.write(a, normalize);

@@ -57,8 +57,16 @@ struct Parts {
     void *center, *offset, *m2;
 };
 
+// How a launch is made up. It changes no bit.
+struct LaunchArgs {
+    int cluster;        // channel: blocks that share a channel, 1 without clusters
+    int kept_slots;     // resident: 16-byte vectors per thread and tensor that stay on chip
+    unsigned* arrived;  // resident: blocks that have come to a grid barrier; 0 before the launch
+};
+
 struct ForwardArgs {
     Grid grid;
+    LaunchArgs launch;
     const void *x, *residual;  // residual is null if absent
     void* y;                   // exactly x, or disjoint from every input
     int aligned;               // 1: every tensor is 16-byte aligned
@@ -75,6 +83,7 @@ struct ForwardArgs {
 
 struct GradientArgs {
     Grid grid;
+    LaunchArgs launch;
     const void *dy, *x, *gate_input;  // gate_input: the residual or the forward's y; null: the gate reads x alone
     int gate_input_is_y;
     void *dx, *dresidual;  // dx: exactly dy or x, or disjoint from every input; dresidual may be null

@@ -53,5 +53,23 @@ __device__ __forceinline__ unsigned bfloat_of_float(float f) {
     return bits;
 }
 
+// A counter of the grid. arrive adds 1 once all is visible that this thread has written or has seen written; wait_for
+// returns when the counter is at least `value`, and then sees what those wrote who arrived.
+__device__ __forceinline__ void arrive(unsigned* counter) {
+    asm volatile("red.release.gpu.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+}
+__device__ __forceinline__ void wait_for(const unsigned* counter, unsigned value) {
+    unsigned seen;
+    do asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
+    while (seen < value);
+}
+
+// All threads of all blocks of a cluster. Without clusters (below sm_90) nobody calls it.
+__device__ __forceinline__ void cluster_barrier() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
+#endif
+}
+
 }  // namespace bnfast::cuda
 #endif

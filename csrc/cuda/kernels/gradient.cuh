@@ -15,6 +15,15 @@ namespace bnfast::cuda {
 
 constexpr int gradient_in_flight = 2;  // of x, of dy and of the gate's input each; 4 spill at 128 registers
 
+struct KeptPair {  // of one length
+    Kept dy, x;
+    __device__ __forceinline__ void keep(int number, const Raw& of_dy, const Raw& of_x) const {
+        if (!x.holds(number)) return;
+        dy.at[number] = of_dy;
+        x.at[number] = of_x;
+    }
+};
+
 template <Act act, class T> __device__ __forceinline__ T gate(T z, T dy, T bound, T slope) {
     if (act == Act::relu) return z <= T(0) ? T(0) : (z >= bound ? T(0) : dy);
     if (act == Act::leaky) return z > T(0) ? dy : dy * slope;
@@ -34,6 +43,7 @@ template <class X> struct GradientBatch {
         if (reads_x) x[u] = load<X>(a.x, size, p.at, p.valid, a.aligned);
         if (reads_gate) gate[u] = load<X>(a.gate_input, size, p.at, p.valid, a.aligned);
     }
+    // From where load_one's vectors are kept.
     __device__ __forceinline__ void load_kept(int u, const GradientArgs& a, Index size, const Place& p,
                                               const Raw& kept_dy, const Raw& kept_x, bool reads_gate) {
         place[u] = p;
@@ -54,10 +64,9 @@ template <class X, Act act, int step> struct Gate {
     // From the statistics, before finalize has made the constants. c: the first value's channel.
     __device__ __forceinline__ Gate(const GradientArgs& a, Index c) : Gate(a) {
         UNROLL for (int i = 0; i < count; ++i) {
-            const double mean = value_of(a.mean, c, 0);
-            const Affine affine =
-                Affine::of<T>(mean, value_of(a.invstd, c, 0), value_of(a.gamma, c, 1), value_of(a.beta, c, 0));
-            mean_hi[i] = T(mean);
+            const Affine affine = Affine::of<T>(value_of(a.mean, c, 0), value_of(a.invstd, c, 0),
+                                                value_of(a.gamma, c, 1), value_of(a.beta, c, 0));
+            mean_hi[i] = T(affine.mean_hi);
             scale[i] = T(affine.scale);
             shift[i] = T(affine.shift);
             c = ColumnItem<X>::next(a.grid, c);
@@ -120,7 +129,8 @@ __device__ void write_gradient_column_parts(const Grid& g, Index item, const Gra
 }
 
 template <class X, Act act>
-__device__ void reduce_gradient_columns(const GradientArgs& a, Index item, GradientShared<X>& shared) {
+__device__ void reduce_gradient_columns(const GradientArgs& a, Index item, GradientShared<X>& shared,
+                                        const KeptPair& kept) {
     using T = typename X::T;
     const Grid& grid = a.grid;
     const ColumnItem<X> it(grid, item);
@@ -143,8 +153,9 @@ __device__ void reduce_gradient_columns(const GradientArgs& a, Index item, Gradi
             GradientBatch<X> batch;
             UNROLL for (int u = 0; u < gradient_in_flight; ++u) {
                 const int row = base + u * tile_lanes;
-                if (row < it.rows)
-                    batch.load_one(u, a, size, {it.at(grid, row), all_values<X>()}, true, gated.has_input);
+                if (row >= it.rows) continue;
+                batch.load_one(u, a, size, {it.at(grid, row), all_values<X>()}, true, gated.has_input);
+                kept.keep(it.number(row), batch.dy[u], batch.x[u]);
             }
             add(batch);
         }
@@ -168,10 +179,9 @@ template <class T> struct GradientRowShared {
     T dy[block_threads / 32], dy_centered_x[block_threads / 32];
 };
 
-// kept_dy, kept_x: where the block keeps the item's vectors on chip for the apply step, or null.
 template <class X, Act act>
 __device__ void reduce_gradient_rows(const GradientArgs& a, Index item, const Parts& parts, Index part_at,
-                                     GradientRowShared<typename X::T>& shared, Raw* kept_dy, Raw* kept_x) {
+                                     GradientRowShared<typename X::T>& shared, const KeptPair& kept) {
     using T = typename X::T;
     const Grid& grid = a.grid;
     const RowItem<X> it(grid, item);
@@ -184,9 +194,7 @@ __device__ void reduce_gradient_rows(const GradientArgs& a, Index item, const Pa
         UNROLL for (int u = 0; u < gradient_in_flight; ++u) {
             if (!walk.more()) continue;
             b.load_one(u, a, size, walk.next(), true, gated.has_input);
-            if (!kept_x) continue;
-            kept_dy[number + u * block_threads] = b.dy[u];
-            kept_x[number + u * block_threads] = b.x[u];
+            kept.keep(number + u * block_threads, b.dy[u], b.x[u]);
         }
         number += gradient_in_flight * block_threads;
         UNROLL for (int u = 0; u < gradient_in_flight; ++u) {
@@ -254,7 +262,8 @@ template <class X, Act act, int step> struct GradientWriter {
     }
 };
 
-template <class X, Act act> __device__ void apply_gradient_columns(const GradientArgs& a, Index item) {
+template <class X, Act act>
+__device__ void apply_gradient_columns(const GradientArgs& a, Index item, const KeptPair& kept) {
     const Grid& grid = a.grid;
     const ColumnItem<X> it(grid, item);
     if (it.rows == 0 && !it.tail) return;
@@ -265,8 +274,11 @@ template <class X, Act act> __device__ void apply_gradient_columns(const Gradien
         GradientBatch<X> batch;
         UNROLL for (int u = 0; u < gradient_in_flight; ++u) {
             const int row = base + u * tile_lanes;
-            if (row < it.rows)
-                batch.load_one(u, a, size, {it.at(grid, row), all_values<X>()}, writer.reads_x, reads_gate);
+            if (row >= it.rows) continue;
+            const Place p{it.at(grid, row), all_values<X>()};
+            const int number = it.number(row);
+            if (kept.x.holds(number)) batch.load_kept(u, a, size, p, kept.dy.at[number], kept.x.at[number], reads_gate);
+            else batch.load_one(u, a, size, p, writer.reads_x, reads_gate);
         }
         writer.write(a, batch);
     }
@@ -279,7 +291,7 @@ template <class X, Act act> __device__ void apply_gradient_columns(const Gradien
 
 template <class X, Act act>
 __device__ void apply_gradient_rows(const GradientArgs& a, const Constants& constants, Index constant_at, Index item,
-                                    const Raw* kept_dy, const Raw* kept_x) {
+                                    const KeptPair& kept) {
     const Grid& grid = a.grid;
     const RowItem<X> it(grid, item);
     const Index size = size_of(grid);
@@ -292,7 +304,7 @@ __device__ void apply_gradient_rows(const GradientArgs& a, const Constants& cons
             if (!walk.more()) continue;
             const Place p = walk.next();
             const int at = number + u * block_threads;
-            if (kept_x) batch.load_kept(u, a, size, p, kept_dy[at], kept_x[at], reads_gate);
+            if (kept.x.holds(at)) batch.load_kept(u, a, size, p, kept.dy.at[at], kept.x.at[at], reads_gate);
             else batch.load_one(u, a, size, p, writer.reads_x, reads_gate);
         }
         number += gradient_in_flight * block_threads;

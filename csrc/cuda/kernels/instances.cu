@@ -1,15 +1,14 @@
 // Every kernel, for a compiler at build time. A file of one dtype: BNFAST_DTYPE 0 to 3, as in bnfast.h, so that four
-// compilers can work at once. The finalize kernels go with float32 and float64, the two compute types.
+// compilers can work at once. The finalize kernels of a compute type go with float32 and float64.
 #include "instances.cuh"
 
 #define BNFAST_EACH_ACT(kernel, X, type) kernel(X, type, none) kernel(X, type, relu) kernel(X, type, leaky)
-#define BNFAST_EACH_KERNEL(X, type)                                                                           \
-    BNFAST_sweep_moments(X, type) BNFAST_EACH_ACT(BNFAST_sweep_apply, X, type)                                \
-        BNFAST_EACH_ACT(BNFAST_sweep_gradient, X, type) BNFAST_EACH_ACT(BNFAST_sweep_apply_gradient, X, type) \
-            BNFAST_EACH_ACT(BNFAST_channel_train, X, type) BNFAST_EACH_ACT(BNFAST_channel_gradient, X, type)
-#define BNFAST_EACH_FINALIZE(T, type)                                             \
-    BNFAST_sweep_finalize_train(T, type) BNFAST_sweep_finalize_inference(T, type) \
-        BNFAST_sweep_finalize_gradient(T, type)
+#define BNFAST_EACH_KERNEL(X, type)                                                                                 \
+    BNFAST_sweep_moments(X, type) BNFAST_sweep_finalize_train(X, type) BNFAST_EACH_ACT(BNFAST_sweep_apply, X, type) \
+        BNFAST_EACH_ACT(BNFAST_sweep_gradient, X, type) BNFAST_EACH_ACT(BNFAST_sweep_apply_gradient, X, type)       \
+            BNFAST_EACH_ACT(BNFAST_channel_train, X, type) BNFAST_EACH_ACT(BNFAST_channel_gradient, X, type)        \
+                BNFAST_EACH_ACT(BNFAST_resident_train, X, type) BNFAST_EACH_ACT(BNFAST_resident_gradient, X, type)
+#define BNFAST_EACH_FINALIZE(T, type) BNFAST_sweep_finalize_inference(T, type) BNFAST_sweep_finalize_gradient(T, type)
 
 #if BNFAST_DTYPE == 0
 BNFAST_EACH_KERNEL(F32, float32)

@@ -2,6 +2,7 @@
 // takes one struct by value. instances.cu makes them all; at run time NVRTC makes the one that a call needs.
 #pragma once
 #include "channel.cuh"
+#include "resident.cuh"
 
 // `blocks` per SM bound the registers: 2 leave 128 per thread, 3 leave 80.
 #define BNFAST_KERNEL(name, blocks, Args, ...)                                        \
@@ -12,8 +13,6 @@
     }
 
 // Per compute type: T, its name.
-#define BNFAST_sweep_finalize_train(T, type) \
-    BNFAST_KERNEL(sweep_finalize_train_##type, 2, ForwardArgs, sweep_finalize_train<T>)
 #define BNFAST_sweep_finalize_inference(T, type) \
     BNFAST_KERNEL(sweep_finalize_inference_##type, 2, ForwardArgs, sweep_finalize_inference<T>)
 #define BNFAST_sweep_finalize_gradient(T, type) \
@@ -21,6 +20,8 @@
 
 // Per dtype: X, its name.
 #define BNFAST_sweep_moments(X, type) BNFAST_KERNEL(sweep_moments_##type, 2, ForwardArgs, sweep_moments<X>)
+#define BNFAST_sweep_finalize_train(X, type) \
+    BNFAST_KERNEL(sweep_finalize_train_##type, 2, ForwardArgs, sweep_finalize_train<X>)
 
 // Per dtype and activation: X, its name, the activation.
 #define BNFAST_sweep_apply(X, type, act) \
@@ -33,3 +34,7 @@
     BNFAST_KERNEL(channel_train_##type##_##act, 2, ForwardArgs, channel_train<X, Act::act>)
 #define BNFAST_channel_gradient(X, type, act) \
     BNFAST_KERNEL(channel_gradient_##type##_##act, 2, GradientArgs, channel_gradient<X, Act::act>)
+#define BNFAST_resident_train(X, type, act) \
+    BNFAST_KERNEL(resident_train_##type##_##act, 2, ForwardArgs, resident_train<X, Act::act>)
+#define BNFAST_resident_gradient(X, type, act) \
+    BNFAST_KERNEL(resident_gradient_##type##_##act, 2, GradientArgs, resident_gradient<X, Act::act>)

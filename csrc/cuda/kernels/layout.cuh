@@ -27,6 +27,10 @@ template <class X> struct ColumnItem {
         tail = tail_values > 0 ? values_between(0, int(least(tail_values, Index(X::V)))) : 0;
     }
     __device__ __forceinline__ Index at(const Grid& g, int row) const { return (first + row) * g.row_size + column; }
+    // The number of this thread's vector in a row of the chunk (struct Kept).
+    __device__ __forceinline__ int number(int row) const {
+        return row * tile_vectors + int(threadIdx.x) % tile_vectors;
+    }
     __device__ __forceinline__ Index tail_at(const Grid& g) const { return g.rows * g.row_size + column; }
     // The channels of this thread's V columns, in turn: next(c) follows c.
     __device__ __forceinline__ Index channel(const Grid& g) const { return column % g.C; }
@@ -83,6 +87,22 @@ template <class X> struct RowWalk {
     }
 };
 
+// Vectors of an item that its block keeps on chip. Every thread reads back only those that it kept itself, so no
+// barrier is needed. Vectors are numbered such that thread t has t, t + 256, ... in the order of its walk.
+struct Kept {
+    Raw* at = nullptr;
+    unsigned count = 0;
+    __device__ __forceinline__ bool holds(int number) const { return unsigned(number) < count; }
+    // Where vector `number` is kept, or null.
+    __device__ __forceinline__ Raw* find(int number) const { return holds(number) ? at + number : nullptr; }
+};
+
+// The most vectors that a thread walks over in one item; a tail of columns is left out, and never kept.
+__device__ __forceinline__ int item_slots(const Grid& g) {
+    if (g.columns) return int(g.chunk_rows / tile_lanes);
+    return int((g.chunk_rows * g.row_vectors + block_threads - 1) / block_threads);
+}
+
 __device__ __forceinline__ Index size_of(const Grid& g) { return g.N * g.C * g.S; }
 __device__ __forceinline__ Index items_of(const Grid& g) { return g.chunks * g.tiles; }
 __device__ __forceinline__ Index parts_of(const Grid& g) { return g.chunks * g.pack; }
@@ -95,6 +115,14 @@ __device__ __forceinline__ Index part_count(const Grid& g, Index part) {
     }
     const Index n = part / g.pieces * g.chunk_rows, s = part % g.pieces * g.chunk_width;
     return least(g.N - n, g.chunk_rows) * least(g.S - s, g.chunk_width);
+}
+
+// The flat index of value i of part `part` in channel c, 0 <= i < part_count.
+__device__ __forceinline__ Index part_value(const Grid& g, Index part, Index c, Index i) {
+    if (g.columns) return ((part / g.pack * g.chunk_rows + i) * g.pack + part % g.pack) * g.C + c;
+    const Index n = part / g.pieces * g.chunk_rows, s = part % g.pieces * g.chunk_width;
+    const Index width = least(g.S - s, g.chunk_width);
+    return ((n + i / width) * g.C + c) * g.S + s + i % width;
 }
 
 }  // namespace bnfast::cuda

@@ -4,7 +4,7 @@
 // digits and a constant channel has M2 = 0. A thread takes `in_flight` vectors at a time and goes over them twice in
 // registers: sum -> mean -> squares about it. Chan's formula merges these batches, then the threads of the block, in T
 // and in a fixed order; a thread has at most 64 values per channel. finalize.cuh merges the parts in float64.
-// M2 overflows float32 where values lie 1e19 from the center.
+// Sums may overflow T where values lie 1e19 (float64: 1e154) from the center; finalize.cuh mends such a channel.
 #pragma once
 #include "layout.cuh"
 
@@ -117,7 +117,7 @@ __device__ void write_column_parts(const Grid& g, Index item, const ColumnShared
 
 template <class X>
 __device__ void reduce_columns(const Grid& g, const void* x, bool aligned, Index item, const Parts& parts,
-                               ColumnShared<X>& shared) {
+                               ColumnShared<X>& shared, const Kept& kept) {
     using T = typename X::T;
     const ColumnItem<X> it(g, item);
     const Index size = size_of(g);
@@ -134,6 +134,7 @@ __device__ void reduce_columns(const Grid& g, const void* x, bool aligned, Index
             const int row = base + u * tile_lanes;
             if (row >= it.rows) continue;
             raw[u] = load<X>(x, size, it.at(g, row), all_values<X>(), aligned);
+            if (Raw* room = kept.find(it.number(row))) *room = raw[u];
             got = u + 1;
         }
         sums.add(raw, got, center);
@@ -181,10 +182,9 @@ template <class T> struct RowShared {
     Sums<T> warps[block_threads / 32];
 };
 
-// kept: where the block keeps the item's vectors on chip for the apply step, or null.
 template <class X>
 __device__ void reduce_rows(const Grid& g, const void* x, bool aligned, Index item, const Parts& parts, Index part_at,
-                            RowShared<typename X::T>& shared, Raw* kept) {
+                            RowShared<typename X::T>& shared, const Kept& kept) {
     using T = typename X::T;
     const RowItem<X> it(g, item);
     const Index size = size_of(g);
@@ -199,7 +199,7 @@ __device__ void reduce_rows(const Grid& g, const void* x, bool aligned, Index it
             const Place p = walk.next();
             valid[u] = p.valid;
             if (p.valid) raw[u] = load<X>(x, size, p.at, p.valid, aligned);
-            if (kept) kept[number + u * block_threads] = raw[u];
+            if (Raw* room = kept.find(number + u * block_threads)) *room = raw[u];
         }
         number += in_flight<X> * block_threads;
         add_row_batch<X>(sums, raw, valid, center);

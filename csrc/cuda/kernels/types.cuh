@@ -136,7 +136,8 @@ __device__ __forceinline__ void set_value(const ParamOutput& v, Index c, double 
     else store1<float>(v.data, c, float(value));
 }
 
-template <class T> __device__ __forceinline__ T finite_or_zero(T v) { return v - v == T(0) ? v : T(0); }
+template <class T> __device__ __forceinline__ bool is_finite(T v) { return v - v == T(0); }
+template <class T> __device__ __forceinline__ T finite_or_zero(T v) { return is_finite(v) ? v : T(0); }
 template <class I> __device__ __forceinline__ I least(I a, I b) { return a < b ? a : b; }
 
 }  // namespace bnfast::cuda

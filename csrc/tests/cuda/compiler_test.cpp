@@ -44,13 +44,15 @@ std::vector<KernelId> all_kernels() {
 }  // namespace
 
 TEST_CASE("every kernel has a name and a line of source") {
-    CHECK(all_kernels().size() == 70);
+    CHECK(all_kernels().size() == 96);
     CHECK(KernelId{Family::sweep_apply, DType::bfloat16, Act::relu}.name() == "bnfast_sweep_apply_bfloat16_relu");
     CHECK(KernelId{Family::sweep_apply, DType::bfloat16, Act::relu}.source() ==
           "BNFAST_sweep_apply(BF16, bfloat16, relu)");
-    const KernelId finalize{Family::sweep_finalize_train, DType::float16, Act::relu};
-    CHECK(finalize.name() == "bnfast_sweep_finalize_train_float32");
-    CHECK(finalize.source() == "BNFAST_sweep_finalize_train(float, float32)");
+    CHECK(KernelId{Family::sweep_finalize_train, DType::float16}.source() ==
+          "BNFAST_sweep_finalize_train(F16, float16)");
+    const KernelId finalize{Family::sweep_finalize_gradient, DType::float16, Act::relu};
+    CHECK(finalize.name() == "bnfast_sweep_finalize_gradient_float32");
+    CHECK(finalize.source() == "BNFAST_sweep_finalize_gradient(float, float32)");
     CHECK(finalize.image() == DType::float32);
 }
 
@@ -83,7 +85,8 @@ TEST_CASE("NVRTC compiles every kernel for sm_90, a sample for others, and PTX f
         CHECK(cubin.find(id.name()) != std::string::npos);
     }
     for (int architecture : {80, 100, 120})
-        CHECK(cuda::compile({Family::channel_train, DType::bfloat16, Act::relu}, architecture).substr(1, 3) == "ELF");
+        for (Family family : {Family::channel_train, Family::resident_gradient})
+            CHECK(cuda::compile({family, DType::bfloat16, Act::relu}, architecture).substr(1, 3) == "ELF");
     const std::string ptx = cuda::compile({Family::sweep_moments, DType::float32}, 999);
     CHECK(ptx.find(".visible .entry bnfast_sweep_moments_float32") != std::string::npos);
     CHECK_THROWS_WITH_AS(cuda::compile({Family::sweep_moments, DType::float32}, 10),

@@ -5,9 +5,10 @@
 // Every CUDA thread is a fiber, and all fibers of a launch run on the calling thread, in an order of the test's choice:
 // results must not depend on it. Dynamic shared memory begins as NaN. These end the launch with emu::Error: threads
 // that wait at different barriers (divergence), threads that end while others wait, a shuffle without its whole warp, a
-// misaligned access, a stack overflow. Under ThreadSanitizer every fiber is a thread of its own, ordered by barriers,
-// shuffles and grid barriers alone, so that a missing one is reported as a data race, between blocks too. Under
-// AddressSanitizer shared memory and stacks end where they should.
+// misaligned access, a stack overflow, blocks that wait for one that never comes. Under ThreadSanitizer every fiber is
+// a thread of its own, ordered by barriers, shuffles and counters of the grid alone, so that a missing one is reported
+// as a data race, between blocks too. A grid barrier is the kernels' own text (grid_barrier.cuh) over such a counter.
+// Under AddressSanitizer shared memory and stacks end where they should.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -41,17 +42,21 @@ struct Launch {
     unsigned blocks = 1, threads = 32;
     std::size_t shared_bytes = 0;
     Order order = Order::forward;
-    bool cooperative = false;  // grid_sync is allowed
-    int skip_barrier = -1;     // plants a bug: this call of __syncthreads or grid_sync does nothing, in every thread
+    bool cooperative = false;  // all blocks run at once
+    unsigned cluster = 1;      // so many do, and share cluster_barrier
+    int skip_barrier = -1;  // plants a bug: this call of __syncthreads or cluster_barrier does nothing, in any thread
+    int skip_wait = -1;     // plants a bug: this call of wait_for returns at once, in every block
 };
 
-enum class State { ready, at_block, at_warp, at_grid, done };
+enum class State { ready, at_block, at_warp, at_cluster, at_counter, done };
 
 struct Thread {
     Fiber fiber;
     State state = State::ready;
-    unsigned id = 0, block_waits = 0, warp_waits = 0, grid_waits = 0, barriers = 0;
-    std::uint64_t slot = 0;  // what a shuffle gives to the other lanes
+    unsigned id = 0, block_waits = 0, warp_waits = 0, cluster_waits = 0, counter_waits = 0, barriers = 0;
+    std::uint64_t slot = 0;             // what a shuffle gives to the other lanes
+    const unsigned* counter = nullptr;  // what it waits for, and
+    unsigned wanted = 0;                // at least this value
 };
 
 // Two tags in turn per barrier, for ThreadSanitizer: with one, a late waiter would acquire what others released for the
@@ -67,6 +72,7 @@ struct Block {
     std::unique_ptr<unsigned char[]> memory;
     unsigned char* shared = nullptr;
     Tags block_tags{};
+    Tags* cluster_tags = nullptr;
     std::vector<Tags> warp_tags;
     std::uint32_t random = 0;
 };
@@ -76,7 +82,7 @@ struct Run {  // the launch that is running
     const std::function<void()>* kernel = nullptr;
     Block* block = nullptr;
     Thread* thread = nullptr;
-    Tags grid_tags{};
+    std::uint64_t arrivals[16] = {};  // a tag per round of the launch's counter
     std::uint64_t end_tag = 0;
     const char* error = nullptr;
     Fiber scheduler;
@@ -113,9 +119,23 @@ BNFAST_NO_TSAN inline bool skipped() { return int(run.thread->barriers++) == run
 BNFAST_NO_TSAN inline void block_barrier() {
     if (!skipped()) wait(State::at_block, run.block->block_tags, run.thread->block_waits);
 }
-BNFAST_NO_TSAN inline void grid_barrier() {
-    if (!run.launch->cooperative) fail("grid_sync outside of a cooperative launch");
-    if (!skipped()) wait(State::at_grid, run.grid_tags, run.thread->grid_waits);
+BNFAST_NO_TSAN inline void cluster_wait() {
+    if (run.launch->cluster < 2) fail("cluster_barrier outside of a cluster");
+    if (!skipped()) wait(State::at_cluster, *run.block->cluster_tags, run.thread->cluster_waits);
+}
+
+// A counter that every block adds to once per round. A waiter acquires what came up to its round, and nothing later.
+BNFAST_NO_TSAN inline std::uint64_t* arrivals(unsigned value) {
+    return &run.arrivals[(value - 1) / run.launch->blocks % 16];
+}
+BNFAST_NO_TSAN inline void arrive_at(unsigned* counter) { tsan_release(arrivals(++*counter)); }
+BNFAST_NO_TSAN inline void wait_for_counter(const unsigned* counter, unsigned value) {
+    if (!run.launch->cooperative) fail("a wait for other blocks outside of a cooperative launch");
+    if (int(run.thread->counter_waits++) == run.launch->skip_wait) return;
+    run.thread->counter = counter;
+    run.thread->wanted = value;
+    if (*counter < value) leave(State::at_counter);
+    for (unsigned v = run.launch->blocks; v <= value; v += run.launch->blocks) tsan_acquire(arrivals(v));
 }
 
 template <class T> BNFAST_NO_TSAN T shuffle(unsigned mask, T value, unsigned from) {
@@ -177,9 +197,15 @@ BNFAST_NO_TSAN inline void release(Block& b, std::size_t begin, std::size_t end)
     for (std::size_t i = begin; i < end; ++i) b.threads[i].state = State::ready;
 }
 
-// Lets those go on who wait together: a warp at a shuffle, a block at its barrier.
+// Lets those go on who wait together: a warp at a shuffle, a block at its barrier; and who waits for a counter that has
+// come so far.
 inline bool release_waiting(Block& b) {
     bool any = false;
+    for (Thread& t : b.threads)
+        if (t.state == State::at_counter && *t.counter >= t.wanted) {
+            t.state = State::ready;
+            any = true;
+        }
     for (std::size_t w = 0; w < b.threads.size(); w += 32)
         if (all_in(b, State::at_warp, w, w + 32)) {
             release(b, w, w + 32);
@@ -192,14 +218,22 @@ inline bool release_waiting(Block& b) {
     return any;
 }
 
-// Runs the block until all of it is done or waits for the grid.
-inline void advance(Block& b) {
-    for (bool goes_on = true; goes_on;) {
+inline bool waits_for_counter(const Block& b) {
+    for (const Thread& t : b.threads)
+        if (t.state == State::at_counter) return true;
+    return false;
+}
+
+// Runs the block until all of it is done or waits for other blocks. Whether anything has happened.
+inline bool advance(Block& b) {
+    bool any = false;
+    for (bool goes_on = true; goes_on; any |= goes_on) {
         goes_on = run_ready(b);
         if (release_waiting(b)) goes_on = true;
     }
-    if (!all_in(b, State::done) && !all_in(b, State::at_grid))
+    if (!all_in(b, State::done) && !all_in(b, State::at_cluster) && !waits_for_counter(b))
         throw Error("divergence: threads of block " + std::to_string(b.index) + " wait at different places");
+    return any;
 }
 
 inline std::unique_ptr<Block> make_block(const Launch& launch, unsigned index) {
@@ -221,15 +255,22 @@ inline std::unique_ptr<Block> make_block(const Launch& launch, unsigned index) {
     return b;
 }
 
+// Runs blocks that are on the device at once.
 inline void run_blocks(std::vector<std::unique_ptr<Block>>& blocks) {
-    for (;;) {
-        for (auto& b : blocks) advance(*b);
-        std::size_t waiting = 0;
-        for (auto& b : blocks) waiting += all_in(*b, State::at_grid);
-        if (waiting == 0) return;
-        if (waiting != blocks.size()) throw Error("divergence: some blocks wait for the grid, others have ended");
-        for (auto& b : blocks) release(*b, 0, b->threads.size());
+    for (bool goes_on = true; goes_on;) {
+        goes_on = false;
+        for (auto& b : blocks) goes_on |= advance(*b);
+        for (std::size_t first = 0; first < blocks.size(); first += blocks[0]->launch->cluster) {
+            const std::size_t end = first + blocks[0]->launch->cluster;
+            bool all = true;
+            for (std::size_t i = first; i < end; ++i) all &= all_in(*blocks[i], State::at_cluster);
+            for (std::size_t i = first; all && i < end; ++i) release(*blocks[i], 0, blocks[i]->threads.size());
+            goes_on |= all;
+        }
     }
+    for (auto& b : blocks)
+        if (!all_in(*b, State::done))
+            throw Error("divergence: block " + std::to_string(b->index) + " waits for blocks that don't come");
 }
 
 inline void end(std::vector<std::unique_ptr<Block>>& blocks) {
@@ -244,22 +285,29 @@ struct EndOfLaunch {
     ~EndOfLaunch() { tsan_acquire(&run.end_tag); }
 };
 
-// Runs kernel() in every thread of every block. Blocks run one after the other; of a cooperative launch, all at once.
+// Runs kernel() in every thread of every block. Clusters run one after the other; of a cooperative launch, all at once.
 inline void launch(const Launch& launch, const std::function<void()>& kernel) {
     if (launch.threads == 0 || launch.threads % 32) throw Error("a block must be whole warps");
+    if (launch.cluster == 0 || launch.blocks % launch.cluster) throw Error("a grid must be whole clusters");
     run = Run{};
     run.launch = &launch;
     run.kernel = &kernel;
     run.scheduler.adopt();
-    std::vector<std::unique_ptr<Block>> blocks;
+    std::vector<std::unique_ptr<Block>> blocks, running;
+    std::vector<std::unique_ptr<Tags>> together;  // one per cluster
     const EndOfLaunch end_of_launch;
     for (unsigned k = 0; k < launch.blocks; ++k) {
-        blocks.push_back(make_block(launch, launch.order == Order::backward ? launch.blocks - 1 - k : k));
-        if (launch.cooperative) continue;
-        run_blocks(blocks);
+        if (k % launch.cluster == 0) together.push_back(std::make_unique<Tags>());
+        running.push_back(make_block(launch, launch.order == Order::backward ? launch.blocks - 1 - k : k));
+        running.back()->cluster_tags = together.back().get();
+        if (launch.cooperative || (k + 1) % launch.cluster) continue;
+        run_blocks(running);
+        for (auto& b : running) blocks.push_back(std::move(b));
+        running.clear();
         if (!keeps_fibers) end(blocks);
     }
-    if (launch.cooperative) run_blocks(blocks);
+    run_blocks(running);
+    end(running);
     end(blocks);
 }
 
@@ -287,11 +335,11 @@ inline BNFAST_EMULATED(gridDim, emu::run.launch->blocks);
 #undef BNFAST_EMULATED
 
 inline void __syncthreads() { emu::block_barrier(); }
-inline void grid_sync() { emu::grid_barrier(); }
 template <class T> T __shfl_down_sync(unsigned mask, T value, int d) {
     const unsigned lane = threadIdx.x % 32, from = lane + unsigned(d);
     return emu::shuffle(mask, value, from < 32 ? from : lane);
 }
+template <class T> T __shfl_sync(unsigned mask, T value, int from) { return emu::shuffle(mask, value, unsigned(from)); }
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
 template <class To, class From> To emu_bits(From from) {
     static_assert(sizeof(To) == sizeof(From));
@@ -329,6 +377,10 @@ template <class U> void store1(void* base, Index i, U value) {
     emu::check_aligned(static_cast<U*>(base), sizeof(U));
     static_cast<U*>(base)[i] = value;
 }
+
+inline void arrive(unsigned* counter) { emu::arrive_at(counter); }
+inline void wait_for(const unsigned* counter, unsigned value) { emu::wait_for_counter(counter, value); }
+inline void cluster_barrier() { emu::cluster_wait(); }
 
 inline float fma_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline double fma_rn(double a, double b, double c) { return std::fma(a, b, c); }

@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "tests/cuda/emulator.h"
+#include "cuda/kernels/grid_barrier.cuh"
 #include "tests/reference.h"
 
 using namespace bnfast;
@@ -43,17 +44,36 @@ bool contains(const std::string& text, const std::string& part) { return text.fi
 // Adds one per block to a total that block 0 starts; the grid barrier lets the others see it.
 int count_blocks(Order order, int skip) {
     int total = -1, seen = 0;
+    unsigned arrived = 0;
     emu::Launch launch;
     launch.blocks = 3;
     launch.cooperative = true;
     launch.order = order;
-    launch.skip_barrier = skip;
+    launch.skip_wait = skip;
     emu::launch(launch, [&] {
         if (blockIdx.x == 1 && threadIdx.x == 0) total = 3;
-        grid_sync();
+        cuda::grid_barrier(&arrived, 1);
         if (blockIdx.x == (order == Order::backward ? 2 : 0) && threadIdx.x == 0) seen = total;
     });
     return seen;
+}
+
+// Each block of two clusters of three adds up what its cluster's blocks have written.
+std::vector<int> sum_over_cluster(Order order, int skip) {
+    std::vector<int> values(6), sums(6);
+    emu::Launch launch;
+    launch.blocks = 6;
+    launch.cluster = 3;
+    launch.order = order;
+    launch.skip_barrier = skip;
+    emu::launch(launch, [&] {
+        const unsigned first = blockIdx.x / 3 * 3;
+        if (threadIdx.x == 0) values[blockIdx.x] = int(blockIdx.x);
+        cuda::cluster_barrier();
+        if (threadIdx.x == 31)
+            for (unsigned i = first; i < first + 3; ++i) sums[blockIdx.x] += values[i];
+    });
+    return sums;
 }
 
 }  // namespace
@@ -76,6 +96,30 @@ TEST_CASE("barriers, shuffles and grid barriers work in every order") {
         });
         CHECK(sums == std::vector<double>{496, 1520, 2544});
         CHECK(count_blocks(order, -1) == 3);
+        CHECK(sum_over_cluster(order, -1) == std::vector<int>{3, 3, 3, 12, 12, 12});
+    }
+}
+
+TEST_CASE("grid barriers follow one another") {
+    for (Order order : emu::all_orders) {
+        constexpr unsigned blocks = 3, rounds = 40;
+        std::vector<unsigned> values(blocks);
+        unsigned arrived = 0, wrong = 0;
+        emu::Launch launch;
+        launch.blocks = blocks;
+        launch.threads = threads;
+        launch.cooperative = true;
+        launch.order = order;
+        emu::launch(launch, [&] {
+            for (unsigned r = 0; r < rounds; ++r) {
+                if (threadIdx.x == 7) values[blockIdx.x] = r;
+                cuda::grid_barrier(&arrived, 2 * r + 1);
+                if (threadIdx.x == 50) wrong += values[(blockIdx.x + r) % blocks] != r;
+                cuda::grid_barrier(&arrived, 2 * r + 2);
+            }
+        });
+        CHECK(wrong == 0);
+        CHECK(arrived == 2 * rounds * blocks);
     }
 }
 
@@ -91,6 +135,10 @@ TEST_CASE("a missing barrier changes results") {
 TEST_CASE("a missing grid barrier changes results") {
     CHECK(count_blocks(Order::forward, 0) == -1);
     CHECK(count_blocks(Order::backward, 0) == -1);
+}
+
+TEST_CASE("a missing cluster barrier changes results") {
+    CHECK(sum_over_cluster(Order::forward, 0) != sum_over_cluster(Order::forward, -1));
 }
 #endif
 
@@ -113,11 +161,25 @@ TEST_CASE("divergence is found") {
     launch.cooperative = true;
     CHECK(contains(error_of(launch,
                             [] {
-                                if (blockIdx.x == 1) grid_sync();
+                                if (blockIdx.x == 1) cuda::cluster_barrier();
                             }),
-                   "some blocks wait for the grid"));
+                   "outside of a cluster"));
+    unsigned arrived = 0;
+    CHECK(contains(error_of(launch,
+                            [&] {
+                                if (blockIdx.x == 1) cuda::grid_barrier(&arrived, 1);
+                            }),
+                   "waits for blocks that don't come"));
     launch.cooperative = false;
-    CHECK(contains(error_of(launch, [] { grid_sync(); }), "outside of a cooperative launch"));
+    CHECK(contains(error_of(launch, [&] { cuda::grid_barrier(&arrived, 1); }), "outside of a cooperative launch"));
+    launch.cluster = 2;
+    CHECK(contains(error_of(launch,
+                            [] {
+                                if (blockIdx.x == 1) cuda::cluster_barrier();
+                            }),
+                   "waits for blocks that don't come"));
+    launch.blocks = 3;
+    CHECK(contains(error_of(launch, [] {}), "whole clusters"));
 }
 
 TEST_CASE("misaligned accesses and a full stack are found") {

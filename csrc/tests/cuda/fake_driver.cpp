@@ -3,6 +3,7 @@
 // fail.
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <map>
 #include <mutex>
@@ -32,6 +33,7 @@ using bnfast::cuda::ForwardArgs;
 using bnfast::cuda::GradientArgs;
 
 constexpr int ok = 0, invalid_value = 1, out_of_memory = 2, no_device = 100, invalid_device = 101, not_found = 500;
+constexpr int cooperative_launch_too_large = 720;
 std::mutex mutex;  // the emulator runs one launch at a time
 std::map<std::string, int> failures;
 std::set<std::pair<int, void*>> opted_in;  // kernels that may have more than 48 KB of shared memory, by device
@@ -41,8 +43,22 @@ std::size_t free_bytes = std::size_t(1) << 40;
 std::string last_image;
 void* last_stream = nullptr;
 void* last_waited = nullptr;
-int waits = 0, launches = 0, devices = 2, last_device = -1, allocations = 0;
+void* zeroed_on = nullptr;  // the stream of the last cuMemsetD32Async
+std::string last_kernel;
+int waits = 0, launches = 0, devices = 2, last_device = -1, allocations = 0, blocks_per_sm = 2, allocations_left = -1;
 thread_local std::vector<int> contexts = {0};  // the current one is the last; a thread begins on device 0
+
+// CUlaunchAttribute and CUlaunchConfig of cuda.h.
+struct LaunchAttribute {
+    int id;
+    alignas(8) unsigned value[16];
+};
+struct LaunchConfig {
+    unsigned grid[3], block[3], shared_bytes;
+    void* stream;
+    const LaunchAttribute* attributes;
+    unsigned attribute_count;
+};
 
 int status_of(const char* function) {
     const auto found = failures.find(function);
@@ -73,13 +89,17 @@ extern "C" {
 void fake_cuda_fail(const char* function, int status) { failures[function] = status; }
 int fake_cuda_launches() { return launches; }
 void* fake_cuda_stream() { return last_stream; }
+const char* fake_cuda_kernel() { return last_kernel.c_str(); }
+void* fake_cuda_zeroed_on() { return zeroed_on; }
 int fake_cuda_device() { return last_device; }
 int fake_cuda_waits() { return waits; }
 void* fake_cuda_waited() { return last_waited; }
 int fake_cuda_context() { return contexts.back(); }
 int fake_cuda_allocations() { return allocations; }
-const char* fake_cuda_image() { return last_image.c_str(); }  // its first bytes
+const char* fake_cuda_image() { return last_image.c_str(); }     // its first bytes
+void fake_cuda_fail_allocation(int k) { allocations_left = k; }  // the k-th from now on, from 0; -1: none
 void fake_cuda_set_devices(int count) { devices = count; }
+void fake_cuda_set_blocks_per_sm(int count) { blocks_per_sm = count; }  // that the device holds at once
 void fake_cuda_set_free_bytes(std::size_t bytes) { free_bytes = bytes; }
 void fake_cuda_capture(void* stream, int on) {
     if (on) captured.insert(stream);
@@ -103,9 +123,13 @@ int cuDriverGetVersion(int* version) {
     return ok;
 }
 int cuGetErrorName(int status, const char** name) {
-    static const std::map<int, const char*> names = {
-        {1, "CUDA_ERROR_INVALID_VALUE"},    {2, "CUDA_ERROR_OUT_OF_MEMORY"},     {100, "CUDA_ERROR_NO_DEVICE"},
-        {101, "CUDA_ERROR_INVALID_DEVICE"}, {201, "CUDA_ERROR_INVALID_CONTEXT"}, {500, "CUDA_ERROR_NOT_FOUND"}};
+    static const std::map<int, const char*> names = {{1, "CUDA_ERROR_INVALID_VALUE"},
+                                                     {2, "CUDA_ERROR_OUT_OF_MEMORY"},
+                                                     {100, "CUDA_ERROR_NO_DEVICE"},
+                                                     {101, "CUDA_ERROR_INVALID_DEVICE"},
+                                                     {201, "CUDA_ERROR_INVALID_CONTEXT"},
+                                                     {500, "CUDA_ERROR_NOT_FOUND"},
+                                                     {720, "CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE"}};
     const auto found = names.find(status);
     *name = found == names.end() ? nullptr : found->second;
     return ok;
@@ -121,7 +145,8 @@ int cuDeviceGetName(char* name, int size, int device) {
     return ok;
 }
 int cuDeviceGetAttribute(int* value, int attribute, int device) {
-    static const std::map<int, int> values = {{16, 3}, {38, 50 << 20}, {75, 9}, {76, 0}, {97, 227 << 10}};
+    static const std::map<int, int> values = {{16, 3}, {38, 50 << 20},  {75, 9},        {76, 0}, {81, 228 << 10},
+                                              {95, 1}, {97, 227 << 10}, {111, 1 << 10}, {120, 1}};
     const auto found = values.find(attribute);
     if (found == values.end()) return invalid_value;
     if (device < 0 || device >= devices) return invalid_device;
@@ -166,7 +191,7 @@ int cuStreamSynchronize(void* stream) {
 }
 int cuMemAllocAsync(void** at, std::size_t bytes, void*) {
     if (const int status = status_of("cuMemAllocAsync")) return status;
-    if (bytes > free_bytes) return out_of_memory;
+    if (bytes > free_bytes || allocations_left-- == 0) return out_of_memory;
     *at = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
     std::memset(*at, 0xff, bytes);
     fake_cuda_own(*at, bytes, contexts.back());
@@ -205,22 +230,46 @@ int cuKernelSetAttribute(int, int, void* kernel, int device) {
     opted_in.insert({device, kernel});
     return ok;
 }
-int cuLaunchKernel(void* kernel, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
-                   unsigned shared, void* stream, void** params, void**) {
+int cuOccupancyMaxActiveBlocksPerMultiprocessor(int* count, void*, int threads, std::size_t shared) {
+    *count = std::min(blocks_per_sm, int((228 << 10) / (shared + (1 << 10))));
+    return threads == 256 ? status_of("cuOccupancyMaxActiveBlocksPerMultiprocessor") : invalid_value;
+}
+int cuOccupancyMaxActiveClusters(int* count, void*, const LaunchConfig* c) {
+    *count = 3 * blocks_per_sm / int(c->attributes[0].value[0]);
+    return status_of("cuOccupancyMaxActiveClusters");
+}
+int cuMemsetD32Async(void* at, unsigned value, std::size_t count, void* stream) {
     const std::lock_guard<std::mutex> lock(mutex);
-    if (const int status = status_of("cuLaunchKernel")) return status;
+    if (!count || reinterpret_cast<std::uintptr_t>(at) % 4) return invalid_value;
+    zeroed_on = stream;
+    std::fill_n(static_cast<unsigned*>(at), count, value);
+    return status_of("cuMemsetD32Async");
+}
+int cuLaunchKernelEx(const LaunchConfig* c, void* kernel, void** params, void**) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (const int status = status_of("cuLaunchKernelEx")) return status;
     const int device = contexts.back();
-    if (gx == 0 || gy * gz * by * bz != 1 || (shared > 48 << 10 && !opted_in.count({device, kernel})))
+    if (c->grid[0] == 0 || c->grid[1] * c->grid[2] * c->block[1] * c->block[2] != 1 ||
+        (c->shared_bytes > 48 << 10 && !opted_in.count({device, kernel})))
         return invalid_value;
     emu::Launch launch;
-    launch.blocks = gx;
-    launch.threads = bx;
-    launch.shared_bytes = shared;
+    launch.blocks = c->grid[0];
+    launch.threads = c->block[0];
+    launch.shared_bytes = c->shared_bytes;
     launch.order = emu::Order::mixed;
+    for (unsigned i = 0; i < c->attribute_count; ++i) {
+        const LaunchAttribute& a = c->attributes[i];
+        if (a.id == 2) launch.cooperative = a.value[0] != 0;
+        else if (a.id == 4 && a.value[1] == 1 && a.value[2] == 1) launch.cluster = a.value[0];
+        else return invalid_value;
+    }
+    if (launch.cooperative && launch.blocks > unsigned(3 * blocks_per_sm)) return cooperative_launch_too_large;
+    if (launch.cluster > 8 || launch.blocks % launch.cluster) return invalid_value;
     if (name_of(kernel).find("gradient") != std::string::npos) run<GradientArgs>(launch, kernel, params[0]);
     else run<ForwardArgs>(launch, kernel, params[0]);
-    last_stream = stream;
+    last_stream = c->stream;
     last_device = device;
+    last_kernel = name_of(kernel);
     ++launches;
     return ok;
 }

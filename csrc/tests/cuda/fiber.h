@@ -48,6 +48,7 @@ void __asan_unpoison_memory_region(const volatile void* at, std::size_t size);
 #define BNFAST_FAST_SWITCH 1
 // Saves the registers that a callee must keep, and the stack pointer; then the same backwards on the other stack.
 asm(R"(
+    .pushsection .text  # without optimization GCC may be anywhere
     .weak bnfast_switch_stack
     .type bnfast_switch_stack, @function
 bnfast_switch_stack:
@@ -56,6 +57,7 @@ bnfast_switch_stack:
     mov %rsi, %rsp
     pop %r15; pop %r14; pop %r13; pop %r12; pop %rbx; pop %rbp
     ret
+    .popsection
 )");
 extern "C" void bnfast_switch_stack(void** save, void* to);
 #endif

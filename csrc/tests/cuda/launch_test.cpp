@@ -144,18 +144,54 @@ TEST_CASE("train, grad, infer and moments run end to end, with the bits of the e
         }
 }
 
-TEST_CASE("one launch for the form channel, three for sweeps") {
+TEST_CASE("each form can be asked for, gives the same bits, and is replaced by sweeps where its blocks don't fit") {
     if (!has_fake()) return;
     use_fake_images();
     const auto launches = fake<int (*)()>("fake_cuda_launches");
-    for (const Case& c : {Case{{9, 33, 49}}, Case{{70, 33, 1}}}) {
+    const auto kernel = fake<const char* (*)()>("fake_cuda_kernel");
+    const auto set_blocks_per_sm = fake<void (*)(int)>("fake_cuda_set_blocks_per_sm");
+    const Case columns{{2003, 33, 1}, DType::float32, A::relu, true, true};
+    const Case rows{{40, 3, 1000}, DType::bfloat16, A::relu, true, true};
+    const Case long_channel{{1, 3, 140000}, DType::float32, A::relu, true, true};  // 560 KB: 3 blocks, so 4
+    const auto check = [&](const Case& c, const char* form, const char* last, int count) {
+        INFO(c.text() << " " << form);
+        setenv("BNFAST_CUDA_FORM", form, 1);
         const Inputs in(c);
         Forward f = results_of(c);
         const TrainArgs a = train_args(c, in, f);
         const int before = launches();
-        cuda::train(a, Scratch(cuda::scratch_bytes(a)).launch);
-        CHECK(launches() - before == (c.shape.S > 1 ? 1 : 3));
+        const Scratch scratch(cuda::scratch_bytes(a));
+        cuda::train(a, scratch.launch);
+        CHECK(launches() - before == count);
+        CHECK(std::string(kernel()).find(last) == 7);
+        if (std::string(last) == "resident_train")
+            CHECK(fake<void* (*)()>("fake_cuda_zeroed_on")() == scratch.launch.stream);
+        CHECK(f.same_bits(cuda_train(c, in, {})));
+        CHECK(launch_grad(c, in, f).same_bits(cuda_grad(c, in, f, {})));
+        unsetenv("BNFAST_CUDA_FORM");
+    };
+    for (const Case& c : {columns, rows}) {
+        check(c, "sweeps", "sweep_apply", 3);
+        check(c, "resident", "resident_train", 1);
     }
+    check(columns, "automatic", "resident_train", 1);
+    check(columns, "channel", "sweep_apply", 3);
+    check(rows, "automatic", "channel_train", 1);
+    check(rows, "channel", "channel_train", 1);
+    check(long_channel, "channel", "channel_train", 1);
+    // The kernels' capacity is asked once per shared memory, so these are cases of their own.
+    set_blocks_per_sm(1);
+    check({{1501, 33, 1}, DType::float64, A::relu, true, true}, "resident", "sweep_apply", 3);
+    set_blocks_per_sm(0);
+    check({{1, 3, 150001}, DType::bfloat16, A::leaky_relu, true, true}, "channel", "sweep_apply", 3);
+    set_blocks_per_sm(2);
+    setenv("BNFAST_CUDA_FORM", "best", 1);
+    const Inputs in(columns);
+    Forward f = results_of(columns);
+    CHECK_THROWS_WITH_AS(cuda::train(train_args(columns, in, f), {}),
+                         "BNFAST_CUDA_FORM must be automatic, sweeps, channel or resident. Received: best",
+                         std::invalid_argument);
+    unsetenv("BNFAST_CUDA_FORM");
 }
 
 TEST_CASE("what isn't there is refused by name, before the driver is asked") {
@@ -190,9 +226,10 @@ TEST_CASE("errors of the driver name the call and CUDA's word") {
         CHECK_THROWS_WITH_AS(cuda::train(a, scratch.launch), doctest::Contains(text), cuda::Error);
         fail(function, 0);
     };
-    throws("cuLaunchKernel", 2, "launching bnfast_sweep_moments_float16 failed: CUDA_ERROR_OUT_OF_MEMORY");
+    throws("cuLaunchKernelEx", 2, "launching bnfast_resident_train_float16_none failed: CUDA_ERROR_OUT_OF_MEMORY");
     throws("cuCtxGetDevice", 201, "finding the current device failed: CUDA_ERROR_INVALID_CONTEXT");
-    throws("cuLaunchKernel", 719, "failed: CUDA error 719");
+    throws("cuLaunchKernelEx", 719, "failed: CUDA error 719");
+    throws("cuMemsetD32Async", 1, "setting scratch memory failed: CUDA_ERROR_INVALID_VALUE");
     CHECK_THROWS_WITH_AS(cuda::train(a, {}), "scratch must not be null", std::invalid_argument);
     cuda::Launch off = scratch.launch;
     off.scratch = static_cast<unsigned char*>(off.scratch) + 8;

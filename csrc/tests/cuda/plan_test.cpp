@@ -6,6 +6,7 @@
 
 #include "tests/cuda/emulator.h"
 #include "cuda/kernels/channel.cuh"
+#include "cuda/kernels/resident.cuh"
 #include "cuda/plan.h"
 #include "tests/reference.h"
 
@@ -42,10 +43,16 @@ template <class X> void check_shared_bytes(const Grid& g, DType dtype) {
     const Index gradient = g.columns ? sizeof(cuda::GradientShared<X>) : sizeof(cuda::GradientRowShared<T>);
     CHECK(cuda::moments_shared_bytes(g, dtype) == moments);
     CHECK(cuda::gradient_shared_bytes(g, dtype) == gradient);
+    const Index slot = 16 * cuda::block_threads;
+    CHECK(cuda::resident_shared_bytes(dtype, false, 3) == cuda::resident_kept_at<X>() + 3 * slot);
+    CHECK(cuda::resident_shared_bytes(dtype, true, 3) == cuda::resident_kept_at<X>() + 6 * slot);
     if (g.columns) return;
-    const Index kept = cuda::channel_layout<X>(g).kept_at, vectors = g.chunks * cuda::vectors_per_chunk(g);
-    CHECK(cuda::channel_shared_bytes(g, dtype, false) == kept + 16 * vectors);
-    CHECK(cuda::channel_shared_bytes(g, dtype, true) == kept + 32 * vectors);
+    for (int cluster : {1, 2, 8}) {
+        const Index kept = cuda::channel_layout<X>(g, cluster).kept_at;
+        const Index vectors = cuda::chunks_per_block(g, cluster) * cuda::vectors_per_chunk(g);
+        CHECK(cuda::channel_shared_bytes(g, dtype, false, cluster) == kept + 16 * vectors);
+        CHECK(cuda::channel_shared_bytes(g, dtype, true, cluster) == kept + 32 * vectors);
+    }
 }
 
 }  // namespace
@@ -92,7 +99,7 @@ TEST_CASE("the grid depends on shape and dtype alone") {
         for (DType dtype : all_dtypes) {
             const Grid g = cuda::make_grid(shape, dtype);
             for (const DeviceLimits& device : {cuda::a100, cuda::h100, cuda::b200, DeviceLimits{1, 0, 0}})
-                for (Form form : {Form::automatic, Form::sweeps, Form::channel})
+                for (Form form : {Form::automatic, Form::sweeps, Form::channel, Form::resident})
                     for (Call call : {Call::train, Call::infer, Call::gradient, Call::moments}) {
                         const Plan p = plan_of(shape, dtype, call, form, device);
                         CHECK(std::memcmp(&p.grid, &g, sizeof g) == 0);
@@ -109,7 +116,7 @@ TEST_CASE("shared memory is what the kernels lay out") {
         check_shared_bytes<cuda::F16>(cuda::make_grid(shape, DType::float16), DType::float16);
         check_shared_bytes<cuda::BF16>(cuda::make_grid(shape, DType::bfloat16), DType::bfloat16);
     }
-    CHECK(plan_of({64, 64, 1}, DType::float32, Call::train).finalize_shared == sizeof(cuda::FinalizeShared));
+    CHECK(plan_of({64, 64, 1}, DType::float32, Call::moments).finalize_shared == sizeof(cuda::FinalizeShared));
 }
 
 TEST_CASE("channels_first takes the form channel where a channel fits, and then reads x once") {
@@ -128,14 +135,78 @@ TEST_CASE("channels_first takes the form channel where a channel fits, and then 
     CHECK(plan_of(fits, DType::bfloat16, Call::gradient).bytes_read == 2 * X);
     CHECK(plan_of(fits, DType::bfloat16, Call::gradient, Form::sweeps).bytes_read == 4 * X);
     CHECK(plan_of(fits, DType::float32, Call::train).form == Form::channel);
-    CHECK(plan_of(fits, DType::float32, Call::gradient).form == Form::sweeps);  // 400 KB
-    CHECK(plan_of({64, 64, 12544}, DType::bfloat16, Call::train).form == Form::sweeps);
     CHECK(plan_of({50176, 256, 1}, DType::bfloat16, Call::train, Form::channel).form == Form::sweeps);  // columns
-    CHECK(plan_of({256, 8, 300}, DType::bfloat16, Call::train).form == Form::sweeps);  // 8 blocks for 132 SMs
-    CHECK(plan_of({2, 8, 300}, DType::bfloat16, Call::train).form == Form::channel);   // small: one launch
+    CHECK(plan_of({256, 8, 300}, DType::bfloat16, Call::train).form == Form::resident);  // 8 blocks for 132 SMs
+    CHECK(plan_of({2, 8, 300}, DType::bfloat16, Call::train).form == Form::channel);     // small: one launch
     for (Call call : {Call::infer, Call::moments}) CHECK(plan_of(fits, DType::bfloat16, call).form == Form::sweeps);
     CHECK(plan_of(fits, DType::bfloat16, Call::infer).bytes_read == X);
     CHECK(plan_of(fits, DType::bfloat16, Call::moments).bytes_written == 0);
+}
+
+TEST_CASE("a channel that is too long for a block takes a cluster of 2, 4 or 8 where the device has clusters") {
+    const auto cluster = [](Index H, Index C, DType dtype, Call call, const DeviceLimits& device) {
+        const Plan p = plan_of({64, C, H * H}, dtype, call, Form::automatic, device);
+        CHECK(p.form == (p.cluster > 1 ? Form::channel : p.form));
+        CHECK(p.reduce_blocks % unsigned(p.cluster) == 0);
+        CHECK(p.reduce_shared <= device.shared_per_block);
+        if (p.cluster > 1) {
+            CHECK(p.bytes_read ==
+                  (call == Call::gradient ? 2 : 1) * 64 * C * H * H * (dtype == DType::float32 ? 4 : 2));
+            const Plan sweeps = plan_of({64, C, H * H}, dtype, call, Form::sweeps, device);
+            CHECK(p.scratch.bytes == sweeps.scratch.bytes);  // where the launcher goes if no cluster fits
+        }
+        return p.cluster;
+    };
+    // ResNet-50 at batch 64: 28x28, 56x56 and 112x112 have 100, 401 and 1606 KB per channel in bfloat16.
+    CHECK(cluster(28, 256, DType::bfloat16, Call::train, cuda::h100) == 1);
+    CHECK(cluster(56, 64, DType::bfloat16, Call::train, cuda::h100) == 2);
+    CHECK(cluster(56, 64, DType::bfloat16, Call::gradient, cuda::h100) == 8);  // 13 chunks: 4 per block are too many
+    CHECK(cluster(56, 64, DType::float32, Call::train, cuda::h100) == 4);
+    CHECK(cluster(112, 64, DType::bfloat16, Call::train, cuda::h100) == 8);
+    CHECK(cluster(112, 64, DType::float32, Call::train, cuda::h100) == 1);  // 3.2 MB: too long
+    CHECK(cluster(56, 64, DType::bfloat16, Call::train, cuda::a100) == 1);
+    CHECK(plan_of({64, 64, 3136}, DType::bfloat16, Call::train, Form::automatic, cuda::a100).form != Form::channel);
+}
+
+TEST_CASE("the form resident is taken where a quarter is kept, and all of its blocks fit the device") {
+    for (Shape shape : shapes)
+        for (DType dtype : all_dtypes)
+            for (const DeviceLimits& device : {cuda::a100, cuda::h100, cuda::b200})
+                for (Call call : {Call::train, Call::gradient}) {
+                    const Plan p = plan_of(shape, dtype, call, Form::resident, device);
+                    INFO(name_of(dtype) << " (" << shape.N << ", " << shape.C << ", " << shape.S << ")");
+                    REQUIRE(p.form == Form::resident);
+                    CHECK(p.reduce_blocks <= unsigned(cuda::resident_blocks_per_sm * device.sms));
+                    CHECK(Index(p.reduce_blocks) <= p.grid.chunks * p.grid.tiles);
+                    CHECK(p.reduce_shared <= cuda::resident_shared_limit(device));
+                    CHECK(cuda::resident_blocks_per_sm * (p.reduce_shared + device.reserved_per_block) <=
+                          device.shared_per_sm);
+                    const Plan sweeps = plan_of(shape, dtype, call, Form::sweeps, device);
+                    CHECK(p.scratch.bytes == sweeps.scratch.bytes);  // where the launcher goes if the grid doesn't fit
+                    CHECK(p.bytes_read <= sweeps.bytes_read);
+                }
+    const auto form = [](Index rows, const DeviceLimits& device, Call call = Call::train) {
+        return plan_of({rows, 256, 1}, DType::bfloat16, call, Form::automatic, device).form;
+    };
+    const auto read = [](Index rows, Call call) {  // in units of x
+        const Plan p = plan_of({rows, 256, 1}, DType::bfloat16, call);
+        return double(p.bytes_read) / double(rows * 512);
+    };
+    CHECK(form(64, cuda::h100) == Form::resident);  // 32 KB: one launch
+    CHECK(form(50176, cuda::h100) == Form::resident);
+    CHECK(form(200704, cuda::h100) == Form::resident);  // 103 MB, of which 26 MB are kept
+    CHECK(form(401408, cuda::h100) == Form::sweeps);
+    CHECK(form(50176, cuda::h100, Call::gradient) == Form::resident);
+    CHECK(read(12544, Call::train) == 1);  // 6.4 MB
+    CHECK(read(12544, Call::gradient) == 2);
+    CHECK(read(50176, Call::train) < 1.1);  // 25.7 MB
+    CHECK(read(50176, Call::gradient) > 2);
+    DeviceLimits alone = cuda::h100;
+    alone.cooperative = false;
+    CHECK(form(64, alone) == Form::sweeps);
+    CHECK(plan_of({64, 256, 1}, DType::bfloat16, Call::train, Form::resident, alone).form == Form::sweeps);
+    for (Call call : {Call::infer, Call::moments})
+        CHECK(plan_of({64, 256, 1}, DType::bfloat16, call, Form::resident).form == Form::sweeps);
 }
 
 TEST_CASE("an empty batch plans the finalize step alone") {

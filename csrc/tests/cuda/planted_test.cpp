@@ -3,6 +3,7 @@
 #include <doctest/doctest.h>
 
 #include "tests/cuda/run.h"
+#include "cuda/kernels/grid_barrier.cuh"
 
 using namespace bnfast;
 using namespace bnfast::test;
@@ -23,15 +24,36 @@ TEST_CASE("planted: a missing barrier before the constants of a channel are read
 
 TEST_CASE("planted: a missing grid barrier" * doctest::skip()) {
     std::vector<int> values(2), seen(2);
+    unsigned arrived = 0;
     emu::Launch launch;
     launch.blocks = 2;
     launch.cooperative = true;
-    launch.skip_barrier = 0;
+    launch.skip_wait = 0;
     emu::launch(launch, [&] {
         if (threadIdx.x == 0) values[blockIdx.x] = 1;
-        grid_sync();
+        cuda::grid_barrier(&arrived, 1);
         if (threadIdx.x == 0) seen[blockIdx.x] = values[1 - blockIdx.x];
     });
+}
+
+TEST_CASE("planted: the form resident does not wait before it finalizes" * doctest::skip()) {
+    const Case c{{9, 5, 196}, DType::float32};
+    const Inputs in(c);
+    cuda_train(c, in, {cuda::Form::resident, 2, emu::Order::backward, -1, Schedule::test_device(), 0});
+}
+
+TEST_CASE("planted: the form resident does not wait before it applies" * doctest::skip()) {
+    const Case c{{300, 8, 1}, DType::float32};
+    const Inputs in(c);
+    const Forward f = cuda_train(c, in, {});
+    cuda_grad(c, in, f, {cuda::Form::resident, 2, emu::Order::backward, -1, Schedule::test_device(), 1});
+}
+
+// Two blocks with one chunk each: the chunk's two barriers come before the cluster's.
+TEST_CASE("planted: a cluster does not wait for its blocks" * doctest::skip()) {
+    const Case c{{1, 2, 9000}, DType::float32};
+    const Inputs in(c);
+    cuda_train(c, in, {cuda::Form::channel, 0, emu::Order::backward, 2, Schedule::test_device(1, 25)});
 }
 
 TEST_CASE("planted: two blocks write one value" * doctest::skip()) {

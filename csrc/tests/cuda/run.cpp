@@ -3,6 +3,7 @@
 #include <limits>
 
 #include "cuda/kernels/channel.cuh"
+#include "cuda/kernels/resident.cuh"
 
 namespace bnfast::test {
 namespace {
@@ -49,7 +50,7 @@ class Launcher {
 public:
     Launcher(const cuda::PlanRequest& request, const Schedule& schedule)
         : schedule_(schedule),
-          plan_(cuda::make_plan(request, {1, cuda::h100.shared_per_block, 0})),
+          plan_(cuda::make_plan(request, schedule.device)),
           scratch_(new unsigned char[std::size_t(plan_.scratch.bytes) + 256]) {
         std::memset(scratch_.get(), 0xff, std::size_t(plan_.scratch.bytes) + 256);
     }
@@ -60,6 +61,8 @@ public:
         void* scratch = scratch_.get() + (256 - at % 256) % 256;
         args.parts = plan_.scratch.parts(scratch);
         args.constants = plan_.scratch.constants(scratch);
+        args.launch = {plan_.cluster, plan_.kept_slots, plan_.scratch.arrived(scratch)};
+        if (plan_.form == Form::resident) *args.launch.arrived = 0;
     }
     template <class F> void reduce(F kernel) const { run(plan_.reduce_blocks, plan_.reduce_shared, true, kernel); }
     template <class F> void finalize(F kernel) const {
@@ -71,7 +74,10 @@ private:
     template <class F> void run(unsigned blocks, cuda::Index shared, bool plants, F kernel) const {
         if (blocks == 0) return;
         emu::Launch launch;
-        launch.blocks = schedule_.blocks ? std::min(schedule_.blocks, blocks) : blocks;
+        launch.cluster = plants ? unsigned(plan_.cluster) : 1;
+        launch.cooperative = plan_.form == Form::resident;
+        launch.skip_wait = schedule_.skip_wait;
+        launch.blocks = schedule_.blocks ? std::min(schedule_.blocks * launch.cluster, blocks) : blocks;
         launch.threads = cuda::block_threads;
         launch.shared_bytes = std::size_t(shared);
         launch.order = schedule_.order;
@@ -102,10 +108,6 @@ cuda::ParamOutput output_of(Array& a) { return {a.data(), a.dtype == DType::floa
 
 }  // namespace
 
-bool channel_is_possible(Shape shape, DType dtype, cuda::Call call) {
-    return cuda::make_plan(request_of(shape, dtype, call, {Form::channel}), cuda::h100).form == Form::channel;
-}
-
 void cuda_forward(cuda::Call call, Shape shape, DType dtype, Activation act, double slope, ForwardArgs a,
                   const Schedule& schedule) {
     const Launcher launcher(request_of(shape, dtype, call, schedule), schedule);
@@ -121,9 +123,13 @@ void cuda_forward(cuda::Call call, Shape shape, DType dtype, Activation act, dou
                 launcher.reduce([&] { cuda::channel_train<X, kind>(a); });
                 return;
             }
+            if (launcher.plan().form == Form::resident) {
+                launcher.reduce([&] { cuda::resident_train<X, kind>(a); });
+                return;
+            }
             launcher.reduce([&] { cuda::sweep_moments<X>(a); });
             if (call == cuda::Call::infer) launcher.finalize([&] { cuda::sweep_finalize_inference<T>(a); });
-            else launcher.finalize([&] { cuda::sweep_finalize_train<T>(a); });
+            else launcher.finalize([&] { cuda::sweep_finalize_train<X>(a); });
             launcher.apply([&] { cuda::sweep_apply<X, kind>(a); });
         });
     });
@@ -141,6 +147,10 @@ void cuda_gradient(Shape shape, DType dtype, Activation act, double slope, Gradi
             constexpr Act kind = decltype(tag)::act;
             if (launcher.plan().form == Form::channel) {
                 launcher.reduce([&] { cuda::channel_gradient<X, kind>(a); });
+                return;
+            }
+            if (launcher.plan().form == Form::resident) {
+                launcher.reduce([&] { cuda::resident_gradient<X, kind>(a); });
                 return;
             }
             launcher.reduce([&] { cuda::sweep_gradient<X, kind>(a); });

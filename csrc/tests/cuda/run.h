@@ -8,9 +8,19 @@ namespace bnfast::test {
 
 struct Schedule {
     cuda::Form form = cuda::Form::sweeps;
-    unsigned blocks = 0;  // 0: as planned for a device with one SM
+    unsigned blocks = 0;  // at most so many; 0: as planned for the device
     emu::Order order = emu::Order::forward;
-    int skip_barrier = -1;  // of the reduce step or of the form `channel`
+    int skip_barrier = -1;  // of the reduce step, or of the one launch of a form
+    cuda::DeviceLimits device = test_device();
+    int skip_wait = -1;
+
+    // Like an H100 with one SM. keeps: KiB of shared memory per block.
+    static cuda::DeviceLimits test_device(cuda::Index sms = 1, cuda::Index keeps = 227) {
+        cuda::DeviceLimits d = cuda::h100;
+        d.sms = int(sms);
+        d.shared_per_block = keeps << 10;
+        return d;
+    }
 };
 
 Forward cuda_train(const Case& c, const Inputs& in, const Schedule& schedule, int shift = 0);
@@ -25,6 +35,4 @@ void cuda_forward(cuda::Call call, Shape shape, DType dtype, Activation act, dou
                   const Schedule& schedule);
 void cuda_gradient(Shape shape, DType dtype, Activation act, double slope, cuda::GradientArgs args,
                    const Schedule& schedule);
-bool channel_is_possible(Shape shape, DType dtype, cuda::Call call);
-
 }  // namespace bnfast::test

@@ -53,8 +53,7 @@ def batch_norm_train(
         mask: must be None: there are no masks on a device yet.
         activation: None, "relu", "relu6" or "leaky_relu".
         residual: like x, in its order in memory; added before the activation.
-        nan_policy: "raise" computes the statistics first and waits for them: one more read of x. The mean of a channel
-            that holds an infinity is NaN, where the CPU's may be infinite.
+        nan_policy: "raise" computes the statistics first and waits for them: one more read of x.
         momentum, epsilon, negative_slope, correction, out: as in `bnfast.batch_norm_train`.
 
     Returns:
