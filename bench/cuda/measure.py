@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -118,6 +119,14 @@ def with_graph(a: dict[str, Any], kind: str) -> None:
             a["graph"][cudnn] = F.relu(y + a["residual"]) if "relu" in kind else y
 
 
+def kernels(work: Work, kind: str) -> list[str]:
+    """What our call launches, which says the form."""
+    last = work.layout == "channels_last"
+    shape = (work.N, *[work.height] * 2, work.C) if last else (work.N, work.C, *[work.height] * 2)
+    activation = "relu" if "relu" in kind else None
+    return cuda.compile(shape, work.dtype, axis=-1 if last else 1, activation=activation, calls=[kind.split("+")[0]])
+
+
 def measure(work: Work, kind: str, rounds: int) -> dict[str, Any]:
     l2 = torch.cuda.get_device_properties(0).L2_cache_size
     sets = [arguments(work) for _ in range(max(2, min(32, 1 + 4 * l2 // max(1, work.bytes))))]
@@ -126,6 +135,7 @@ def measure(work: Work, kind: str, rounds: int) -> dict[str, Any]:
             with_graph(a, kind)
     candidates: dict[str, Call] = {
         "bnfast": ours(kind),
+        "sweeps": ours(kind),  # what the plan's choice of a form gains
         "copy": lambda a: a["copy"].copy_(a["x"]),
         "cudnn": torchs(kind, True),
         "aten": torchs(kind, False),
@@ -134,6 +144,7 @@ def measure(work: Work, kind: str, rounds: int) -> dict[str, Any]:
     for turn in range(20 + rounds):
         for name, function in candidates.items():
             a = sets[turn % len(sets)]
+            os.environ["BNFAST_CUDA_FORM"] = "sweeps" if name == "sweeps" else "automatic"
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
             function(a)
@@ -141,7 +152,8 @@ def measure(work: Work, kind: str, rounds: int) -> dict[str, Any]:
             end.synchronize()
             if turn >= 20:
                 times[name].append(1e3 * begin.elapsed_time(end))
-    row: dict[str, Any] = {**work._asdict(), "bytes": work.bytes, "kind": kind}
+    del os.environ["BNFAST_CUDA_FORM"]
+    row: dict[str, Any] = {**work._asdict(), "bytes": work.bytes, "kind": kind, "kernels": kernels(work, kind)}
     for name, found in times.items():
         low, middle, high = statistics.quantiles(found, n=4)
         row[name] = {"us": middle, "quartiles": [low, high]}

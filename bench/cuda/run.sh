@@ -55,6 +55,7 @@ if [ "$failed" -ne 0 ]; then
     exit 1
 fi
 if command -v nvcc >/dev/null; then step fatbins fatbins; else left_out fatbins "nvcc is not on the path"; fi
+# In every form: the bits don't depend on it.
 step golden python -m pytest -q tests/cuda/test_golden.py
 step tests python -m pytest -q tests/cuda --ignore tests/cuda/test_golden.py
 step graphs_and_streams python bench/cuda/checks.py graphs streams
