@@ -87,7 +87,7 @@ def test_a_kernel_that_another_layer_reads_is_not_folded_into(capsys: pytest.Cap
     model = randomize(keras.Model(x, Tied(dense)(KERAS(name="norm")(dense(x)))))
     folded = fold(model)
     out = capsys.readouterr().out
-    assert "1 stays, because dense is shared" in out
+    assert "1 stays, because a Dense is shared" in out
     assert folded.get_layer("tied").dense is folded.get_layer("dense")
     close(folded(X), model(X))
 
