@@ -6,6 +6,10 @@
 #include <set>
 #include <thread>
 #include <vector>
+#if defined(__linux__)
+#include <sys/wait.h>
+#include <unistd.h>
+#endif
 
 #include "cpu/memory.h"
 
@@ -171,6 +175,26 @@ TEST_CASE("no two threads get the same block") {
     CHECK(wrong == std::vector<int>(8, 0));
     CHECK(memory_statistics().in_use_bytes == pool.before.in_use_bytes);
 }
+
+#if defined(__linux__)
+TEST_CASE("after fork, child and parent each have the pool as it was") {
+    const FreshPool pool;
+    void* const kept = acquire_block(5000);
+    release_block(kept);
+    const pid_t child = fork();
+    if (child == 0) {
+        alarm(20);  // a lock that the fork took along would hang
+        _exit(acquire_block(5000) == kept ? 0 : 1);
+    }
+    int status = -1;
+    waitpid(child, &status, 0);
+    CHECK(WIFEXITED(status));
+    CHECK(WEXITSTATUS(status) == 0);
+    void* const again = acquire_block(5000);
+    CHECK(again == kept);
+    release_block(again);
+}
+#endif
 
 TEST_CASE("scratch is aligned, grows, doesn't move while it is large enough, and is per thread") {
     double* small = thread_scratch(10);

@@ -160,7 +160,7 @@ HELD_BY_CI = """## Held by every run of CI
 |---|---|
 | the bits of results are those that are written down, on x86-64 (three instruction sets) and on aarch64 (NEON, under qemu) | `csrc/tests/golden_test.cpp`; stages gcc, clang, machines |
 | no invalid address, no undefined behaviour | stage sanitize: AddressSanitizer and UndefinedBehaviorSanitizer over the C++ tests |
-| no read of what was never written, no lost memory | stage valgrind: memcheck over the C++ tests, up to AVX2 |
+| no read of what was never written, no lost memory | stage valgrind: memcheck over ten files of the C++ tests, baseline and AVX2 |
 | the inputs that the fuzzers kept are handled | `csrc/tests/fuzz/corpus`, replayed by every build of the C++ tests |
 | no data race | stage tsan: ThreadSanitizer |
 | a failing allocation is a MemoryError | `csrc/tests/memory_test.cpp` and the tests beside it |

@@ -20,7 +20,7 @@ BINARY = {
     **{"+=": "-=", "-=": "+=", "*=": "/=", "/=": "*=", "|=": "&=", "&=": "|=", "^=": "|=", "<<=": ">>=", ">>=": "<<="},
 }
 NEGATED = {"<": ">=", "<=": ">", ">": "<=", ">=": "<"}
-UNARY = {"!": "", "-": "", "~": "", "++": "--", "--": "++"}
+UNARY = {"!": "!!", "-": "", "~": "", "++": "--", "--": "++"}
 NUMBER = re.compile(r"(0[xX][0-9a-fA-F']+|\d+)([uUlL]*)$")
 REAL = re.compile(r"(\d+\.\d*|\.\d+|\d+(?=[eE])|0[xX][0-9a-fA-F.]+(?=[pP]))([eEpP][-+]?\d+)?([fFlL]?)$")
 
@@ -105,8 +105,8 @@ class Reader:
         children = list(cursor.get_children())
         for number, child in enumerate(children):
             inside = constant
-            if cursor.kind == kinds.CASE_STMT and number == 0:
-                inside = True
+            if cursor.kind == kinds.PARM_DECL or (cursor.kind == kinds.CASE_STMT and number == 0):
+                inside = True  # the extents of an array, a default that a constant expression may use; a label
             if cursor.kind == kinds.VAR_DECL and cursor.type.kind.name.endswith("ARRAY") and number < len(children) - 1:
                 inside = True  # the extents
             yield from self.walk(child, inside)
