@@ -26,7 +26,7 @@ def run(code, **environment):
 
 
 @pytest.mark.parametrize(
-    "first", ["import jax", "import bnfast.jax", "import bnfast; bnfast.batch_norm_train([[1.0]])"]
+    "first", ["import jax", "import bnfast.jax", "import bnfast, numpy; bnfast.batch_norm_train(numpy.ones((2, 2)))"]
 )
 def test_import_orders(first):
     run(f"{first}\nimport bnfast, bnfast.jax, jax\n{STEP}")
