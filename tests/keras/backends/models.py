@@ -30,7 +30,8 @@ def make(norm=None, dtype=None):
     norm = norm or bnfast.keras.BatchNormalization
     keras.utils.set_random_seed(3)
     inputs = keras.Input((8, 8, 3))
-    x = keras.layers.Conv2D(6, 3, name="conv", dtype=dtype)(inputs)
+    # Without biases: their gradient is 0 but for rounding, and Adam makes whole steps of that.
+    x = keras.layers.Conv2D(6, 3, use_bias=False, name="conv", dtype=dtype)(inputs)
     x = keras.layers.ReLU(dtype=dtype)(norm(name="bn", dtype=dtype)(x))
     y = norm(name="bn2", dtype=dtype)(
         keras.layers.Conv2D(6, 3, padding="same", use_bias=False, name="conv2", dtype=dtype)(x)
@@ -192,7 +193,8 @@ def test_the_copy_is_independent():
     fit(copy, 1)
     for old, new in zip(before, arrays(model), strict=True):
         np.testing.assert_array_equal(old, new)
-    np.testing.assert_allclose(fit(model, 1), fit(bnfast.keras.to_keras(make()) and model, 1), rtol=1)
+    again = bnfast.keras.to_keras(model)
+    np.testing.assert_allclose(fit(model, 1), fit(again, 1), rtol=1e-4)
     assert np.isfinite(fit(copy, 1)).all()
 
 
