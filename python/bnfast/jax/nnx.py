@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 try:
     from flax import nnx
+    from flax.nnx.nn.dtypes import promote_dtype
 except ModuleNotFoundError as error:
     if error.name != "flax":
         raise  # another package is missing: its own message is clearer
@@ -77,9 +78,8 @@ class BatchNorm(nnx.BatchNorm):  # type: ignore[misc]
         """
         given = self.use_running_average if use_running_average is None else use_running_average
         parameters = tuple(None if one is None else one[...] for one in (self.scale, self.bias))
-        promoted, _, _, scale, bias = self.promote_dtype(
-            (x, self.mean[...], self.var[...], *parameters), dtype=self.dtype
-        )
+        promote = getattr(self, "promote_dtype", promote_dtype)  # Flax 0.12.0 has no argument of that name
+        promoted, _, _, scale, bias = promote((x, self.mean[...], self.var[...], *parameters), dtype=self.dtype)
         reason = self._why_flax(promoted, None if given else mask)
         if given is None or reason:
             if reason:
