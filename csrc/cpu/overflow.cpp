@@ -2,17 +2,25 @@
 
 #include <cmath>
 #include <cstring>
-#include <limits>
 
 namespace bnfast {
 namespace {
 
 using std::int64_t;
 
+double float16_value(std::uint16_t bits) {
+    const int exponent = bits >> 10 & 31, mantissa = bits & 1023;
+    double value = exponent ? std::ldexp(1024 + mantissa, exponent - 25) : std::ldexp(mantissa, -24);
+    if (exponent == 31) value = mantissa ? std::nan("") : std::numeric_limits<double>::infinity();
+    return bits >> 15 ? -value : value;
+}
+
 double value_at(const void* x, DType dtype, int64_t i) {
     if (dtype == DType::float64) return static_cast<const double*>(x)[i];
     if (dtype == DType::float32) return static_cast<const float*>(x)[i];
-    const std::uint32_t bits = std::uint32_t(static_cast<const std::uint16_t*>(x)[i]) << 16;  // bfloat16
+    const std::uint16_t half = static_cast<const std::uint16_t*>(x)[i];
+    if (dtype == DType::float16) return float16_value(half);
+    const std::uint32_t bits = std::uint32_t(half) << 16;  // bfloat16
     float value;
     std::memcpy(&value, &bits, 4);
     return value;
@@ -50,16 +58,20 @@ template <class Visit> void over(const Runs& v, Visit visit) {
 }  // namespace
 
 void scaled_moments(const Runs& values, double& mean, double& variance) {
-    if (values.dtype == DType::float16) return;  // never overflows: the sum of 2^63 squares of 65504 is 4e28
     // Scaled, a value is at most 1, its square too: no sum of fewer than 2^63 terms overflows, and what underflows is
     // less than 1e-300 of the largest.
-    bool finite = true;
-    double largest = 0;
+    double largest = 0, not_finite = 0;
     over(values, [&](double x, double) {
         largest = std::fmax(largest, std::fabs(x));
-        return finite = std::isfinite(x);
+        if (!std::isfinite(x)) not_finite += x;
+        return !std::isnan(not_finite);  // NaN, or infinity - infinity, stays NaN
     });
-    if (!finite || largest == 0) return;
+    if (not_finite != 0) {
+        mean = not_finite;
+        variance = std::numeric_limits<double>::quiet_NaN();
+        return;
+    }
+    if (largest == 0) return;
     const int exponent = std::ilogb(largest) + 1;
     Sum weights, sum;
     over(values, [&](double x, double weight) {
@@ -77,8 +89,7 @@ void scaled_moments(const Runs& values, double& mean, double& variance) {
     });
     mean = std::ldexp(scaled, exponent);
     variance = std::ldexp(squares.value() / weights.value(), 2 * exponent);
-    if (values.dtype != DType::float64 && variance > double(std::numeric_limits<float>::max()))
-        variance = std::numeric_limits<double>::infinity();
+    if (variance > largest_variance(values.dtype)) variance = std::numeric_limits<double>::infinity();
 }
 
 void mend_overflow(const void* x, const void* mask, Shape shape, DType dtype, int64_t c0, int64_t c1, double* mean,

@@ -1,4 +1,5 @@
 // The calls of bnfast/cuda.h: check, plan, then one launch per step of the plan.
+#include <algorithm>
 #include <cstdlib>
 #include <limits>
 
@@ -33,23 +34,32 @@ bool aligned(std::initializer_list<const void*> tensors) {
     return true;
 }
 
-void check_call(const TrainArgs& a) {
+template <class Args> void check_any(const Args& a) {
     check(a);
+    // More than any device holds; a plan multiplies this number by up to 100. Extents of 0 count as 1, as in check.
+    const std::int64_t limit = (std::int64_t(1) << 48) - 1, N = std::max<std::int64_t>(a.shape.N, 1),
+                       C = std::max<std::int64_t>(a.shape.C, 1);
+    require(std::max<std::int64_t>(a.shape.S, 1) <= limit / C / N,
+            "shape must have fewer than 2^48 values on a CUDA device");
+}
+
+void check_call(const TrainArgs& a) {
+    check_any(a);
     check_activation(a.activation);
     require(!a.mask, "mask is not supported on a CUDA device");
     require(a.nan_policy != NanPolicy::raise, "nan_policy must be propagate or skip_update on a CUDA device");
 }
 void check_call(const InferArgs& a) {
-    check(a);
+    check_any(a);
     check_activation(a.activation);
 }
 void check_call(const GradArgs& a) {
-    check(a);
+    check_any(a);
     check_activation(a.activation);
     require(!a.mask, "mask is not supported on a CUDA device");
 }
 void check_call(const MomentsArgs& a) {
-    check(a);
+    check_any(a);
     require(!a.mask, "mask is not supported on a CUDA device");
 }
 

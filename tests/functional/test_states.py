@@ -50,7 +50,7 @@ def run(state: State, dtype: str, policy: str, rows: bool) -> dict[str, Any]:
     """A call on this channel between two ordinary ones."""
     kind, parameter = dtype_of(dtype), np.float64 if dtype == "float64" else np.float32
     M = len(state.values)
-    x = np.zeros((M, 3)) + np.arange(M)[:, None]
+    x = np.zeros((M, 3)) + np.arange(M)[:, None] % 600
     x[:, 1] = state.values
     x = x.astype(kind)
     x = np.ascontiguousarray(x.T[None]) if rows else x
@@ -78,10 +78,12 @@ def run(state: State, dtype: str, policy: str, rows: bool) -> dict[str, Any]:
 CELLS = [(name, dtype, policy) for name, state in STATES.items() for dtype in state.dtypes for policy in POLICIES]
 
 
+@pytest.mark.parametrize("times", [1, 150, 5000])  # 5000: blocks of one channel are merged, by several threads
 @pytest.mark.parametrize("rows", [False, True])
 @pytest.mark.parametrize(("name", "dtype", "policy"), CELLS)
-def test_a_cell(name: str, dtype: str, policy: str, rows: bool) -> None:
+def test_a_cell(name: str, dtype: str, policy: str, rows: bool, times: int) -> None:
     state = STATES[name]
+    state = state._replace(values=state.values * times, mask=state.mask and state.mask * times)
     if dtype == "bfloat16":
         pytest.importorskip("ml_dtypes")
     found = run(state, dtype, policy, rows)
@@ -113,6 +115,24 @@ def test_a_cell(name: str, dtype: str, policy: str, rows: bool) -> None:
     else:
         np.testing.assert_allclose(mean[1], 0.125 + state.mean / 2, rtol=4e-3 if state.mean > 1e30 else 1e-6)
         np.testing.assert_allclose(variance[1], 1 + state.variance / 2, rtol=1e-6)
+
+
+@pytest.mark.parametrize("axis", [1, -1])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
+@pytest.mark.parametrize(("values", "mean"), [([INF], INF), ([-INF], -INF), ([INF, -INF], NAN), ([INF, NAN], NAN)])
+def test_infinities_far_apart(values: list[float], mean: float, dtype: str, axis: int) -> None:
+    """Each in a block of its own, which the others' are merged with."""
+    if dtype == "bfloat16":
+        pytest.importorskip("ml_dtypes")
+    x = np.random.default_rng(0).standard_normal((20_000, 2)).astype(dtype_of(dtype))
+    for i, value in enumerate(values):
+        x[7000 + 9000 * i, 1] = value
+    found = bnfast.moments(np.ascontiguousarray(x.T[None]) if axis == 1 else x, axis=axis)
+    np.testing.assert_array_equal(found.mean[1], mean)
+    assert np.isnan(found.variance[1])
+    assert np.isfinite([found.mean[0], found.variance[0]]).all()
+    groups = bnfast.group_norm(x.reshape(1, -1, 2), 2, axis=-1)
+    np.testing.assert_array_equal(groups.mean[0, 1], mean)
 
 
 def test_the_page_has_these_states() -> None:

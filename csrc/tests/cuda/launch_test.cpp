@@ -207,6 +207,7 @@ TEST_CASE("what isn't there is refused by name, before the driver is asked") {
     refused([](TrainArgs& a) { a.activation = A::gelu; }, "activation must be none, relu, relu6 or leaky_relu");
     refused([](TrainArgs& a) { a.nan_policy = NanPolicy::raise; }, "nan_policy must be");
     refused([](TrainArgs& a) { a.x = nullptr; }, "x must not be null");
+    refused([](TrainArgs& a) { a.shape = {1 << 30, 1 << 20, 1}; }, "shape must have fewer than 2^48 values");
 }
 
 TEST_CASE("errors of the driver name the call and CUDA's word") {
