@@ -17,6 +17,7 @@ import bnfast
 import numpy as np
 import pytest
 from bnfast.benchmark import allocator, cases, correctness, figure, machine, report, timing
+from bnfast.benchmark.machine import others_busy
 from bnfast.benchmark.peers import BASELINES, PEERS, Unsupported
 from bnfast.cli import bench, main
 
@@ -320,13 +321,19 @@ def test_a_picture_of_one_peer_and_one_operation(tmp_path):
 
 @pytest.mark.needs("rich")
 def test_a_busy_machine_is_refused_unless_rounds_are_given(monkeypatch, capsys):
+    measured = []
     monkeypatch.setattr("bnfast.benchmark.machine.others_busy", lambda: 0.9)
     monkeypatch.setattr("bnfast.benchmark.machine.os.sched_getaffinity", lambda _: {0, 1}, raising=False)
+    monkeypatch.setattr(bench, "_start_peers", lambda *_: ([], []))
+    monkeypatch.setattr(bench, "_measure", lambda *_: measured.append(1) or ([], []))
     command = ["bench", "--shape", "4,6", "--op", "train", "--layout", "channels_last"]
-    assert main([*command, "--peers", OTHERS[0]]) == 2
+    assert main(command) == 2
     assert "other programs keep 0.9 of 2 processors busy, so the figures would lie" in capsys.readouterr().err
-    assert main([*command, "--peers", OTHERS[0], "--quick"]) == 0
-    assert "; other programs kept 0.9 of 2 processors busy" in capsys.readouterr().out
+    assert measured == []
+    for look in (["--quick"], ["--rounds", "1"]):
+        assert main([*command, *look]) == 0
+        assert "; other programs kept 0.9 of 2 processors busy" in capsys.readouterr().out
+    assert len(measured) == 2
 
 
 def test_what_others_run_is_counted_and_ones_own_time_is_not(monkeypatch):
@@ -335,7 +342,7 @@ def test_what_others_run_is_counted_and_ones_own_time_is_not(monkeypatch):
     monkeypatch.setattr(machine.time, "sleep", lambda _: None)
     times = iter([5.0, 5.25])
     monkeypatch.setattr(machine.time, "process_time", lambda: next(times))
-    assert machine.others_busy(0.5) == 1.0
+    assert others_busy(0.5) == 1.0
     monkeypatch.setattr(machine, "_busy_ticks", lambda: int("no such file"))
-    assert machine.others_busy(0.5) is None
+    assert others_busy(0.5) is None
     assert machine.load_sentence({"load_before": 1.5, "cores": 2}) == "Load before the run: 1.5"
