@@ -1,6 +1,7 @@
 """Shared fixtures. needs.py says what BNFAST_REQUIRE does, running.py which tests run, and which run alone."""
 
 import os
+import sys
 
 import bnfast
 import hypothesis
@@ -25,6 +26,26 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 def pytest_configure(config: pytest.Config) -> None:
     if unknown := REQUIRED - KNOWN:
         raise pytest.UsageError(f"BNFAST_REQUIRE names {sorted(unknown)}; known are {sorted(KNOWN)}")
+
+
+@pytest.fixture(autouse=True)
+def jax_stays_as_it_is():
+    """The benchmark's JAX computes in 64 bits; the next test's may not."""
+    jax = sys.modules.get("jax")
+    before = bool(jax and jax.config.jax_enable_x64)
+    yield
+    if (jax := sys.modules.get("jax")) and jax.config.jax_enable_x64 != before:
+        jax.config.update("jax_enable_x64", before)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item):
+    try:
+        return (yield)
+    except Exception as error:
+        if "only supports the NHWC tensor format on the CPU" in str(error):
+            pytest.skip("TensorFlow has no channels_first convolution on this processor")
+        raise
 
 
 @pytest.fixture(scope="session")

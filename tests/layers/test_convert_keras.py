@@ -257,7 +257,8 @@ def test_the_fused_flag_of_our_keras_layer_is_ignored(need, keras):
     need("tensorflow")
     import bnfast.keras as ours
 
-    source = keras_layer(keras, ours.BatchNormalization, fused=True)
+    source = ours.BatchNormalization(fused=True)
+    source.build((None, 4, 4, 3))
     for each in (source, {"config": source.get_config(), "weights": source.get_weights()}):
         assert BatchNormalization.from_keras(each).correction == 0
 
