@@ -124,7 +124,8 @@ extern "C" PYBIND11_EXPORT PyObject* PyInit__core() {
 PYBIND11_MODULE(_core, m) {
     using namespace bnfast;
     namespace py = pybind11;
-    py::register_local_exception_translator([](std::exception_ptr p) {
+    // Not a local translator: with one, a failing allocation made an error without a text (test_allocations.py).
+    py::register_exception_translator([](std::exception_ptr p) {
         try {
             if (p) std::rethrow_exception(p);
         } catch (const NonFiniteError& e) {
