@@ -38,16 +38,6 @@ def jax_stays_as_it_is():
         jax.config.update("jax_enable_x64", before)
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item: pytest.Item):
-    try:
-        return (yield)
-    except Exception as error:
-        if "only supports the NHWC tensor format on the CPU" in str(error):
-            pytest.skip("TensorFlow has no channels_first convolution on this processor")
-        raise
-
-
 @pytest.fixture(scope="session")
 def need():
     """need("torch") is the module, or skips the test; under BNFAST_REQUIRE it fails it."""

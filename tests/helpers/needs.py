@@ -11,7 +11,7 @@ ISAS = ("baseline", "avx2", "avx512", "neon")
 PACKAGES = {"torch", "tf_keras", "keras", "tensorflow", "onnx", "ml_dtypes", "jax", "sklearn", "tf2onnx", "mpi4py"}
 PACKAGES |= {"flax", "matplotlib", "rich", "mkdocs", "mkdocstrings", "material"}
 KNOWN = {*ISAS, *PACKAGES, "mpirun"}
-KNOWN |= {"threadpoolctl", "unshare"}
+KNOWN |= {"threadpoolctl", "unshare", "channels_first"}
 REQUIRED = {name for name in os.environ.get("BNFAST_REQUIRE", "").replace(" ", "").split(",") if name}
 
 

@@ -10,11 +10,23 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from needs import absent
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 if "tensorflow" in os.environ.get("BNFAST_REQUIRE", ""):
     importlib.import_module("tensorflow")  # raises ImportError instead of skipping
+
+
+@pytest.fixture(scope="session")
+def channels_first_convolutions() -> None:
+    """TensorFlow has them on processors that oneDNN serves by default, those with AVX-512 among them."""
+    import tensorflow as tf
+
+    try:
+        tf.nn.conv2d(tf.ones([1, 1, 2, 2]), tf.ones([1, 1, 1, 1]), 1, "VALID", data_format="NCHW")
+    except tf.errors.UnimplementedError as error:
+        absent("channels_first", f"TensorFlow can't convolve: {str(error).splitlines()[0]}")
 
 
 @pytest.fixture(params=["numpy_function", "op"])

@@ -1,9 +1,9 @@
 """Makes the fixtures of the tests that need TensorFlow visible in this folder."""
 
 import pytest
-from tensorflow_fixtures import each_bridge, float64, gpu, rng
+from tensorflow_fixtures import channels_first_convolutions, each_bridge, float64, gpu, rng
 
-__all__ = ["each_bridge", "float64", "gpu", "rng"]
+__all__ = ["channels_first_convolutions", "each_bridge", "float64", "gpu", "rng"]
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -135,6 +135,7 @@ def test_the_first_training_batch_initializes(name: str, use_bias: bool, rng: np
         np.testing.assert_array_equal(variable, value)
 
 
+@pytest.mark.usefixtures("channels_first_convolutions")
 def test_channels_first(rng: np.random.Generator) -> None:
     layer = WeightNormalization(Layer.Conv2D(4, 1, data_format="channels_first"))
     y = layer(rng.standard_normal((6, 3, 5, 5)).astype("float32") + 2, training=True)

@@ -56,11 +56,15 @@ def test_several_norms_around_one_layer() -> None:
     assert [type(layer) for layer in folded.layers[1:]] == [layers.Dense, layers.ReLU]
 
 
-def test_other_axes() -> None:
+@pytest.mark.usefixtures("channels_first_convolutions")
+def test_channels_first() -> None:
     first = {"data_format": "channels_first"}
     check_fold(chain((6, 9, 9), layers.Conv2D(4, 3, **first), Keras(axis=1), layers.ReLU()))
     check_fold(chain((6, 9, 9), layers.ReLU(), Keras(axis=-3), layers.Conv2D(4, 3, **first)))
     check_fold(chain((6, 9, 9), layers.Conv2D(4, 3, **first), Keras(name="bn")), ["bn"])
+
+
+def test_another_axis_than_the_convolutions() -> None:
     check_fold(chain((9, 9, 6), layers.Conv2D(4, 3), Keras(axis=1, name="bn")), ["bn"])
 
 

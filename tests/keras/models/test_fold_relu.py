@@ -76,6 +76,7 @@ def test_limits_are_exact() -> None:
         np.testing.assert_allclose(fold(model)(x), wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("channels_first_convolutions")
 def test_channels_first() -> None:
     first = {"data_format": "channels_first"}
     model = chain((6, 9, 8), Keras(axis=1), layers.ReLU(), layers.Conv2D(4, 3, **first))
