@@ -14,29 +14,23 @@ Sources: Sandler et al. 2018, https://arxiv.org/abs/1801.04381; He et al. 2015, 
 
 from __future__ import annotations
 
-import argparse
 import json
-import statistics
-import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bnfast.benchmark.step_times import LOSS_TOLERANCE, Disagreement, in_turns, parse, rows
 from bnfast.jax import batch_norm_train
 
 BASE = "jax"
 VARIANTS = (BASE, "bnfast", "left-out")
-LOSS_TOLERANCE = 1e-3  # of the first step
 MOMENTUM, EPSILON = 0.9, 1e-5
 
 Array = Any
-
-
-class Disagreement(Exception):
-    """The first step with bnfast differs from that with JAX's ops."""
 
 
 class Convolution(NamedTuple):
@@ -186,7 +180,7 @@ def _step(model: Model, variant: str) -> Any:
     return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
-def measure(name: str, batch: int, size: int, rounds: int) -> list[dict[str, Any]]:
+def measure(name: str, batch: int, size: int, num_rounds: int) -> list[dict[str, Any]]:
     """One row per variant: median and quartiles of the step's seconds, the median ratio to JAX's, all seconds.
 
     Raises:
@@ -198,26 +192,12 @@ def measure(name: str, batch: int, size: int, rounds: int) -> list[dict[str, Any
     arguments = (*_start(model), x, jnp.asarray(rng.integers(0, 1000, batch)))
     steps = {variant: _step(model, variant) for variant in VARIANTS}
     _check({variant: step(*arguments) for variant, step in steps.items()})
-    seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
-    for i in range(rounds):
-        for variant in (*VARIANTS[i % 3 :], *VARIANTS[: i % 3]):
-            begin = time.perf_counter()
-            jax.block_until_ready(steps[variant](*arguments))
-            seconds[variant].append(time.perf_counter() - begin)
-    return [_row(f"{name} {batch}x{size}x{size}", variant, seconds) for variant in VARIANTS]
 
+    def run(variant: str) -> None:
+        jax.block_until_ready(steps[variant](*arguments))
 
-def _row(name: str, variant: str, seconds: dict[str, list[float]]) -> dict[str, Any]:
-    own = seconds[variant]
-    quartiles = statistics.quantiles(own, n=4) if len(own) > 1 else [own[0]] * 3
-    return {
-        "model": name,
-        "variant": variant,
-        "seconds": round(statistics.median(own), 4),
-        "quartiles": [round(quartiles[0], 4), round(quartiles[2], 4)],
-        "ratio": round(statistics.median(a / b for a, b in zip(own, seconds[BASE], strict=True)), 3),
-        "rounds": [round(one, 4) for one in own],
-    }
+    calls = {variant: partial(run, variant) for variant in VARIANTS}
+    return rows(f"{name} {batch}x{size}x{size}", in_turns(calls, num_rounds))
 
 
 def _check(results: dict[str, Any]) -> None:
@@ -233,12 +213,7 @@ def _check(results: dict[str, Any]) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure the models that the command line names."""
-    parser = argparse.ArgumentParser(prog="python -m bnfast.benchmark.jax_models")
-    parser.add_argument("models", nargs="*", choices=MODELS, default=[*MODELS])
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--rounds", type=int, default=9)
-    given = parser.parse_args(arguments)
+    given = parse("jax_models", MODELS, arguments)
     for name in given.models:
         for row in measure(name, given.batch, given.size, given.rounds):
             print(json.dumps(row), flush=True)

@@ -13,27 +13,21 @@ Sources: Sandler et al. 2018, https://arxiv.org/abs/1801.04381; He et al. 2015, 
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
-import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from bnfast.benchmark.step_times import LOSS_TOLERANCE, Disagreement, in_turns, parse, rows
 from bnfast.torch import accelerate
 
 BASE = "torch"
-VARIANTS = (BASE, "bnfast", "left-out")
+
 ORDERS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-LOSS_TOLERANCE = 1e-3  # of the first step; float32 rounding gives some 1e-5
-
-
-class Disagreement(Exception):
-    """The first step of the accelerated model differs from that of PyTorch's."""
 
 
 class Residual(nn.Module):  # type: ignore[misc]
@@ -106,7 +100,7 @@ def resnet50(classes: int = 1000) -> nn.Sequential:
 MODELS: dict[str, Callable[[], nn.Sequential]] = {"MobileNetV2": mobilenet_v2, "ResNet50": resnet50}
 
 
-def measure(name: str, batch: int, size: int, rounds: int, order: str) -> list[dict[str, Any]]:
+def measure(name: str, batch: int, size: int, num_rounds: int, order: str) -> list[dict[str, Any]]:
     """One row per variant: median and quartiles of the step's seconds, the median ratio to PyTorch's, all seconds.
 
     Raises:
@@ -118,27 +112,8 @@ def measure(name: str, batch: int, size: int, rounds: int, order: str) -> list[d
     labels = torch.randint(0, 1000, (batch,))
     variants = {BASE: base, "bnfast": accelerate(copy.deepcopy(base)), "left-out": _without(copy.deepcopy(base))}
     _check(variants, x, labels)
-    seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
-    for i in range(rounds):
-        for variant in (*VARIANTS[i % 3 :], *VARIANTS[: i % 3]):
-            begin = time.perf_counter()
-            _step(variants[variant], x, labels)
-            seconds[variant].append(time.perf_counter() - begin)
-    return [_row(name, order, variant, seconds) for variant in VARIANTS]
-
-
-def _row(name: str, order: str, variant: str, seconds: dict[str, list[float]]) -> dict[str, Any]:
-    own = seconds[variant]
-    quartiles = statistics.quantiles(own, n=4) if len(own) > 1 else [own[0]] * 3
-    return {
-        "model": name,
-        "order": order,
-        "variant": variant,
-        "seconds": round(statistics.median(own), 4),
-        "quartiles": [round(quartiles[0], 4), round(quartiles[2], 4)],
-        "ratio": round(statistics.median(a / b for a, b in zip(own, seconds[BASE], strict=True)), 3),
-        "rounds": [round(one, 4) for one in own],
-    }
+    steps = {variant: partial(_step, model, x, labels) for variant, model in variants.items()}
+    return rows(name, in_turns(steps, num_rounds), order=order)
 
 
 def _step(model: nn.Module, x: torch.Tensor, labels: torch.Tensor) -> float:
@@ -169,12 +144,7 @@ def _without(model: nn.Module) -> nn.Module:
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure the models that the command line names, in both memory formats."""
-    parser = argparse.ArgumentParser(prog="python -m bnfast.benchmark.torch_models")
-    parser.add_argument("models", nargs="*", choices=MODELS, default=[*MODELS])
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--rounds", type=int, default=9)
-    given = parser.parse_args(arguments)
+    given = parse("torch_models", MODELS, arguments)
     for name in given.models:
         for order in ORDERS:
             for row in measure(name, given.batch, given.size, given.rounds, order):
