@@ -85,11 +85,16 @@ def like(name: str, value: Any, other: str, x: Array) -> Array | None:
     if value is None:
         return None
     array = as_array(name, value)
+    check_like(name, array, other, x)
+    return array
+
+
+def check_like(name: str, array: Any, other: str, x: Any) -> None:
+    """Raises an error unless the array, of whatever library, has the shape and dtype of x."""
     if array.dtype != x.dtype:
         raise TypeError(f"{name} must have the dtype of {other}, {x.dtype}. Received: {array.dtype}")
     if array.shape != x.shape:
         raise ValueError(f"{name} must have the shape of {other}, {x.shape}. Received: {array.shape}")
-    return array
 
 
 def output(out: Any, exactly: dict[str, Array], others: dict[str, Array | None], name: str = "out") -> Array | None:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._arguments import checks
+from .._arguments.array_checks import check_like
 from .._arguments.axes import Axes
 from . import support
 from .mesh import agree
@@ -56,10 +57,7 @@ def like(name: str, value: Any, x: Array) -> Array | None:
     if value is None:
         return None
     array = as_array(name, value)
-    if array.dtype != x.dtype:
-        raise TypeError(f"{name} must have the dtype of x, {x.dtype}. Received: {array.dtype}")
-    if array.shape != x.shape:
-        raise ValueError(f"{name} must have the shape of x, {x.shape}. Received: {array.shape}")
+    check_like(name, array, "x", x)
     return array
 
 
