@@ -6,21 +6,22 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from .scalars import Scalar
+from .._arguments.options import Options
+
+__all__ = [
+    "PRIMALS",
+    "Batch",
+    "GradientInputs",
+    "Options",
+    "as_input",
+    "compute_dtype",
+    "has_values",
+    "mask_varies_by_channel",
+    "parameter",
+    "per_channel",
+]
 
 PRIMALS = ("x", "gamma", "beta", "residual")  # the tensors that get a gradient, in this order
-
-
-class Options(NamedTuple):
-    """What a batch norm computes, its tensors aside. Names and meaning are those of bnfast.batch_norm_train.
-
-    epsilon is a float or a scalar tensor (see `scalars`). With a tensor an Options isn't hashable.
-    """
-
-    axis: int = -1
-    epsilon: Scalar = 1e-3
-    activation: str | None = None
-    negative_slope: float = 0.2
 
 
 class Batch(NamedTuple):

@@ -8,19 +8,24 @@ from typing import Any, NamedTuple
 import keras
 from keras import ops
 
+from ...._arguments.options import Options
+
+__all__ = [
+    "FLOATS",
+    "Batch",
+    "Options",
+    "as_input",
+    "compute_dtype",
+    "constant",
+    "divide",
+    "dtype_of",
+    "has_values",
+    "mask_varies_by_channel",
+    "parameter",
+    "per_channel",
+]
+
 FLOATS = ("float16", "bfloat16", "float32", "float64")
-
-
-class Options(NamedTuple):
-    """What a batch norm computes, its tensors aside. Names and meaning are those of bnfast.batch_norm_train.
-
-    epsilon is a float or a scalar tensor (see `scalars`).
-    """
-
-    axis: int = -1
-    epsilon: Any = 1e-3
-    activation: str | None = None
-    negative_slope: float = 0.2
 
 
 class Batch(NamedTuple):
