@@ -27,9 +27,7 @@ void check_tensor(const void* data, Shape s, DType dtype, const char* name) {
             ")");
     require(int(dtype) >= 0 && int(dtype) <= 3, "dtype must be a valid DType. Received: ", int(dtype));
     // No address space holds them, and a plan multiplies their number by up to 40: bytes, tensors, operations.
-    // Extents of 0 count as 1, because the plan multiplies the others too.
-    const int64_t limit = (int64_t(1) << 57) - 1, N = std::max<int64_t>(s.N, 1), C = std::max<int64_t>(s.C, 1);
-    require(std::max<int64_t>(s.S, 1) <= limit / C / N, "shape must have fewer than 2^57 values");
+    require(has_at_most(s, (int64_t(1) << 57) - 1), "shape must have fewer than 2^57 values");
     require(data || s.size() == 0, name, " must not be null");
 }
 
@@ -57,6 +55,11 @@ void check_activation(Activation a, double negative_slope) {
 }
 
 }  // namespace
+
+bool has_at_most(Shape s, int64_t limit) {
+    const int64_t N = std::max<int64_t>(s.N, 1), C = std::max<int64_t>(s.C, 1);
+    return std::max<int64_t>(s.S, 1) <= limit / C / N;
+}
 
 void check(const TrainArgs& a) {
     check_tensor(a.x, a.shape, a.dtype, "x");

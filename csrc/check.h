@@ -4,6 +4,9 @@
 
 namespace bnfast {
 
+// Whether a shape has at most `limit` values. Extents of 0 count as 1, because a plan multiplies the others too.
+bool has_at_most(Shape shape, std::int64_t limit);
+
 void check(const TrainArgs& args);
 void check(const InferArgs& args);
 void check(const GradArgs& args);

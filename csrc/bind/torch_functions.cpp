@@ -3,6 +3,7 @@
 #include <cmath>
 #include <vector>
 
+#include "../vectors.h"
 #include "call.h"
 #include "torch_tensor.h"
 
@@ -105,11 +106,6 @@ py::object train(py::handle x, py::handle y, py::handle gamma, py::handle beta, 
     });
 }
 
-double double_at(const ConstVector& v, int64_t c) {
-    return v.dtype == DType::float64 ? static_cast<const double*>(v.data)[c]
-                                     : double(static_cast<const float*>(v.data)[c]);
-}
-
 // -> statistics as train's, without a variance, which the frozen gradient doesn't need; True unless they are kept
 py::object infer(py::handle x, py::handle y, py::handle gamma, py::handle beta, py::handle moving_mean,
                  py::handle moving_variance, double epsilon, int activation, double negative_slope, py::handle residual,
@@ -128,9 +124,9 @@ py::object infer(py::handle x, py::handle y, py::handle gamma, py::handle beta, 
             const py::array statistics = new_statistics(3, C);
             double *const mean = doubles(statistics), *const invstd = mean + 2 * C;
             for (int64_t c = 0; c < C; ++c) {
-                mean[c] = double_at(a.moving_mean, c);
-                mean[C + c] = double_at(a.moving_variance, c);
-                invstd[c] = 1 / std::sqrt(double_at(a.moving_variance, c) + epsilon);
+                mean[c] = value_of(a.moving_mean, c);
+                mean[C + c] = value_of(a.moving_variance, c);
+                invstd[c] = 1 / std::sqrt(value_of(a.moving_variance, c) + epsilon);
             }
             kept = statistics;
         }

@@ -1,5 +1,6 @@
 // What the calls of group norm share: workspaces, the statistics of rows, and the sums that become dgamma and dbeta.
 #pragma once
+#include "../vectors.h"
 #include "spans.h"
 
 namespace bnfast {
@@ -64,11 +65,6 @@ inline void carve(Params& p, Carver& carver, std::int64_t values, bool gradient)
 
 // ---- gamma and beta ------------------------------------------------------------------------------------------------
 
-inline double value_of(const ConstVector& v, std::int64_t i, double absent) {
-    if (!v.data) return absent;
-    return v.dtype == DType::float64 ? static_cast<const double*>(v.data)[i]
-                                     : double(static_cast<const float*>(v.data)[i]);
-}
 inline void put(const Vector& v, std::int64_t i, double value) {
     if (v.dtype == DType::float64) static_cast<double*>(v.data)[i] = value;
     else static_cast<float*>(v.data)[i] = float(value);

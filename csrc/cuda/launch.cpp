@@ -36,10 +36,8 @@ bool aligned(std::initializer_list<const void*> tensors) {
 
 template <class Args> void check_any(const Args& a) {
     check(a);
-    // More than any device holds; a plan multiplies this number by up to 100. Extents of 0 count as 1, as in check.
-    const std::int64_t limit = (std::int64_t(1) << 48) - 1, N = std::max<std::int64_t>(a.shape.N, 1),
-                       C = std::max<std::int64_t>(a.shape.C, 1);
-    require(std::max<std::int64_t>(a.shape.S, 1) <= limit / C / N,
+    // More than any device holds; a plan multiplies this number by up to 100.
+    require(has_at_most(a.shape, (std::int64_t(1) << 48) - 1),
             "shape must have fewer than 2^48 values on a CUDA device");
 }
 

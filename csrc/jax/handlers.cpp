@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "../vectors.h"
 #include "../weights.h"
 #include "call.h"
 
@@ -151,10 +152,6 @@ void run_infer(const Call& call) {
     }
 }
 
-double value(const ConstVector& vector, std::int64_t c) {
-    return vector.dtype == DType::float64 ? const_doubles(vector.data)[c] : static_cast<const float*>(vector.data)[c];
-}
-
 // The mean and invstd that a gradient is about: `saved` by train, or the caller's, or those of inference.
 class Statistics {
 public:
@@ -182,7 +179,7 @@ public:
         args.mean = c_.in(mean_, item);
         args.invstd = c_.in(spread_, item);
         if (!moving_) return;
-        for (std::int64_t i = 0; i < c_.shape.C; ++i) own_[i] = 1 / std::sqrt(value(args.invstd, i) + epsilon_);
+        for (std::int64_t i = 0; i < c_.shape.C; ++i) own_[i] = 1 / std::sqrt(value_of(args.invstd, i) + epsilon_);
         args.invstd = {own_.get(), DType::float64};
     }
 
