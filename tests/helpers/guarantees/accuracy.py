@@ -30,10 +30,15 @@ def measure(channels: int) -> dict[str, Any]:
         mean, variance = exact.mean(0), exact.var(0)
         a = gamma / np.sqrt(variance + np.longdouble(1e-3))
         error = np.abs(y - (a * (exact - mean) + beta))
-        bound = 4 * eps * (np.abs(a) * (np.abs(exact) + np.abs(mean) + np.sqrt(variance)) + np.abs(beta - a * mean))
-        worst[dtype] = max(worst[dtype], float((error / bound).max()))
+        bound = bound_of_y(exact, mean, variance, a, beta)
+        worst[dtype] = max(worst[dtype], float((error / (4 * eps * bound)).max()))
         done += width
     return {"channels": channels, "worst": worst}
+
+
+def bound_of_y(x: Any, mean: Any, variance: Any, a: Any, beta: Any) -> Any:
+    """The bound above, in units of 4*eps. All arrays broadcast to x."""
+    return np.abs(a) * (np.abs(x) + np.abs(mean) + np.sqrt(variance)) + np.abs(beta - a * mean)
 
 
 def half_types() -> dict[str, Any]:

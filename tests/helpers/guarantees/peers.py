@@ -28,6 +28,7 @@ from bnfast.benchmark.cases import EPSILON, Arrays, Case, NamedShape
 from bnfast.benchmark.peers import PEERS, Unsupported
 
 from .__main__ import ROOT, machine
+from .accuracy import bound_of_y
 
 PAGE, DATA = ROOT / "docs" / "accuracy.md", ROOT / "docs" / "benchmarks" / "accuracy.json"
 
@@ -53,16 +54,17 @@ def error(case: Case, arrays: Arrays, result: dict[str, Any]) -> float:
     wide, eps = np.longdouble, np.finfo(case.dtype).eps
     x, gamma, beta = arrays.x.astype(wide), arrays.gamma.reshape(shape), arrays.beta.reshape(shape)
     mean, variance = x.mean(axes, keepdims=True), x.var(axes, keepdims=True)
-    a, size = gamma / np.sqrt(variance + wide(EPSILON)), np.abs(x) + np.abs(mean) + np.sqrt(variance)
+    a = gamma / np.sqrt(variance + wide(EPSILON))
     if case.op == "train":
         exact, found = a * (x - mean) + beta, result["y"]
-        bound = np.abs(a) * size + np.abs(beta - a * mean)
+        bound = bound_of_y(x, mean, variance, a, beta)
     else:
         dy, found = arrays.dy.astype(wide), result["dx"]
         xhat = (x - mean) / np.sqrt(variance + wide(EPSILON))
         dbeta, dgamma = dy.mean(axes, keepdims=True), (dy * xhat).mean(axes, keepdims=True)
         exact = a * (dy - dbeta - xhat * dgamma)
-        bound = np.abs(a) * (np.abs(dy) + np.abs(dbeta) + size / np.sqrt(variance) * np.abs(dgamma))
+        largest = (np.abs(x) + np.abs(mean) + np.sqrt(variance)) / np.sqrt(variance)
+        bound = np.abs(a) * (np.abs(dy) + np.abs(dbeta) + largest * np.abs(dgamma))
     if not np.isfinite(found).all():
         return float("inf")
     return float((np.abs(found - exact) / (4 * eps * bound)).max())
