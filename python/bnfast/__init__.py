@@ -4,13 +4,15 @@ This file is the table of contents. It imports nothing heavier than NumPy.
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import _thread_pools, functional, runtime
 from .functional import *  # noqa: F403  # every function and its result type
-from .layers.batch_norm import BatchNormalization
-from .layers.conditional import ConditionalBatchNormalization
 from .runtime import *  # noqa: F403  # threads, memory, build_info
+
+if TYPE_CHECKING:
+    from .layers.batch_norm import BatchNormalization
+    from .layers.conditional import ConditionalBatchNormalization
 
 __all__ = ["BatchNormalization", "ConditionalBatchNormalization", "__version__"]
 __all__ += functional.__all__
@@ -18,7 +20,9 @@ __all__ += runtime.__all__
 
 __version__: str
 
-_LAZY = ("keras", "torch", "jax", "cuda")  # namespaces that need more than NumPy
+_NAMESPACES = ("layers", "keras", "torch", "jax", "cuda")  # all but the first need more than NumPy
+# Imported at the first use: half of the time of `import bnfast`, which a user of the functions doesn't need.
+_LAYERS = {"BatchNormalization": "batch_norm", "ConditionalBatchNormalization": "conditional"}
 
 _thread_pools.watch()
 
@@ -40,6 +44,13 @@ def unload_ipython_extension(ipython: Any) -> None:
 def __getattr__(name: str) -> Any:
     if name == "__version__":  # lazy, because build_info reads the cache sizes, which would slow the import
         return runtime.build_info()["version"]
-    if name in _LAZY:  # `import bnfast; bnfast.keras.accelerate(model)`; TensorFlow is imported here and no sooner
+    if name in _LAYERS:
+        layer = getattr(importlib.import_module(f"{__name__}.layers.{_LAYERS[name]}"), name)
+        return globals().setdefault(name, layer)
+    if name in _NAMESPACES:  # `import bnfast; bnfast.keras.accelerate(model)`: TensorFlow is imported here, no sooner
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module 'bnfast' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAYERS, *_NAMESPACES})

@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 
-MOST_MILLISECONDS = 15
+# Of the time of `import numpy`: 15 ms where that takes 100. Measured: 0.06 to 0.13.
+MOST = 0.15
 CODE = """
-import time, numpy
+import time
 begin = time.process_time()
+import numpy
+between = time.process_time()
 import bnfast
-print(time.process_time() - begin)
+print(between - begin, time.process_time() - between)
 """
 
 
@@ -22,8 +25,14 @@ def test_the_import_is_quick(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     environment["PYTHONPYCACHEPREFIX"] = str(tmp_path)
     command = [sys.executable, "-c", CODE]
-    times = [
-        float(subprocess.run(command, env=environment, capture_output=True, check=True, text=True).stdout)
+    runs = [
+        tuple(
+            map(
+                float,
+                subprocess.run(command, env=environment, capture_output=True, check=True, text=True).stdout.split(),
+            )
+        )
         for _ in range(20)
     ]
-    assert 1000 * min(times) <= MOST_MILLISECONDS, times
+    numpys, ours = map(min, zip(*runs, strict=True))
+    assert ours <= MOST * numpys, runs
