@@ -1,6 +1,5 @@
 #include "torch_functions.h"
 
-#include <cmath>
 #include <vector>
 
 #include "../vectors.h"
@@ -126,7 +125,7 @@ py::object infer(py::handle x, py::handle y, py::handle gamma, py::handle beta, 
             for (int64_t c = 0; c < C; ++c) {
                 mean[c] = value_of(a.moving_mean, c);
                 mean[C + c] = value_of(a.moving_variance, c);
-                invstd[c] = 1 / std::sqrt(value_of(a.moving_variance, c) + epsilon);
+                invstd[c] = invstd_of(mean[C + c], epsilon);
             }
             kept = statistics;
         }

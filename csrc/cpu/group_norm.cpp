@@ -5,10 +5,9 @@
 // its row's mean and invstd and its own gamma and beta, and batch norm's apply kernels take them as channels.
 #include "group_norm.h"
 
-#include <cmath>
-
 #include "check.h"
 #include "overflow.h"
+#include "vectors.h"
 
 namespace bnfast {
 
@@ -172,7 +171,7 @@ private:
 };
 
 void empty(const GroupNormArgs& a) {
-    const double invstd = a.epsilon == 0 ? 0 : 1 / std::sqrt(a.epsilon);
+    const double invstd = invstd_of(0, a.epsilon);
     for (int64_t r = 0; r < a.shape.N * a.shape.G; ++r) {
         a.mean[r] = 0;
         a.invstd[r] = invstd;

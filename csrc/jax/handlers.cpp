@@ -1,7 +1,6 @@
 #include "handlers.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 
 #include "../vectors.h"
@@ -179,7 +178,7 @@ public:
         args.mean = c_.in(mean_, item);
         args.invstd = c_.in(spread_, item);
         if (!moving_) return;
-        for (std::int64_t i = 0; i < c_.shape.C; ++i) own_[i] = 1 / std::sqrt(value_of(args.invstd, i) + epsilon_);
+        for (std::int64_t i = 0; i < c_.shape.C; ++i) own_[i] = invstd_of(value_of(args.invstd, i), epsilon_);
         args.invstd = {own_.get(), DType::float64};
     }
 

@@ -1,5 +1,6 @@
 """bnfast.jax's functions: the bits of the NumPy functions, and the gradients of the plain formula in JAX."""
 
+import contextlib
 import functools
 import itertools
 
@@ -188,6 +189,22 @@ def test_inference_is_differentiable_twice(activation):
     close(jax.grad(loss, every)(ours, *arrays), jax.grad(loss, every)(theirs, *arrays))
     twice = lambda f, *a: sum((one**2).sum() for one in jax.grad(loss, every)(f, *a))  # noqa: E731
     close(jax.grad(twice, every)(ours, *arrays), jax.grad(twice, every)(theirs, *arrays), 1e-8)
+
+
+@pytest.mark.parametrize("own_ops", [False, True])
+def test_a_variance_and_epsilon_of_0_have_no_gradient_in_inference(own_ops):
+    """y is beta there, whatever x is. The second channel is an ordinary one."""
+    x, variance, gamma = jnp.asarray([[1.0, 2.0], [3.0, 4.0]]), jnp.asarray([0.0, 4.0]), jnp.ones(2)
+
+    def y(x, mean, variance, gamma, beta):
+        return bj.batch_norm_infer(x, mean, variance, gamma, beta, epsilon=0.0, axis=-1)
+
+    with bj.own_ops() if own_ops else contextlib.nullcontext():
+        assert np.array_equal(y(x, 0 * gamma, variance, gamma, 3 * gamma), [[3, 4], [3, 5]])
+        found = jax.grad(lambda *a: y(*a).sum(), tuple(range(5)))(x, 0 * gamma, variance, gamma, 3 * gamma)
+    wanted = [[[0, 0.5], [0, 0.5]], [0, -1], [0, -0.375], [0, 3], [2, 2]]
+    for got, want in zip(found, wanted, strict=True):
+        assert np.array_equal(got, want), (got, want)
 
 
 def test_the_third_derivative():

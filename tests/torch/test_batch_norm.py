@@ -345,6 +345,19 @@ def test_an_empty_batch_changes_nothing():
     assert pair()[0]._bnfast_reason == ""
 
 
+def test_a_variance_and_epsilon_of_0_have_no_gradient_in_inference():
+    """y is the bias there, whatever x is. The second channel is an ordinary one."""
+    module = bt.BatchNorm1d(2, eps=0.0).eval()
+    module.running_var.copy_(torch.tensor([0.0, 4.0]))
+    x = torch.tensor([[1.0, 2.0], [3.0, 4.0]], requires_grad=True)
+    y = module(x)
+    assert y.tolist() == [[0, 1], [0, 2]]
+    y.sum().backward()
+    assert x.grad.tolist() == [[0, 0.5], [0, 0.5]]
+    assert module.weight.grad.tolist() == [0, 3]
+    assert module.bias.grad.tolist() == [2, 2]
+
+
 def test_one_value_per_channel_is_an_error_that_changes_no_statistics():
     module = bt.BatchNorm1d(3)
     with pytest.raises(ValueError, match="more than 1 value per channel"):

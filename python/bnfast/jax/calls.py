@@ -137,7 +137,7 @@ def _infer_backward(options: Options, residuals: Any, dy: Array) -> Any:
     _, dgamma, dbeta, *_ = found
     variance = kept["moving_variance"]
     dtype = jnp.promote_types(dgamma.dtype, variance.dtype)
-    invstd = jax.lax.rsqrt(variance.astype(dtype) + options.epsilon)
+    invstd = reference.invstd_of(variance.astype(dtype), options)
     slope = -invstd if "gamma" not in kept else -invstd * kept["gamma"]
     cotangents["moving_mean"] = (slope * dbeta).astype(kept["moving_mean"].dtype)
     cotangents["moving_variance"] = (0.5 * slope * invstd * dgamma).astype(variance.dtype)

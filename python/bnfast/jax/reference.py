@@ -19,7 +19,7 @@ import numpy as np
 
 from .options import Options
 
-__all__ = ["activate", "gradient", "infer", "moments", "train"]
+__all__ = ["activate", "gradient", "infer", "invstd_of", "moments", "train"]
 
 Array: TypeAlias = Any
 Given: TypeAlias = Mapping[str, Array]
@@ -86,7 +86,7 @@ def train(given: Given, options: Options, slopes: Array | None = None) -> tuple[
     slopes: factors that multiply z in place of the activation.
     """
     mean, variance, total = moments(given, options)
-    invstd = _invstd(variance, options)
+    invstd = invstd_of(variance, options)
     y = _normalize(given, mean, invstd, options, slopes)
     moving = ()
     if "moving_mean" in given:
@@ -114,7 +114,7 @@ def update(
 def infer(given: Given, options: Options, slopes: Array | None = None) -> Array:
     """y with given moving statistics."""
     dtype = compute_dtype(given["x"])
-    invstd = _invstd(given["moving_variance"].astype(dtype), options)
+    invstd = invstd_of(given["moving_variance"].astype(dtype), options)
     return _normalize(given, given["moving_mean"].astype(dtype), invstd, options, slopes)
 
 
@@ -190,7 +190,8 @@ def _per_channel(vector: Array, x: Array, options: Options) -> Array:
     return vector.astype(x.dtype).reshape([-1 if i == options.axis % x.ndim else 1 for i in range(x.ndim)])
 
 
-def _invstd(variance: Array, options: Options) -> Array:
+def invstd_of(variance: Array, options: Options) -> Array:
+    """1/sqrt(variance + epsilon), or 0 where the sum is 0: y is beta there, and a constant's gradient is 0."""
     shifted = variance + options.epsilon
     root = jax.lax.rsqrt(jnp.where(shifted == 0, 1, shifted))  # never of 0: its derivative is infinite
     return jnp.where(shifted == 0, 0, root)
