@@ -14,65 +14,19 @@ from typing import Any
 import keras
 import numpy as np
 
-from ....diagnosis.figures import LayerFigures, ModelFigures, between
+from ....diagnosis.figures import LayerFigures, ModelFigures
 from ....functional.moments import Moments
 from ..graph import layers
+from .layer_state import broken_weights, has_trained, is_broken, starting_statistics
 from .probe import BATCH, MOVING, Probe, Tap, value
 from .score import Score
+from .seen import Seen
 from .source import Data, Source
 
 MOST_KEPT, SAMPLES_KEPT = 32, 128  # batches on which outputs are compared, and the samples that they must have
 MOST_SUSPECTS = 12
 SUSPECT = 0.05  # a gap from which a layer is switched on its own
 SMALL = 1 << 18  # values per batch up to which every layer is searched for samples that stand out
-
-
-class Seen:
-    """What one batch norm saw in a pass."""
-
-    def __init__(self) -> None:
-        self.sites: dict[int, Moments] = {}
-        self.means = Moments(0, 0, 0)  # type: ignore[arg-type]  # of the batches' means
-        self.within: Any = 0.0
-        self.batches = self.infinite = self.samples = 0
-        self.top: Any = None  # per channel: the largest squared deviation of a sample, its batch and its row
-
-    @property
-    def all(self) -> Moments:
-        merged = Moments(0, 0, 0)  # type: ignore[arg-type]
-        for _, part in sorted(self.sites.items()):
-            merged = merged.merge(part)
-        return merged
-
-    def add(self, site: int, x: Any, found: Moments) -> bool:
-        """Whether the values were finite and any."""
-        if not (np.isfinite(found.mean).all() and np.isfinite(found.variance).all()):
-            self.infinite += 1
-            return False
-        if not found.count:
-            return False
-        mean, variance = found.mean.ravel(), found.variance.ravel()
-        self.sites[site] = self.sites[site].merge(found) if site in self.sites else found
-        self.means = self.means.merge(Moments(1.0, mean, np.zeros_like(mean)))
-        self.within = self.within + variance
-        self.batches, self.samples = self.batches + 1, self.samples + len(x)
-        return True
-
-    def find_top(self, x: Any, axes: tuple[int, ...], mean: Any, batch: int) -> None:
-        """Compares each sample's part of the variances with the largest so far."""
-        if 0 in axes:
-            return
-        rest = tuple(i for i in range(1, x.ndim) if i not in axes)
-        shape = [1 if i not in axes else n for i, n in enumerate(x.shape)]
-        square = (np.asarray(x, np.float32) - mean.reshape(shape).astype(np.float32)) ** 2
-        parts = square.sum(rest, dtype=np.float64).reshape(len(x), -1)
-        rows = parts.argmax(0)
-        best = parts[rows, np.arange(parts.shape[1])]
-        if self.top is None:
-            self.top = best, np.full(len(best), batch), rows
-            return
-        larger = best > self.top[0]
-        self.top = tuple(np.where(larger, new, old) for new, old in zip((best, batch, rows), self.top, strict=True))
 
 
 class Collector:
@@ -139,7 +93,7 @@ class Collector:
     def _layer(self, tap: Tap, seen: Seen) -> LayerFigures:
         layer = tap.layer
         whole = seen.all
-        start = _constants(layer.moving_mean_initializer, layer.moving_variance_initializer, len(tap.moving[0]))
+        start = starting_statistics(layer, len(tap.moving[0]))
         epsilon = float(keras.ops.convert_to_numpy(layer.epsilon))
         momentum = None if layer.momentum is None else float(keras.ops.convert_to_numpy(layer.momentum))
         gamma = getattr(layer, "gamma", None)
@@ -154,12 +108,12 @@ class Collector:
             shape=tap.shape or (),
             dtype=tap.dtype,
             frozen=tap.frozen,
-            trained=_trained(layer),
+            trained=has_trained(layer),
             start=start,
             gamma=None if gamma is None else value(gamma).astype(np.float64).reshape(-1),
             classes=type(layer).__name__,
             infinite_batches=seen.infinite,
-            infinite_state=_infinite(layer),
+            infinite_state=broken_weights(layer),
         )
         if tap.always_batch:
             found.always_batch = (
@@ -203,7 +157,7 @@ class Collector:
             except (TypeError, ValueError, AttributeError):
                 figures.learning_rate = None
         figures.infinite_weights = tuple(
-            weight.path for weight in self._model.weights if _not_finite(weight) and "moving_" not in weight.path
+            weight.path for weight in self._model.weights if is_broken(weight) and "moving_" not in weight.path
         )
 
     def _expected_axes(self, found: list[LayerFigures]) -> None:
@@ -351,37 +305,6 @@ class Collector:
         figures.passes += samples / max(self._samples, 1)
 
 
-def drift(model: Any, figures: ModelFigures, kept: list[Data]) -> None:
-    """How far single training steps move each batch norm's statistics, on the model given, which is trained by this."""
-    names = {row.name: row for row in figures.layers}
-    steps: dict[str, list[float]] = {}
-    for data in kept[:2]:
-        before = _moments_of(model, data)
-        model.train_on_batch(data.inputs, data.targets, sample_weight=data.weights)
-        after = _moments_of(model, data)
-        for name, (old, epsilon) in before.items():
-            if name in after:
-                steps.setdefault(name, []).append(between(after[name][0], old, epsilon))
-    for name, moved in steps.items():
-        if name in names:
-            names[name].step = float(np.mean(moved))
-
-
-def _moments_of(model: Any, data: Data) -> dict[str, tuple[tuple[Any, Any], float]]:
-    found: dict[str, tuple[tuple[Any, Any], float]] = {}
-    with Probe(model) as probe:
-
-        def observe(tap: Tap, site: int, x: Any, weights: Any, seen: Moments) -> None:
-            pair = seen.mean.ravel(), seen.variance.ravel()
-            found[tap.name] = pair, float(keras.ops.convert_to_numpy(tap.layer.epsilon))
-
-        probe.observe = observe
-        for tap in probe.taps:
-            tap.statistics = BATCH
-        probe.run(data.inputs)
-    return found
-
-
 def _distance(outputs: list[list[Any]], reference: list[list[Any]]) -> float:
     """The root mean square difference of outputs, in standard deviations of the reference."""
     total = count = 0.0
@@ -396,41 +319,3 @@ def _distance(outputs: list[list[Any]], reference: list[list[Any]]) -> float:
         total += difference / spread if spread > 0 else (0.0 if difference == 0 else 1e6)
         count += 1
     return math.sqrt(total / count) if count else 0.0
-
-
-def _constants(mean: Any, variance: Any, channels: int) -> tuple[Any, Any] | None:
-    """The starting values of the moving statistics, if they are always the same."""
-    kinds = (keras.initializers.Zeros, keras.initializers.Ones, keras.initializers.Constant)
-    if not isinstance(mean, kinds) or not isinstance(variance, kinds):
-        return None
-    try:
-        return tuple(np.asarray(one((channels,), dtype="float32"), np.float64) for one in (mean, variance))  # type: ignore[return-value]
-    except Exception:  # Constant of an array of another shape
-        return None
-
-
-def _trained(layer: Any) -> bool | None:
-    """Whether gamma or beta differ from their starting values; None if that can't be known."""
-    known = None
-    for name in ("gamma", "beta"):
-        weight = getattr(layer, name, None)
-        initializer = getattr(layer, f"{name}_initializer", None)
-        if weight is None or not isinstance(initializer, (keras.initializers.Zeros, keras.initializers.Ones)):
-            continue
-        start = 1.0 if isinstance(initializer, keras.initializers.Ones) else 0.0
-        known = bool(known) or bool((value(weight).astype(np.float64) != start).any())
-    return known
-
-
-def _not_finite(variable: Any) -> bool:
-    array = value(variable)
-    return array.dtype.kind not in "iubSOU" and not np.isfinite(array.astype(np.float64)).all()
-
-
-def _infinite(layer: Any) -> tuple[str, ...]:
-    """The weights that hold NaN, Inf, or a negative variance."""
-    names = ("gamma", "beta", "moving_mean", "moving_variance")
-    bad = [name for name in names if getattr(layer, name, None) is not None and _not_finite(getattr(layer, name))]
-    if "moving_variance" not in bad and (value(layer.moving_variance).astype(np.float64) < 0).any():
-        bad.append("moving_variance")
-    return tuple(bad)

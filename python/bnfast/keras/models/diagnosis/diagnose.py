@@ -11,7 +11,8 @@ from ....diagnosis.verdicts import judge
 from ....diagnosis.verdicts.case import GAP
 from ..copy import duplicate
 from ..norms import check_model
-from .collect import Collector, drift
+from .collect import Collector
+from .drift import drift
 from .probe import Probe
 from .source import Source
 

@@ -23,7 +23,7 @@ from ....diagnosis.verdicts import judge
 from ....diagnosis.verdicts.case import POSSIBLE_SHARE, Verdict
 from ....functional.moments import Moments
 from ..norms import norms
-from .collect import _constants, _infinite, _trained
+from .layer_state import broken_weights, has_trained, starting_statistics
 from .probe import Tap, names, value
 
 MOST_SAMPLES = 16  # the last steps that were read stand for the data
@@ -267,9 +267,9 @@ class Watch(keras.callbacks.Callback):  # type: ignore[misc]
             moving[0],
             moving[1],
             frozen=tap.frozen,
-            trained=_trained(layer),
-            start=_constants(layer.moving_mean_initializer, layer.moving_variance_initializer, len(moving[0])),
-            infinite_state=_infinite(layer),
+            trained=has_trained(layer),
+            start=starting_statistics(layer, len(moving[0])),
+            infinite_state=broken_weights(layer),
         )
         samples = self._samples[tap.index]
         if samples and all(np.isfinite(mean).all() and np.isfinite(variance).all() for mean, variance in samples):
