@@ -1,7 +1,8 @@
-"""What counts as covered, on a report of four lines."""
+"""What counts as covered, on small reports."""
 
 from typing import Any
 
+import coverage_figures
 import cpp_coverage
 
 
@@ -33,4 +34,19 @@ def test_a_line_counts_once_and_a_branch_of_the_kernels_too():
     assert (found["lines_run"], found["lines"]) == (3, 4)
     assert (found["branches_taken"], found["branches"]) == (5, 6)
     assert found["missing"] == ["csrc/cpu/plan.cpp:2: never run", "csrc/cpu/plan.cpp:3: 1 of 2 branches"]
-    assert cpp_coverage.percent(0, 0) == 100
+
+
+PYTHON = {
+    "files": {"a.py": {"missing_lines": [7], "missing_branches": [[3, 5], [-1, 2]]}},
+    "totals": {"covered_lines": 49, "num_statements": 50, "covered_branches": 97, "num_branches": 100},
+}
+
+
+def test_pythons_figures_and_what_is_missing():
+    counts, missing = coverage_figures.of_python(PYTHON)
+    assert counts == {"python_lines": [49, 50], "python_branches": [97, 100]}
+    assert missing == ["a.py:7: never run", "a.py:3: never to 5"]
+    assert not coverage_figures.kept(counts), "97 % of branches"
+    assert coverage_figures.kept({**counts, "python_branches": [98, 100]})
+    whole = {**counts, "cpp_lines": [1, 1], "cpp_branches": [0, 0]}
+    assert coverage_figures.said(whole).startswith("C++ by its tests: 100.0 % of 1 lines, 100.0 % of 0 branches; ")

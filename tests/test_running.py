@@ -128,3 +128,10 @@ def test_every_test_runs_once_and_serial_ones_alone(words, tmp_path):
     assert len(names) == len(set(names))
     out = len(serial + product) - len(names)
     assert f"{out} cases left out by BNFAST_SEED=5" in said
+    names, _ = ran("--few", "1")
+    for file in files:
+        mine = [name.split("-") for name in names if name.startswith(file)]
+        assert sum("serial" in name for name in mine) == 1
+        products = [name[2:] for name in mine if "product" in name]
+        assert len(products) < 12
+        assert ({a for a, _ in products}, {b for _, b in products}) == (set("012"), set("0123")), "every value of each"

@@ -24,6 +24,7 @@ LEFT_OUT = pytest.StashKey[int]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     whole = os.environ.get("BNFAST_WHOLE", "0") not in ("", "0")
     parser.addoption("--whole", action="store_true", default=whole, help="no samples: all cases (also BNFAST_WHOLE=1)")
+    parser.addoption("--few", type=int, metavar="N", help="N cases of every parametrized test, and each value of each")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -42,7 +43,7 @@ def pytest_report_header(config: pytest.Config) -> str:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("whole") or any("::" in argument for argument in config.args):
         return  # a test that was named on the command line always runs
-    items[:], out = sampling.split(items, sampling.seed())
+    items[:], out = sampling.split(items, sampling.seed(), config.getoption("few"))
     config.stash[LEFT_OUT] = len(out)
     config.hook.pytest_deselected(items=out)
 

@@ -1,8 +1,9 @@
 """The longest products of cases run as a random sample; `--whole` runs all cases.
 
 `@pytest.mark.sample(n)` on a parametrized test keeps n of its cases. In a product of several arguments the sample holds
-every value of every argument, so it may be larger than n. Cases without the mark always run. The seed is BNFAST_SEED,
-or else the abbreviated commit hash; pytest's header prints it. The same seed chooses the same cases.
+every value of every argument, so it may be larger than n. Cases without the mark always run, unless `--few n` makes a
+sample of n of every parametrized test. The seed is BNFAST_SEED, or else the abbreviated commit hash; pytest's header
+prints it. The same seed chooses the same cases.
 """
 
 from __future__ import annotations
@@ -45,16 +46,18 @@ def choose(cases: Sequence[Mapping[str, Any]], count: int, seed: str) -> set[int
     return {*chosen, *rest[: max(0, count - len(chosen))]}
 
 
-def split(items: Sequence[pytest.Item], seed: str) -> tuple[list[pytest.Item], list[pytest.Item]]:
+def split(
+    items: Sequence[pytest.Item], seed: str, few: int | None = None
+) -> tuple[list[pytest.Item], list[pytest.Item]]:
     """The items that run and the items that are left out, both in the given order."""
     products: dict[str, list[pytest.Item]] = {}
     for item in items:
-        if item.get_closest_marker("sample"):
+        if item.get_closest_marker("sample") or (few and hasattr(item, "callspec")):
             products.setdefault(item.nodeid.split("[")[0], []).append(item)
     out: set[pytest.Item] = set()
     for name, product in products.items():
         mark = product[0].get_closest_marker("sample")
-        assert mark is not None
-        kept = choose([item.callspec.params for item in product], mark.args[0], f"{seed} {name}")  # type: ignore[attr-defined]
+        count = min(mark.args[0] if mark else len(product), few or len(product))
+        kept = choose([item.callspec.params for item in product], count, f"{seed} {name}")  # type: ignore[attr-defined]
         out |= {item for position, item in enumerate(product) if position not in kept}
     return [item for item in items if item not in out], [item for item in items if item in out]

@@ -23,6 +23,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import coverage_figures
+
 from . import accuracy, calls, hostile, processes, same_bits, views
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -138,6 +140,11 @@ APART = {
         "The C++ tests notice at least 90 % of the mutants of the scalar path (`just mutants`)",
         lambda data: data["killed"] >= 0.9 * data["mutants"] and not data["unexplained"],
         mutated,
+    ),
+    "coverage": Apart(
+        "The tests reach nearly every line and every branch (`just coverage`)",
+        lambda data: coverage_figures.kept(data["counts"]),
+        lambda data: coverage_figures.said(data["counts"]),
     ),
 }
 
