@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import os
 import pickle
 import shutil
 import subprocess
@@ -46,7 +47,9 @@ def world(request, need, tmp_path_factory):
     if "Open MPI" in subprocess.run([mpirun, "--version"], capture_output=True, text=True, check=True).stdout:
         command += ["--allow-run-as-root", "--oversubscribe"]
     command += [sys.executable, str(PROGRAM), str(size), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    # Where a test before imported mpi4py, MPI has put variables of its own into the C environment, which os.environ
+    # doesn't show, and with which mpirun ends at once.
+    done = subprocess.run(command, env=dict(os.environ), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(size)]
 
