@@ -4,6 +4,7 @@ by file; a run of named files uses one."""
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 from collections.abc import Generator
@@ -102,6 +103,15 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
         return (yield)
     with turns.turn(Path(item.config.workerinput["locks"]), alone=item.get_closest_marker("serial") is not None):
         return (yield)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """After a file, what is left counts as permanent: TensorFlow's graphs grow to gigabytes of objects, and each full
+    collection, of which many tests ask for some, would walk them all."""
+    if nextitem is None or nextitem.path != item.path:
+        gc.collect()
+        gc.freeze()
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -30,6 +30,7 @@ def assert_equal_weights(model: Any, wanted: Any) -> None:
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9, err_msg=a.path)
 
 
+@pytest.mark.sample(len(OPTIMIZERS))
 @pytest.mark.parametrize("inplace", [False, True], ids=["copy", "in place"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_training_continues(name: str, inplace: bool) -> None:

@@ -211,6 +211,7 @@ def check_equal(model: Any, copy: Any) -> None:
     assert not {id(a) for a in ours} & {id(b) for b in theirs}
 
 
+@pytest.mark.sample(len(MODELS))
 @pytest.mark.parametrize("fitted", [True, False], ids=["fitted", "uncompiled"])
 @pytest.mark.parametrize("make", MODELS, ids=lambda make: make.__name__)
 def test_equal_and_independent(make: Callable[[], Any], fitted: bool) -> None:

@@ -475,6 +475,7 @@ def test_forward_mode(graph: bool) -> None:
             run(callback)
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("bridge", BRIDGES)
 @pytest.mark.parametrize("second", [False, True], ids=["first", "second"])
 @pytest.mark.parametrize("loop", [False, True], ids=["", "loop"])
