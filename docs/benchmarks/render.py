@@ -51,10 +51,12 @@ def result_files() -> list[Path]:
     return sorted(found, key=lambda path: (listed.index(path.parent), path.name))
 
 
-def model_label(data: dict[str, Any]) -> str:
-    """How reports name the model of a run: ResNet50 16x224x224."""
+def model_spec(data: dict[str, Any]) -> models.Spec:
+    """The model of a run. Runs from before `--framework` are of Keras models."""
     settings = data["settings"]
-    return models.parse(settings["model"], settings["batch"], settings["size"]).label
+    return models.parse(
+        settings["model"], settings["batch"], settings["size"], settings.get("framework", models.KERAS.name)
+    )
 
 
 def render(data: dict[str, Any]) -> str:
@@ -62,7 +64,7 @@ def render(data: dict[str, Any]) -> str:
     if data["kind"] == "bench":
         return report.markdown(data["machine"], data["rows"], data["left_out"], PEER_TITLES)
     if data["kind"] == "model":
-        return model_report.markdown(data["machine"], model_label(data), data["rows"], data["left_out"])
+        return model_report.markdown(data["machine"], model_spec(data), data["rows"], data["left_out"])
     parts = [f"# {data['title']}", f"{data['machine']}. {data['date']}. Program: {data['program']}."]
     parts.append("\n".join(f"- {line}." for line in data["about"]))
     for table in data["tables"]:
@@ -87,7 +89,7 @@ def title(data: dict[str, Any]) -> str:
     if data["kind"] == "tables":
         return str(data["title"])
     if data["kind"] == "model":
-        return model_label(data)
+        return model_spec(data).label
     sets = dict.fromkeys(row["set"] for row in data["rows"])
     return f"`bnfast bench`: {', '.join(sets)}"
 
@@ -109,7 +111,7 @@ def index_page(files: list[Path]) -> str:
 
 
 def models_page(files: list[Path]) -> str:
-    """results/models.md: one row per whole-model run, everything over Keras's layer."""
+    """results/models.md: one row per whole-model run of Keras's, everything over Keras's layer."""
     heads = ["machine", "model", "Keras's step, ms", "op", "numpy_function", "TF fused op", "left out", "predict: op"]
     heads += ["predict: fold", "predict: left out", "memory: op", "memory: numpy_function"]
     wanted = [("bnfast-op", "train"), ("bnfast-numpy_function", "train"), ("tf-fused", "train"), ("left-out", "train")]
@@ -118,11 +120,11 @@ def models_page(files: list[Path]) -> str:
     lines = []
     for path in files:
         data = load(path)
-        if data["kind"] != "model":
+        if data["kind"] != "model" or model_spec(data).framework is not models.KERAS:
             continue
         rows = {(row["variant"], row["what"]): row for row in data["rows"]}
-        link = f"[{model_label(data)}]({path.relative_to(RESULTS).with_suffix('.md')})"
-        step = report.digits(1e3 * rows[models.BASE, "train"]["seconds"])
+        link = f"[{model_spec(data).label}]({path.relative_to(RESULTS).with_suffix('.md')})"
+        step = report.digits(1e3 * rows["keras", "train"]["seconds"])
         ratios = [cell(rows[key]["ratio"] if key in rows else None, ".2f") for key in wanted]
         lines.append([path.parent.parent.name, link, step, *ratios])
     intro = "Times and peak memory over Keras's: below 1 is better. Times are medians of the ratios within a round."
@@ -153,7 +155,7 @@ def draw() -> None:
             figure.save(path.with_suffix(".png"), data["rows"], PEER_TITLES, machine.sentence(data["machine"]))
         elif data["kind"] == "model":
             about = machine.sentence(data["machine"])
-            model_figure.save(path.with_suffix(".png"), data["rows"], model_label(data), about)
+            model_figure.save(path.with_suffix(".png"), data["rows"], model_spec(data), about)
 
 
 def main() -> int:

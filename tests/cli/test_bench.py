@@ -19,7 +19,7 @@ import pytest
 from bnfast.benchmark import allocator, cases, correctness, figure, machine, report, timing
 from bnfast.benchmark.machine import others_busy
 from bnfast.benchmark.peers import BASELINES, PEERS, Unsupported
-from bnfast.cli import bench, main
+from bnfast.cli import bench, main, names
 
 pytestmark = pytest.mark.serial  # measures time
 
@@ -136,7 +136,7 @@ def test_a_missing_extra_is_named(capsys, monkeypatch, module, arguments):
 
 
 def test_names_of_families_and_all():
-    parse = bench._name_list(OTHERS, families=True)
+    parse = names.name_list(OTHERS, families=True)
     assert parse("torch") == ["torch-contiguous", "torch-channels_last"]
     assert parse("jax,tensorflow") == ["tensorflow", "jax"]
     assert parse("all") == OTHERS

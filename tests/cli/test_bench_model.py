@@ -1,6 +1,7 @@
 """`bnfast bench --model`: what it compares and writes, that it stops at a wrong variant and names a missing one.
 
-No test here asserts a time. MobileNet(alpha=0.25) at 32x32 is the smallest model of keras.applications.
+No test here asserts a time. MobileNet(alpha=0.25) at 32x32 is the smallest model of keras.applications. Models of
+PyTorch and JAX: test_bench_frameworks.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import sys
 
 import numpy as np
 import pytest
-from bnfast.benchmark import model_figure, model_memory, model_report, model_timing, models, timing
+from bnfast.benchmark import keras_models, model_figure, model_memory, model_report, model_timing, models, timing
 from bnfast.benchmark.peers import Unsupported
 from bnfast.cli import bench_model, main
 
@@ -61,11 +62,13 @@ def test_anything_else_is_rejected(capsys, text):
     ("arguments", "message"),
     [
         (["--batch", "2"], "bnfast: argument --batch: needs --model"),
+        (["--framework", "torch"], "bnfast: argument --framework: needs --model"),
         (["--memory-runs", "0"], "bnfast: argument --memory-runs: needs --model"),
         (["--model", "A", "--op", "train"], "bnfast: argument --op: can't be combined with --model A"),
         (["--model", "A", "--shape", "8,32"], "bnfast: argument --shape: can't be combined with --model A"),
         (["--model", "A", "--memory-runs", "-1"], "argument --memory-runs: must be an integer >= 0. Received: -1"),
         (["--model", "A", "--variants", "torch"], "argument --variants: must be all, or some of keras, tf-fused, "),
+        (["--model", "A", "--framework", "mxnet"], "argument --framework: invalid choice: 'mxnet'"),
         (["--model", "A", "--size", "0"], "argument --size: must be an integer >= 1. Received: 0"),
     ],
 )
@@ -93,7 +96,7 @@ def test_models_that_cannot_be_built_are_rejected_in_one_line(tensorflow, capfd,
 
 
 def test_a_model_without_batch_norm_is_rejected(tensorflow, capfd, monkeypatch):
-    monkeypatch.setattr(models, "batch_norms", lambda model: [])
+    monkeypatch.setattr(keras_models, "batch_norms", lambda model: [])
     assert main(COMMAND) == 2
     assert capfd.readouterr().err.splitlines()[-1] == "bnfast: argument --model: MobileNet has no batch norm"
 
@@ -108,7 +111,7 @@ def test_the_command_with_every_available_variant(tensorflow, tmp_path):
     missing = {row["variant"] for row in found["left_out"]}
     assert missing <= {"bnfast-op"}
     rows = {(row["variant"], row["what"]): row for row in found["rows"]}
-    here = [name for name in models.TITLES if name not in missing]
+    here = [name for name in models.KERAS.titles if name not in missing]
     assert {name for name, what in rows if what == "predict"} == set(here)
     assert {name for name, what in rows if what == "train"} == set(here) - {"bnfast-fold"}
     assert all(row["seconds"] > 0 and row["rounds"] == 1 for (_, what), row in rows.items() if what != "check")
@@ -123,10 +126,10 @@ def test_the_command_with_every_available_variant(tensorflow, tmp_path):
     assert any(kind.startswith("bnfast.") for kind in layers["bnfast-numpy_function"])
     text = (folder / f"{SPEC.file_name}.md").read_text()
     for name in here:
-        assert models.TITLES[name] in done.stdout
-        assert f"| {models.TITLES[name]} |" in text
+        assert models.KERAS.titles[name] in done.stdout
+        assert f"| {models.KERAS.titles[name]} |" in text
     for name in missing:
-        assert f"left out: {models.TITLES[name]}: " in done.stdout
+        assert f"left out: {models.KERAS.titles[name]}: " in done.stdout
     assert (folder / f"{SPEC.file_name}.png").read_bytes().startswith(b"\x89PNG\r\n")
 
 
@@ -135,16 +138,16 @@ def test_a_wrong_variant_stops_it_and_a_missing_one_does_not(tensorflow, capfd, 
         raise Unsupported("not today")
 
     def wrong(model):
-        made = models._with_fused_op(model)
-        models.batch_norms(made)[0].epsilon = 1e-2
+        made = keras_models._with_fused_op(model)
+        keras_models.batch_norms(made)[0].epsilon = 1e-2
         return made
 
     monkeypatch.setattr(timing, "wait_for_idle_threads", lambda: None)
-    monkeypatch.setitem(models._VARIANTS, "tf-fused", missing)
+    monkeypatch.setitem(keras_models._VARIANTS, "tf-fused", missing)
     command = [*COMMAND, "--variants", "tf-fused"]
     assert main(command) == 0
     assert "left out: TF fused op: not today" in capfd.readouterr().out
-    monkeypatch.setitem(models._VARIANTS, "tf-fused", wrong)
+    monkeypatch.setitem(keras_models._VARIANTS, "tf-fused", wrong)
     assert main(command) == 2
     out, err = capfd.readouterr()
     assert out == ""
@@ -214,12 +217,12 @@ def test_rows_and_tables(tmp_path):
     ]
     machine = {"cpu": "c", "cores": 2, "l2_bytes": 0, "l3_bytes": 0, "isa": "i", "threads": 2, "load_before": 0}
     left_out = [{"variant": "tf-fused", "what": "all", "reason": "gone"}]
-    text = model_report.markdown({**machine, "versions": {"python": "3"}}, SPEC.label, rows, left_out)
+    text = model_report.markdown({**machine, "versions": {"python": "3"}}, SPEC, rows, left_out)
     assert "| bnfast, TensorFlow op | 200 | 0.50 | - | - | 1000 | 0.50 |" in text
     assert "- TF fused op: gone" in text
     pytest.importorskip("matplotlib")
-    model_figure.save(tmp_path / "all.png", rows, SPEC.label, "a machine")
-    model_figure.save(tmp_path / "one.png", rows[2:3], SPEC.label, "a machine")
+    model_figure.save(tmp_path / "all.png", rows, SPEC, "a machine")
+    model_figure.save(tmp_path / "one.png", rows[2:3], SPEC, "a machine")
     assert (tmp_path / "all.png").stat().st_size > (tmp_path / "one.png").stat().st_size > 10_000
 
 

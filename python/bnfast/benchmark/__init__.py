@@ -7,7 +7,7 @@ correctness      checks each result against float64 before anything is timed
 allocator        makes glibc's malloc keep freed memory ("warm"), and undoes that
 timing           interleaved rounds; medians of times and of ratios within a round
 report           JSON and Markdown; figure: the picture, in the colours of style; machine: what it ran on
-models, model_*  the same for whole Keras models (`bnfast bench --model`)
+models, model_*  the same for whole models (`bnfast bench --model`), which {keras,torch,jax}_models build
 quiet            starts TensorFlow without its log lines
 Importing this package imports no peer. Nothing here imports bnfast.cli.
 """

@@ -1,9 +1,9 @@
 """Peak memory of training one variant: VmHWM of a fresh process that builds it and runs a few steps (Linux).
 
 `peaks` starts these processes one at a time. Each runs `main` with one argument, the task as JSON: {"model": ...,
-"batch": ..., "size": ..., "variant": ..., "threads": ...}. It prints {"before_bytes", "peak_bytes"} as its last line:
-the peak before the first step (Python, TensorFlow, the weights) and the peak after the last one, which is the memory a
-machine needs.
+"batch": ..., "size": ..., "framework": ..., "variant": ..., "threads": ...}. It prints {"before_bytes", "peak_bytes"}
+as its last line: the peak before the first step (Python, the framework, the weights) and the peak after the last one,
+which is the memory a machine needs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bnfast import _child_process
-from bnfast.benchmark.models import TITLES, TRAINABLE, Spec
+from bnfast.benchmark.models import Spec
 
 STEPS = 3
 STATUS = Path("/proc/self/status")
@@ -34,11 +34,11 @@ def peaks(
     """Start `runs` processes per trained variant, in changing order. Returns the peaks and the reasons of failures."""
     found: Runs = {}
     failed: dict[str, str] = {}
-    trained = [name for name in names if name in TRAINABLE]
+    trained = spec.framework.trained(names)
     for turn in range(runs):
         first = turn % len(trained)
         for name in trained[first:] + trained[:first]:
-            announce(f"memory, {turn + 1} of {runs}: {TITLES[name]}")
+            announce(f"memory, {turn + 1} of {runs}: {spec.framework.titles[name]}")
             if name in failed:
                 continue
             result = _run_child(spec, name, threads)
@@ -51,7 +51,8 @@ def peaks(
 
 def _run_child(spec: Spec, name: str, threads: int | None) -> dict[str, int] | str:
     """What one process measured; if it failed, the last line of its output."""
-    task = {"model": spec.text, "batch": spec.batch, "size": spec.size, "variant": name, "threads": threads}
+    task = {"model": spec.text, "batch": spec.batch, "size": spec.size, "framework": spec.framework.name}
+    task |= {"variant": name, "threads": threads}
     try:
         done = _child_process.run_module(__name__, json.dumps(task))
     except OSError as error:
@@ -71,16 +72,17 @@ def main(arguments: Sequence[str]) -> int:
     from bnfast.benchmark.peers.base import Unsupported
 
     task = json.loads(arguments[0])
-    spec = models.parse(task["model"], task["batch"], task["size"])
-    models.load_keras(task["threads"])
-    base = models.build_model(spec)
-    x, y = models.make_data(spec, base)
+    spec = models.parse(task["model"], task["batch"], task["size"], task["framework"])
+    module = spec.framework.load()
+    module.start(task["threads"])
+    base = module.build_model(spec)
+    x, y = module.make_data(spec, base)
     try:
-        model = models.make_variant(task["variant"], base)
+        model = module.make_variant(task["variant"], base)
     except Unsupported as reason:
         print(reason)
         return EXIT_UNSUPPORTED
-    del base  # frees Keras's copy of the weights; a user who keeps the original model has both
+    del base  # frees the base's copy of the weights; a user who keeps the original model has both
     gc.collect()
     before = _peak()
     for _ in range(STEPS):

@@ -3,9 +3,9 @@
 A row is one variant and one quantity, named by "what":
 train, predict   seconds: the median over rounds, and the quartiles
 memory           bytes: the median over processes
-check            the variant's distance from Keras's model, and its batch norms by class
-`ratio` is relative to Keras's model, below 1 is better. For times it is the median of the ratios within rounds, for
-memory the ratio of the medians.
+check            the variant's distance from its base, and its batch norms by class
+`ratio` is relative to the base, the model with the framework's own batch norm: below 1 is better. For times it is the
+median of the ratios within rounds, for memory the ratio of the medians.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from bnfast.benchmark.machine import load_sentence, sentence
 from bnfast.benchmark.model_memory import Runs
 from bnfast.benchmark.model_timing import PREDICTION_TOLERANCE, ModelResult, Variant
-from bnfast.benchmark.models import BASE, TITLES
+from bnfast.benchmark.models import KERAS, Framework, Spec
 from bnfast.benchmark.report import Row, digits, markdown_table, quartiles, short
 from bnfast.benchmark.timing import Measurement, median, ratio
 
@@ -24,11 +24,12 @@ from bnfast.benchmark.timing import Measurement, median, ratio
 QUANTITIES = {"train": "train step, ms", "predict": "predict, ms", "memory": "peak memory, MB"}
 
 
-def rows_of(result: ModelResult, memory: Runs) -> list[Row]:
+def rows_of(result: ModelResult, memory: Runs, framework: Framework = KERAS) -> list[Row]:
     """One row per variant and quantity."""
-    rows = [_time_row(measurement, result.find(BASE, measurement.mode)) for measurement in result.measurements]
-    base_peak = _median_bytes(memory[BASE], "peak_bytes") if BASE in memory else None
-    rows += [_memory_row(name, runs, base_peak) for name, runs in memory.items()]
+    bases = {name: kind.base for name, kind in framework.variants.items()}
+    rows = [_time_row(found, result.find(bases[found.peer], found.mode)) for found in result.measurements]
+    peaks = {name: _median_bytes(memory[base], "peak_bytes") for name, base in bases.items() if base in memory}
+    rows += [_memory_row(name, runs, peaks.get(name)) for name, runs in memory.items()]
     rows += [_check_row(variant) for variant in result.variants]
     return rows
 
@@ -70,13 +71,13 @@ def _check_row(variant: Variant) -> Row:
     }
 
 
-def table(rows: list[Row]) -> list[tuple[str, ...]]:
+def table(rows: list[Row], framework: Framework = KERAS) -> list[tuple[str, ...]]:
     """One line per variant: its title, then value and ratio of each quantity, "-" if it was not measured."""
     found = {(row["variant"], row["what"]): row for row in rows}
     variants = {row["variant"] for row in rows}
     lines = []
-    for name in (name for name in TITLES if name in variants):
-        line = [TITLES[name]]
+    for name in (name for name in framework.variants if name in variants):
+        line = [framework.titles[name]]
         for what in QUANTITIES:
             line += _value_and_ratio(found.get((name, what)))
         lines.append(tuple(line))
@@ -90,36 +91,44 @@ def _value_and_ratio(row: Row | None) -> tuple[str, str]:
     return digits(value), "-" if row["ratio"] is None else f"{row['ratio']:.2f}"
 
 
-def markdown(machine: dict[str, Any], label: str, rows: list[Row], left_out: list[Row]) -> str:
+def markdown(machine: dict[str, Any], spec: Spec, rows: list[Row], left_out: list[Row]) -> str:
     """The whole report."""
+    framework = spec.framework
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     heads = ["batch norm"]
     for title in QUANTITIES.values():
-        heads += [title, "to Keras"]
+        heads += [title, f"to {framework.title}"]
+    note = f"{framework.note} " if framework.note else ""
     parts = [
-        f"# {label}: one model, several batch norms",
+        f"# {spec.label}: one model, several batch norms",
         f"{sentence(machine)}. {versions}. {load_sentence(machine)}.",
-        'Times are medians over interleaved rounds. "to Keras" is the median ratio to Keras\'s layer within a round;'
-        " below 1 is faster. Peak memory is VmHWM of a fresh process that runs three training steps, the median over"
-        " several processes. `docs/benchmarks/README.md` explains how to repeat this.",
-        markdown_table(heads, table(rows)),
+        f'Times are medians over interleaved rounds. "to {framework.title}" is the median ratio to {_own(framework)}'
+        f" within a round; below 1 is faster. {note}Peak memory is VmHWM of a fresh process that runs three training"
+        " steps, the median over several processes. `docs/benchmarks/README.md` explains how to repeat this.",
+        markdown_table(heads, table(rows, framework)),
         "## Checked before anything was timed",
-        "Differences from Keras's model. Predictions: the largest difference, relative to the largest prediction;"
-        f" {PREDICTION_TOLERANCE:g} is allowed, and the model without batch norm shows that the check notices errors."
-        " Loss: the relative difference in the first training step.",
-        markdown_table(["batch norm", "predictions", "loss", "layers"], _check_lines(rows)),
+        f"Differences from {framework.title}'s model. Predictions: the largest difference, relative to the largest"
+        f" prediction; {PREDICTION_TOLERANCE:g} is allowed, and the model without batch norm shows that the check"
+        " notices errors. Loss: the relative difference in the first training step.",
+        markdown_table(["batch norm", "predictions", "loss", "layers"], _check_lines(rows, framework)),
     ]
     if left_out:
-        parts += ["## Left out", "\n".join(f"- {TITLES[row['variant']]}: {row['reason']}" for row in left_out)]
+        lines = "\n".join(f"- {framework.titles[row['variant']]}: {row['reason']}" for row in left_out)
+        parts += ["## Left out", lines]
     return "\n\n".join(parts) + "\n"
 
 
-def _check_lines(rows: list[Row]) -> list[list[str]]:
+def _own(framework: Framework) -> str:
+    """The framework's own batch norm, in words."""
+    return next(iter(framework.titles.values()))
+
+
+def _check_lines(rows: list[Row], framework: Framework) -> list[list[str]]:
     lines = []
     for row in rows:
         if row["what"] != "check":
             continue
         loss = "-" if row["loss"] is None else f"{row['loss']:.1e}"
         layers = ", ".join(f"{count} {name}" for name, count in row["batch_norms"].items()) or "none"
-        lines.append([TITLES[row["variant"]], f"{row['predictions']:.1e}", loss, layers])
+        lines.append([framework.titles[row["variant"]], f"{row['predictions']:.1e}", loss, layers])
     return lines

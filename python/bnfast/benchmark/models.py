@@ -1,46 +1,22 @@
-"""The variants of a keras.applications model that `bnfast bench --model` compares. Weights are the same in all.
+"""What `bnfast bench --model` can measure: the frameworks with their variants of a model, and how a model is named.
 
-    keras                  the model of keras.applications
-    tf-fused               a layer on TensorFlow's fused op, which also updates the moving statistics, as in tf.keras 2
-    bnfast-op              bnfast.keras.accelerate through bnfast's TensorFlow op
-    bnfast-numpy_function  bnfast.keras.accelerate through tf.numpy_function
-    bnfast-fold            bnfast.keras.fold; this model only predicts
-    left-out               the identity instead of batch norm: a lower bound for any implementation
-Weights come from one seed. gamma is drawn from U(0.5, 1.5) and beta from N(0, 0.1), so that no batch norm is close to
-the identity; moving statistics come from the data. x has shape (batch, size, size, 3) and is normal, or in 0 to 255 if
-the model rescales pixels itself; y holds random classes. This file imports TensorFlow only when `load_keras` is
-called.
+Each framework has a module that builds the variants. It is imported when it is needed, as it imports the framework. It
+has the functions
+    start(threads), versions(), names(), out_of_memory(error)
+    build_model(spec), make_data(spec, model), calibrate(model, x), is_random(model)
+    make_variant(name, model), count_batch_norms(variant)
+and a variant has train_on_batch(x, y), which returns the loss, and predict_on_batch(x).
 """
 
 from __future__ import annotations
 
 import ast
-import inspect
-import os
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
-
-import bnfast
-from bnfast.benchmark import quiet
-from bnfast.benchmark.peers.base import Unsupported
-from bnfast.benchmark.peers.tensorflow import start
+import importlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 SEED = 7
-LEARNING_RATE = 1e-3
-TITLES = {
-    "keras": "Keras's layer",
-    "tf-fused": "TF fused op",
-    "bnfast-op": "bnfast, TensorFlow op",
-    "bnfast-numpy_function": "bnfast, numpy_function",
-    "bnfast-fold": "bnfast, folded",
-    "left-out": "batch norm left out",
-}
-BASE = "keras"
-TRAINABLE = tuple(name for name in TITLES if name != "bnfast-fold")
-MUST_AGREE = tuple(name for name in TITLES if name not in (BASE, "left-out"))  # on predictions
 RESERVED_ARGUMENTS = ("weights", "input_shape", "include_top", "input_tensor")  # set here, so a user can't set them
 # calibrate() multiplies the moving variances by this. With 1, rounding in ResNet50 changes predictions by 1e-5. With
 # 1.5, a tenfold epsilon changes those of EfficientNetB0 by only 1e-5. With 1.25 the two are 2e-6 and 1e-4.
@@ -51,14 +27,114 @@ class InvalidModel(Exception):
     """The model cannot be built, or has no batch norm; the message gives the reason."""
 
 
+class Kind(NamedTuple):
+    """A variant of a model: what it is called, and the variant with the framework's own batch norm."""
+
+    title: str
+    base: str
+    trained: bool = True
+    must_agree: bool = True  # on predictions, with the base
+
+
+@dataclass(frozen=True)
+class Framework:
+    """A framework and the variants of its models, in the order of reports."""
+
+    name: str
+    title: str
+    module: str
+    requires: tuple[str, ...]
+    extra: str  # of bnfast, which installs what is required
+    models: str  # what a model can be, for messages
+    note: str  # what reports say beside the figures
+    variants: dict[str, Kind] = field(hash=False)
+
+    @property
+    def titles(self) -> dict[str, str]:
+        """The title of each variant."""
+        return {name: kind.title for name, kind in self.variants.items()}
+
+    def is_base(self, name: str) -> bool:
+        """Whether the variant has the framework's own batch norm."""
+        return self.variants[name].base == name
+
+    def chosen(self, names: Iterable[str] | None) -> list[str]:
+        """Those variants and the ones that they are compared with; None: all."""
+        wanted = set(self.variants if names is None else names)
+        wanted |= {self.variants[name].base for name in wanted} or {next(iter(self.variants))}
+        return [name for name in self.variants if name in wanted]
+
+    def trained(self, names: Iterable[str]) -> list[str]:
+        """Those of the variants that are trained."""
+        return [name for name in names if self.variants[name].trained]
+
+    def load(self) -> Any:
+        """The module that builds the variants. Imports the framework, or does so when its `start` is called."""
+        return importlib.import_module(self.module)
+
+
+KERAS = Framework(
+    name="keras",
+    title="Keras",
+    module="bnfast.benchmark.keras_models",
+    requires=("keras", "tensorflow"),
+    extra="demo",
+    models="a name of keras.applications",
+    note="",
+    variants={
+        "keras": Kind("Keras's layer", "keras"),
+        "tf-fused": Kind("TF fused op", "keras"),
+        "bnfast-op": Kind("bnfast, TensorFlow op", "keras"),
+        "bnfast-numpy_function": Kind("bnfast, numpy_function", "keras"),
+        "bnfast-fold": Kind("bnfast, folded", "keras", trained=False),
+        "left-out": Kind("batch norm left out", "keras", must_agree=False),
+    },
+)
+TORCH = Framework(
+    name="torch",
+    title="PyTorch",
+    module="bnfast.benchmark.torch_models",
+    requires=("torch",),
+    extra="torch",
+    models="MobileNetV2 or ResNet50",
+    note="A training step is forward, cross entropy and backward, without an optimizer. Ratios are to PyTorch's in the"
+    " same memory format.",
+    variants={
+        "torch": Kind("PyTorch's layer", "torch"),
+        "bnfast": Kind("bnfast", "torch"),
+        "left-out": Kind("batch norm left out", "torch", must_agree=False),
+        "torch-channels_last": Kind("PyTorch's, channels_last", "torch-channels_last"),
+        "bnfast-channels_last": Kind("bnfast, channels_last", "torch-channels_last"),
+        "left-out-channels_last": Kind("left out, channels_last", "torch-channels_last", must_agree=False),
+    },
+)
+JAX = Framework(
+    name="jax",
+    title="JAX",
+    module="bnfast.benchmark.jax_models",
+    requires=("jax",),
+    extra="jax",
+    models="MobileNetV2 or ResNet50",
+    note="A training step is one jitted call: forward, cross entropy, backward and moving statistics, without an"
+    " optimizer.",
+    variants={
+        "jax": Kind("JAX's ops", "jax"),
+        "bnfast": Kind("bnfast", "jax"),
+        "left-out": Kind("batch norm left out", "jax", must_agree=False),
+    },
+)
+FRAMEWORKS = {framework.name: framework for framework in (KERAS, TORCH, JAX)}
+
+
 @dataclass(frozen=True)
 class Spec:
-    """A model to build: a name in keras.applications and its arguments, e.g. MobileNetV2 and {"alpha": 0.35}."""
+    """A model to build: a name and its arguments, e.g. MobileNetV2 and {"alpha": 0.35} in keras.applications."""
 
     name: str
     arguments: tuple[tuple[str, Any], ...] = ()
     batch: int = 16
     size: int = 224
+    framework: Framework = KERAS
 
     @property
     def text(self) -> str:
@@ -68,18 +144,20 @@ class Spec:
 
     @property
     def label(self) -> str:
-        """The name in reports, such as MobileNetV2 16x224x224."""
-        return f"{self.text} {self.batch}x{self.size}x{self.size}"
+        """The name in reports, such as MobileNetV2 16x224x224, or MobileNetV2 16x224x224 in PyTorch."""
+        where = "" if self.framework is KERAS else f" in {self.framework.title}"
+        return f"{self.text} {self.batch}x{self.size}x{self.size}{where}"
 
     @property
     def file_name(self) -> str:
-        """The name of files, such as MobileNetV2-16x224 or MobileNetV2-alpha-0.35-2x32."""
+        """The name of files, such as MobileNetV2-16x224, MobileNetV2-alpha-0.35-2x32 or torch-MobileNetV2-16x224."""
         name = self.name + "".join(f"-{key}-{value}" for key, value in self.arguments)
         name = "".join(letter if letter.isalnum() or letter in "-._" else "-" for letter in name)
-        return f"{name}-{self.batch}x{self.size}"
+        prefix = "" if self.framework is KERAS else f"{self.framework.name}-"
+        return f"{prefix}{name}-{self.batch}x{self.size}"
 
 
-def parse(text: str, batch: int = 16, size: int = 224) -> Spec:
+def parse(text: str, batch: int = 16, size: int = 224, framework: str = "keras") -> Spec:
     """Parse NAME or NAME(argument=literal, ...). Raises ValueError for anything else; any NAME is accepted."""
     try:
         node = ast.parse(text.strip(), mode="eval").body
@@ -95,154 +173,4 @@ def parse(text: str, batch: int = 16, size: int = 224) -> Spec:
         raise ValueError(text) from error
     if any(key == "None" or key in RESERVED_ARGUMENTS for key, _ in arguments):  # "None": from **{}
         raise ValueError(text)
-    return Spec(name.id, arguments, batch, size)
-
-
-def load_keras(threads: int | None = None) -> Any:
-    """Import Keras on its TensorFlow backend, without log lines, and return it. ImportError if that is impossible.
-
-    `threads` is set for TensorFlow's pools and for bnfast; None leaves both as they are. Raises RuntimeError if
-    TensorFlow already runs with another number.
-    """
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")  # bnfast runs on the CPU, so Keras's model must too
-    quiet.prepare_tensorflow()
-    with quiet.quiet_stderr():
-        import keras
-        import tensorflow as tf
-
-        if keras.backend.backend() != "tensorflow":
-            raise ImportError(f"Keras runs on {keras.backend.backend()}")
-        if threads is not None:
-            start(threads)
-            bnfast.set_num_threads(threads)
-        tf.constant(0)
-    return keras
-
-
-def application_names(keras: Any) -> list[str]:
-    """The names of the models in keras.applications."""
-    return [name for name, value in vars(keras.applications).items() if name[0].isupper() and callable(value)]
-
-
-def build_model(spec: Spec) -> Any:
-    """Keras's model with random weights. Raises InvalidModel if it can't be built or has no batch norm."""
-    keras = load_keras()
-    keras.utils.set_random_seed(SEED)
-    constructor = getattr(keras.applications, spec.name)
-    parameters = inspect.signature(constructor).parameters
-    for name, _ in spec.arguments:
-        if name not in parameters:
-            raise InvalidModel(f"{spec.name} has no argument {name}")
-    try:
-        model = constructor(weights=None, input_shape=(spec.size, spec.size, 3), **dict(spec.arguments))
-    except (ValueError, TypeError, OverflowError) as error:
-        raise InvalidModel(f"{spec.label}: {error}") from error
-    layers = batch_norms(model)
-    if not layers:
-        raise InvalidModel(f"{spec.name} has no batch norm")
-    random = np.random.default_rng(SEED)
-    for layer in layers:
-        if layer.gamma is not None:
-            layer.gamma.assign(random.uniform(0.5, 1.5, layer.gamma.shape))
-        if layer.beta is not None:
-            layer.beta.assign(0.1 * random.standard_normal(layer.beta.shape))
-    return model
-
-
-def batch_norms(model: Any) -> list[Any]:
-    """The batch norms of a model and of the models inside it, bnfast's included, in the order of the layers."""
-    from bnfast.benchmark.model_layers import is_batch_norm
-
-    found = []
-    for layer in model.layers:
-        if hasattr(layer, "layers"):
-            found += batch_norms(layer)
-        elif is_batch_norm(layer):
-            found.append(layer)
-    return found
-
-
-def make_data(spec: Spec, model: Any) -> tuple[Any, Any]:
-    """x and y as TensorFlow tensors."""
-    import tensorflow as tf
-
-    random = np.random.default_rng(SEED)
-    x = random.standard_normal((spec.batch, spec.size, spec.size, 3), dtype=np.float32)
-    if any(type(layer).__name__ == "Rescaling" for layer in model.layers):
-        x = np.clip(64 * x + 128, 0, 255)
-    y = random.integers(model.output_shape[-1], size=spec.batch, dtype=np.int32)
-    return tf.constant(x), tf.constant(y)
-
-
-def calibrate(model: Any, x: Any) -> None:
-    """Set moving statistics close to those of x, so that an error in the first layer is visible in the predictions.
-
-    The mean is the batch's. The variance is DAMPING*max(v, mean of v over the channels), where v is the batch's
-    variance: with v itself, the channels with v near 0 (many in a small batch) amplify rounding to 1e-3 of the
-    predictions. With statistics unrelated to x, signals fade: a tenfold epsilon in the first of 52 layers changes
-    nothing above 2e-7.
-    """
-    layers = batch_norms(model)
-    momentums = [layer.momentum for layer in layers]
-    for layer in layers:
-        layer.momentum = 0.0
-    model(x, training=True)
-    for layer, momentum in zip(layers, momentums, strict=True):
-        layer.momentum = momentum
-        variance = layer.moving_variance.numpy()
-        layer.moving_variance.assign(DAMPING * np.maximum(variance, variance.mean()))
-
-
-def make_variant(name: str, model: Any) -> Any:
-    """Make that variant of Keras's `model`, and compile it if it is trained. Raises Unsupported with the reason."""
-    variant = _VARIANTS[name](model)
-    if name in TRAINABLE:
-        optimizer = load_keras().optimizers.SGD(LEARNING_RATE)
-        # Without XLA, which compiles none of the ops compared here.
-        variant.compile(optimizer, loss="sparse_categorical_crossentropy", jit_compile=False)
-    return variant
-
-
-def _accelerated_by_op(model: Any) -> Any:
-    try:
-        from bnfast.tensorflow import op
-    except ImportError as error:
-        raise Unsupported(f"no TensorFlow op: {error}") from error
-    works, reason = op.status()
-    if not works:
-        raise Unsupported(f"no TensorFlow op: {reason}")
-    return _accelerated(model, "op")
-
-
-def _accelerated(model: Any, bridge: str) -> Any:
-    from bnfast.keras import accelerate
-
-    return accelerate(model, bridge=bridge, verbose=False)
-
-
-def _folded(model: Any) -> Any:
-    from bnfast.keras import fold
-
-    return fold(model, verbose=0)
-
-
-def _with_fused_op(model: Any) -> Any:
-    from bnfast.benchmark import model_layers
-
-    return model_layers.replace_batch_norms(model, model_layers.make_fused)
-
-
-def _without_batch_norm(model: Any) -> Any:
-    from bnfast.benchmark import model_layers
-
-    return model_layers.replace_batch_norms(model, model_layers.make_identity)
-
-
-_VARIANTS: dict[str, Callable[[Any], Any]] = {
-    "keras": lambda model: model,
-    "tf-fused": _with_fused_op,
-    "bnfast-op": _accelerated_by_op,
-    "bnfast-numpy_function": lambda model: _accelerated(model, "numpy_function"),
-    "bnfast-fold": _folded,
-    "left-out": _without_batch_norm,
-}
+    return Spec(name.id, arguments, batch, size, FRAMEWORKS[framework])

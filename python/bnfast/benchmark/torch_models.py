@@ -1,33 +1,31 @@
-"""MobileNetV2 and ResNet-50 in PyTorch, with PyTorch's batch norm, bnfast's, and none.
-
-As a script (python -m bnfast.benchmark.torch_models --help) it prints one JSON object per variant and memory format.
+"""MobileNetV2 and ResNet-50 in PyTorch, in the variants that `bnfast bench --model NAME --framework torch` compares.
 
     torch     the model as written here (torchvision's layers and names of blocks)
     bnfast    bnfast.torch.accelerate of a copy
     left-out  the identity instead of batch norm: a lower bound for any implementation
-A step is forward, cross entropy, backward, with the gradients set to None before. Each round times one step of every
-variant in a rotated order; figures are medians over rounds, of times and of ratios to PyTorch's within a round. Before
-anything is timed, the losses and running statistics of the first step are compared.
+Each of them once in contiguous memory and once in torch.channels_last. A training step is forward, cross entropy,
+backward, with the gradients set to None before, in eager mode. Weights come from one seed; gamma and beta are drawn as
+in keras_models, and moving statistics come from the data.
 Sources: Sandler et al. 2018, https://arxiv.org/abs/1801.04381; He et al. 2015, https://arxiv.org/abs/1512.03385.
 """
 
 from __future__ import annotations
 
 import copy
-import json
+from collections import Counter
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from bnfast.benchmark.step_times import LOSS_TOLERANCE, Disagreement, in_turns, parse, rows
+import bnfast
+from bnfast.benchmark.models import DAMPING, SEED, InvalidModel, Spec
 from bnfast.torch import accelerate
 
-BASE = "torch"
-
-ORDERS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+CLASSES = 1000
+CHANNELS_LAST = "-channels_last"  # the end of a variant's name
 
 
 class Residual(nn.Module):  # type: ignore[misc]
@@ -54,7 +52,7 @@ def _convolution(
     return nn.Sequential(*layers, *([activation(inplace=True)] if activation else []))
 
 
-def mobilenet_v2(classes: int = 1000) -> nn.Sequential:
+def mobilenet_v2(classes: int = CLASSES) -> nn.Sequential:
     """The model of width 1."""
     blocks: list[nn.Module] = [_convolution(3, 32, 3, 2, activation=nn.ReLU6)]
     inputs = 32
@@ -79,7 +77,7 @@ def mobilenet_v2(classes: int = 1000) -> nn.Sequential:
     return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1280, classes))
 
 
-def resnet50(classes: int = 1000) -> nn.Sequential:
+def resnet50(classes: int = CLASSES) -> nn.Sequential:
     """The model with the stride in the 3x3 convolution."""
     blocks: list[nn.Module] = [_convolution(3, 64, 7, 2, activation=nn.ReLU), nn.MaxPool2d(3, 2, 1)]
     inputs = 64
@@ -100,56 +98,128 @@ def resnet50(classes: int = 1000) -> nn.Sequential:
 MODELS: dict[str, Callable[[], nn.Sequential]] = {"MobileNetV2": mobilenet_v2, "ResNet50": resnet50}
 
 
-def measure(name: str, batch: int, size: int, num_rounds: int, order: str) -> list[dict[str, Any]]:
-    """One row per variant: median and quartiles of the step's seconds, the median ratio to PyTorch's, all seconds.
-
-    Raises:
-        Disagreement: the accelerated model computes something else.
-    """
-    torch.manual_seed(7)
-    base = MODELS[name]().to(memory_format=ORDERS[order])
-    x = torch.randn(batch, 3, size, size).to(memory_format=ORDERS[order])
-    labels = torch.randint(0, 1000, (batch,))
-    variants = {BASE: base, "bnfast": accelerate(copy.deepcopy(base)), "left-out": _without(copy.deepcopy(base))}
-    _check(variants, x, labels)
-    steps = {variant: partial(_step, model, x, labels) for variant, model in variants.items()}
-    return rows(name, in_turns(steps, num_rounds), order=order)
+def start(threads: int | None) -> None:
+    """Set the threads of PyTorch and of bnfast; None leaves both as they are."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+        bnfast.set_num_threads(threads)
 
 
-def _step(model: nn.Module, x: torch.Tensor, labels: torch.Tensor) -> float:
-    model.zero_grad(set_to_none=True)
-    loss = nn.functional.cross_entropy(model(x), labels)
-    loss.backward()
-    return float(loss.detach())
+def versions() -> dict[str, str]:
+    """Of the libraries that are compared."""
+    return {"torch": torch.__version__}
 
 
-def _check(variants: dict[str, nn.Module], x: torch.Tensor, labels: torch.Tensor) -> None:
-    losses = {variant: _step(model, x, labels) for variant, model in variants.items()}
-    if abs(losses["bnfast"] - losses[BASE]) > LOSS_TOLERANCE * abs(losses[BASE]):
-        raise Disagreement(f"the first loss must be {losses[BASE]}, as PyTorch's. Received: {losses['bnfast']}")
-    for (key, theirs), ours in zip(
-        variants[BASE].state_dict().items(), variants["bnfast"].state_dict().values(), strict=True
-    ):
-        if not torch.allclose(theirs.double(), ours.double(), rtol=1e-3, atol=1e-4):
-            raise Disagreement(f"{key} after the first step must be PyTorch's. Received: another one")
+def names() -> list[str]:
+    """The names of the models."""
+    return [*MODELS]
 
 
-def _without(model: nn.Module) -> nn.Module:
+def out_of_memory(error: Exception) -> bool:
+    """Whether PyTorch raised this because memory ran out."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    )
+
+
+def build_model(spec: Spec) -> nn.Module:
+    """PyTorch's model with random weights. Raises InvalidModel if it has no such arguments."""
+    for name, _ in spec.arguments:
+        raise InvalidModel(f"{spec.name} has no argument {name}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        model = MODELS[spec.name]()
+    random = np.random.default_rng(SEED)
+    for norm in batch_norms(model):
+        norm.weight.data.copy_(torch.from_numpy(random.uniform(0.5, 1.5, norm.num_features)))
+        norm.bias.data.copy_(torch.from_numpy(0.1 * random.standard_normal(norm.num_features)))
+    return model
+
+
+def batch_norms(model: nn.Module) -> list[Any]:
+    """The batch norms of a model, bnfast's included."""
+    return [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+
+
+def make_data(spec: Spec, model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """x, contiguous, and y: normal images, and random classes."""
+    random = np.random.default_rng(SEED)
+    x = random.standard_normal((spec.batch, 3, spec.size, spec.size), dtype=np.float32)
+    return torch.from_numpy(x), torch.from_numpy(random.integers(CLASSES, size=spec.batch))
+
+
+def calibrate(model: nn.Module, x: torch.Tensor) -> None:
+    """Set moving statistics close to those of x, as `keras_models.calibrate` does. Raises InvalidModel for an x too
+    small for statistics."""
+    norms = batch_norms(model)
+    momentums = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0  # PyTorch's is the weight of the new value
+    try:
+        with torch.no_grad():
+            model.train()(x)
+    except ValueError as error:  # one value per channel
+        raise InvalidModel(f"a batch of shape {tuple(x.shape)} is too small: {error}") from error
+    for norm, momentum in zip(norms, momentums, strict=True):
+        norm.momentum = momentum
+        norm.running_var.copy_(DAMPING * torch.maximum(norm.running_var, norm.running_var.mean()))
+
+
+def is_random(model: nn.Module) -> bool:
+    """False: no layer draws numbers."""
+    return False
+
+
+class Variant:
+    """A model that trains and predicts in one memory format."""
+
+    def __init__(self, model: nn.Module, order: torch.memory_format) -> None:
+        self.model = model.to(memory_format=order)
+        self._order = order
+        self._given: torch.Tensor | None = None
+        self._x: torch.Tensor | None = None
+
+    def train_on_batch(self, x: torch.Tensor, y: torch.Tensor) -> float:
+        """The loss. Leaves the gradients in the parameters."""
+        self.model.train()
+        self.model.zero_grad(set_to_none=True)
+        loss = nn.functional.cross_entropy(self.model(self._in_order(x)), y)
+        loss.backward()
+        return float(loss.detach())
+
+    def predict_on_batch(self, x: torch.Tensor) -> Any:
+        """The logits as a NumPy array."""
+        self.model.eval()
+        with torch.no_grad():
+            return self.model(self._in_order(x)).numpy()
+
+    def _in_order(self, x: torch.Tensor) -> torch.Tensor:
+        """x in this variant's memory format, converted when it is first seen: data comes in the model's format."""
+        if self._given is not x:
+            self._given, self._x = x, x.contiguous(memory_format=self._order)
+        return self._x
+
+
+def make_variant(name: str, model: nn.Module) -> Variant:
+    """A copy of PyTorch's `model` as that variant."""
+    kind = name.removesuffix(CHANNELS_LAST)
+    order = torch.contiguous_format if kind == name else torch.channels_last
+    made = copy.deepcopy(model)
+    if kind == "bnfast":
+        made = accelerate(made)
+    elif kind == "left-out":
+        _remove_batch_norms(made)
+    return Variant(made, order)
+
+
+def count_batch_norms(variant: Variant) -> dict[str, int]:
+    """The number of batch norms per package and class, such as {"torch.BatchNorm2d": 52}."""
+    kinds = [type(norm) for norm in batch_norms(variant.model)]
+    return dict(Counter(f"{kind.__module__.split('.')[0]}.{kind.__name__}" for kind in kinds))
+
+
+def _remove_batch_norms(model: nn.Module) -> None:
     for module in model.modules():
         for name, child in module.named_children():
             if isinstance(child, nn.BatchNorm2d):
                 setattr(module, name, nn.Identity())
-    return model
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Measure the models that the command line names, in both memory formats."""
-    given = parse("torch_models", MODELS, arguments)
-    for name in given.models:
-        for order in ORDERS:
-            for row in measure(name, given.batch, given.size, given.rounds, order):
-                print(json.dumps(row), flush=True)
-
-
-if __name__ == "__main__":
-    main()

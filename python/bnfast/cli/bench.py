@@ -1,13 +1,13 @@
 """`bnfast bench`: times the public API against torch, TensorFlow's fused op, Keras's layer, JAX, and a plain copy.
 
 Prints a summary; with --out it also writes bench.json, bench.md and bench.png to that folder. bnfast.benchmark.timing
-says how it measures. With --model it times a whole Keras model instead: bnfast.cli.bench_model.
+says how it measures. With --model it times a whole model instead, of Keras, PyTorch or JAX: bnfast.cli.bench_model.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from bnfast.cli.errors import (
     require_memory,
     thread_count,
 )
+from bnfast.cli.names import name_list
 from bnfast.cli.output import show, show_table
 from bnfast.cli.progress import progress_bar
 
@@ -34,7 +35,7 @@ MOST_VALUES, MOST_SPATIAL = 2**60, 16  # the bytes of float64 fit into an int64;
 TITLES = {peer.name: peer.title for peer in PEERS}
 # The options that apply only without --model, and only with it.
 SHAPES_ONLY: tuple[str, ...] = ("set", "shape", "op", "layout", "dtype", "peers", "outputs")
-MODEL_ONLY: tuple[str, ...] = ("batch", "size", "variants", "memory_runs")
+MODEL_ONLY: tuple[str, ...] = ("framework", "batch", "size", "variants", "memory_runs")
 
 
 def register(subparsers: Any) -> None:
@@ -69,7 +70,7 @@ def _add_shape_options(parser: argparse.ArgumentParser) -> None:
         known = list(known)
         parser.add_argument(
             option,
-            type=_name_list(known, families),
+            type=name_list(known, families),
             default=default,
             metavar="NAMES",
             help=text.format(known=", ".join(known)),
@@ -95,16 +96,17 @@ def _add_shape_options(parser: argparse.ArgumentParser) -> None:
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "a whole model",
-        "--model times one model of keras.applications with different batch norms. Of the options above, only"
-        " --threads, --rounds, --quick and --out can be combined with it.",
+        "--model times one model with different batch norms: one of keras.applications, or with --framework torch or"
+        " jax MobileNetV2 or ResNet50, as written in the benchmark. Of the options above, only --threads, --rounds,"
+        " --quick and --out can be combined with it.",
     )
     add = group.add_argument
     add("--model", metavar="NAME", help='the model, such as MobileNetV2 or "MobileNetV2(alpha=0.35)"')
+    add("--framework", choices=models.FRAMEWORKS, default="keras", help="what the model runs on (default: keras)")
     add("--batch", type=positive_int, metavar="N", help=f"images per batch (default: {bench_model.BATCH})")
     add("--size", type=positive_int, metavar="N", help=f"image height and width (default: {bench_model.SIZE})")
-    variants = ", ".join(models.TITLES)
-    variant_list = _name_list(list(models.TITLES), families=True)
-    add("--variants", type=variant_list, metavar="NAMES", help=f"batch norms: {variants} (default: all)")
+    variants = "; ".join(f"{name}: {', '.join(framework.variants)}" for name, framework in models.FRAMEWORKS.items())
+    add("--variants", metavar="NAMES", help=f"batch norms ({variants}) (default: all)")
     runs = f"processes per variant that measure peak memory, 0: none (default: {bench_model.MEMORY_RUNS})"
     add("--memory-runs", type=non_negative_int, metavar="N", help=runs)
 
@@ -264,24 +266,6 @@ def _digits(value: float) -> str:
     """Three digits, never an exponent: 9.87, 98.8, 988."""
     decimals = 2 if value < 10 else 1 if value < 100 else 0
     return f"{value:.{decimals}f}"
-
-
-def _name_list(known: list[str], families: bool = False) -> Callable[[str], list[str]]:
-    """An argparse type: a comma-separated list of `known` names, or all.
-
-    With `families`, a name also selects those that start with it and a hyphen: torch selects every torch-*.
-    """
-
-    def parse(text: str) -> list[str]:
-        chosen: set[str] = set()
-        for name in text.split(","):
-            found = {k for k in known if name in (k, "all") or (families and k.startswith(f"{name}-"))}
-            if not found:
-                raise argparse.ArgumentTypeError(f"must be all, or some of {', '.join(known)}. Received: {name!r}")
-            chosen |= found
-        return [name for name in known if name in chosen]
-
-    return parse
 
 
 def _shape(text: str) -> cases.NamedShape:

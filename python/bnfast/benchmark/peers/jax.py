@@ -16,6 +16,28 @@ from bnfast.benchmark.cases import EPSILON, MOMENTUM, Arrays, Case
 from bnfast.benchmark.peers.base import Calls, Peer
 
 
+def start(threads: int | None) -> Any:
+    """Import JAX on the CPU and start it with that many threads; None: JAX's own number.
+
+    Without effect on the threads once JAX runs.
+    """
+    before = os.environ.get("NPROC")
+    if threads is not None:
+        os.environ["NPROC"] = str(threads)
+    try:
+        import jax
+
+        if not jax.config.jax_platforms:  # the environment variable is read when JAX is imported, so here it's too late
+            jax.config.update("jax_platforms", "cpu")
+        jax.block_until_ready(jax.numpy.zeros(1))
+    finally:
+        if before is not None:
+            os.environ["NPROC"] = before
+        elif threads is not None:
+            del os.environ["NPROC"]
+    return jax
+
+
 class Jax(Peer):
     """jax.jit on the CPU."""
 
@@ -24,19 +46,8 @@ class Jax(Peer):
     distribution = "jax"
 
     def __init__(self, threads: int) -> None:
-        os.environ.setdefault("JAX_PLATFORMS", "cpu")
-        before = os.environ.get("NPROC")
-        os.environ["NPROC"] = str(threads)
-        try:
-            import jax
-
-            jax.config.update("jax_enable_x64", True)
-            jax.block_until_ready(jax.numpy.zeros(1))
-        finally:
-            if before is None:
-                del os.environ["NPROC"]
-            else:
-                os.environ["NPROC"] = before
+        jax = start(threads)
+        jax.config.update("jax_enable_x64", True)
         self.jax = jax
 
     def version(self) -> str:
