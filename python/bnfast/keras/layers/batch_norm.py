@@ -19,6 +19,7 @@ import keras
 from . import activation as activations
 from . import arguments, reader
 from .framework import (
+    FUSES,
     ON_TENSORFLOW,
     Axes,
     Batch,
@@ -31,6 +32,7 @@ from .framework import (
     fusion,
     ghosts,
     is_training,
+    note_updates,
     parameter,
     replicas,
     step,
@@ -319,6 +321,8 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
                     variable = getattr(self, name)
                     same = not ON_TENSORFLOW and tuple(value.shape) == tuple(variable.shape)  # a graph may not know
                     variable.assign(value if same else keras.ops.reshape(value, variable.shape))
+                if trace is not None:
+                    note_updates(y, [self.moving_mean, self.moving_variance])
             y = axes.split(y, x)
             if keras.backend.standardize_dtype(y.dtype) != self.compute_dtype:
                 y = keras.ops.cast(y, self.compute_dtype)
@@ -362,7 +366,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
 
     def _new_trace(self, mode: Mode, features: arguments.Features) -> fusion.Trace | None:
         """Where a call notes what is fused with it; None if nothing may be, as its output is needed."""
-        if not ON_TENSORFLOW:
+        if not FUSES:
             return None
         trace = trace_of(self)
         if mode.is_training is not False:

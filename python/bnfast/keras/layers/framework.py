@@ -15,6 +15,7 @@ from ...tensorflow import op_library
 BACKEND: str = keras.backend.backend()
 BRIDGES = op_library.BRIDGES
 ON_TENSORFLOW = BACKEND == "tensorflow"
+FUSES = BACKEND in ("tensorflow", "jax")  # what follows a batch norm, while a program is traced
 BACKENDS = ("tensorflow", "torch", "jax")
 
 if BACKEND not in BACKENDS:
@@ -36,7 +37,6 @@ else:
     from .portable import adjustment, conditional, ghosts, group_norm, renorm, scalars, weight_norm
     from .portable import nothing_fused as bias
     from .portable import nothing_fused as folding
-    from .portable import nothing_fused as fusion
     from .portable import nothing_fused as inference
     from .portable.axes import Axes
     from .portable.batch import Batch, Options, as_input, parameter
@@ -45,10 +45,16 @@ else:
     from .portable.reference import SMOOTH
     from .portable.step import Policy, replicas, step
 
+    if BACKEND == "jax":
+        from .portable import jax_fusion as fusion
+    else:
+        from .portable import nothing_fused as fusion
+
 __all__ = [
     "BACKEND",
     "BACKENDS",
     "BRIDGES",
+    "FUSES",
     "NAN_POLICIES",
     "ON_TENSORFLOW",
     "SMOOTH",
@@ -71,6 +77,7 @@ __all__ = [
     "inference",
     "is_training",
     "may_train",
+    "note_updates",
     "parameter",
     "register",
     "renorm",
@@ -117,6 +124,14 @@ def choose_bridge(bridge: str) -> str:
 def why_slower(shape: tuple[int | None, ...] | None, dtype: str, bridge: str) -> str | None:
     """Why a layer with inputs of this shape would not gain by bnfast; or None."""
     return worth.why_slower(shape, dtype, bridge) if ON_TENSORFLOW else _kernels().framework().absent()
+
+
+def note_updates(y: Any, variables: list[Any]) -> None:
+    """Tells the fusion on JAX that these variables have got the moving mean and variance of the call that made y."""
+    if BACKEND == "jax":
+        from .portable import jax_fusion
+
+        jax_fusion.updated(y, variables)
 
 
 def count_dtype() -> str:

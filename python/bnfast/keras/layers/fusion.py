@@ -1,10 +1,13 @@
 """Where Keras's operations see that a batch norm of bnfast's made their input, and become part of its op; and where
 Keras's own compiled functions let inference run on the kernels.
 
-All of Keras's layers, keras.ops and keras.activations reach TensorFlow through the functions of its backend. `install`
-puts a function of the same signature in the place of those that add or activate. Each asks
-`tensorflow.fusion` whether its input is the output of a batch norm in the graph being traced; if it isn't, Keras's own
-function computes the result. TensorFlow's own modules stay as they are: tf.nn.relu and `+` on tensors are not fused.
+All of Keras's layers, keras.ops and keras.activations reach TensorFlow and JAX through the functions of Keras's
+backend. `install` puts a function of the same signature in the place of those that add or activate. Each asks
+`tensorflow.fusion`, or `portable.jax_fusion`, whether its input is the output of a batch norm in the graph being
+traced; if it isn't, Keras's own function computes the result. The framework's own modules stay as they are: tf.nn.relu,
+jax.nn.relu and `+` on tensors are not fused. On PyTorch there is no door: nothing is fused.
+
+On JAX selu and leaky_relu aren't fused: JAX's have another slope at exactly 0 than the kernels.
 
 The functions that `evaluate` and `predict` compile are never exported, so in them inference may use bnfast's op
 (`tensorflow.inference`). `install` also has them wrapped. `export` and tf.function trace functions of their own.
@@ -20,22 +23,21 @@ from typing import Any
 import keras
 import numpy as np
 
-from .framework import ON_TENSORFLOW, folding, fusion, inference
+from .framework import FUSES, ON_TENSORFLOW, folding, fusion, inference
 
 _installed = False
 
 
 def install() -> None:
-    """Called by the first batch norm that is made or adopted. Without effect afterwards, and off TensorFlow."""
+    """Called by the first batch norm that is made or adopted. Without effect afterwards, and on PyTorch."""
     global _installed
-    if _installed or not ON_TENSORFLOW:
+    if _installed or not FUSES:
         return
     _installed = True
     backend = keras.src.backend
-    for name in ("relu", "relu6", "silu", "hard_silu", "hard_sigmoid", "selu"):
+    for name in ("relu", "relu6", "silu", "hard_silu", "hard_sigmoid"):
         _wrap(backend.nn, name, _named(name))
     for owner, name, fused in (
-        (backend.nn, "leaky_relu", _leaky_relu),
         (backend.nn, "sigmoid", _sigmoid),
         (backend.nn, "elu", _elu),
         (backend.nn, "gelu", _gelu),
@@ -47,6 +49,10 @@ def install() -> None:
     mish: Any = getattr(keras.src.activations.activations, "Mish", None)  # Keras 3.8 and later
     if mish is not None:
         mish.static_call = staticmethod(_first(_named("mish"), mish.static_call))
+    if not ON_TENSORFLOW:
+        return
+    _wrap(backend.nn, "selu", _named("selu"))
+    _wrap(backend.nn, "leaky_relu", _leaky_relu)
     trainer: Any = keras.src.backend.tensorflow.trainer.TensorFlowTrainer
     for kind in ("test", "predict"):
         _wrap_compiled(trainer, f"make_{kind}_function", f"{kind}_function")
@@ -125,7 +131,7 @@ def _named(activation: str) -> Callable[[Any], Any]:
 
 def _sigmoid(x: Any) -> Any:
     y = fusion.activate(x, "sigmoid")
-    if y is not None:
+    if y is not None and ON_TENSORFLOW:
         y._keras_logits = x  # as in Keras's own, for the losses of binary classification
     return y
 
@@ -146,7 +152,7 @@ def _leaky_relu(x: Any, negative_slope: float = 0.2) -> Any:
 
 def _softplus(x: Any) -> Any:
     y = fusion.activate(x, "softplus")
-    return folding.softplus(x) if y is None else y
+    return folding.softplus(x) if y is None and ON_TENSORFLOW else y
 
 
 def _add(x1: Any, x2: Any) -> Any:

@@ -18,7 +18,7 @@ import keras
 from ..layers import arguments
 from ..layers.batch_norm import KERAS
 from ..layers.batch_norm_add import BatchNormalizationAdd
-from ..layers.framework import ON_TENSORFLOW, choose_bridge, scalars, why_slower
+from ..layers.framework import FUSES, ON_TENSORFLOW, choose_bridge, scalars, why_slower
 from .norms import OURS, norms
 from .patch import PatchedBatchNormalization, overridden, uses_bnfast
 from .text import check_verbose, html_table, listed, table
@@ -133,15 +133,16 @@ def _why_unfused(layer: Any) -> str:
         return "its activation is not one that the kernels have"
     if not layer.trainable:
         return "it is frozen"
-    if not ON_TENSORFLOW:
-        return "only TensorFlow's graphs are fused: pass the activation to bnfast.keras.BatchNormalization"
+    if not FUSES:
+        return "PyTorch's calls aren't fused: pass the activation to bnfast.keras.BatchNormalization"
     if trace is None:
         return "no training call of it has been seen yet"
     if not isinstance(layer.axis, int) or features.virtual_batch_size is not None or features.adjustment is not None:
         return "several axes, virtual_batch_size or adjustment change its output after the kernel"
     if not trace.in_graph:
         return "its last training call ran eagerly, and only graphs are fused"
-    return "no activation or add of Keras's alone reads its output (tf.nn functions and + aren't seen)"
+    functions = "tf.nn functions" if ON_TENSORFLOW else "jax.nn functions, selu, leaky_relu"
+    return f"no activation or add of Keras's alone reads its output ({functions} and + aren't seen)"
 
 
 def _bridge(layer: Any) -> str:

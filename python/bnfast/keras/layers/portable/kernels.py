@@ -54,6 +54,9 @@ class Framework(Protocol):
 
     def infer(self, batch: Batch, moving: tuple[Any, Any], options: Options) -> Any: ...
 
+    def mark(self, y: Any, x: Any, run: Any, options: Options, trace: Any) -> None:
+        """Marks y, the output of `train_step`, where the framework fuses what reads it: jax_fusion.mark."""
+
     def group_norm(self, x: Any, gamma: Any, beta: Any, norm: Any) -> Any:
         """y of the `group_norm.Norm`, or None if these axes aren't for the kernels."""
 
@@ -114,6 +117,12 @@ def infer(batch: Batch, moving: tuple[Any, Any], options: Options) -> Any:
     return (framework().infer if _takes(batch.x, None, options, quiet=True) else reference.infer)(
         batch, moving, options
     )
+
+
+def mark(y: Any, batch: Batch, run: Any, options: Options, trace: Any) -> None:
+    """Marks y, the output of `train_step` of this batch, if the kernels computed it: jax_fusion.mark."""
+    if framework().why_not(batch.x, batch.mask, options) is None:
+        framework().mark(y, batch.x, run, options, trace)
 
 
 def group_norm(x: Any, gamma: Any, beta: Any, norm: Any) -> Any:

@@ -1,4 +1,7 @@
-"""What the layers ask of TensorFlow's graphs, where there is none: nothing is fused, folded or passed over."""
+"""What the layers ask of TensorFlow's graphs, where there is none: nothing is fused, folded or passed over.
+
+Fusion on JAX: jax_fusion.
+"""
 
 from __future__ import annotations
 

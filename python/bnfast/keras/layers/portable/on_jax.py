@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from .... import jax as kernels
-from . import reference
+from . import jax_fusion, reference
 from .batch import Batch, Options, constant
 
 
@@ -68,6 +68,11 @@ def moments(x: Any, mask: Any, options: Options) -> tuple[Any, Any]:
 def infer(batch: Batch, moving: tuple[Any, Any], options: Options) -> Any:
     """`kernels.infer`, in Keras's own ops."""
     return reference.infer(batch, moving, options)
+
+
+def mark(y: Any, x: Any, run: Any, options: Options, trace: Any) -> None:
+    """`jax_fusion.mark`."""
+    jax_fusion.mark(y, x, run, options, trace)
 
 
 def group_norm(x: Any, gamma: Any, beta: Any, norm: Any) -> Any:

@@ -77,14 +77,9 @@ def step(
     moving = core.state["moving_mean"], core.state["moving_variance"]
     if mode.use_batch:
         on_reference = core.on_reference or mask_varies_by_channel(core.batch.mask, core.options)
-        y, mean, variance = (reference if on_reference else kernels).train_step(
-            core.batch,
-            moving,
-            core.momentum,
-            core.options,
-            correction=core.correction,
-            nan_policy=core.nan_policy,
-        )
+        y, mean, variance = _train(reference if on_reference else kernels, core, core.options, core.batch.residual)
+        if policy.trace is not None and not finishes and not on_reference:
+            kernels.mark(y, core.batch, partial(_train, kernels, core), core.options, policy.trace)
         new = {**core.state, "moving_mean": mean, "moving_variance": variance}
     else:
         y = kernels.infer(core.batch, moving, core.options)
@@ -92,6 +87,15 @@ def step(
     for finish in reversed(finishes):
         y, new = finish(y, new)
     return y, new if mode.update else state
+
+
+def _train(by: Any, core: CoreStep, options: Options, residual: Any) -> tuple[Any, Any, Any]:
+    """`train_step` of a module, with these options and this residual."""
+    moving = core.state["moving_mean"], core.state["moving_variance"]
+    batch = core.batch._replace(residual=residual)
+    return by.train_step(  # type: ignore[no-any-return]
+        batch, moving, core.momentum, options, correction=core.correction, nan_policy=core.nan_policy
+    )
 
 
 def _transforms(policy: Policy, mode: Mode, draw: Callable[[], Any] | None) -> Iterator[Transform]:
