@@ -15,6 +15,7 @@ from .functional import batch_norm
 from .group_functional import group_norm, instance_norm, layer_norm
 from .models.accelerate import accelerate, to_torch
 from .models.fold import fold
+from .models.fusion import compiler, fuse
 from .models.recalibrate import recalibrate
 from .models.report import report
 from .modules.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
@@ -34,7 +35,9 @@ __all__ = [
     "SyncBatchNorm",
     "accelerate",
     "batch_norm",
+    "compiler",
     "fold",
+    "fuse",
     "group_norm",
     "instance_norm",
     "layer_norm",

@@ -1,5 +1,8 @@
 """The state of a model's normalizations, one row per module.
 
+What follows a batch norm is fused with it by torch.compile(model, backend=bnfast.torch.compiler) alone: in eager calls
+hooks and other readers see the tensor in between. The printed report says so.
+
 state   "bnfast", or "torch": the module runs PyTorch's own code, or that of a derived class
 reason  why the state is "torch"; or why a call of a bnfast module was left to PyTorch's kernel; "" otherwise
 """
@@ -16,6 +19,7 @@ from .accelerate import CLASSES, why_unchanged
 
 __all__ = ["Report", "Row", "report"]
 
+_FUSION = "activations and sums: fused by torch.compile(model, backend=bnfast.torch.compiler), not in eager calls"
 _NORMS = (_NormBase, *CLASSES)
 
 
@@ -46,7 +50,8 @@ class Report:
         widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
         lines = ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in (heads, *rows)]
         ours = len(self.rows) - len(self.torch)
-        return "\n".join([f"{self.model}: {ours} of {len(self.rows)} normalizations on bnfast", *lines])
+        told = [_FUSION] if ours else []
+        return "\n".join([f"{self.model}: {ours} of {len(self.rows)} normalizations on bnfast", *lines, *told])
 
 
 def report(module: torch.nn.Module) -> Report:
@@ -63,6 +68,7 @@ def report(module: torch.nn.Module) -> Report:
         module  class            state   reason
         0       BatchNorm1d      bnfast
         1       LazyBatchNorm1d  torch   it is lazy: call the model once, then accelerate it
+        activations and sums: fused by torch.compile(model, backend=bnfast.torch.compiler), not in eager calls
     """
     if not isinstance(module, torch.nn.Module):
         raise TypeError(f"module must be a torch.nn.Module. Received: {type(module).__name__}")
