@@ -9,8 +9,10 @@ they were found (a folder in PYTHONPATH, an installed package, an editable insta
 from __future__ import annotations
 
 import errno
+import os
 import subprocess
 import sys
+from collections.abc import Mapping
 
 __all__ = ["run", "run_module"]
 
@@ -24,8 +26,11 @@ spec.loader.exec_module(package)
 """
 
 
-def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run(
+    code: str, *arguments: str, folder: str | None = None, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run `code` with sys.argv[1:] = arguments, and bnfast imported. It reads nothing from stdin; its output is kept.
+    `folder` is its working directory (None: this one's), `environment` is added to this process's.
 
     Raises OSError if no process can be started.
     """
@@ -36,13 +41,23 @@ def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     prelude = _PRELUDE.format(path=path, file=package.__file__, folders=list(package.__path__))
     command = [sys.executable, *_flags(), "-c", prelude + code, *arguments]
     return subprocess.run(
-        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, encoding="utf-8", errors="replace"
+        command,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        cwd=folder,
+        env={**os.environ, **(environment or {})},
     )
 
 
-def run_module(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run_module(
+    name: str, *arguments: str, folder: str | None = None, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run `main(arguments)` of the module `name`, one of bnfast's, and exit with what it returns."""
-    return run(f"from {name} import main\nsys.exit(main(sys.argv[1:]))\n", *arguments)
+    code = f"from {name} import main\nsys.exit(main(sys.argv[1:]))\n"
+    return run(code, *arguments, folder=folder, environment=environment)
 
 
 def _flags() -> list[str]:

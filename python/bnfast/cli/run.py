@@ -1,33 +1,27 @@
 """`bnfast run SCRIPT [ARGS]`: runs an unmodified Keras script with bnfast's batch norm in place of Keras's.
 
-The script runs as under `python SCRIPT ARGS`: as __main__, with its own sys.argv, sys.path[0], tracebacks and exit
-status. Keras is patched right after the script has imported it, not earlier. So environment variables that the script
-sets first (KERAS_BACKEND, TF_CPP_MIN_LOG_LEVEL, CUDA_VISIBLE_DEVICES) still count, and a script without Keras does not
-pay for its import. bnfast writes only to stderr: one line at the start and a summary at the end.
+The script runs as under `python SCRIPT ARGS` (script.py). Keras is patched right after the script has imported it
+(keras_import.py). bnfast writes only to stderr: one line at the start and a summary at the end. With --compare the
+script runs in processes of its own, with Keras's layer and with bnfast's (compare/).
 """
 
 from __future__ import annotations
 
 import argparse
 import atexit
-import builtins
-import contextlib
-import importlib.abc
-import importlib.machinery
-import importlib.util
-import io
+import dataclasses
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from types import CodeType, ModuleType
+from collections.abc import Sequence
 from typing import Any
 
-from bnfast.cli import tf_layers
-from bnfast.cli.errors import UserError, require
+from bnfast.cli import script, tf_layers
+from bnfast.cli.errors import UserError, positive_int, require
+from bnfast.cli.keras_import import AfterImport
 from bnfast.cli.output import say, show
 
-USAGE = "bnfast run [--quiet | --no-summary] (SCRIPT | -m MODULE) [ARGS ...]"
+USAGE = "bnfast run [OPTIONS] (SCRIPT | -m MODULE) [ARGS ...]"
+STEPS = 20
 HELP = f"""usage: {USAGE}
 
 Run a Python script or module with bnfast's batch norm in place of keras.layers.BatchNormalization.
@@ -37,6 +31,13 @@ options:
   -m MODULE     run a module, as python -m does
   --no-summary  don't print the summary at the end
   --quiet       print neither the line at the start nor the summary
+  --compare     don't train to the end: run the script four times for a few steps and print how far bnfast's training
+                is from Keras's, beside Keras's own distance when one weight moves by 1 ulp
+
+with --compare:
+  --steps N     training steps of each fit, and of a loop of the script's own (default: {STEPS})
+  --in-place    run in the working directory, not in copies of it; the script then writes its files as it always does
+  --json        one JSON object on standard output
 
 Only this process and its forks use bnfast. Processes that the script starts anew, such as those that multiprocessing
 spawns, use Keras's own layer.
@@ -49,6 +50,20 @@ STARTERS = (
     "multiprocessing.popen_spawn_win32",
     "multiprocessing.popen_forkserver",
 )
+
+
+@dataclasses.dataclass
+class Options:
+    """The options of `bnfast run`, each by its name on the command line."""
+
+    help: bool = False
+    module: bool = False
+    quiet: bool = False
+    no_summary: bool = False
+    compare: bool = False
+    in_place: bool = False
+    json: bool = False
+    steps: int | None = None
 
 
 def register(subparsers: Any) -> None:
@@ -64,173 +79,74 @@ def register(subparsers: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the script and return the exit status. A SystemExit of the script passes through."""
     options, command = _split(arguments.command_line)
-    if "-h" in options or "--help" in options:
+    if options.help:
         show(HELP.removesuffix("\n"))
         return 0
     if not command:
         raise UserError(f"run: a script or -m MODULE is needed. usage: {USAGE}")
     other = os.environ.get("KERAS_BACKEND", "tensorflow") != "tensorflow"
     require(*([] if other else ["tensorflow"]), "keras", extra="keras")
-    try:
-        module, code = _load_module(command) if "-m" in options else _load_script(command)
-    except FileNotFoundError as error:  # os.getcwd
-        raise UserError("run: the working directory was deleted") from error
-    watcher = _PatchOnImport()
-    sys.meta_path.insert(0, watcher)
-    if "--quiet" not in options:
+    if options.compare:
+        from bnfast.cli import compare
+
+        return compare.run(
+            command,
+            module=options.module,
+            steps=options.steps or STEPS,
+            in_place=options.in_place,
+            as_json=options.json,
+            quiet=options.quiet,
+        )
+    module, code = script.load(command, module=options.module, safe_path=sys.flags.safe_path)
+    patcher = Patcher()
+    AfterImport(patcher.patch)
+    if not options.quiet:
         say(f"bnfast: running {command[0]} with bnfast's batch norm in place of Keras's")
-        if "--no-summary" not in options:
-            atexit.register(_print_summary, watcher, os.getpid())
-    return _execute(module, code)
+        if not options.no_summary:
+            atexit.register(_print_summary, patcher, os.getpid())
+    return script.execute(module, code)
 
 
-def _print_summary(watcher: _PatchOnImport, process: int) -> None:
+def _print_summary(patcher: Patcher, process: int) -> None:
     if os.getpid() == process:  # a forked child that ends by sys.exit runs its parent's exit functions, too
-        say(watcher.summary())
+        say("\n".join(f"bnfast: {line}" for line in patcher.summary()))
 
 
-def _split(command_line: Sequence[str]) -> tuple[set[str], list[str]]:
+def _split(command_line: Sequence[str]) -> tuple[Options, list[str]]:
     """The options of `bnfast run`, and the command: the script or module name with its own arguments."""
-    options: set[str] = set()
-    for index, argument in enumerate(command_line):
-        if not argument.startswith("-") or argument == "-":
-            return options, list(command_line[index:])
-        if argument == "--":
-            return options, list(command_line[index + 1 :])
-        if argument not in ("-h", "--help", "--quiet", "--no-summary", "-m"):
-            raise UserError(f"run: unknown option {argument}. usage: {USAGE}")
-        options.add(argument)
-        if argument == "-m":
-            return options, list(command_line[index + 1 :])
-    return options, []
+    options, words = Options(), list(command_line)
+    while words and words[0].startswith("-") and words[0] != "-" and not options.module:
+        word, _, value = words.pop(0).partition("=")
+        if word == "--":
+            break
+        name = {"-h": "help", "-m": "module"}.get(word, word.removeprefix("--").replace("-", "_"))
+        if word == "--steps":
+            options.steps = _steps(value or (words.pop(0) if words else ""))
+        elif not hasattr(options, name) or value or word == "--module":
+            raise UserError(f"run: unknown option {word}. usage: {USAGE}")
+        else:
+            setattr(options, name, True)
+    for given, name in ((options.steps, "--steps"), (options.in_place, "--in-place"), (options.json, "--json")):
+        if given and not options.compare:
+            raise UserError(f"run: {name} needs --compare. usage: {USAGE}")
+    return options, words
 
 
-def _load_script(command: list[str]) -> tuple[ModuleType, CodeType]:
-    """A new __main__ module for the script, and its code. Sets sys.argv and sys.path[0] as Python does."""
-    path = Path(command[0]).absolute()  # as in Python's tracebacks; sys.argv keeps the path as given
-    sys.argv[:] = command
-    spec = importlib.machinery.PathFinder.find_spec("__main__", [str(path)])
-    if spec is not None:  # a folder or a zip file with a __main__.py
-        _set_search_folder(str(path))
-        return _from_spec(spec)
-    _set_search_folder(str(path.resolve().parent))
-    module = ModuleType("__main__")
-    module.__dict__.update(__file__=str(path), __cached__=None, __builtins__=builtins)
-    module.__loader__ = importlib.machinery.SourceFileLoader("__main__", str(path))
+def _steps(text: str) -> int:
     try:
-        with io.open_code(str(path)) as file:
-            source = file.read()
-    except OSError as error:
-        raise UserError(f"run: can't open {command[0]}: {error.strerror}") from error
-    return module, _compile(source, str(path))
+        return positive_int(text)
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"run: argument --steps: {error}") from error
 
 
-def _load_module(command: list[str]) -> tuple[ModuleType, CodeType]:
-    """The same for `python -m NAME`; the code of a package is its __main__."""
-    name = command[0]
-    _set_search_folder(str(Path.cwd()))
-    try:
-        spec = importlib.util.find_spec(name)
-        if spec is not None and spec.submodule_search_locations is not None:
-            name += ".__main__"
-            spec = importlib.util.find_spec(name)
-    except (ImportError, ValueError) as error:
-        raise UserError(f"run: no module named {command[0]} ({error})") from error
-    if spec is None or not hasattr(spec.loader, "get_code"):
-        raise UserError(f"run: no module named {name}")
-    sys.argv[:] = [spec.origin or name, *command[1:]]
-    return _from_spec(spec)
-
-
-def _from_spec(spec: importlib.machinery.ModuleSpec) -> tuple[ModuleType, CodeType]:
-    loader: Any = spec.loader
-    module = ModuleType("__main__")
-    module.__dict__.update(__file__=spec.origin, __cached__=spec.cached, __builtins__=builtins)
-    module.__spec__, module.__loader__, module.__package__ = spec, loader, spec.parent
-    with _script_errors():
-        code = loader.get_code(spec.name)
-    if code is None:  # a module of C, such as sys
-        raise UserError(f"run: {spec.name} has no Python code")
-    return module, code
-
-
-def _set_search_folder(folder: str) -> None:
-    """Make `folder` the first place that imports search, instead of the folder of `bnfast` itself."""
-    if not sys.flags.safe_path:  # python -P searches no such folder
-        sys.path[0] = folder
-
-
-def _compile(source: bytes, path: str) -> CodeType:
-    with _script_errors():
-        return compile(source, path, "exec", dont_inherit=True)
-
-
-@contextlib.contextmanager
-def _script_errors() -> Iterator[None]:
-    """Shows an error in the script's syntax as Python does, and ends the process with Python's status."""
-    try:
-        yield
-    except (SyntaxError, ValueError) as error:
-        sys.excepthook(type(error), error.with_traceback(None), None)
-        raise SystemExit(1) from None
-
-
-def _execute(module: ModuleType, code: CodeType) -> int:
-    """Run the code as __main__. It stays __main__ until the process ends, since pickle, atexit and threads need it."""
-    sys.modules["__main__"] = module
-    try:
-        exec(code, module.__dict__)
-    except SystemExit:
-        raise
-    except BaseException as error:
-        traceback = error.__traceback__.tb_next if error.__traceback__ else None  # starts in the script
-        sys.excepthook(type(error), error.with_traceback(traceback), traceback)
-        return 130 if isinstance(error, KeyboardInterrupt) else 1
-    return 0
-
-
-class _PatchOnImport(importlib.abc.MetaPathFinder):
-    """Patches Keras once the imports of Keras and TensorFlow are complete.
-
-    Each of them imports the other while it starts up, so the patch waits for whichever ends last.
-    """
-
-    WATCHED = ("tensorflow", "keras")
+class Patcher:
+    """Patches Keras, and knows what came of it."""
 
     def __init__(self) -> None:
         self.reason: str | None = "the script didn't import Keras"  # why Keras is not patched; None: it is
-        self._importing: set[str] = set()
 
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        """The spec that the other finders return, with a loader that calls `_patch` after the import."""
-        if name not in self.WATCHED or name in self._importing:
-            return None
-        self._importing.add(name)
-        try:
-            spec = importlib.util.find_spec(name)
-        finally:
-            self._importing.discard(name)
-        if spec is not None and spec.loader is not None:
-            self._watch(name, spec.loader)
-        return spec
-
-    def _watch(self, name: str, loader: Any) -> None:
-        execute = loader.exec_module
-
-        def exec_module(module: ModuleType) -> None:
-            self._importing.add(name)
-            try:
-                execute(module)
-            finally:
-                self._importing.discard(name)
-                del loader.exec_module
-            if "keras" in sys.modules and not self._importing:
-                self._patch()
-
-        loader.exec_module = exec_module
-
-    def _patch(self) -> None:
-        sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not self]
+    def patch(self) -> None:
+        """To be called once Keras is imported."""
         try:
             import keras
 
@@ -246,7 +162,7 @@ class _PatchOnImport(importlib.abc.MetaPathFinder):
         except Exception as error:  # the script must run all the same
             self.reason = f"{type(error).__name__}: {error}"
 
-    def summary(self) -> str:
+    def summary(self) -> list[str]:
         """The lines to print at the end: how many layers ran on what, or why nothing was replaced."""
         if self.reason is not None:
             legacy = " (tf_keras is not Keras 3)" if "tf_keras" in sys.modules else ""
@@ -259,4 +175,4 @@ class _PatchOnImport(importlib.abc.MetaPathFinder):
                 lines = [*summary().splitlines(), *lines]
         if not sys.modules.keys().isdisjoint(STARTERS):
             lines.append("processes that multiprocessing spawned aren't covered: Keras's own layer runs there")
-        return "\n".join(f"bnfast: {line}" for line in lines)
+        return lines

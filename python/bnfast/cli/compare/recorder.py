@@ -1,0 +1,300 @@
+"""Records what a script trains, and ends each training after some steps. Runs in the process of the script.
+
+It wraps Keras's own entries: Model.fit, Model.train_on_batch, and, for loops of the script's own, Optimizer.apply and
+the calls of tf.functions, after which it looks whether an optimizer has counted a step. A fit ends by
+`model.stop_training`, as EarlyStopping ends it. Nothing else can end a stranger's loop than an exception: `End`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import math
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from bnfast.cli.compare import ulp
+from bnfast.cli.compare.trainings import FIRST, LAST, Record, Training, moving_statistics
+
+MOST_TRAININGS = 12  # a script may call fit for every epoch; each keeps the weights twice
+
+
+class End(BaseException):
+    """Ends the script. Not an Exception, because scripts catch those."""
+
+
+class Recorder:
+    """What the script trains; `install()` once Keras is imported, `finish()` when the script has ended."""
+
+    def __init__(self, folder: Path, steps: int, move: bool) -> None:
+        self.record = Record()
+        self._folder, self._steps = folder, steps
+        self._mover = ulp.Mover() if move else None
+        self._inside = 0  # calls of fit and train_on_batch that are running
+        self._optimizers: dict[int, tuple[weakref.ref[Any], int]] = {}  # and the steps seen
+        self._loops: dict[int, tuple[Training, Callable[[], Any], Callable[[], Any]]] = {}  # by id of model, optimizer
+        self._norms: list[weakref.ref[Any]] = []
+
+    def install(self) -> None:
+        """Wraps the entries of Keras, which the script has just imported."""
+        import keras
+        from keras.src.optimizers.base_optimizer import BaseOptimizer
+
+        self.record.keras = True
+        _wrap(keras.layers.BatchNormalization.__mro__[_keras_class_index()], "build", self._built)
+        _wrap(keras.Model, "fit", self._fit)
+        _wrap(keras.Model, "train_on_batch", self._train_on_batch)
+        _wrap(keras.Model, "evaluate", self._evaluate)
+        _wrap(BaseOptimizer, "apply", self._apply)
+        if "tensorflow" in sys.modules:
+            with contextlib.suppress(ImportError, AttributeError):
+                from tensorflow.python.eager.polymorphic_function.polymorphic_function import Function
+
+                _wrap(Function, "__call__", self._call_function)
+
+    def finish(self) -> None:
+        """Keeps the last values of loops that took fewer steps, and writes the record."""
+        self.record.batch_norms = len(self._norms)
+        self.record.legacy = "tf_keras" in sys.modules
+        self.record.moved = bool(self._mover and self._mover.moved)
+        for training, weights, moving in self._loops.values():
+            if LAST not in training.kept and training.steps:
+                training.keep(self._folder, LAST, weights(), moving())
+        self.record.trainings = [each for each in self.record.trainings if each.steps and len(each.kept) == 2]
+        self.record.write(self._folder)
+
+    def _built(self, own: Any, layer: Any, *args: Any, **kwargs: Any) -> None:
+        own(layer, *args, **kwargs)
+        self._norms.append(weakref.ref(layer))
+
+    # ---- fit ---------------------------------------------------------------------------------------------------------
+
+    def _fit(self, own: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        import keras
+
+        if self._inside:
+            return own(model, *args, **kwargs)
+        self._end_if_enough()
+        bound = inspect.signature(own).bind(model, *args, **kwargs)
+        given = bound.arguments
+        training = self._new(f"fit of {model.name}")
+        watcher = self._watcher(training)
+        callbacks = given.get("callbacks")
+        if isinstance(callbacks, keras.callbacks.CallbackList):
+            callbacks.append(watcher)
+        else:
+            listed = callbacks if isinstance(callbacks, (list, tuple)) else [callbacks] if callbacks else []
+            given["callbacks"] = [*listed, watcher]
+        validation = given.get("validation_data")
+        batch_size = given.get("validation_batch_size") or given.get("batch_size")
+        if validation is not None and self._is_long(validation, batch_size, given.get("validation_steps")):
+            given["validation_steps"] = self._steps
+        with self._within():
+            return own(*bound.args, **bound.kwargs)
+
+    def _watcher(self, training: Training) -> Any:
+        import keras
+
+        recorder = self
+
+        class Watcher(keras.callbacks.Callback):  # type: ignore[misc]
+            def on_train_begin(self, logs: Any = None) -> None:
+                if recorder._mover and self.model.built:
+                    recorder._mover.move(self.model.trainable_variables)
+
+            def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+                self.earlier = training.steps
+
+            def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+                before, training.steps = training.steps, self.earlier + batch + 1  # several with steps_per_execution
+                training.losses.append(_loss(logs))
+                if not before:
+                    self._keep(FIRST)
+                if training.steps >= recorder._steps:
+                    self._keep(LAST)
+                    self.model.stop_training = True
+
+            def on_train_end(self, logs: Any = None) -> None:
+                if training.steps and LAST not in training.kept:
+                    self._keep(LAST)
+
+            def _keep(self, when: str) -> None:
+                if when not in training.kept:
+                    getattr(self.model, "jax_state_sync", lambda: None)()
+                    training.keep(recorder._folder, when, *_variables_of(self.model))
+
+        return Watcher()
+
+    def _evaluate(self, own: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._inside:
+            return own(model, *args, **kwargs)
+        bound = inspect.signature(own).bind(model, *args, **kwargs)
+        given = bound.arguments
+        if self._is_long(given.get("x"), given.get("batch_size"), given.get("steps")):
+            given["steps"] = self._steps
+        with self._within():
+            return own(*bound.args, **bound.kwargs)
+
+    def _is_long(self, data: Any, batch_size: int | None, steps: int | None) -> bool:
+        """Whether evaluating takes more than the training that it follows. Data of unknown length counts as short."""
+        if steps is not None:
+            return steps > self._steps
+        try:
+            while isinstance(data, (tuple, list)):
+                data = data[0]
+            rows = hasattr(data, "shape")
+            return len(data) > self._steps * ((batch_size or 32) if rows else 1)
+        except (TypeError, IndexError):
+            return False
+
+    # ---- loops of the script's own -----------------------------------------------------------------------------------
+
+    def _train_on_batch(self, own: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._inside:
+            return own(model, *args, **kwargs)
+        if self._mover and model.built:
+            self._mover.move(model.trainable_variables)
+        with self._within():
+            result = own(model, *args, **kwargs)
+        weights, moving = (functools.partial(_part, model, i) for i in range(2))
+        self._step(id(model), f"train_on_batch of {model.name}", 1, weights, moving)
+        self._loops[id(model)][0].losses.append(_loss(result))
+        self._end_if_done()
+        return result
+
+    def _apply(self, own: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        given = inspect.signature(own).bind(optimizer, *args, **kwargs).arguments
+        variables = given.get("trainable_variables")
+        if self._mover and not _in_stateless_scope():
+            self._mover.move(list(variables) if variables is not None else optimizer._trainable_variables)
+        result = own(optimizer, *args, **kwargs)
+        self._optimizers.setdefault(id(optimizer), (weakref.ref(optimizer), 0))
+        self._look()
+        return result
+
+    def _call_function(self, own: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
+        result = own(function, *args, **kwargs)
+        self._look()
+        return result
+
+    def _look(self) -> None:
+        """Counts the steps that optimizers have taken since the last look, unless fit or train_on_batch counts them."""
+        if self._inside or not self._optimizers or _stateless():
+            return
+        for key, optimizer, seen, now in self._counts():
+            if now > seen:
+                weights = functools.partial(getattr, optimizer, "_trainable_variables")
+                self._step(key, f"loop of {optimizer.name}", now - seen, weights, self._all_moving)
+        self._end_if_done()
+
+    def _counts(self) -> Iterator[tuple[int, Any, int, int]]:
+        """Every optimizer of the script's, the steps that were seen, and those it has taken; then they are seen."""
+        for key, (reference, seen) in list(self._optimizers.items()):
+            optimizer = reference()
+            if optimizer is not None:
+                now = _iterations(optimizer)
+                self._optimizers[key] = (reference, now)
+                yield key, optimizer, seen, now
+
+    def _step(self, key: int, name: str, count: int, weights: Callable[[], Any], moving: Callable[[], Any]) -> None:
+        if key not in self._loops:
+            self._loops[key] = (self._new(name), weights, moving)
+        training = self._loops[key][0]
+        training.steps += count
+        if not training.kept:
+            training.keep(self._folder, FIRST, weights(), moving())
+
+    def _all_moving(self) -> list[Any]:
+        layers = [layer for layer in (reference() for reference in self._norms) if layer is not None]
+        return [each for layer in layers for each in moving_statistics(layer.non_trainable_variables)]
+
+    # ---- the end -----------------------------------------------------------------------------------------------------
+
+    def _new(self, name: str) -> Training:
+        training = Training(name, len(self.record.trainings))
+        self.record.trainings.append(training)
+        return training
+
+    def _end_if_done(self) -> None:
+        if any(training.steps >= self._steps for training, *_ in self._loops.values()):
+            self.record.stopped = "in a loop of its own"
+            raise End
+
+    def _end_if_enough(self) -> None:
+        if len(self.record.trainings) >= MOST_TRAININGS:
+            self.record.stopped = f"after {MOST_TRAININGS} trainings"
+            raise End
+
+    @contextlib.contextmanager
+    def _within(self) -> Iterator[None]:
+        self._inside += 1
+        try:
+            yield
+        finally:
+            self._inside -= 1
+            if not _stateless():
+                list(self._counts())  # these steps are counted
+
+
+def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
+    """owner.name(...) becomes wrapper(the method that it was, ...)."""
+    own = getattr(owner, name)
+
+    @functools.wraps(own)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(own, *args, **kwargs)
+
+    setattr(owner, name, wrapped)
+
+
+def _keras_class_index() -> int:
+    """Where Keras's own class stands in the order of bases of keras.layers.BatchNormalization, patched or not."""
+    import keras
+
+    return next(i for i, kind in enumerate(keras.layers.BatchNormalization.__mro__) if kind.__module__[:6] == "keras.")
+
+
+def _variables_of(model: Any) -> tuple[list[Any], list[Any]]:
+    return list(model.trainable_variables), moving_statistics(model.non_trainable_variables)
+
+
+def _part(model: Any, i: int) -> list[Any]:
+    return _variables_of(model)[i]
+
+
+def _loss(result: Any) -> float:
+    """The loss in the logs of a step, or in what train_on_batch returned; NaN if there is none."""
+    with contextlib.suppress(Exception):  # a script's train_step may return anything
+        if isinstance(result, dict):
+            result = result["loss"] if "loss" in result else next(iter(result.values()))
+        while isinstance(result, (list, tuple)):
+            result = result[0]
+        return float(result)
+    return math.nan
+
+
+def _stateless() -> bool:
+    """Whether the variables of Keras have no values now: while TensorFlow or JAX traces a function."""
+    import keras
+
+    if _in_stateless_scope() or keras.backend.backend() != "tensorflow":
+        return _in_stateless_scope()
+    import tensorflow as tf
+
+    return not tf.executing_eagerly()
+
+
+def _in_stateless_scope() -> bool:
+    from keras.src.backend.common.stateless_scope import in_stateless_scope
+
+    return bool(in_stateless_scope())
+
+
+def _iterations(optimizer: Any) -> int:
+    import keras
+
+    return int(keras.ops.convert_to_numpy(optimizer.iterations)) if optimizer.built else 0

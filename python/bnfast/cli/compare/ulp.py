@@ -1,0 +1,68 @@
+"""Moves one weight by 1 ulp, the distance to the next number of its dtype: the least change that there is.
+
+What becomes of it after some steps is the yardstick: no implementation that rounds differently can stay closer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+
+class Mover:
+    """Moves one weight of every set of variables that an optimizer trains, before its first step."""
+
+    def __init__(self) -> None:
+        self.moved: list[str] = []
+        self._covered: dict[int, Any] = {}  # variables of sets in which one was moved; held, so that ids stay theirs
+
+    def move(self, variables: Sequence[Any]) -> None:
+        """Without effect if one of them belongs to a set that was handled before."""
+        if not variables or any(id(each) in self._covered for each in variables):
+            return
+        self._covered.update((id(each), each) for each in variables)
+        for variable in _candidates(variables):
+            with _outside_of_graphs():
+                if _move(variable):
+                    self.moved.append(getattr(variable, "path", variable.name))
+                    return
+
+
+def _candidates(variables: Sequence[Any]) -> list[Any]:
+    """The gamma of a batch norm first, since it changes a whole channel of what bnfast computes; then kernels, from
+    the last on, whose inputs are less often constant 0 than a first layer's pixels."""
+    gammas = [each for each in variables if each.name == "gamma"]
+    kernels = [each for each in reversed(variables) if len(each.shape) > 1]
+    return [*gammas, *kernels, *variables]
+
+
+def _move(variable: Any) -> bool:
+    """Moves the largest entry, if it isn't 0. 1 ulp is least in proportion to a large entry, and always seen."""
+    import keras
+
+    values = np.array(keras.ops.convert_to_numpy(variable))
+    if not values.size or not keras.backend.is_float_dtype(variable.dtype):
+        return False
+    index = np.unravel_index(np.argmax(np.abs(values)), values.shape)
+    if not np.isfinite(values[index]) or values[index] == 0:
+        return False
+    values[index] = np.nextafter(values[index], values.dtype.type(np.inf))
+    variable.assign(values)
+    return True
+
+
+@contextlib.contextmanager
+def _outside_of_graphs() -> Any:
+    """Where variables have values, also while TensorFlow traces a function."""
+    import keras
+
+    if keras.backend.backend() != "tensorflow":
+        yield
+        return
+    import tensorflow as tf
+
+    with tf.init_scope():
+        yield
