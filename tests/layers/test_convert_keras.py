@@ -111,8 +111,9 @@ def test_keras_errors(keras):
     ghosts.build(4)
     with pytest.raises(ValueError, match=r"virtual_batch_size must be None for a target.*Received: 2"):
         ghosts.to_keras(keras_layer(keras))
-    with pytest.raises(ValueError, match=r"target must have renorm=False, like this layer. Received: renorm=True"):
-        trained().to_keras(keras_layer(keras, renorm=True))
+    if "renorm" in keras.layers.BatchNormalization().get_config():  # Keras 3.14 and later
+        with pytest.raises(ValueError, match=r"target must have renorm=False, like this layer. Received: renorm=True"):
+            trained().to_keras(keras_layer(keras, renorm=True))
     for kwargs, text in (
         ({"renorm": True}, "target must have renorm=True, like this layer. Received: renorm=False"),
         ({"update_statistics": False}, "update_statistics must be True for a target.*Received: False"),

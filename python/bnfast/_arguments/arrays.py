@@ -31,6 +31,9 @@ def as_array(name: str, value: Any) -> Array:
         return _native_byte_order(np.asarray(value))
     if hasattr(value, "__dlpack__") and hasattr(value, "__dlpack_device__"):
         return _from_dlpack(name, value)
+    # No buffer has a format for bfloat16, and TensorFlow 2.18's tensors have no __dlpack__.
+    if "bfloat16" in str(getattr(value, "dtype", "")) and hasattr(value, "__array__"):
+        return _from_bfloat16(name, value)
     if fault := _core._buffer_fault(value):
         raise TypeError(f"{name} must have a buffer whose shape and size agree. Received: {fault}")
     try:

@@ -193,6 +193,8 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         fused: bool | None = None,
         **kwargs: Any,
     ) -> None:
+        if renorm and not _KERAS_HAS_RENORM:
+            raise ValueError(f"renorm needs Keras 3.14 or newer. Received: renorm=True with Keras {keras.__version__}")
         if renorm or not isinstance(renorm_clipping, Mapping | None):  # get_config reads it without renorm, too
             renorms.check(renorm_clipping, renorm_momentum)
         if renorm or _KERAS_HAS_RENORM:

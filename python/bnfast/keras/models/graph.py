@@ -198,6 +198,8 @@ def _track(model: Any) -> None:
     tracked = model._tracker.config["layers"][1]
     tracked[:] = {id(layer): layer for layer in (*layers, *tracked) if layer is not None}.values()
     model._tracker.stored_ids["layers"] = set(map(id, tracked))
+    if model._layers is not tracked:  # Keras 3.5: a Functional model has a list of its own
+        model._layers[:] = layers
 
 
 def check_call(model: Any, plan: Mapping[int, Any]) -> None:
