@@ -6,6 +6,7 @@ everything.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .._arguments import checks
@@ -37,8 +38,8 @@ class ConditionalBatchNormalization(BatchNormalization):
 
     Args:
         num_classes: the number of classes, 1 or more.
-        *args, **kwargs: those of `BatchNormalization`. axis must not be 0, the sample axis. An adjustment is applied
-            before gamma and beta.
+        axis: the channel axis or axes; not 0, the sample axis.
+        momentum and all others: those of `BatchNormalization`. An adjustment is applied before gamma and beta.
 
     Raises:
         ValueError, TypeError: an argument is wrong.
@@ -60,13 +61,57 @@ class ConditionalBatchNormalization(BatchNormalization):
 
     num_classes: int = 1
 
-    def __init__(self, num_classes: int, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        num_classes: int,
+        axis: int | Sequence[int] = -1,
+        momentum: float | None = 0.99,
+        epsilon: float = 1e-3,
+        center: bool = True,
+        scale: bool = True,
+        activation: str | None = None,
+        negative_slope: float = 0.2,
+        nan_policy: str = "propagate",
+        correction: int = 0,
+        dtype: Any = None,
+        trainable: bool = True,
+        virtual_batch_size: int | None = None,
+        virtual_batch_grouping: str = "contiguous",
+        renorm: bool = False,
+        renorm_clipping: Mapping[str, float | None] | None = None,
+        renorm_momentum: float = 0.99,
+        update_statistics: bool = True,
+        use_batch_statistics: bool | None = None,
+        trainable_affine: bool = True,
+        adjustment: Callable[[tuple[int, ...]], tuple[Any, Any]] | None = None,
+    ) -> None:
         self.num_classes = checks.integer("num_classes", num_classes)
         if self.num_classes < 1:
             raise ValueError(f"num_classes must be at least 1. Received: {num_classes}")
         if self.num_classes >= 2**63:
             raise ValueError(f"num_classes must be less than 2**63. Received: {num_classes}")
-        super().__init__(*args, **kwargs)
+        super().__init__(
+            axis=axis,
+            momentum=momentum,
+            epsilon=epsilon,
+            center=center,
+            scale=scale,
+            activation=activation,
+            negative_slope=negative_slope,
+            nan_policy=nan_policy,
+            correction=correction,
+            dtype=dtype,
+            trainable=trainable,
+            virtual_batch_size=virtual_batch_size,
+            virtual_batch_grouping=virtual_batch_grouping,
+            renorm=renorm,
+            renorm_clipping=renorm_clipping,
+            renorm_momentum=renorm_momentum,
+            update_statistics=update_statistics,
+            use_batch_statistics=use_batch_statistics,
+            trainable_affine=trainable_affine,
+            adjustment=adjustment,
+        )
 
     # labels are required here, which the base class's signature does not have
     def __call__(  # type: ignore[override]

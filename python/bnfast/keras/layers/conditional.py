@@ -8,12 +8,14 @@ The kernels compute xhat in the dtype of x. The framework's own ops then apply g
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import keras
 
 from ..._arguments import checks
 from .batch_norm import BatchNormalization
+from .framework import adjustment as adjustments
 from .framework import conditional, step
 
 
@@ -33,7 +35,7 @@ class ConditionalBatchNormalization(BatchNormalization):
     Args:
         num_classes: the number of classes, 1 or more.
         axis: the channel axis, a single one; not 0, the axis of the samples.
-        momentum, args, kwargs: those of `bnfast.keras.BatchNormalization`. An adjustment is applied before gamma and
+        momentum and all others: those of `bnfast.keras.BatchNormalization`. An adjustment is applied before gamma and
             beta here, too.
 
     Call arguments:
@@ -64,10 +66,73 @@ class ConditionalBatchNormalization(BatchNormalization):
     Source: Dumoulin, Shlens and Kudlur 2017, arXiv:1610.07629; de Vries et al. 2017, arXiv:1707.00683.
     """
 
-    def __init__(self, num_classes: int, axis: int = -1, momentum: Any = 0.99, *args: Any, **kwargs: Any):
+    def __init__(
+        self,
+        num_classes: int,
+        axis: int = -1,
+        momentum: Any = 0.99,
+        epsilon: Any = 1e-3,
+        center: bool = True,
+        scale: bool = True,
+        beta_initializer: Any = "zeros",
+        gamma_initializer: Any = "ones",
+        moving_mean_initializer: Any = "zeros",
+        moving_variance_initializer: Any = "ones",
+        beta_regularizer: Any = None,
+        gamma_regularizer: Any = None,
+        beta_constraint: Any = None,
+        gamma_constraint: Any = None,
+        renorm: bool = False,
+        renorm_clipping: Mapping[str, Any] | None = None,
+        renorm_momentum: float = 0.99,
+        synchronized: bool = False,
+        *,
+        activation: Any = None,
+        correction: int = 0,
+        nan_policy: str = "propagate",
+        update_statistics: bool = True,
+        use_batch_statistics: bool | None = None,
+        trainable_affine: bool = True,
+        virtual_batch_size: int | None = None,
+        virtual_batch_grouping: str = "contiguous",
+        adjustment: adjustments.Adjustment | None = None,
+        bridge: str = "auto",
+        fused: bool | None = None,
+        **kwargs: Any,
+    ) -> None:
         if isinstance(axis, (list, tuple)) and len(axis) != 1:
             raise ValueError(f"axis must be one axis. Received: {axis}")
-        super().__init__(axis, momentum, *args, **kwargs)
+        super().__init__(
+            axis=axis,
+            momentum=momentum,
+            epsilon=epsilon,
+            center=center,
+            scale=scale,
+            beta_initializer=beta_initializer,
+            gamma_initializer=gamma_initializer,
+            moving_mean_initializer=moving_mean_initializer,
+            moving_variance_initializer=moving_variance_initializer,
+            beta_regularizer=beta_regularizer,
+            gamma_regularizer=gamma_regularizer,
+            beta_constraint=beta_constraint,
+            gamma_constraint=gamma_constraint,
+            renorm=renorm,
+            renorm_clipping=renorm_clipping,
+            renorm_momentum=renorm_momentum,
+            synchronized=synchronized,
+            activation=activation,
+            correction=correction,
+            nan_policy=nan_policy,
+            update_statistics=update_statistics,
+            use_batch_statistics=use_batch_statistics,
+            trainable_affine=trainable_affine,
+            virtual_batch_size=virtual_batch_size,
+            virtual_batch_grouping=virtual_batch_grouping,
+            adjustment=adjustment,
+            bridge=bridge,
+            fused=fused,
+            **kwargs,
+        )
         self.num_classes = checks.integer("num_classes", num_classes)
         if self.num_classes < 1:
             raise ValueError(f"num_classes must be at least 1. Received: {num_classes}")
