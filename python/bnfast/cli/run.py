@@ -87,16 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
     other = os.environ.get("KERAS_BACKEND", "tensorflow") != "tensorflow"
     require(*([] if other else ["tensorflow"]), "keras", extra="keras")
     if options.compare:
-        from bnfast.cli import compare
-
-        return compare.run(
-            command,
-            module=options.module,
-            steps=options.steps or STEPS,
-            in_place=options.in_place,
-            as_json=options.json,
-            quiet=options.quiet,
-        )
+        return _compare(options, command)
     module, code = script.load(command, module=options.module, safe_path=sys.flags.safe_path)
     patcher = Patcher()
     AfterImport(patcher.patch)
@@ -105,6 +96,22 @@ def run(arguments: argparse.Namespace) -> int:
         if not options.no_summary:
             atexit.register(_print_summary, patcher, os.getpid())
     return script.execute(module, code)
+
+
+def _compare(options: Options, command: list[str]) -> int:
+    from bnfast.cli import compare
+
+    try:
+        return compare.run(
+            command,
+            module=options.module,
+            steps=options.steps or STEPS,
+            in_place=options.in_place,
+            as_json=options.json,
+            quiet=options.quiet,
+        )
+    except OSError as error:  # no space for the copies, no process
+        raise UserError(f"run --compare: {error}") from error
 
 
 def _print_summary(patcher: Patcher, process: int) -> None:

@@ -66,10 +66,12 @@ def _walk(source: Path) -> Iterator[tuple[Path, list[str]]]:
 
 
 def _copy_file(path: Path, there: Path, source: Path) -> None:
-    """A file, or a link: one out of `source` then names an absolute path. Sockets and the like are left out."""
+    """A file, or a link: one out of `source` then names an absolute path. Left out are
+    sockets and the like."""
     if path.is_symlink():
         text = os.readlink(path)
         end = Path(os.path.abspath(path.parent / text))
         there.symlink_to(text if end.is_relative_to(source) and not os.path.isabs(text) else end)
     elif path.is_file():
-        shutil.copy2(path, there)
+        with contextlib.suppress(PermissionError):  # the script can't read it either
+            shutil.copy2(path, there)

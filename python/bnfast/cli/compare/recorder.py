@@ -172,7 +172,9 @@ class Recorder:
         if self._mover and not _in_stateless_scope():
             self._mover.move(list(variables) if variables is not None else optimizer._trainable_variables)
         result = own(optimizer, *args, **kwargs)
-        self._optimizers.setdefault(id(optimizer), (weakref.ref(optimizer), 0))
+        known = self._optimizers.get(id(optimizer))
+        if known is None or known[0]() is not optimizer:  # an id is used again once its object is gone
+            self._optimizers[id(optimizer)] = (weakref.ref(optimizer), 0)
         self._look()
         return result
 
