@@ -147,7 +147,7 @@ def test_a_loop_of_the_scripts_own_is_stopped(tmp_path):
 def test_two_optimizers_are_two_trainings(tmp_path):
     found = facts("--steps", 3, SCRIPTS / "gan.py", cwd=tmp_path)
     assert [(each["name"], each["steps"]) for each in found["trainings"]] == [("loop of adam", 3)] * 2
-    assert found["verdict"] == "rounding"
+    assert found["verdict"] in ("rounding", "amplified"), "three steps may be too few for 1 ulp to spread"
 
 
 @pytest.mark.needs("tensorflow", "keras")
@@ -177,7 +177,7 @@ def test_other_backends(need, tmp_path, backend):
     distances = found["trainings"][0]["distances"]
     assert 0 < distances["bnfast"]["weights"]["last"] < 1e-5
     assert 0 < distances["moved"]["weights"]["last"] < 1e-5
-    assert found["verdict"] == "rounding"
+    assert found["verdict"] in ("rounding", "amplified")
 
 
 @pytest.mark.needs("tensorflow", "keras")
@@ -287,8 +287,14 @@ class Value:
             "rounding",
             "is 5.0e-06, Keras's own when one weight moves by 1 ulp is 1.0e-06: the difference is",
         ),
-        (5e-6, 1e-7, 0, "amplified", "starts as rounding (5.0e-06 after one step), and training amplifies it."),
-        (5e-3, 1e-7, 0, "different", "that is more than rounding. docs/differences.md"),
+        (
+            5e-6,
+            1e-7,
+            0,
+            "amplified",
+            "in the first step's loss and statistics it was 0, which is rounding, and training amplified it.",
+        ),
+        (5e-2, 1e-7, 0, "different", "that is more than rounding. docs/differences.md"),
         (
             5e-3,
             1e-7,

@@ -60,6 +60,8 @@ class Recorder:
         """Keeps the last values of loops that took fewer steps, and writes the record."""
         self.record.batch_norms = len(self._norms)
         self.record.legacy = "tf_keras" in sys.modules
+        if self.record.keras:
+            self.record.epsilon = ulp.epsilon(ulp.compute_dtype())
         self.record.moved = bool(self._mover and self._mover.moved)
         for training, weights, moving in self._loops.values():
             if LAST not in training.kept and training.steps:

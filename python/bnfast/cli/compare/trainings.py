@@ -52,6 +52,7 @@ class Record:
     error: str | None = None  # the exception that ended the script
     stopped: str | None = None  # why bnfast ended the script
     moved: bool = False  # a weight was moved by 1 ulp
+    epsilon: float = 2.0**-23  # of the dtype that the script computes in
     summary: list[str] = field(default_factory=list)  # of the run with bnfast
     untouched: bool = False  # bnfast replaced nothing
 

@@ -1,4 +1,5 @@
-"""Moves one weight by 1 ulp, the distance to the next number of its dtype: the least change that there is.
+"""Moves one weight by 1 ulp, the distance to the next number of the dtype that the script computes in, which may be
+narrower than the weight's (mixed precision): the least change that its computation sees.
 
 What becomes of it after some steps is the yardstick: no implementation that rounds differently can stay closer.
 """
@@ -49,9 +50,25 @@ def _move(variable: Any) -> bool:
     index = np.unravel_index(np.argmax(np.abs(values)), values.shape)
     if not np.isfinite(values[index]) or values[index] == 0:
         return False
-    values[index] = np.nextafter(values[index], values.dtype.type(np.inf))
+    dtype = min(values.dtype, compute_dtype(), key=lambda each: each.itemsize)
+    values[index] = np.nextafter(values[index].astype(dtype), dtype.type(np.inf))
     variable.assign(values)
     return True
+
+
+def compute_dtype() -> np.dtype[Any]:
+    """Of Keras's global policy."""
+    import keras
+    import ml_dtypes  # which Keras needs, too
+
+    name = keras.config.dtype_policy().compute_dtype
+    dtype: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+    return dtype
+
+
+def epsilon(dtype: np.dtype[Any]) -> float:
+    """The distance from 1 to the next number."""
+    return float(np.nextafter(dtype.type(1), dtype.type(2))) - 1.0
 
 
 @contextlib.contextmanager
