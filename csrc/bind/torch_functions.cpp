@@ -1,7 +1,10 @@
 #include "torch_functions.h"
 
+#include <dlfcn.h>
+
 #include <vector>
 
+#include "../cpu/parallel.h"
 #include "../vectors.h"
 #include "call.h"
 #include "torch_tensor.h"
@@ -10,6 +13,28 @@ namespace bnfast::bind {
 namespace {
 
 using std::int64_t;
+
+const OpenmpLibrary* lender = nullptr;  // of the threads that PyTorch's own operations run on
+
+// The OpenMP library that PyTorch was linked with, of which a process may have others; null: it has another engine.
+const OpenmpLibrary* openmp_of_torch() {
+    static OpenmpLibrary found{};
+    void* const torch = dlopen("libtorch_cpu.so", RTLD_NOW | RTLD_NOLOAD);
+    if (!torch) return nullptr;
+    found.run = reinterpret_cast<decltype(found.run)>(dlsym(torch, "GOMP_parallel"));
+    found.most = reinterpret_cast<decltype(found.most)>(dlsym(torch, "omp_get_max_threads"));
+    return found.run && found.most ? &found : nullptr;
+}
+
+bool borrow_threads(bool wanted) {
+    lender = wanted ? openmp_of_torch() : nullptr;
+    return lender != nullptr;
+}
+
+template <class F> void compute(F f) {
+    const BorrowedThreads scope(lender);
+    without_gil(f);
+}
 
 Shape batch_shape(const TorchTensor& x) {
     const auto shape = dlpack::batch_shape(x);
@@ -100,7 +125,7 @@ py::object train(py::handle x, py::handle y, py::handle gamma, py::handle beta, 
         a.mean = doubles(statistics);
         a.variance = a.mean + a.shape.C;
         a.invstd = a.variance + a.shape.C;
-        without_gil([&] { bnfast::train(a); });
+        compute([&] { bnfast::train(a); });
         return statistics;
     });
 }
@@ -129,7 +154,7 @@ py::object infer(py::handle x, py::handle y, py::handle gamma, py::handle beta, 
             }
             kept = statistics;
         }
-        without_gil([&] { bnfast::infer(a); });
+        compute([&] { bnfast::infer(a); });
         return kept;
     });
 }
@@ -150,7 +175,7 @@ py::object grad(py::handle dy, py::handle x, py::handle dx, py::handle statistic
         a.mean = {saved, DType::float64};
         a.invstd = {saved + 2 * C, DType::float64};
         a.training = training;
-        without_gil([&] { bnfast::grad(a); });
+        compute([&] { bnfast::grad(a); });
         return py::bool_(true);
     });
 }
@@ -180,7 +205,7 @@ py::object group_norm(py::handle x, py::handle y, std::int64_t groups, int axes,
         const py::array statistics = new_statistics(2, g.rows());
         a.mean = doubles(statistics);
         a.invstd = a.mean + g.rows();
-        without_gil([&] { bnfast::group_norm(a); });
+        compute([&] { bnfast::group_norm(a); });
         return statistics;
     });
 }
@@ -197,7 +222,7 @@ py::object group_norm_grad(py::handle dy, py::handle x, py::handle dx, py::handl
         fill_gradient(a, xt, dy, dx, dresidual, made);
         a.mean = statistics_of(statistics, 2, g.rows());
         a.invstd = a.mean + g.rows();
-        without_gil([&] { bnfast::group_norm_grad(a); });
+        compute([&] { bnfast::group_norm_grad(a); });
         return py::bool_(true);
     });
 }
@@ -207,6 +232,8 @@ py::object group_norm_grad(py::handle dy, py::handle x, py::handle dx, py::handl
 void define_torch_functions(py::module_& m) {
     m.def("_torch_connect", &connect_torch,
           "_torch_connect(tensor, parameter, /)\n--\n\nThe two types that are accepted.");
+    m.def("_torch_borrow_threads", &borrow_threads,
+          "_torch_borrow_threads(wanted, /)\n--\n\nWhether calls run on the threads of PyTorch's OpenMP from now on.");
     m.def("_torch_train", &train,
           "_torch_train(x, y, gamma, beta, moving_mean, moving_variance, momentum, epsilon, activation, "
           "negative_slope, residual, /)\n--\n\n");

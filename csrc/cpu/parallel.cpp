@@ -149,9 +149,34 @@ public:
         return std::min(size, workers_ + 1);
     }
 
+    // Runs body on threads of the library, of which the caller is one. 0: it lends fewer than `size`, or none in a
+    // forked child, where its threads are gone and its barrier would wait for them.
+    int run_on(const OpenmpLibrary& library, int size, void (*body)(void*, Team&), void* context) {
+        const int most = is_child_ ? 0 : library.most();
+        if (size > most || size >= int(closed) || (size > room_ && !make_room(size))) return 0;
+        clear_counters(size);
+        struct Job {
+            void (*const body)(void*, Team&);
+            void* const context;
+            Counter* const counters;
+            const int size;
+            std::atomic<int> joined;
+        } job{body, context, counters_, size, {0}};
+        const auto join = [](void* given) {
+            Job& j = *static_cast<Job*>(given);
+            const int rank = j.joined.fetch_add(1, std::memory_order_relaxed);
+            if (rank >= j.size) return;
+            const IeeeMode mode;
+            Team team(rank, j.size, j.counters);
+            j.body(j.context, team);
+        };
+        library.run(join, &job, unsigned(most), 0);  // fewer would end the library's other threads
+        return std::min(job.joined.load(std::memory_order_relaxed), size);
+    }
+
     // Runs body with at most `size` members, of those that are prepared, and returns how many took part.
     int run(int size, void (*body)(void*, Team&), void* context, bool full) {
-        for (int i = 0; i < Team::steps * (size + 1); ++i) counters_[i].value.store(0, std::memory_order_relaxed);
+        clear_counters(size);
         body_ = body;
         context_ = context;
         size_ = size;
@@ -200,6 +225,7 @@ public:
         Pool* const fresh = new (this) Pool;  // whatever state its mutex was in
         fresh->counters_ = counters;
         fresh->room_ = room;
+        fresh->is_child_ = true;
         return fresh;
     }
 
@@ -219,6 +245,9 @@ private:
         delete[] smaller;
         return true;
     }
+    void clear_counters(int size) {
+        for (int i = 0; i < Team::steps * (size + 1); ++i) counters_[i].value.store(0, std::memory_order_relaxed);
+    }
     void wait_for_job(std::uint64_t seen) {
         for (const auto until = Clock::now() + idle_spin; Clock::now() < until;) {
             for (int i = 0; i < 32; ++i) {
@@ -234,6 +263,7 @@ private:
 
     // Between the jobs `busy` guards what isn't atomic; within one, a worker reads it after it has joined.
     int workers_ = 0;
+    bool is_child_ = false;
     std::atomic<Counter*> counters_{nullptr};
     std::atomic<int> room_{0};  // the most members that counters_ has room for
     Clock::time_point retry_at_{};
@@ -271,13 +301,27 @@ const bool at_load = survives_fork();
 // How many members took part; 0: a job is running, or there is no team to be had.
 int run_by_team(int threads, void (*body)(void*, Team&), void* context) {
     if (threads < 2 || busy.exchange(true, std::memory_order_acquire)) return 0;
-    const int size = survives_fork() ? pool->prepare(threads) : 1;
-    const int members = size > 1 ? pool->run(size, body, context, full_team.load()) : 0;
+    int members = 0;
+    if (survives_fork()) {
+        const ThreadState* const state = thread_state();
+        if (state && state->lender) members = pool->run_on(*state->lender, threads, body, context);
+        if (members == 0) {
+            const int size = pool->prepare(threads);
+            if (size > 1) members = pool->run(size, body, context, full_team.load());
+        }
+    }
     busy.store(false, std::memory_order_release);
     return members;
 }
 
 }  // namespace
+
+BorrowedThreads::BorrowedThreads(const OpenmpLibrary* library) : lent_(library && thread_state()) {
+    if (lent_) thread_state()->lender = library;
+}
+BorrowedThreads::~BorrowedThreads() {
+    if (lent_) thread_state()->lender = nullptr;
+}
 
 int get_num_threads() {
     const int n = requested.load(std::memory_order_relaxed);

@@ -7,6 +7,7 @@
 // - One job at a time per process: a caller that meets a running job, or is inside one, runs its body alone. The OS
 //   threads are those of one team, however many host threads call; libgomp alone gives each caller a team of its own.
 // - Idle workers spin for 20 us, then sleep. A forked child starts a new team.
+// - In a scope of BorrowedThreads a job runs on the threads of the OpenMP library that the caller's framework uses.
 // - Members run with round to nearest and without flush to zero, whatever the caller's mode (TensorFlow's threads flush
 //   to zero).
 // - The body must not throw. What it does outside for_each, every member does.
@@ -34,6 +35,23 @@ public:
 
 private:
     const unsigned saved_;
+};
+
+// The OpenMP library of a framework. PyTorch's idle threads spin for milliseconds after each of its operations, on the
+// processors that our workers would need. While they spin they start at once, so a job takes them in place of workers.
+struct OpenmpLibrary {
+    void (*run)(void (*)(void*), void*, unsigned, unsigned);  // GOMP_parallel: body, context, threads, flags
+    int (*most)();                                            // omp_get_max_threads
+};
+class BorrowedThreads {  // scope of the calling thread; without effect where the library is null
+public:
+    explicit BorrowedThreads(const OpenmpLibrary* library);
+    ~BorrowedThreads();
+    BorrowedThreads(const BorrowedThreads&) = delete;
+    BorrowedThreads& operator=(const BorrowedThreads&) = delete;
+
+private:
+    const bool lent_;
 };
 
 struct alignas(64) Counter {

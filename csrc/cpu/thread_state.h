@@ -8,11 +8,14 @@
 
 namespace bnfast {
 
+struct OpenmpLibrary;  // parallel.h
+
 struct ThreadState {
     double* scratch = nullptr;
     std::size_t scratch_doubles = 0;
     const char* isa = "";
     int team_size = 1;
+    const OpenmpLibrary* lender = nullptr;  // whose threads take part in this thread's jobs; null: our own
 };
 ThreadState* thread_state() noexcept;  // null: there is no memory for it, and a later call may find some
 

@@ -75,6 +75,58 @@ TEST_CASE("who has not joined a job takes no part in it, when consecutive teams 
     CHECK(calls == members);
 }
 
+namespace lender {
+
+int most = 0;  // threads that omp_get_max_threads tells
+std::atomic<int> runs{0}, asked{0};
+int made = 0;  // threads that really take part: fewer in a nested region
+
+// As GOMP_parallel: the caller is one of the threads, and all have returned at the end.
+void run(void (*body)(void*), void* context, unsigned threads, unsigned) {
+    ++runs;
+    asked = int(threads);
+    std::vector<std::thread> others;
+    for (int i = 1; i < made; ++i) others.emplace_back(body, context);
+    body(context);
+    for (auto& other : others) other.join();
+}
+const OpenmpLibrary library{run, [] { return most; }};
+
+}  // namespace lender
+
+TEST_CASE("in a scope of borrowed threads a job runs on the library's, each item once, if it lends enough") {
+    for (const int threads : {1, 2, 3, 8})
+        for (const int most : {1, 3, 8})
+            for (const int made : {1, most}) {  // one: the caller is inside a region of the library
+                lender::most = most;
+                lender::made = made;
+                lender::runs = 0;
+                constexpr std::size_t n = 1000;
+                std::vector<std::atomic<int>> times(n);
+                std::atomic<int> ranks{0};
+                {
+                    const BorrowedThreads scope(&lender::library);
+                    parallel(threads, [&](Team& team) {
+                        ranks += 1 << team.rank;
+                        for (const bool backwards : {false, true})
+                            team.for_each(n, backwards, [&](std::int64_t i) { ++times[std::size_t(i)]; });
+                    });
+                }
+                const bool lends = threads > 1 && threads <= most;
+                CHECK(lender::runs == (lends ? 1 : 0));
+                if (lends) CHECK(lender::asked == most);  // always as many, or the library would end the others
+                if (lends) CHECK(last_team_size() == std::min(threads, made));
+                CHECK(ranks == (1 << last_team_size()) - 1);
+                for (auto& each : times) REQUIRE(each == 2);
+            }
+    lender::runs = 0;
+    parallel(2, [](Team&) {});
+    CHECK(lender::runs == 0);  // the scope is over
+    const BorrowedThreads nobody(nullptr);
+    parallel(2, [](Team&) {});
+    CHECK(lender::runs == 0);
+}
+
 TEST_CASE("a nested region runs on one thread") {
     std::atomic<int> inner{0};
     std::atomic<bool> one_thread{true};
@@ -137,6 +189,20 @@ TEST_CASE("concurrent host threads get equal results without deadlock") {
     CHECK(oversized == 0);
 }
 
+TEST_CASE("borrowed threads compute the same bits") {
+    const Case c{{500, 40, 1}, DType::float32, Activation::relu, true, false, false};
+    const Inputs in(c);
+    const Settings settings("", 4);
+    const Forward forward = run_train(c, in);
+    const Backward backward = run_grad(c, in, forward);
+    lender::most = lender::made = 4;
+    lender::runs = 0;
+    const BorrowedThreads scope(&lender::library);
+    CHECK(run_train(c, in).same_bits(forward));
+    CHECK(run_grad(c, in, forward).same_bits(backward));
+    CHECK(lender::runs == 2);
+}
+
 #if defined(__linux__)
 // The host threads run one after the other, so that each finds no region running and may start one. All stay alive to
 // the end.
@@ -163,15 +229,18 @@ TEST_CASE("many host threads share one team, so that OS threads stay bounded") {
     CHECK(during <= before + 8 + 4);
 }
 
-TEST_CASE("after fork, child and parent still compute the same bits") {
+TEST_CASE("after fork, child and parent still compute the same bits, and the child borrows no threads") {
     const Case c{{500, 40, 1}};
     const Inputs in(c);
     const Settings settings("", 4);
     const Forward expected = run_train(c, in);
+    lender::most = lender::made = 4;
     const pid_t child = fork();
     if (child == 0) {
         alarm(20);  // a signal ends a hang
-        _exit(run_train(c, in).same_bits(expected) ? 0 : 1);
+        lender::runs = 0;
+        const BorrowedThreads scope(&lender::library);  // whose threads the child hasn't got
+        _exit(run_train(c, in).same_bits(expected) && lender::runs == 0 ? 0 : 1);
     }
     int status = -1;
     waitpid(child, &status, 0);

@@ -52,6 +52,35 @@ def test_a_missing_torch_is_one_clear_line():
 
 
 @pytest.mark.serial
+def test_calls_run_on_pytorchs_threads_with_the_same_bits():
+    """Also where PyTorch has fewer threads than bnfast, and in a forked child, which has none of them."""
+    code = """
+import os, torch, bnfast, bnfast.torch
+def workers():
+    names = (open(f"/proc/self/task/{i}/comm").read().strip() for i in os.listdir("/proc/self/task"))
+    return sum(name == "bnfast" for name in names)
+def bits():  # without an operation of PyTorch's own, which would wait for its threads in the child
+    with torch.no_grad():
+        return bnfast.torch.BatchNorm2d(64)(x).numpy().tobytes()
+torch.manual_seed(0)
+x = torch.randn(16, 64, 32, 32)
+torch.set_num_threads(3)
+bnfast.set_num_threads(3)
+borrowed = bits()
+assert workers() == 0, "no thread of our own is needed"
+child = os.fork()
+if child == 0:
+    os._exit(0 if bits() == borrowed and workers() == 2 else 1)
+assert os.waitpid(child, 0)[1] == 0
+torch.set_num_threads(2)
+assert bits() == borrowed and workers() == 2
+assert not bnfast._core._torch_borrow_threads(False)
+assert bits() == borrowed
+"""
+    run(code)
+
+
+@pytest.mark.serial
 def test_threads_stay_bounded():
     code = f"""
 import os, torch, bnfast, bnfast.torch, threading

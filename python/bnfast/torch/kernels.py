@@ -38,6 +38,8 @@ GATED_BY_Y = {"relu", "relu6", "leaky_relu"}  # y tells their gradient
 Statistics = npt.NDArray[np.float64]
 
 _core._torch_connect(Tensor, torch.nn.Parameter)
+# PyTorch's idle threads spin on the processors that our own would need, so calls run on PyTorch's where it has OpenMP.
+_core._torch_borrow_threads(True)
 _train, _infer, _grad, _empty_like = _core._torch_train, _core._torch_infer, _core._torch_grad, torch.empty_like
 _group_norm, _group_norm_grad = _core._torch_group_norm, _core._torch_group_norm_grad
 
