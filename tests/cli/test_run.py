@@ -105,6 +105,18 @@ def test_a_script_without_keras_imports_neither_keras_nor_tensorflow(need, folde
     assert len(said(bnfast_run("--no-summary", "light.py", cwd=folder))) == 1
 
 
+@pytest.mark.parametrize("value", ["1", "True"])
+def test_legacy_keras_is_named(need, folder, value):
+    need("tensorflow")
+    need("tf_keras")
+    script = f"import os; os.environ['TF_USE_LEGACY_KERAS'] = {value!r}\nimport tensorflow as tf\n"
+    (folder / "old.py").write_text(script + "tf.keras.layers.BatchNormalization()\n")
+    done = bnfast_run("old.py", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    reason = f"tf_keras is in use because TF_USE_LEGACY_KERAS={value}, and is not Keras 3"
+    assert said(done)[1:] == [f"nothing was replaced: {reason}"]
+
+
 def test_a_backend_set_before_keras_is_imported_counts(need, folder):
     need("tensorflow")
     need("torch")
@@ -114,7 +126,7 @@ def test_a_backend_set_before_keras_is_imported_counts(need, folder):
     (folder / "other.py").write_text(script)
     done = bnfast_run("other.py", cwd=folder)
     assert done.returncode == 0, done.stderr
-    assert said(done)[1:] == ["1 batch norms: 1 trained on bnfast's kernels in PyTorch"]
+    assert said(done)[1:] == ["1 batch norm: 1 trained on bnfast's kernels in PyTorch"]
 
 
 def test_an_interrupt_has_the_traceback_and_status_of_python(need, folder):

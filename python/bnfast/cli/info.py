@@ -109,9 +109,11 @@ def describe(facts: dict[str, Any]) -> str:
 def _cuda_rows(facts: dict[str, Any] | None) -> dict[str, str]:
     if facts is None:
         return {"CUDA": "not built (it is built on Linux alone)"}
+    if not facts["driver"]:  # most machines; --json has what else is missing
+        return {"CUDA": "none (no NVIDIA driver)"}
     devices = [f"{i}: {each['name']} (sm_{each['architecture']})" for i, each in enumerate(facts["devices"])]
     rows = {
-        "CUDA driver": facts["driver"] or "none",
+        "CUDA driver": facts["driver"],
         "CUDA devices": ", ".join(devices) or "none",
         "CUDA compiler": f"NVRTC {facts['nvrtc']}" if facts["nvrtc"] else "none",
         "CUDA cache": facts["cache"] or "none",

@@ -146,6 +146,15 @@ def _steps(text: str) -> int:
         raise UserError(f"run: argument --steps: {error}") from error
 
 
+def legacy_keras() -> str | None:
+    """Says that the script uses Keras 2, and why, if it does and Keras 3 isn't imported, too."""
+    if "tf_keras" not in sys.modules or "keras" in sys.modules:
+        return None
+    value = os.environ.get("TF_USE_LEGACY_KERAS", "")
+    why = f" because TF_USE_LEGACY_KERAS={value}" if value.lower() in ("1", "true") else ""
+    return f"tf_keras is in use{why}, and is not Keras 3"
+
+
 class Patcher:
     """Patches Keras, and knows what came of it."""
 
@@ -172,8 +181,8 @@ class Patcher:
     def summary(self) -> list[str]:
         """The lines to print at the end: how many layers ran on what, or why nothing was replaced."""
         if self.reason is not None:
-            legacy = " (tf_keras is not Keras 3)" if "tf_keras" in sys.modules else ""
-            lines = [f"nothing was replaced: {self.reason}{legacy}"]
+            reason = self.reason if (legacy := legacy_keras()) is None else legacy
+            lines = [f"nothing was replaced: {reason}"]
         else:
             from bnfast.keras.models.patch import made, summary
 

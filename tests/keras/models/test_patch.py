@@ -200,7 +200,7 @@ def test_unsupported_arguments_give_keras_layers(kwargs: dict[str, Any], reason:
     for training in (True, False):
         np.testing.assert_array_equal(ours(x, training=training), theirs(x, training=training))
     assert summary().splitlines() == [
-        "1 batch norms: 1 on Keras's own layer",
+        "1 batch norm: 1 on Keras's own layer",
         f"Keras's own for batch_normalization: {reason}",
     ]
 

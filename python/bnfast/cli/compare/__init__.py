@@ -84,8 +84,8 @@ def _run_once(task: dict[str, Any], title: str, here: Path, in_place: bool) -> t
 def _check(record: trainings.Record, name: str, run: str) -> None:
     """Raises UserError if there is nothing to compare with this run."""
     title = RUNS[run][0]
-    if not record.keras and record.legacy:
-        raise UserError(f"run --compare: {name} uses tf_keras, which is Keras 2 and stays as it is: nothing to compare")
+    if record.legacy is not None:
+        raise UserError(f"run --compare: {record.legacy}: there is nothing to compare")
     if not record.keras and record.error is None:
         raise UserError(f"run --compare: {name} didn't import Keras: there is nothing to compare")
     if run == OURS and record.untouched:

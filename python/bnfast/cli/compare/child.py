@@ -47,6 +47,7 @@ def main(arguments: Sequence[str]) -> NoReturn:
     if task["bnfast"]:
         record.untouched = patcher.reason is not None
         record.summary = patcher.summary()
+    record.legacy = run.legacy_keras()
     recorder.finish()
     leave()
 

@@ -59,7 +59,6 @@ class Recorder:
     def finish(self) -> None:
         """Keeps the last values of loops that took fewer steps, and writes the record."""
         self.record.batch_norms = len(self._norms)
-        self.record.legacy = "tf_keras" in sys.modules
         if self.record.keras:
             self.record.epsilon = ulp.epsilon(ulp.compute_dtype())
         self.record.moved = bool(self._mover and self._mover.moved)

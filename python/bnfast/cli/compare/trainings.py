@@ -47,7 +47,7 @@ class Record:
 
     trainings: list[Training] = field(default_factory=list)
     keras: bool = False  # the script imported Keras
-    legacy: bool = False  # it imported tf_keras, which is Keras 2
+    legacy: str | None = None  # that it used tf_keras, which is Keras 2
     batch_norms: int = 0  # made by the script
     error: str | None = None  # the exception that ended the script
     stopped: str | None = None  # why bnfast ended the script

@@ -395,7 +395,7 @@ def summary() -> str:
     states = Counter(entry.state for entry in made)
     fused = sum(entry.trace is not None and bool(entry.trace.fused) for entry in made)
     counts = [f"{count} {state}" for state, count in states.most_common()] + [f"{fused} fused"] * bool(fused)
-    lines = [f"{len(made)} batch norms: " + ", ".join(counts)]
+    lines = [f"{len(made)} batch norm{'s' * (len(made) > 1)}: " + ", ".join(counts)]
     if INFERENCE in states and not any(entry.bridge for entry in made):
         lines.append("none was called with training=True: a training loop of one's own calls model(x, training=True)")
     for reason in dict.fromkeys(entry.reason for entry in made if entry.reason is not None):
