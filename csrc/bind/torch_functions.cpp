@@ -20,10 +20,7 @@ const OpenmpLibrary* lender = nullptr;  // of the threads that PyTorch's own ope
 const OpenmpLibrary* openmp_of_torch() {
     static OpenmpLibrary found{};
     void* const torch = dlopen("libtorch_cpu.so", RTLD_NOW | RTLD_NOLOAD);
-    if (!torch) return nullptr;
-    found.run = reinterpret_cast<decltype(found.run)>(dlsym(torch, "GOMP_parallel"));
-    found.most = reinterpret_cast<decltype(found.most)>(dlsym(torch, "omp_get_max_threads"));
-    return found.run && found.most ? &found : nullptr;
+    return torch && find_openmp(torch, found) ? &found : nullptr;
 }
 
 bool borrow_threads(bool wanted) {

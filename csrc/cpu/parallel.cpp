@@ -1,5 +1,6 @@
 #include "parallel.h"
 
+#include <dlfcn.h>
 #include <pthread.h>
 
 #include <algorithm>
@@ -316,6 +317,11 @@ int run_by_team(int threads, void (*body)(void*, Team&), void* context) {
 
 }  // namespace
 
+bool find_openmp(void* library, OpenmpLibrary& found) {
+    found.run = reinterpret_cast<decltype(found.run)>(dlsym(library, "GOMP_parallel"));
+    found.most = reinterpret_cast<decltype(found.most)>(dlsym(library, "omp_get_max_threads"));
+    return found.run && found.most;
+}
 BorrowedThreads::BorrowedThreads(const OpenmpLibrary* library) : lent_(library && thread_state()) {
     if (lent_) thread_state()->lender = library;
 }

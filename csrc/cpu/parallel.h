@@ -43,6 +43,8 @@ struct OpenmpLibrary {
     void (*run)(void (*)(void*), void*, unsigned, unsigned);  // GOMP_parallel: body, context, threads, flags
     int (*most)();                                            // omp_get_max_threads
 };
+// Finds the functions as a loaded library (of dlopen) sees them, if it does.
+bool find_openmp(void* library, OpenmpLibrary& found);
 class BorrowedThreads {  // scope of the calling thread; without effect where the library is null
 public:
     explicit BorrowedThreads(const OpenmpLibrary* library);

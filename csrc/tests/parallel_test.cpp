@@ -1,4 +1,5 @@
 // Threads: the guarantees of a team, concurrent host threads, bounded OS threads, fork, and the floating-point mode.
+#include <dlfcn.h>
 #include <doctest/doctest.h>
 
 #include <atomic>
@@ -187,6 +188,12 @@ TEST_CASE("concurrent host threads get equal results without deadlock") {
     for (auto& host : hosts) host.join();
     CHECK(wrong == 0);
     CHECK(oversized == 0);
+}
+
+TEST_CASE("a library without OpenMP's functions lends no threads") {
+    OpenmpLibrary found{};
+    void* const libc = dlopen("libc.so.6", RTLD_NOW | RTLD_NOLOAD);
+    if (libc) CHECK(!find_openmp(libc, found));
 }
 
 TEST_CASE("borrowed threads compute the same bits") {
