@@ -68,7 +68,9 @@ def run_script(task: dict[str, Any]) -> str | None:
     except End:
         pass
     except SystemExit as error:
-        return None if error.code in (None, 0) else f"it ended with status {error.code}"
+        if error.code in (None, 0):
+            return None
+        return f"it ended with status {error.code}" if isinstance(error.code, int) else f"it ended with {error.code!r}"
     except BaseException as error:
         return told(error, module)
     return None
