@@ -38,9 +38,9 @@ struct Driver {
     int (*cuLibraryLoadData)(void**, const void*, void*, void*, unsigned, void*, void*, unsigned);
     int (*cuLibraryGetKernel)(void**, void*, const char*);
     int (*cuKernelSetAttribute)(int, int, void*, int);
-    int (*cuLaunchKernelEx)(const struct LaunchConfig*, void*, void**, void**);
+    int (*cuLaunchKernelEx)(const void*, void*, void**, void**);  // const CUlaunchConfig*
     int (*cuOccupancyMaxActiveBlocksPerMultiprocessor)(int*, void*, int, std::size_t);
-    int (*cuOccupancyMaxActiveClusters)(int*, void*, const struct LaunchConfig*);
+    int (*cuOccupancyMaxActiveClusters)(int*, void*, const void*);
     int (*cuMemsetD32Async)(void*, unsigned, std::size_t, void*);
 };
 

@@ -234,7 +234,8 @@ int cuOccupancyMaxActiveBlocksPerMultiprocessor(int* count, void*, int threads, 
     *count = std::min(blocks_per_sm, int((228 << 10) / (shared + (1 << 10))));
     return threads == 256 ? status_of("cuOccupancyMaxActiveBlocksPerMultiprocessor") : invalid_value;
 }
-int cuOccupancyMaxActiveClusters(int* count, void*, const LaunchConfig* c) {
+int cuOccupancyMaxActiveClusters(int* count, void*, const void* config) {
+    const auto* const c = static_cast<const LaunchConfig*>(config);
     *count = 3 * blocks_per_sm / int(c->attributes[0].value[0]);
     return status_of("cuOccupancyMaxActiveClusters");
 }
@@ -245,7 +246,8 @@ int cuMemsetD32Async(void* at, unsigned value, std::size_t count, void* stream) 
     std::fill_n(static_cast<unsigned*>(at), count, value);
     return status_of("cuMemsetD32Async");
 }
-int cuLaunchKernelEx(const LaunchConfig* c, void* kernel, void** params, void**) {
+int cuLaunchKernelEx(const void* config, void* kernel, void** params, void**) {
+    const auto* const c = static_cast<const LaunchConfig*>(config);
     const std::lock_guard<std::mutex> lock(mutex);
     if (const int status = status_of("cuLaunchKernelEx")) return status;
     const int device = contexts.back();
