@@ -19,24 +19,14 @@ from typing import Any
 
 import tensorflow as tf
 
+from .._arguments.trace import GATES, Trace
 from .batch import Batch, Options
 from .custom_gradient import custom_gradient
 from .reference import before_activation
 
-# Scripts multiply what these read by the result (x*sigmoid(x)): the batch norm's output is needed then, too.
-GATES = frozenset({"sigmoid", "hard_sigmoid", "tanh", "softplus"})
+__all__ = ["GATES", "Record", "Stage", "Trace", "activate", "add", "last_operation", "mark"]
 
 _STAGE = "_bnfast_stage"  # the attribute of a tensor, as Keras's `_keras_mask`
-
-
-@dataclass
-class Trace:
-    """What became of one call of a layer while it was traced, for reports."""
-
-    most: int = 2  # operations that may be fused: more would repeat the call for other readers of what lies between
-    alone: bool = False  # whether the model shows that a single operation reads the output
-    in_graph: bool = False
-    fused: tuple[str, ...] = ()
 
 
 @dataclass(eq=False)

@@ -22,25 +22,13 @@ import jax
 import jax.extend
 from keras.src.backend.common.stateless_scope import get_stateless_scope
 
+from ...._arguments.trace import GATES, Trace
 from ....jax import support
 from .batch import Options
 
 __all__ = ["GATES", "Trace", "activate", "add", "keep", "mark", "updated"]
 
-# Scripts multiply what these read by the result (x*sigmoid(x)): the batch norm's output is needed then, too.
-GATES = frozenset({"sigmoid", "hard_sigmoid", "tanh", "softplus"})
-
 Run = Callable[[Options, Any], tuple[Any, Any, Any]]  # options, residual -> y, moving mean, moving variance
-
-
-@dataclass
-class Trace:
-    """What became of one call of a layer while it was traced, for reports."""
-
-    most: int = 2  # operations that may be fused: more would repeat the call for other readers of what lies between
-    alone: bool = False  # whether the model shows that a single operation reads the output
-    in_graph: bool = False
-    fused: tuple[str, ...] = ()
 
 
 @dataclass(eq=False)

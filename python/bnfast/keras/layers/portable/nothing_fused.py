@@ -5,18 +5,11 @@ Fusion on JAX: jax_fusion.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
+from ...._arguments.trace import Trace
 
-@dataclass
-class Trace:
-    """What became of one call of a layer, for reports: nothing is fused with it."""
-
-    most: int = 0
-    alone: bool = False
-    in_graph: bool = False
-    fused: tuple[str, ...] = ()
+__all__ = ["Trace", "keep"]
 
 
 def keep(x: Any) -> None:
