@@ -54,6 +54,16 @@ def test_points_of_a_source_are_found():
     assert any(said.startswith("without std::fprintf") for _, said in found)
 
 
+def test_the_extent_of_an_array_is_a_constant_expression(tmp_path):
+    pytest.importorskip("clang.cindex", reason="libclang is not installed")
+    (tmp_path / "f.cpp").write_text(
+        "int f(int n) {\n    int a[8];\n    int b[2][3] = {{n, 5}};\n    return a[4] + b[1][0];\n}\n"
+    )
+    points = list(Reader(tmp_path, "f.cpp".__eq__).points(tmp_path / "f.cpp"))
+    assert {p.before for p in points if p.constant} == {"8", "2", "3"}
+    assert {p.before for p in points if not p.constant} == {"5", "4", "1", "0", "+"}
+
+
 def test_every_survivor_has_a_reason():
     if mutants.DATA.exists():
         rows = json.loads(mutants.DATA.read_text())["rows"]

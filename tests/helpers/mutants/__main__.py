@@ -86,6 +86,7 @@ class Build:
         self.source, self.binary = WORK / "source", WORK / "binary"
         self.alone = {number for number, point in enumerate(chosen, 1) if point.constant}
         self.contents = {file: (ROOT / file).read_bytes() for file in {point.file for point in chosen}}
+        self.has_all = False  # the programs have every mutant that can be chosen at run time
 
     def configure(self) -> None:
         """Copies what is new, so that an earlier build is of use."""
@@ -130,8 +131,11 @@ class Build:
                 raise SystemExit(f"the sources with mutants don't compile:\n{said[-3000:]}")
             self.alone |= failed
             self.write()
+        self.has_all = True
 
     def compile_alone(self, number: int) -> bool:
+        self.has_all = False
+        self.write()
         point = self.chosen[number - 1]
         replace(self.source / point.file, schemata.alone(self.contents[point.file], point))
         return self.compile() is None
@@ -184,10 +188,8 @@ class Tests:
         self.seconds: dict[str, float] = {}
 
     def measure(self, progress: Progress) -> None:
-        self.seconds = progress.data.setdefault("seconds", {})
+        self.seconds = progress.data["seconds"] = {}
         for name in self.commands:
-            if name in self.seconds:
-                continue
             begin = time.perf_counter()
             if not self.passes(name, 0, 3600):
                 raise SystemExit(f"{name} fails without a mutant")
@@ -221,21 +223,20 @@ class Tests:
 def judge(
     build: Build, tests: Tests, numbers: list[int], count: int, progress: Progress, end: float
 ) -> list[dict[str, Any]]:
-    """One row per mutant, until `count` of them compile or the time is over."""
+    """One row per mutant, until `count` of them compile or the time is over; those that are compiled alone last."""
     rows: dict[str, dict[str, Any]] = progress.data["rows"]
-    for number in numbers:
-        if str(number) in rows:
-            continue
-        if time.perf_counter() > end or sum(row["compiled"] for row in rows.values()) >= count:
+    while time.perf_counter() < end:
+        refused = sum(not row["compiled"] for row in rows.values())
+        left = [number for number in numbers[: count + refused] if str(number) not in rows]
+        if not left:
             break
+        number = min(left, key=lambda number: (number in build.alone, number))
         point = build.chosen[number - 1]
         is_alone = number in build.alone
-        killer = None
+        if not is_alone and not build.has_all:
+            build.compile_all()
         compiled = not is_alone or build.compile_alone(number)
-        if compiled:
-            killer = tests.killer(0 if is_alone else number, point.file)
-        if is_alone:
-            build.write()
+        killer = tests.killer(0 if is_alone else number, point.file) if compiled else None
         line = build.contents[point.file].decode().splitlines()[point.line - 1].strip()
         row = {"number": number, "file": point.file, "line": point.line, "source": line, "kind": point.kind}
         rows[str(number)] = {**row, "change": point.said, "compiled": compiled, "killed_by": killer}

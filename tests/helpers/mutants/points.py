@@ -102,16 +102,19 @@ class Reader:
         spelled = self.first_words(cursor)
         constant = constant or b"constexpr" in spelled
         yield from self.of(cursor, constant)
-        children = list(cursor.get_children())
-        for number, child in enumerate(children):
+        for number, child in enumerate(cursor.get_children()):
             inside = constant
             if cursor.kind == kinds.PARM_DECL or (cursor.kind == kinds.CASE_STMT and number == 0):
                 inside = True  # the extents of an array, a default that a constant expression may use; a label
-            if cursor.kind == kinds.VAR_DECL and cursor.type.kind.name.endswith("ARRAY") and number < len(children) - 1:
+            if cursor.kind == kinds.VAR_DECL and cursor.type.kind.name.endswith("ARRAY") and self.in_brackets(child):
                 inside = True  # the extents
             yield from self.walk(child, inside)
             if cursor.kind == kinds.COMPOUND_STMT:
                 yield from self.deleted(child, constant)
+
+    def in_brackets(self, cursor: Any) -> bool:
+        file = self.file_of(cursor)
+        return file is not None and self.content(file)[cursor.extent.end.offset :].lstrip().startswith(b"]")
 
     def first_words(self, cursor: Any) -> bytes:
         kinds = self.cindex.CursorKind
