@@ -64,6 +64,7 @@ const std::vector<Shape>& kernel_shapes() {
         {600, 257, 1},  {2501, 64, 1},                                              // several blocks and chunks
         {2, 3, 49},     {5, 7, 2},      {40, 5, 196},  {3, 2, 4097}, {1, 9, 5000},  // rows
         {140001, 2, 2}, {1, 1, 270000},                                             // rows in several chunks
+        {16, 300, 7},                                                               // short rows in several tiles
     };
     return shapes;
 }

@@ -238,7 +238,7 @@ TEST_CASE("group norm with an activation, a residual or both, in every layout") 
                 for (bool residual : {false, true})
                     for (double negative_slope : {0.0, 0.25}) {
                         if (act != Activation::leaky_relu && negative_slope == 0) continue;
-                        Norm n(shape, dtype, true);
+                        Norm n(shape, dtype, act != Activation::relu6);
                         n.act = act;
                         n.negative_slope = negative_slope;
                         if (residual) {

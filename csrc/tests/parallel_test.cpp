@@ -143,6 +143,12 @@ TEST_CASE("a nested region runs on one thread") {
     CHECK(one_thread);
 }
 
+TEST_CASE("a thread that has run no job yet says one member") {
+    int size = 0;
+    std::thread([&] { size = last_team_size(); }).join();
+    CHECK(size == 1);
+}
+
 TEST_CASE("set_num_threads sets the number of threads, and 0 restores the default") {
     const int default_threads = get_num_threads();
     CHECK(default_threads >= 1);
