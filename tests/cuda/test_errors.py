@@ -187,6 +187,9 @@ def test_torch_tensors(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
         cuda.batch_norm_train(xp.to(X), xp.to(np.ones(3, "float32")).requires_grad_())
     with pytest.raises(TypeError, match=r"x must be float32, .*Received: int32"):
         cuda.batch_norm_train(xp.to(np.zeros((4, 3), "int32")))
+    negated = torch._neg_view(xp.to(np.ones(1, "float32")))
+    with pytest.raises(TypeError, match=r"gamma must be resolved by resolve_neg\(\)"):
+        cuda.batch_norm_train(xp.to(X[:, :1]), negated)
 
 
 def test_the_device_of_x_is_current_during_the_call_alone(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:

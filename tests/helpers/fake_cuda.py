@@ -265,6 +265,8 @@ def patch_torch(monkeypatch: Any, classes: list[Any]) -> None:
 
     monkeypatch.setattr(torch, "empty", empty)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=STREAM + device))
+    if hasattr(torch._C, "_cuda_getCurrentRawStream"):  # in builds for CUDA
+        monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: STREAM + device)
 
 
 class Namespace:

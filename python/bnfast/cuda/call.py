@@ -67,9 +67,10 @@ class Call:
             raise ValueError(f"{name} must have shape {wanted} to match axis of {self.name}. Received: {view.shape}")
         if view.dtype not in ("float32", "float64"):
             raise TypeError(f"{name} must be float32 or float64. Received: {view.dtype}")
-        order = memory_order(name, view)
-        if list(order) != sorted(order):
-            raise ValueError(f"{name} must be C-contiguous. Received: strides {view.strides}")
+        if view.strides is not None:
+            order = memory_order(name, view.shape, view.strides)
+            if list(order) != sorted(order):
+                raise ValueError(f"{name} must be C-contiguous. Received: strides {view.strides}")
         return view
 
     def _on_device(self, name: str, value: Any) -> View:
@@ -96,7 +97,7 @@ class Call:
             raise ValueError(f"{name} must have the shape {self.x.shape} of {self.name}. Received: {view.shape}")
         if view.dtype != self.x.dtype:
             raise TypeError(f"{name} must have the dtype {self.x.dtype} of {self.name}. Received: {view.dtype}")
-        if memory_order(name, view) != self.geometry.order:
+        if memory_order(name, view.shape, view.strides) != self.geometry.order:
             own, wanted = (each.strides or "of a C-contiguous array" for each in (view, self.x))
             raise ValueError(
                 f"{name} must lie in memory as {self.name}, with strides {wanted}. Received: strides {own}"

@@ -47,6 +47,11 @@ class Library(Protocol):
 
 def library_of(name: str, value: Any) -> Library:
     """The library that an array belongs to."""
+    known = _BY_TYPE.get(type(value))
+    return known if known is not None else _library_of(name, value)
+
+
+def _library_of(name: str, value: Any) -> Library:
     torch, cupy = sys.modules.get("torch"), sys.modules.get("cupy")
     if torch is not None and isinstance(value, torch.Tensor):
         return _torch(torch)
@@ -80,9 +85,15 @@ def _not_on_device(name: str, received: str) -> TypeError:
     return TypeError(f"{name} must be on a CUDA device. Received: {received}")
 
 
+# Of types whose instances all belong to one library.
+_BY_TYPE: dict[type, Library] = {}
+
+
 @functools.cache
 def _torch(torch: Any) -> Torch:
-    return Torch(torch)
+    library = Torch(torch)
+    _BY_TYPE.update({torch.Tensor: library, torch.nn.Parameter: library})
+    return library
 
 
 class Torch:
@@ -91,6 +102,10 @@ class Torch:
     def __init__(self, torch: Any) -> None:
         self.torch = torch
         self.names = {getattr(torch, name): name for name in DTYPES}
+        self.dtypes = {name: dtype for dtype, name in self.names.items()}
+        self.device = functools.cache(functools.partial(torch.device, "cuda"))
+        # The stream's number without a Stream object around it, where this build of PyTorch has that.
+        self.raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
     def view(self, name: str, value: Any) -> View:
         if not value.is_cuda:
@@ -100,6 +115,8 @@ class Torch:
                 f"{name} must be detached, as bnfast.cuda records no gradients (bnfast.cuda.autograd does). Received: "
                 "requires_grad=True"
             )
+        if value.is_neg():
+            raise TypeError(f"{name} must be resolved by resolve_neg(). Received: a tensor with is_neg() true")
         strides = None if value.is_contiguous() else tuple(value.stride())
         dtype = self.names.get(value.dtype) or _checked_dtype(name, str(value.dtype).removeprefix("torch."))
         return View(value.data_ptr(), tuple(value.shape), strides, dtype, value.device.index, False, value)
@@ -108,10 +125,12 @@ class Torch:
         return int(value.data_ptr())
 
     def stream(self, value: Any, device: int) -> int:
+        if self.raw_stream is not None:
+            return int(self.raw_stream(device))
         return int(self.torch.cuda.current_stream(device).cuda_stream)
 
     def empty(self, shape: tuple[int, ...], dtype: str, device: int, stream: int) -> Any:
-        return self.torch.empty(shape, dtype=getattr(self.torch, dtype), device=self.torch.device("cuda", device))
+        return self.torch.empty(shape, dtype=self.dtypes[dtype], device=self.device(device))
 
     def empty_like(self, value: Any, view: View, stream: int) -> Any:
         return self.torch.empty_like(value)
