@@ -1,35 +1,19 @@
 #include "torch_functions.h"
 
-#include <dlfcn.h>
-
 #include <vector>
 
-#include "../cpu/parallel.h"
 #include "../vectors.h"
 #include "call.h"
 #include "torch_tensor.h"
+#include "torch_threads.h"
 
 namespace bnfast::bind {
 namespace {
 
 using std::int64_t;
 
-const OpenmpLibrary* lender = nullptr;  // of the threads that PyTorch's own operations run on
-
-// The OpenMP library that PyTorch was linked with, of which a process may have others; null: it has another engine.
-const OpenmpLibrary* openmp_of_torch() {
-    static OpenmpLibrary found{};
-    void* const torch = dlopen("libtorch_cpu.so", RTLD_NOW | RTLD_NOLOAD);
-    return torch && find_openmp(torch, found) ? &found : nullptr;
-}
-
-bool borrow_threads(bool wanted) {
-    lender = wanted ? openmp_of_torch() : nullptr;
-    return lender != nullptr;
-}
-
 template <class F> void compute(F f) {
-    const BorrowedThreads scope(lender);
+    const BorrowedThreads scope(lender_of_threads());
     without_gil(f);
 }
 
@@ -229,7 +213,7 @@ py::object group_norm_grad(py::handle dy, py::handle x, py::handle dx, py::handl
 void define_torch_functions(py::module_& m) {
     m.def("_torch_connect", &connect_torch,
           "_torch_connect(tensor, parameter, /)\n--\n\nThe two types that are accepted.");
-    m.def("_torch_borrow_threads", &borrow_threads,
+    m.def("_torch_borrow_threads", &borrow_torch_threads,
           "_torch_borrow_threads(wanted, /)\n--\n\nWhether calls run on the threads of PyTorch's OpenMP from now on.");
     m.def("_torch_train", &train,
           "_torch_train(x, y, gamma, beta, moving_mean, moving_variance, momentum, epsilon, activation, "

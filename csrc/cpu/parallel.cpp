@@ -320,7 +320,8 @@ int run_by_team(int threads, void (*body)(void*, Team&), void* context) {
 bool find_openmp(void* library, OpenmpLibrary& found) {
     found.run = reinterpret_cast<decltype(found.run)>(dlsym(library, "GOMP_parallel"));
     found.most = reinterpret_cast<decltype(found.most)>(dlsym(library, "omp_get_max_threads"));
-    return found.run && found.most;
+    const void* const in_front = dlsym(RTLD_DEFAULT, "GOMP_parallel");
+    return found.run && found.most && (!in_front || in_front == reinterpret_cast<const void*>(found.run));
 }
 BorrowedThreads::BorrowedThreads(const OpenmpLibrary* library) : lent_(library && thread_state()) {
     if (lent_) thread_state()->lender = library;

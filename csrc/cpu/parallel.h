@@ -41,9 +41,10 @@ private:
 // processors that our workers would need. While they spin they start at once, so a job takes them in place of workers.
 struct OpenmpLibrary {
     void (*run)(void (*)(void*), void*, unsigned, unsigned);  // GOMP_parallel: body, context, threads, flags
-    int (*most)();                                            // omp_get_max_threads
+    int (*most)();                                            // how many threads a region of this thread may have
 };
-// Finds the functions as a loaded library (of dlopen) sees them, if it does.
+// Finds GOMP_parallel and omp_get_max_threads as a loaded library (of dlopen) was linked. False: it wasn't, or the
+// process has another library in front of it (LD_PRELOAD), whose functions it may have instead.
 bool find_openmp(void* library, OpenmpLibrary& found);
 class BorrowedThreads {  // scope of the calling thread; without effect where the library is null
 public:

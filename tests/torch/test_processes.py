@@ -1,5 +1,7 @@
 """Imports, threads, fork and worker processes beside PyTorch."""
 
+import glob
+import os
 import subprocess
 import sys
 
@@ -13,8 +15,14 @@ assert torch.allclose(y, torch.nn.functional.batch_norm(x, None, None, training=
 """
 
 
-def run(code, *arguments):
-    result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=300)
+def run(code, *arguments, **environment):
+    result = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, **environment},
+    )
     assert result.returncode == 0, result.stderr[-2000:]
     return result.stdout
 
@@ -78,6 +86,48 @@ assert not bnfast._core._torch_borrow_threads(False)
 assert bits() == borrowed
 """
     run(code)
+
+
+@pytest.mark.serial
+def test_a_thread_that_has_run_nothing_of_pytorchs_heeds_its_number_of_threads():
+    code = """
+import os, threading, torch, bnfast.torch
+torch.set_num_threads(1)
+x = torch.randn(8, 32, 40, 40)
+def threads(): return len(os.listdir("/proc/self/task"))
+before, all_run, all_done = threads(), threading.Barrier(5), threading.Barrier(5)
+def serve():
+    bnfast.torch.batch_norm(x, None, None, training=True)
+    all_run.wait(), all_done.wait()
+servers = [threading.Thread(target=serve) for _ in range(4)]
+for server in servers: server.start()
+all_run.wait()
+most = before + 4 + bnfast.get_num_threads() - 1  # one team of our own
+assert threads() <= most, (before, threads(), most)
+all_done.wait()
+"""
+    run(code, OMP_NUM_THREADS="16")
+
+
+BORROWS = "import torch, bnfast, bnfast.torch\nprint(bnfast._core._torch_borrow_threads(True))"
+
+
+def test_no_threads_are_borrowed_where_another_openmp_library_is_in_front():
+    from sklearn import __path__ as folders  # its wheel brings a libgomp of its own
+
+    others = glob.glob(os.path.join(os.path.dirname(folders[0]), "scikit_learn.libs", "libgomp*"))
+    if not others:
+        pytest.skip("scikit-learn has no libgomp of its own here")
+    assert run(BORROWS) == "True\n"
+    assert run(BORROWS, LD_PRELOAD=others[0]) == "False\n"
+
+
+@pytest.mark.parametrize(
+    ("size", "borrows"),
+    [("16k", False), ("200000 B", False), ("64", False), ("16M", True), ("1 g", True), ("300", True), ("?", True)],
+)
+def test_threads_with_too_little_stack_are_not_borrowed(size, borrows):
+    assert run(BORROWS, OMP_STACKSIZE=size) == f"{borrows}\n"
 
 
 @pytest.mark.serial
