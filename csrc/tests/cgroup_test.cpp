@@ -72,9 +72,9 @@ TEST_CASE("version 1: every hierarchy by its controllers, the smallest limit of 
     const Root root;
     root.write("/proc/self/cgroup", "12:memory:/job/step\n4:cpu,cpuacct:/job/step\n1:name=systemd:/job/step\n0::/job");
     root.write("/proc/self/mountinfo",
-               "33 24 0:29 / /sys/fs/cgroup/cpu,cpuacct rw - cgroup cgroup rw,cpu,cpuacct\n"
-               "34 24 0:30 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n"
-               "35 24 0:31 / /sys/fs/cgroup/systemd rw - cgroup cgroup rw,name=systemd");
+               "33 24 0:29 / /sys/fs/cgroup/cpu,cpuacct rw - cgroup none rw,cpu,cpuacct\n"
+               "34 24 0:30 / /sys/fs/cgroup/memory rw - cgroup none rw,memory\n"
+               "35 24 0:31 / /sys/fs/cgroup/systemd rw - cgroup none rw,name=systemd");
     const std::string cpu = "/sys/fs/cgroup/cpu,cpuacct/", memory = "/sys/fs/cgroup/memory/";
     root.write(cpu + "cpu.cfs_quota_us", "-1");
     root.write(cpu + "cpu.cfs_period_us", "100000");
@@ -94,7 +94,7 @@ TEST_CASE("version 1: every hierarchy by its controllers, the smallest limit of 
 TEST_CASE("a path with spaces, and lines that aren't what they should be") {
     const Root root;
     root.write("/proc/self/cgroup", "nonsense\n0::/my job\n:\n");
-    root.write("/proc/self/mountinfo", "nonsense\n30 23 0:26 / /sys/fs/c\\040g rw - cgroup2 cgroup2 rw\n - cgroup2\n");
+    root.write("/proc/self/mountinfo", "nonsense\n30 23 0:26 / /sys/fs/c\\040g rw - cgroup2 none rw\n - cgroup2\n");
     root.write("/sys/fs/c g/my job/cpu.max", "100000 100000");
     root.write("/sys/fs/c g/cpu.max", "nonsense");
     root.write("/sys/fs/c g/memory.max", "-5");

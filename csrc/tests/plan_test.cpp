@@ -92,6 +92,23 @@ TEST_CASE("canonical merges a single channel into one row and keeps the number o
     for (Shape s : shapes()) CHECK(canonical(s).size() == s.size());
 }
 
+TEST_CASE("a task of the apply step has at most apply_task_bytes of x, unless 16 rows or 64 values have more") {
+    for (const auto& list : {shapes(), std::vector<Shape>(std::begin(huge_shapes), std::end(huge_shapes))})
+        for (Shape shape : list)
+            for (DType dtype : all_dtypes) {
+                int violations = 0;
+                each_plan(shape, dtype, [&](const PlanRequest&, const Plan& p) {
+                    const Grid& g = p.apply_grid;
+                    const int64_t row = item_bytes(dtype) * (p.rows ? 1 : g.pack * g.C), step = p.rows ? 64 : 16;
+                    const bool fits = p.apply_task_size * row <= apply_task_bytes || p.apply_task_size == step;
+                    const bool fills = (p.apply_task_size + step) * row > apply_task_bytes;
+                    violations += shape.size() > 0 && !(fits && fills);
+                });
+                INFO(text(shape, dtype));
+                CHECK(violations == 0);
+            }
+}
+
 // Marks each (n, s) of the blocks that kernel_table.h describes.
 TEST_CASE("blocks and chunks cover each value of a channel once") {
     for (Shape shape : shapes())
