@@ -166,7 +166,8 @@ TEST_CASE("huge shapes: every count stays positive and consistent") {
                     g.N * g.C * g.S == shape.size() && g.chunks > 0 && g.chunk_blocks > 0 && p.channels_per_group > 0 &&
                     p.num_groups * p.channels_per_group >= g.C && (p.num_groups - 1) * p.channels_per_group < g.C &&
                     p.num_finalize_tasks * p.channels_per_finalize_task >= g.C &&
-                    (p.num_finalize_tasks - 1) * p.channels_per_finalize_task < g.C && p.apply_task_size > 0 &&
+                    (p.num_finalize_tasks - 1) * p.channels_per_finalize_task < g.C &&
+                    p.channels_per_finalize_task % 64 == 0 && p.apply_task_size > 0 &&
                     p.num_apply_tasks * p.apply_task_size >= apply_size &&
                     (p.num_apply_tasks - 1) * p.apply_task_size < apply_size && p.threads == r.threads && p.stream &&
                     p.bytes_written > 0 && p.bytes_read >= shape.size() * item_bytes(dtype) * r.inputs;

@@ -84,3 +84,11 @@ TEST_CASE("the example at Spans::cut") {
     const int64_t units[] = {9, 9, 6, 9, 9, 8};
     for (int64_t span = 0; span < 6; ++span) CHECK(spans.span_units(span) == units[span]);
 }
+
+TEST_CASE("the team shares a span where units are few or larger than a thread's cache, and never if it is one thread") {
+    each_spans([](auto spans) {
+        const int64_t bytes = 2 * spans.unit_size * item_bytes(spans.dtype);  // of x and a residual
+        const bool few = spans.num_units<4 * spans.threads, large = bytes> cache_per_thread(machine(), spans.threads);
+        CHECK(spans.by_steps == (spans.threads > 1 && (few || large)));
+    });
+}
