@@ -28,11 +28,18 @@ def python(*args: object, cwd: Path | None = None) -> subprocess.CompletedProces
 @pytest.mark.parametrize(
     ("script", "args", "summary"),
     [
-        ("mlp.py", [], ["2 batch norms: 2 trained on "]),
-        ("gan.py", [], ["2 batch norms: 2 trained on "]),
-        ("resume.py", ["."], ["6 batch norms: 6 trained on "]),
+        ("mlp.py", [], ["2 batch norms: 2 trained on ", "1 of 2 trained batch norms had at most 116 updates"]),
+        ("gan.py", [], ["2 batch norms: 2 trained on ", "2 of 2 trained batch norms had at most 10 updates"]),
+        ("resume.py", ["."], ["6 batch norms: 6 trained on ", "6 of 6 trained batch norms had at most 40 updates"]),
         ("tf1.py", [], ["tf.layers.batch_normalization: 2 in graphs, computed by bnfast"]),
-        ("cnn.py", ["--epochs", "4", "."], ["6 batch norms: 4 called in inference alone, 2 trained on "]),
+        (
+            "cnn.py",
+            ["--epochs", "4", "."],
+            [
+                "6 batch norms: 4 called in inference alone, 2 trained on ",
+                "1 of 2 trained batch norms had at most 104 updates",
+            ],
+        ),
     ],
 )
 def test_scripts_run_unmodified(need, tmp_path, script, args, summary):
@@ -45,6 +52,38 @@ def test_scripts_run_unmodified(need, tmp_path, script, args, summary):
     assert len(rest) == len(summary), rest
     for line, start in zip(rest, summary, strict=True):
         assert line.startswith(start), rest
+
+
+UPDATES = """
+import keras, numpy as np
+def main():
+    norms = [keras.layers.BatchNormalization(), keras.layers.BatchNormalization(momentum={momentum})]
+    model = keras.Sequential([keras.Input((4,)), *norms, keras.layers.Dense(1)])
+    model.compile(keras.optimizers.SGD({options}), "mse")
+    model.fit(np.ones((80, 4), "float32"), np.ones((80, 1), "float32"), batch_size=4, epochs={epochs}, verbose=0)
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("momentum", "epochs", "options", "line"),
+    [
+        (0.5, 1, "", "1 of 2 trained batch norms had at most 20 updates at momentum 0.99: 82% of their moving "),
+        (0.999, 1, "", "2 of 2 trained batch norms had at most 20 updates at momentum 0.999: 98% of their moving"),
+        (0.5, 6, "gradient_accumulation_steps=2", "1 of 2 trained batch norms had at most 120 updates"),
+        (0.5, 18, "", None),
+    ],
+)
+def test_too_few_updates_for_the_momentum_are_said(need, tmp_path, momentum, epochs, options, line):
+    need("tensorflow")
+    script = tmp_path / "train.py"
+    script.write_text(UPDATES.format(momentum=momentum, epochs=epochs, options=options))
+    done = bnfast_run(script)
+    assert done.returncode == 0, done.stderr
+    _, counts, *rest = said(done)
+    assert counts == "2 batch norms: 2 trained on bnfast's TensorFlow op"
+    assert len(rest) == (line is not None), rest
+    assert line is None or rest[0].startswith(line), rest
 
 
 FACTS = """
@@ -126,7 +165,7 @@ def test_a_backend_set_before_keras_is_imported_counts(need, folder):
     (folder / "other.py").write_text(script)
     done = bnfast_run("other.py", cwd=folder)
     assert done.returncode == 0, done.stderr
-    assert said(done)[1:] == ["1 batch norm: 1 trained on bnfast's kernels in PyTorch"]
+    assert said(done)[1] == "1 batch norm: 1 trained on bnfast's kernels in PyTorch"
 
 
 def test_an_interrupt_has_the_traceback_and_status_of_python(need, folder):

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from bnfast.cli import script, tf_layers
+from bnfast.cli import script, tf_layers, updates
 from bnfast.cli.errors import UserError, positive_int, require
 from bnfast.cli.keras_import import AfterImport
 from bnfast.cli.output import say, show
@@ -172,6 +172,7 @@ class Patcher:
             import bnfast.keras
 
             bnfast.keras.patch()
+            updates.install()
             if "tensorflow" in sys.modules:
                 tf_layers.install()
             self.reason = None
@@ -188,7 +189,8 @@ class Patcher:
 
             lines = tf_layers.summary()
             if made or not lines:
-                lines = [*summary().splitlines(), *lines]
+                momenta = [entry.momentum for entry in made if isinstance(entry.momentum, float)]
+                lines = [*summary().splitlines(), *updates.too_few(momenta), *lines]
         if not sys.modules.keys().isdisjoint(STARTERS):
             lines.append("processes that multiprocessing spawned aren't covered: Keras's own layer runs there")
         return lines

@@ -65,6 +65,7 @@ class Entry:
     wanted: str = "auto"  # the bridge that accelerate was given
     bridge: str | None = None  # the bridge of its last training call; None before one
     trace: fusion.Trace | None = None  # of that call
+    momentum: float | None = None  # of that call
     calls: str = NEVER  # what calls there were, other than training ones
 
     @property
@@ -178,6 +179,7 @@ class PatchedBatchNormalization(BatchNormalization, metaclass=_LikeKeras):
             entry.calls = INFERENCE if entry.calls == NEVER else entry.calls
         elif self.trainable:
             entry.bridge, entry.trace = choose_bridge(entry.wanted), self._bnfast_trace
+            entry.momentum = self.momentum
         else:
             entry.calls = FROZEN
         return y
