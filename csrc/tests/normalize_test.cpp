@@ -102,15 +102,17 @@ TEST_CASE("with one value per channel, y is beta and the moving variance has no 
     CHECK(f.moving_variance.get(0) == 1.5);
 }
 
-TEST_CASE("activations propagate NaN; leaky_relu with slope 0 maps -infinity to 0") {
-    const float x[3] = {NAN, -INFINITY, INFINITY}, mean[3] = {}, variance[3] = {1, 1, 1};
-    float y[3];
+TEST_CASE("activations propagate NaN; relu maps -0 to 0, leaky_relu with slope 0 -infinity to 0") {
+    const float x[4] = {NAN, -INFINITY, INFINITY, -0.0f}, mean[4] = {}, variance[4] = {1, 1, 1, 1};
+    const float beta[4] = {0, 0, 0, -0.0f};
+    float y[4];
     InferArgs a;
     a.x = x;
     a.y = y;
-    a.shape = {1, 3, 1};
+    a.shape = {1, 4, 1};
     a.moving_mean = {mean, DType::float32};
     a.moving_variance = {variance, DType::float32};
+    a.beta = {beta, DType::float32};
     a.epsilon = 0;
     for (const std::string& isa : usable_isas())
         for (Activation act : {Activation::relu, Activation::relu6, Activation::leaky_relu}) {
@@ -121,5 +123,6 @@ TEST_CASE("activations propagate NaN; leaky_relu with slope 0 maps -infinity to 
             CHECK(std::isnan(y[0]));
             CHECK(y[1] == 0);
             CHECK(y[2] == (act == Activation::relu6 ? 6 : INFINITY));
+            CHECK((y[3] == 0 && !std::signbit(y[3])));
         }
 }
