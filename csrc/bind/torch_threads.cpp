@@ -31,7 +31,7 @@ const OpenmpLibrary* openmp_of_torch() {
     void* const torch = dlopen("libtorch_cpu.so", RTLD_NOW | RTLD_NOLOAD);
     if (!torch || !find_openmp(torch, found) || !has_stack("OMP_STACKSIZE") || !has_stack("GOMP_STACKSIZE"))
         return nullptr;
-    // at::get_num_threads(). omp_get_max_threads() would be OpenMP's default in a thread that has run no operation of
+    // at::get_num_threads(). OpenMP itself would tell its default in a thread that has run no operation of
     // PyTorch's yet: torch.set_num_threads(n) reaches a thread when it first asks PyTorch.
     found.most = reinterpret_cast<decltype(found.most)>(dlsym(torch, "_ZN2at15get_num_threadsEv"));
     return found.most ? &found : nullptr;
