@@ -29,6 +29,13 @@ struct FreshPool {
 
 }  // namespace
 
+TEST_CASE("round_up_to_line gives whole lines of 8 doubles") {
+    for (std::int64_t n : {0, 1, 7, 8, 9, 64, 65}) {
+        const std::int64_t rounded = round_up_to_line(n);
+        CHECK((rounded % 8 == 0 && rounded >= n && rounded < n + 8));
+    }
+}
+
 TEST_CASE("blocks of every size are 64-byte aligned, fully writable and disjoint") {
     const FreshPool pool;
     std::vector<std::pair<unsigned char*, std::size_t>> blocks;
