@@ -116,7 +116,7 @@ def _compare(options: Options, command: list[str]) -> int:
 
 def _print_summary(patcher: Patcher, process: int) -> None:
     if os.getpid() == process:  # a forked child that ends by sys.exit runs its parent's exit functions, too
-        say("\n".join(f"bnfast: {line}" for line in patcher.summary()))
+        say("\n".join(f"bnfast: {line}" for line in [*patcher.summary(), *patcher.too_few_updates()]))
 
 
 def _split(command_line: Sequence[str]) -> tuple[Options, list[str]]:
@@ -189,8 +189,15 @@ class Patcher:
 
             lines = tf_layers.summary()
             if made or not lines:
-                momenta = [entry.momentum for entry in made if isinstance(entry.momentum, float)]
-                lines = [*summary().splitlines(), *updates.too_few(momenta), *lines]
+                lines = [*summary().splitlines(), *lines]
         if not sys.modules.keys().isdisjoint(STARTERS):
             lines.append("processes that multiprocessing spawned aren't covered: Keras's own layer runs there")
         return lines
+
+    def too_few_updates(self) -> list[str]:
+        """A line for the end of a whole training, if it was too short for the momentum."""
+        if self.reason is not None:
+            return []
+        from bnfast.keras.models.patch import made
+
+        return updates.too_few([entry.momentum for entry in made if isinstance(entry.momentum, float)])
