@@ -88,6 +88,49 @@ def test_trains_as_keras_does(shape, axis):
         np.testing.assert_allclose(own, other, **TOLERANCE)
 
 
+def test_momentum_and_epsilon_may_be_scalar_tensors():
+    scalars = {"momentum": ops.convert_to_tensor(0.7), "epsilon": ops.convert_to_tensor(0.25)}
+    mine, theirs = pair((6, 5), momentum=0.7, epsilon=0.25, ours={})
+    given = bnfast.keras.BatchNormalization(**scalars)
+    given.build((6, 5))
+    given.set_weights(mine.get_weights())
+    x = RNG.normal(2, 3, (6, 5)).astype("float32")
+    np.testing.assert_allclose(array(given(x, training=True)), array(theirs(x, training=True)), **TOLERANCE)
+    np.testing.assert_allclose(array(given(x)), array(theirs(x)), **TOLERANCE)
+    config = given.get_config()
+    assert (config["momentum"], config["epsilon"]) == pytest.approx((0.7, 0.25))
+
+
+@pytest.mark.parametrize("name", ["momentum", "epsilon"])
+def test_scalars_that_are_none_are_refused(name):
+    """A wrong type, shape or value, as a number and as a tensor."""
+    wanted = rf"{name} must be"
+    for value in ("0.5", b"1", [0.5], object(), ops.convert_to_tensor([True])[0]):
+        with pytest.raises((TypeError, ValueError), match=wanted):
+            bnfast.keras.BatchNormalization(**{name: value})
+    for value in (-0.5, float("nan"), float("inf"), 10**400, np.array([0.5]), np.array(-1.0)):
+        with pytest.raises(ValueError, match=wanted):
+            bnfast.keras.BatchNormalization(**{name: value})
+    for value in ([0.5], -0.5, float("nan")):
+        with pytest.raises(ValueError, match=wanted):
+            bnfast.keras.BatchNormalization(**{name: ops.convert_to_tensor(value)})(np.ones((4, 3)), training=True)
+
+
+def test_momentum_of_a_variable_follows_it():
+    variable = keras.Variable(0.5, trainable=False)
+    if BACKEND == "jax":
+        with pytest.raises(TypeError, match="momentum must be a number or a scalar array on jax"):
+            bnfast.keras.BatchNormalization(momentum=variable)
+        return
+    layer = bnfast.keras.BatchNormalization(momentum=variable)
+    x = np.full((4, 3), 8, "float32")
+    layer(x, training=True)
+    np.testing.assert_allclose(array(layer.moving_mean), 4.0)
+    variable.assign(1.0)
+    layer(x, training=True)
+    np.testing.assert_allclose(array(layer.moving_mean), 4.0)
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(("shape", "axis"), SHAPES)
 def test_gradient_is_that_of_keras(shape, axis, training):
