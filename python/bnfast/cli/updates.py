@@ -10,8 +10,6 @@ import functools
 from collections.abc import Iterable
 from typing import Any
 
-from bnfast.diagnosis.verdicts.case import START_SHARE
-
 _steps: list[Any] = []  # the step counter of every optimizer; not the optimizers, whose state is as large as a model
 
 
@@ -34,6 +32,8 @@ def install() -> None:
 def too_few(momenta: Iterable[float]) -> list[str]:
     """A line about the trained batch norms with these momenta, if one of them had too few updates."""
     import keras
+
+    from bnfast.diagnosis.verdicts.case import START_SHARE
 
     try:
         done = sum(int(keras.ops.convert_to_numpy(steps)) for steps in _steps)
