@@ -1,8 +1,10 @@
 #include "files.h"
 
 #include <algorithm>
+#include <cerrno>
 #include <cstdio>
 #include <memory>
+#include <new>
 
 namespace bnfast {
 namespace {
@@ -22,6 +24,7 @@ std::vector<std::string> split(const std::string& text, const char* separators) 
 
 std::optional<std::string> contents(const std::string& path) {
     const std::unique_ptr<std::FILE, int (*)(std::FILE*)> file(std::fopen(path.c_str(), "rbe"), &std::fclose);
+    if (!file && errno == ENOMEM) throw std::bad_alloc();
     if (!file) return {};
     std::string text;
     char buffer[4096];

@@ -7,9 +7,11 @@
 
 namespace bnfast {
 
-std::optional<std::string> contents(const std::string& path);  // nothing where the file can't be read
-std::string first_line(const std::string& path);               // "" where it can't be read
-std::vector<std::string> lines_of(const std::string& path);    // none where it can't be read
-std::vector<std::string> words_of(const std::string& line);    // what stands between spaces and tabs
+// Nothing where the file can't be read. Throws std::bad_alloc where memory is missing, which says nothing about the
+// file.
+std::optional<std::string> contents(const std::string& path);
+std::string first_line(const std::string& path);             // "" where it can't be read
+std::vector<std::string> lines_of(const std::string& path);  // none where it can't be read
+std::vector<std::string> words_of(const std::string& line);  // what stands between spaces and tabs
 
 }  // namespace bnfast

@@ -1,6 +1,7 @@
-// Each function reads its arguments into a struct of the C++ API, makes the outputs, and calls the core without the
-// GIL. The core doesn't check whether arrays overlap; that is done here. `xv` is the view of x, `gv` of gamma, `mm` of
-// moving_mean, `sv` of invstd, and so on.
+// Each function reads its arguments into a struct of the C++ API, makes the outputs and what it returns, and calls the
+// core without the GIL. After the call it needs no more memory, so a MemoryError has changed nothing. The core doesn't
+// check whether arrays overlap; that is done here. `xv` is the view of x, `gv` of gamma, `mm` of moving_mean, `sv` of
+// invstd, and so on.
 #include "batch_norm.h"
 
 #include "call.h"
@@ -45,8 +46,9 @@ py::object train(BNFAST_TRAIN_ARGUMENTS(BNFAST_PARAMETER)) {
         a.mean = v.data[0];
         a.variance = v.data[1];
         a.invstd = v.data[2];
+        const py::tuple results = py::make_tuple(y, v.arrays[0], v.arrays[1], v.arrays[2]);
         without_gil([&] { bnfast::train(a); });
-        return py::make_tuple(y, v.arrays[0], v.arrays[1], v.arrays[2]);
+        return results;
     });
 }
 
@@ -116,8 +118,9 @@ py::object grad(BNFAST_GRAD_ARGUMENTS(BNFAST_PARAMETER)) {
             // Without an activation dresidual is dy itself, or a copy of dy where dx overwrites dy.
             dresidual = a.dx == dyv.data ? dy.attr("copy")() : py::reinterpret_borrow<py::object>(dy);
         }
+        const py::tuple results = py::make_tuple(dx, dgamma, dbeta, dresidual);
         without_gil([&] { bnfast::grad(a); });
-        return py::make_tuple(dx, dgamma, dbeta, dresidual);
+        return results;
     });
 }
 

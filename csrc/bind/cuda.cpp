@@ -142,29 +142,33 @@ std::vector<std::string> load(int device, int call, const std::array<std::int64_
     return loaded;
 }
 
-// Memory of a device, freed in the order of its stream.
-class Memory {
-public:
-    Memory(int device, std::size_t bytes, Address stream) : device_(device), stream_(stream) {
-        const cuda::DeviceGuard guard(device);
-        if (bytes) memory_ = cuda::allocate(bytes, pointer(stream));
-    }
-    ~Memory() {
-        try {
-            const cuda::DeviceGuard guard(device_);
-            cuda::release(memory_, pointer(stream_));
-        } catch (const cuda::Error&) {  // the driver is gone, and its memory with it
+// Memory of a device: its address, and a capsule that frees it in the order of its stream. No class, because pybind11
+// can't make an object of one without host memory (it crashes).
+py::tuple allocate(int device, std::size_t bytes, Address stream) {
+    struct Memory {
+        int device;
+        Address stream;
+        void* at;
+        ~Memory() {
+            if (!at) return;
+            try {
+                const cuda::DeviceGuard guard(device);
+                cuda::release(at, pointer(stream));
+            } catch (const cuda::Error&) {  // the driver is gone, and its memory with it
+            }
         }
+    };
+    auto memory = std::make_unique<Memory>(Memory{device, stream, nullptr});
+    py::capsule owner(memory.get(), [](void* m) { delete static_cast<Memory*>(m); });
+    Memory& owned = *memory.release();
+    py::tuple result = py::make_tuple(py::none(), owner);
+    if (bytes) {
+        const cuda::DeviceGuard guard(device);
+        owned.at = cuda::allocate(bytes, pointer(stream));
     }
-    Memory(const Memory&) = delete;
-    Memory& operator=(const Memory&) = delete;
-    Address address() const { return reinterpret_cast<Address>(memory_); }
-
-private:
-    int device_;
-    Address stream_;
-    void* memory_ = nullptr;
-};
+    result[0] = py::int_(reinterpret_cast<Address>(owned.at));
+    return result;
+}
 
 py::bytes read(int device, Address from, std::size_t bytes, Address stream) {
     std::string values(bytes, '\0');
@@ -224,9 +228,8 @@ PYBIND11_MODULE(_cuda, m) {
     m.def("grad", &bind::grad, "See csrc/bind/cuda.cpp.");
     m.def("moments", &bind::moments, "See csrc/bind/cuda.cpp.");
     m.def("load", &bind::load, "load(device, call, shape, dtype, activation, negative_slope, /)\n--\n\n");
-    py::class_<bind::Memory>(m, "Memory", "Memory of a device.")
-        .def(py::init<int, std::size_t, std::uintptr_t>(), "__init__(self, device, bytes, stream, /)\n--\n\n")
-        .def_property_readonly("address", &bind::Memory::address);
+    m.def("allocate", &bind::allocate,
+          "allocate(device, bytes, stream, /)\n--\n\nThe address, 0 for no bytes, and what owns the memory.");
     m.def("read", &bind::read, "read(device, address, bytes, stream, /)\n--\n\nWaits.");
     m.def("write", &bind::write, "write(device, address, values, stream, /)\n--\n\nWaits.");
     m.def("copy", &bind::copy, "copy(device, to, from, bytes, stream, /)\n--\n\n");

@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "dlpack.h"
@@ -56,8 +57,9 @@ inline py::object make_dlpack(const py::object& owner, std::uintptr_t at, const 
         std::vector<std::int64_t> extents, steps;
         PyObject* owner;
     };
-    auto* m = new Managed{};
-    m->extents = m->steps = shape;
+    auto made = std::make_unique<Managed>();
+    made->extents = made->steps = shape;
+    auto* m = made.release();
     std::int64_t step = 1;
     for (std::size_t i = shape.size(); i-- > 0; step *= shape[i]) m->steps[i] = step;
     m->tensor = {reinterpret_cast<void*>(at),

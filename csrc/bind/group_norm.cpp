@@ -72,8 +72,9 @@ py::object forward(py::handle x, py::handle groups, py::handle gamma, py::handle
         a.y = data_of(y);
         a.mean = static_cast<double*>(data_of(mean));
         a.invstd = static_cast<double*>(data_of(invstd));
+        const py::tuple results = py::make_tuple(y, mean, invstd);
         without_gil([&] { bnfast::group_norm(a); });
-        return py::make_tuple(y, mean, invstd);
+        return results;
     });
 }
 
@@ -112,8 +113,9 @@ py::object backward(py::handle dy, py::handle x, py::handle mean, py::handle inv
         } else if (rv.dims) {
             dresidual = a.dx == dyv.data ? dy.attr("copy")() : py::reinterpret_borrow<py::object>(dy);
         }
+        const py::tuple results = py::make_tuple(dx, dgamma, dbeta, dresidual);
         without_gil([&] { bnfast::group_norm_grad(a); });
-        return py::make_tuple(dx, dgamma, dbeta, dresidual);
+        return results;
     });
 }
 

@@ -119,11 +119,18 @@ const Driver& driver() {
     return loaded;
 }
 
-void check(int status, const std::string& what) {
+std::string text_of(const char* text) { return text; }
+const std::string& text_of(const std::string& text) { return text; }
+std::string text_of(const KernelId& kernel) { return kernel.name(); }
+template <class Number> std::string text_of(Number n) { return std::to_string(n); }
+
+// The parts of the message are put together only where it is thrown: no allocation may fail after a call that did
+// what it was asked for.
+template <class... Parts> void check(int status, const Parts&... parts) {
     if (status == 0) return;
     const char* name = nullptr;
     driver().cuGetErrorName(status, &name);
-    throw Error(what + " failed: " + (name ? name : "CUDA error " + std::to_string(status)));
+    throw Error((... + text_of(parts)) + " failed: " + (name ? name : "CUDA error " + std::to_string(status)));
 }
 
 struct Kernel {
@@ -134,11 +141,11 @@ struct Kernel {
 std::mutex mutex;  // guards everything below
 std::string image_folder;
 std::map<int, std::unique_ptr<Device>> devices;
-std::map<int, void*> contexts;                                 // primary ones, retained until the process ends
-std::map<std::string, void*> libraries;                        // of fatbins, by path
-std::map<std::pair<int, std::string>, Kernel> kernels;         // by device and name
-std::map<std::pair<int, std::string>, std::string> images;     // compiled ones: the driver may read them later
-std::map<std::tuple<void*, int, Index, int>, int> capacities;  // by kernel, device, shared memory, cluster: what fits
+std::map<int, void*> contexts;                                  // primary ones, retained until the process ends
+std::map<std::string, void*> libraries;                         // of fatbins, by path
+std::map<std::tuple<int, Family, DType, Act>, Kernel> kernels;  // by device and kernel
+std::map<std::pair<int, std::string>, std::string> images;      // compiled ones: the driver may read them later
+std::map<std::tuple<void*, int, Index, int>, int> capacities;   // by kernel, device, shared memory, cluster: what fits
 
 std::unique_ptr<Device> make_device(int number) {
     auto attribute = [&](int which) {
@@ -162,14 +169,13 @@ std::unique_ptr<Device> make_device(int number) {
 void* primary_context(int number) {
     const std::lock_guard<std::mutex> lock(mutex);
     void*& context = contexts[number];
-    if (!context)
-        check(driver().cuDevicePrimaryCtxRetain(&context, number), "using CUDA device " + std::to_string(number));
+    if (!context) check(driver().cuDevicePrimaryCtxRetain(&context, number), "using CUDA device ", number);
     return context;
 }
 
 void* load_library(const void* image, const std::string& what) {
     void* library = nullptr;
-    check(driver().cuLibraryLoadData(&library, image, nullptr, nullptr, 0, nullptr, nullptr, 0), "loading " + what);
+    check(driver().cuLibraryLoadData(&library, image, nullptr, nullptr, 0, nullptr, nullptr, 0), "loading ", what);
     return library;
 }
 
@@ -207,7 +213,7 @@ Kernel load(const KernelId& id, const Device& device, const std::string& name) {
     Kernel kernel{nullptr, "fatbin"};
     void* library = fatbin_library(id);
     if (!library) library = compiled_library(id, device, name, kernel.origin);
-    check(driver().cuLibraryGetKernel(&kernel.function, library, name.c_str()), "looking " + name + " up");
+    check(driver().cuLibraryGetKernel(&kernel.function, library, name.c_str()), "looking ", name, " up");
     // Kernels with shared memory of the caller's size opt in to all that the device has.
     if (id.family >= Family::channel_train)
         check(driver().cuKernelSetAttribute(most_dynamic_shared, int(device.limits.shared_per_block), kernel.function,
@@ -219,9 +225,9 @@ Kernel load(const KernelId& id, const Device& device, const std::string& name) {
 // may_load: whether a module can be loaded now; asked only if the kernel isn't there.
 template <class F> const Kernel& kernel_for(const KernelId& id, const Device& device, F may_load) {
     const std::lock_guard<std::mutex> lock(mutex);
-    const std::string name = id.name();
-    Kernel& kernel = kernels[{device.number, name}];
+    Kernel& kernel = kernels[{device.number, id.family, id.dtype, id.act}];
     if (kernel.function) return kernel;
+    const std::string name = id.name();
     if (!may_load())
         throw Error("the stream is being captured and " + name +
                     " is not loaded: a graph can't capture that. Make the same call once, or call compile, before");
@@ -284,7 +290,7 @@ const Device& current_device() {
 }
 
 DeviceGuard::DeviceGuard(int number) {
-    check(driver().cuCtxPushCurrent_v2(primary_context(number)), "using CUDA device " + std::to_string(number));
+    check(driver().cuCtxPushCurrent_v2(primary_context(number)), "using CUDA device ", number);
 }
 DeviceGuard::~DeviceGuard() {
     void* context = nullptr;
@@ -307,7 +313,7 @@ void* allocate(std::size_t bytes, void* stream) {
     void* memory = nullptr;
     const int status = driver().cuMemAllocAsync(&memory, bytes, stream);
     if (status == out_of_memory) throw std::bad_alloc();
-    check(status, "allocating " + std::to_string(bytes) + " bytes");
+    check(status, "allocating ", bytes, " bytes");
     return memory;
 }
 void release(void* memory, void* stream) noexcept {
@@ -330,8 +336,12 @@ std::string load_kernel(const KernelId& id, const Device& device) {
     return kernel_for(id, device, [] { return true; }).origin;
 }
 
+void* load_for_launch(const KernelId& id, const Device& device, void* stream) {
+    return kernel_for(id, device, [&] { return !is_capturing(stream); }).function;
+}
+
 bool fits(const KernelLaunch& launch, const Device& device, void* stream) {
-    void* const function = kernel_for(launch.kernel, device, [&] { return !is_capturing(stream); }).function;
+    void* const function = load_for_launch(launch.kernel, device, stream);
     const std::lock_guard<std::mutex> lock(mutex);
     const auto added = capacities.insert({{function, device.number, launch.shared_bytes, launch.cluster}, 0});
     int& capacity = added.first->second;
@@ -346,12 +356,10 @@ bool fits(const KernelLaunch& launch, const Device& device, void* stream) {
     return launch.cooperative ? Index(capacity) * device.limits.sms >= launch.blocks : capacity > 0;
 }
 
-void launch_kernel(const KernelLaunch& launch, const Device& device, void* stream, void* args) {
-    if (launch.blocks == 0) return;
+void launch_kernel(const KernelLaunch& launch, void* function, void* stream, void* args) {
     void* params[] = {args};
-    const Kernel& kernel = kernel_for(launch.kernel, device, [&] { return !is_capturing(stream); });
     Configured c(launch, stream);
-    check(driver().cuLaunchKernelEx(&c.config, kernel.function, params, nullptr), "launching " + launch.kernel.name());
+    check(driver().cuLaunchKernelEx(&c.config, function, params, nullptr), "launching ", launch.kernel);
 }
 
 void set_to_zero(unsigned* word, void* stream) {

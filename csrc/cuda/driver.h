@@ -49,6 +49,9 @@ void write(void* memory, const void* host, std::size_t bytes, void* stream);    
 
 // Loads the kernel if it isn't yet, and returns where it came from: "fatbin", "cache" or "NVRTC".
 std::string load_kernel(const KernelId& kernel, const Device& device);
+// The same, and returns the driver's handle. Throws Error where the kernel isn't loaded and the stream is being
+// captured.
+void* load_for_launch(const KernelId& kernel, const Device& device, void* stream);
 
 struct KernelLaunch {
     KernelId kernel;
@@ -61,7 +64,8 @@ struct KernelLaunch {
 // Whether the device can hold what the launch needs at once: all blocks of a cooperative one, one cluster. Loads the
 // kernel. The answer counts for this context: under MPS or MIG a device has fewer SMs.
 bool fits(const KernelLaunch& launch, const Device& device, void* stream);
-void launch_kernel(const KernelLaunch& launch, const Device& device, void* stream, void* args);
+// function: of load_for_launch. Throws Error alone, where the driver refuses: all that needs memory was done before.
+void launch_kernel(const KernelLaunch& launch, void* function, void* stream, void* args);
 void set_to_zero(unsigned* word, void* stream);
 
 }  // namespace bnfast::cuda

@@ -28,6 +28,16 @@ std::string file_of(const std::string& folder, const std::string& name, const st
     return folder + "/" + name + "-" + key.substr(0, 32) + ".bin";
 }
 
+struct File {  // closed also where memory is missing
+    const int number;
+    explicit File(int n) : number(n) {}
+    ~File() {
+        if (number >= 0) close(number);
+    }
+    File(const File&) = delete;
+    File& operator=(const File&) = delete;
+};
+
 bool write_all(int file, const std::string& text) {
     for (std::size_t at = 0; at < text.size();) {
         const ssize_t n = write(file, text.data() + at, text.size() - at);
@@ -79,12 +89,12 @@ std::string cache_folder(std::string* reason, bool make) {
 bool read_image(const std::string& name, const std::string& key, std::string& image) {
     const std::string folder = cache_folder();
     if (folder.empty()) return false;
-    const int file = open(file_of(folder, name, key).c_str(), O_RDONLY | O_CLOEXEC | O_NOFOLLOW);
-    if (file < 0) return false;
+    const File file(open(file_of(folder, name, key).c_str(), O_RDONLY | O_CLOEXEC | O_NOFOLLOW));
+    if (file.number < 0) return false;
     struct stat s{};
     std::string text;
-    const bool whole = fstat(file, &s) == 0 && S_ISREG(s.st_mode) && is_private(s) && read_all(file, text);
-    close(file);
+    const bool whole =
+        fstat(file.number, &s) == 0 && S_ISREG(s.st_mode) && is_private(s) && read_all(file.number, text);
     const std::size_t begin = magic.size() + 64 + 1 + key.size() + 1;
     if (!whole || text.size() < begin) return false;
     image = text.substr(begin);
@@ -95,11 +105,12 @@ void write_image(const std::string& name, const std::string& key, const std::str
     try {
         const std::string folder = cache_folder();
         if (folder.empty()) return;
+        const std::string text = contents(key, image), target = file_of(folder, name, key);
         std::string path = folder + "/.new-XXXXXX";
         const int file = mkostemp(path.data(), O_CLOEXEC);  // mode 0600
         if (file < 0) return;
-        const bool written = write_all(file, contents(key, image));
-        if (close(file) || !written || rename(path.c_str(), file_of(folder, name, key).c_str())) unlink(path.c_str());
+        const bool written = write_all(file, text);
+        if (close(file) || !written || rename(path.c_str(), target.c_str())) unlink(path.c_str());
     } catch (...) {  // out of memory: the kernel stays in memory alone, or doesn't
     }
 }

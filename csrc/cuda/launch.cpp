@@ -124,8 +124,14 @@ template <class Args> void run(const PlanRequest& request, const Launch& launch,
     args.launch = {plan.cluster, plan.kept_slots, plan.scratch.arrived(launch.scratch)};
     args.parts = plan.scratch.parts(launch.scratch);
     args.constants = plan.scratch.constants(launch.scratch);
+    // All kernels are loaded before the first is launched: a call that can't load one has changed nothing.
+    const std::vector<KernelLaunch> launches = launches_of(plan, request, act);
+    std::vector<void*> functions;
+    for (const KernelLaunch& each : launches)
+        functions.push_back(each.blocks ? load_for_launch(each.kernel, device, launch.stream) : nullptr);
     if (plan.form == Form::resident) set_to_zero(args.launch.arrived, launch.stream);
-    for (const KernelLaunch& each : launches_of(plan, request, act)) launch_kernel(each, device, launch.stream, &args);
+    for (std::size_t i = 0; i < launches.size(); ++i)
+        if (functions[i]) launch_kernel(launches[i], functions[i], launch.stream, &args);
 }
 
 // What training and inference have in common.

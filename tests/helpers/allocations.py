@@ -1,12 +1,14 @@
 """A script for test_allocations.py: fails every allocation of a call, once and all from the k-th on.
 
-It runs with csrc/tests/failing_malloc.cpp as LD_PRELOAD, and for the functions of `_core` with PYTHONMALLOC=malloc, so
-that Python's objects count too. A call may raise MemoryError or succeed with the right bits, and the next call must
-succeed with the right bits. NumPy's own allocations (those whose nearest frame in bnfast or NumPy lies in NumPy)
-succeed and are counted. Python's own, in Python functions, are left alone: where they fail, PyContextVar_Set of CPython
-3.11, which np.errstate calls, dereferences a null pointer.
+It runs with csrc/tests/failing_malloc.cpp as LD_PRELOAD, and for the functions of `_core` and `_cuda` with
+PYTHONMALLOC=malloc, so that Python's objects count too. A call may raise MemoryError, having written nothing, or
+succeed with the right bits, and the next call must succeed with the right bits. The allocations of NumPy and of the
+CUDA driver (those whose nearest frame in a watched library lies there) succeed and are counted. Python's own, in Python
+functions, are left alone: where they fail, PyContextVar_Set of CPython 3.11, which np.errstate calls, dereferences a
+null pointer.
 
     python allocations.py LIBRARY NAME...    the functions to call; prints a line of JSON for each
+    python allocations.py LIBRARY cuda DRIVER IMAGES    those of `_cuda` with that driver and folder of images
 """
 
 from __future__ import annotations
@@ -17,16 +19,25 @@ import json
 import sys
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import bnfast
 import numpy as np
 from bnfast import _core
 
 MOST = 4000  # allocations per call: more is no end
+ALIVE: list[np.ndarray] = []  # those that calls know by their address
+EXEMPT = ("/numpy/", "/libcuda-")  # in the paths of libraries whose allocations succeed
 
 
-Cases = dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]
+class Case(NamedTuple):
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    written: tuple[np.ndarray, ...] = ()  # arrays whose addresses stand in `arguments`
+    first: bool = False  # the first call loads something: no call succeeds before
+
+
+Cases = dict[str, Case]
 
 
 def core() -> Cases:
@@ -63,7 +74,7 @@ def core() -> Cases:
     nan = x.copy()
     nan[3, 4] = np.nan
     raising = (nan, gamma, beta, none, none, -1, 0.5, 1e-3, none, none, 0.2, none, 0, "raise", none)
-    return {
+    calls = {
         "train": (_core.train, train),
         "train, moving": (_core.train, (*train[:3], *moving, *train[5:])),
         "train, non-finite": (_core.train, raising),
@@ -98,6 +109,7 @@ def core() -> Cases:
         ),
         "build_info": (lambda: {k: v for k, v in _core.build_info().items() if k != "memory"}, ()),
     }
+    return {name: Case(*call) for name, call in calls.items()}
 
 
 def public() -> Cases:
@@ -108,7 +120,7 @@ def public() -> Cases:
     gamma, beta = np.full(24, 2, "float32"), np.ones(24, "float32")
     result = bnfast.batch_norm_train(x, gamma, beta)
     v, g = rng.standard_normal((7, 24)), np.ones(24)
-    return {
+    calls = {
         "batch_norm_train": (bnfast.batch_norm_train, (x.astype("float64"), gamma)),
         "batch_norm_infer": (bnfast.batch_norm_infer, (x, result.mean, result.variance)),
         "batch_norm_grad": (bnfast.batch_norm_grad, (dy, x, result.mean, result.invstd, gamma)),
@@ -121,6 +133,53 @@ def public() -> Cases:
         "instance_norm": (bnfast.instance_norm, (groups,)),
         "BatchNormalization": (lambda: bnfast.BatchNormalization()(x, training=True), ()),
     }
+    return {name: Case(*call) for name, call in calls.items()}
+
+
+def cuda(driver: str, images: str) -> Cases:
+    """Functions of `_cuda`, on host memory that passes for a device's."""
+    from bnfast import _cuda
+
+    ctypes.CDLL(driver)  # now, so that Library knows its addresses
+    _cuda._set_driver_library(driver)
+    _cuda.set_image_folder(images)
+    rng = np.random.default_rng(2)
+
+    def at(array: np.ndarray) -> int:
+        ALIVE.append(array)
+        return int(array.__array_interface__["data"][0])
+
+    scratch = np.zeros(1 << 20, "uint8")
+    aligned = -(-at(scratch) // 256) * 256
+    place = (0, 0, partial(max, aligned))  # of a number of bytes, in C
+    capsule = _cuda.make_dlpack(scratch, aligned, [3, 4], 2, 32, 0)
+    cases = {}
+    for code, dtype in enumerate(("float32", "float64")):
+        x, dy, residual = rng.standard_normal((3, 300, 24)).astype(dtype)
+        y, dx, dresidual, vectors, moving = x * 0, x * 0, x * 0, np.zeros((6, 24)), np.ones((2, 24))
+        mean, variance, invstd, ones, dgamma, dbeta = ((at(row), True) for row in vectors)
+        vectors[2:4] = 1
+        shape, written = (300, 24, 1), (y, dx, dresidual, vectors, moving)
+        old_mean, old_variance = ((at(row), True) for row in moving)
+        train = (*place, at(x), at(y), at(residual), shape, code, ones, None, old_mean, old_variance, 0.5, 1e-3)
+        train += (1, 0.2, 0, False, mean[0], variance[0], invstd[0])
+        infer = (*place, at(x), at(y), 0, shape, code, old_mean, old_variance, ones, None, 1e-3, 1, 0.2)
+        grad = (*place, at(dy), at(x), at(dx), at(residual), 0, at(dresidual), shape, code, mean, invstd, ones)
+        grad += (None, 1, 0.2, True, None, None, dgamma, dbeta)
+        for function, arguments in ((_cuda.train, train), (_cuda.infer, infer), (_cuda.grad, grad)):
+            name = f"_cuda.{function.__name__}, {dtype}"
+            cases[f"{name}, first"] = Case(function, arguments, written, first=True)
+            cases[name] = Case(function, arguments, written)
+    cases["_cuda.moments"] = Case(_cuda.moments, (*place, at(x), shape, 1, mean[0], variance[0]), written)
+    cases["_cuda.read"] = Case(_cuda.read, (0, at(x), 800, 0))
+    cases["_cuda.write"] = Case(_cuda.write, (0, at(y), b"\1" * 800, 0), (y,))
+    cases["_cuda.device"] = Case(_cuda.device, (0,))
+    cases["_cuda.load"] = Case(_cuda.load, (0, 1, shape, 1, 0, 0.2))
+    # Its address may be another each time.
+    cases["_cuda.allocate"] = Case(lambda: len(_cuda.allocate(0, 800, 0)), ())
+    cases["_cuda.read_dlpack"] = Case(_cuda.read_dlpack, (capsule,))
+    cases["_cuda.make_dlpack"] = Case(_cuda.make_dlpack, (scratch, aligned, [3, 4], 2, 32, 0))
+    return cases
 
 
 def bits(value: Any) -> Any:
@@ -152,9 +211,10 @@ class Library:
                 words = line.split()
                 if "x" not in words[1] or len(words) < 6:
                     continue
-                if "/_core." in words[5] or "/numpy/" in words[5]:
+                exempt = any(part in words[5] for part in EXEMPT)
+                if exempt or "/_core." in words[5] or "/_cuda." in words[5]:
                     begin, end = (ctypes.c_size_t(int(word, 16)) for word in words[0].split("-"))
-                    assert self._library.failing_malloc_range(begin, end, int("/numpy/" in words[5]))
+                    assert self._library.failing_malloc_range(begin, end, int(exempt))
 
     def call(self, f: Callable[..., Any], arguments: tuple[Any, ...], k: int, fail_all: bool) -> Any:
         return self._call(self._object_call, f, arguments, None, k, int(fail_all))
@@ -176,40 +236,50 @@ def attempt(call: Callable[[], Any]) -> Any:
         return f"{type(error).__name__}: {error}"
 
 
-def sweep(library: Library, f: Callable[..., Any], arguments: tuple[Any, ...], fail_all: bool) -> dict[str, Any]:
-    kept = [(one, one.copy()) for one in arguments if isinstance(one, np.ndarray)]
+def sweep(library: Library, case: Case, fail_all: bool) -> dict[str, Any]:
+    f, arguments, written, first = case
+    kept = [(one, one.copy()) for one in (*arguments, *written) if isinstance(one, np.ndarray)]
 
     def anew(call: Callable[[], Any]) -> Any:
+        """What the call returns and writes, or its error. "changed" after a MemoryError that wrote something."""
         for one, before in kept:
             one[...] = before
-        return attempt(call)
+        result = attempt(call)
+        if result is MemoryError:
+            return "changed" if any(one.tobytes() != before.tobytes() for one, before in kept) else result
+        return result, bits(written)
 
-    expected = anew(lambda: f(*arguments))
-    found = {"k": 0, "MemoryError": 0, "succeeded": 0, "wrong": [], "numpy": 0}
+    expected = None if first else anew(lambda: f(*arguments))
+    found = {"k": 0, "MemoryError": 0, "succeeded": 0, "wrong": [], "exempt": 0}
+    results = []
     for k in range(1, MOST):
         result = anew(partial(library.call, f, arguments, k, fail_all))
-        seen, found["numpy"] = library.counts()
-        if result is MemoryError:
-            found["MemoryError"] += 1
-        elif result == expected:
-            found["succeeded"] += 1
-        else:
-            found["wrong"].append([k, str(result)[:200]])
-        if anew(lambda: f(*arguments)) != expected:
+        seen, found["exempt"] = library.counts()
+        results.append(result)
+        if not first and anew(lambda: f(*arguments)) != expected:
             found["wrong"].append([k, "the next call has other bits"])
         if seen < k:
-            return found
+            break
         found["k"] = k
-    found["wrong"].append([MOST, "no end"])
+    else:
+        found["wrong"].append([MOST, "no end"])
+    expected = expected or anew(lambda: f(*arguments))
+    found["MemoryError"] = results.count(MemoryError)
+    found["succeeded"] = results.count(expected)
+    found["wrong"] += [
+        [k, str(result)[:200]] for k, result in enumerate(results, 1) if result not in (MemoryError, expected)
+    ]
     return found
 
 
 def main(path: str, names: list[str]) -> None:
     _core._set_serial_bytes(0)
     bnfast.set_num_threads(2)
+    on_device = names[:1] == ["cuda"]
+    cases = cuda(*names[1:]) if on_device else core() | public()
     library = Library(path)
-    for name, (f, arguments) in (core() | public()).items():
-        if names and name not in names:
+    for name, case in cases.items():
+        if not on_device and name not in names:
             continue
         for fail_all in (False, True):
             print(json.dumps({"begins": name, "all": fail_all}), flush=True)
@@ -217,12 +287,12 @@ def main(path: str, names: list[str]) -> None:
             while len(lost) < 12:  # Python's and NumPy's caches fill up at first; what is lost is lost every time
                 gc.collect()
                 before = library.live()
-                found = sweep(library, f, arguments, fail_all)
+                found = sweep(library, case, fail_all)
                 gc.collect()
                 lost.append(library.live() - before)
-                if lost[-1] < max(2, found["k"] // 4):
+                if case.first or lost[-1] < max(2, found["k"] // 4):
                     break
-            print(json.dumps(found | {"name": name, "all": fail_all, "lost": lost}), flush=True)
+            print(json.dumps(found | {"name": name, "all": fail_all, "first": case.first, "lost": lost}), flush=True)
 
 
 if __name__ == "__main__":

@@ -30,14 +30,9 @@ class DeviceArray:
         self.shape, self.dtype, self.device, self.stream = shape, dtype, device, stream
         size = math.prod(shape) * ITEM_BYTES[dtype]
         try:
-            self._memory = _cuda.Memory(device, size, stream)
+            self.address, self._owner = _cuda.allocate(device, size, stream)  # address 0: an empty array
         except MemoryError:
             raise MemoryError(f"CUDA device {device} has no {size} bytes left for an array of shape {shape}") from None
-
-    @property
-    def address(self) -> int:
-        """The address on the device; 0 for an empty array."""
-        return self._memory.address
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
