@@ -159,9 +159,9 @@ def test_a_variant_brings_its_base_and_jax_without_kernels_has_no_bnfast(small, 
 
 
 def test_channels_last_is_measured_in_that_format(small):
+    module = small("torch")
     import torch
 
-    module = small("torch")
     base = module.build_model(models.parse("Small", 4, 16, "torch"))
     x, y = module.make_data(models.parse("Small", 4, 16, "torch"), base)
     variant = module.make_variant("bnfast-channels_last", base)
