@@ -25,6 +25,10 @@ class BatchNormForward(_BatchNorm):  # type: ignore[misc]
 
     def forward(self, input: Tensor) -> Tensor:
         """y of this batch (training, or without running statistics), or from the running statistics."""
+        return self._activated(input, None, 0.0)
+
+    def _activated(self, input: Tensor, activation: str | None, negative_slope: float) -> Tensor:
+        """The activation of y, in the same pass."""
         plain = type(input) in PLAIN and functional.is_plain_call()
         if not plain and isinstance(input, torch.fx.Proxy):
             return recorded_as_module(self, input)
@@ -46,7 +50,7 @@ class BatchNormForward(_BatchNorm):  # type: ignore[misc]
                 if momentum is None:  # the average over all batches
                     factor = 1.0 / float(self.num_batches_tracked)
         use_batch = training or (moving_mean is None and moving_variance is None)
-        options = Options(use_batch, 1 - factor, self.eps)
+        options = Options(use_batch, 1 - factor, self.eps, activation, negative_slope)
         if plain:
             try:
                 return functions.normalize(input, gamma, beta, None, (moving_mean, moving_variance), options)
