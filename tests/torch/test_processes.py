@@ -59,14 +59,24 @@ def test_a_missing_torch_is_one_clear_line():
     assert run(code) == 'bnfast.torch needs PyTorch, which is not installed: pip install "bnfast[torch]"\n'
 
 
+def test_a_torch_that_misses_a_package_says_so_itself(tmp_path):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("import bnfast_no_such_package")
+    code = "import sys; sys.path.insert(0, sys.argv[1])\ntry: import bnfast.torch\nexcept ImportError as e: print(e)"
+    assert run(code, str(tmp_path)) == "No module named 'bnfast_no_such_package'\n"
+
+
 @pytest.mark.serial
 def test_calls_run_on_pytorchs_threads_with_the_same_bits():
     """Also where PyTorch has fewer threads than bnfast, and in a forked child, which has none of them."""
     code = """
-import os, torch, bnfast, bnfast.torch
-def workers():
-    names = (open(f"/proc/self/task/{i}/comm").read().strip() for i in os.listdir("/proc/self/task"))
-    return sum(name == "bnfast" for name in names)
+import os, time, torch, bnfast, bnfast.torch
+def workers(wanted):  # a thread has its name once it has run
+    until = time.monotonic() + 10
+    while True:
+        names = [open(f"/proc/self/task/{i}/comm").read().strip() for i in os.listdir("/proc/self/task")]
+        if names.count("bnfast") == wanted or time.monotonic() > until:
+            return names.count("bnfast")
 def bits():  # without an operation of PyTorch's own, which would wait for its threads in the child
     with torch.no_grad():
         return bnfast.torch.BatchNorm2d(64)(x).numpy().tobytes()
@@ -75,13 +85,13 @@ x = torch.randn(16, 64, 32, 32)
 torch.set_num_threads(3)
 bnfast.set_num_threads(3)
 borrowed = bits()
-assert workers() == 0, "no thread of our own is needed"
+assert workers(0) == 0, "no thread of our own is needed"
 child = os.fork()
 if child == 0:
-    os._exit(0 if bits() == borrowed and workers() == 2 else 1)
+    os._exit(0 if bits() == borrowed and workers(2) == 2 else 1)
 assert os.waitpid(child, 0)[1] == 0
 torch.set_num_threads(2)
-assert bits() == borrowed and workers() == 2
+assert bits() == borrowed and workers(2) == 2
 assert not bnfast._core._torch_borrow_threads(False)
 assert bits() == borrowed
 """
