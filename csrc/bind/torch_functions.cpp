@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "../vectors.h"
+#include "cpu/memory.h"
 #include "call.h"
 #include "torch_tensor.h"
 #include "torch_threads.h"
@@ -39,9 +40,17 @@ TorchVectorReader fill(Args& a, const TorchTensor& x, const ShapeOf& shape, py::
     return vectors;
 }
 
+// An output, which the caller has just allocated. From 32 MiB on glibc maps the memory anew each time, and its page
+// faults take half of a call (13.7 ms for 51 MB, 7.8 with huge pages).
+void* output_like(const TorchTensor& x, void* data) {
+    const std::size_t bytes = std::size_t(x.size) * (x.dtype == DType::float64 ? 8 : x.dtype == DType::float32 ? 4 : 2);
+    if (data && bytes >= std::size_t(32) << 20) ask_for_huge_pages(data, bytes);
+    return data;
+}
+
 // What the forward calls share besides.
 template <class Args> void fill_forward(Args& a, const TorchTensor& x, py::handle y, double epsilon) {
-    a.y = x.data_of_required_like(y);
+    a.y = output_like(x, x.data_of_required_like(y));
     decline_unless(epsilon >= 0);
     a.epsilon = epsilon;
 }
@@ -81,8 +90,8 @@ template <class Args>
 void fill_gradient(Args& a, const TorchTensor& x, py::handle dy, py::handle dx, py::handle dresidual,
                    const ParameterGradients& made) {
     a.dy = x.data_of_required_like(dy);
-    a.dx = x.data_of_required_like(dx);
-    a.dresidual = x.data_of_like(dresidual);
+    a.dx = output_like(x, x.data_of_required_like(dx));
+    a.dresidual = output_like(x, x.data_of_like(dresidual));
     a.dgamma = made.gamma;
     a.dbeta = made.beta;
 }

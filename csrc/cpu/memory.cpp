@@ -133,13 +133,20 @@ void* allocate(std::size_t bytes) {
         clear_memory();  // give back what the pool keeps, and try again
         if (posix_memalign(&block, alignment, bytes) != 0) throw std::bad_alloc();
     }
-#if defined(__linux__)
-    if (bytes >= huge) madvise(block, bytes, MADV_HUGEPAGE);
-#endif
+    if (bytes >= huge) ask_for_huge_pages(block, bytes);
     return block;
 }
 
 }  // namespace
+
+void ask_for_huge_pages(void* begin, std::size_t bytes) noexcept {
+#if defined(__linux__)
+    constexpr std::uintptr_t page = 4096;  // madvise takes whole pages alone
+    const std::uintptr_t from = reinterpret_cast<std::uintptr_t>(begin), first = (from + page - 1) / page * page;
+    const std::uintptr_t last = (from + bytes) / page * page;
+    if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
 
 void* acquire_block(std::size_t bytes) {
     Pool& p = pool();
