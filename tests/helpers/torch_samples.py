@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # |ours - PyTorch's| <= bound*(1 + |PyTorch's|). PyTorch sums channels_last float32 in float32, and halves in halves.
 BOUNDS = {torch.float64: 1e-10, torch.float32: 2e-4, torch.bfloat16: 6e-2, torch.float16: 8e-3}
@@ -65,3 +66,15 @@ def outcome(function: Callable[[], Any]) -> Any:
 def copied(value: Any) -> Any:
     """Tensors as fresh leaves; anything else as it is."""
     return value.detach().clone().requires_grad_(value.requires_grad) if isinstance(value, torch.Tensor) else value
+
+
+class DispatchedOps(TorchDispatchMode):
+    """A dispatch mode that keeps the names of the ops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))

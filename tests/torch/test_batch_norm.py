@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from pathlib import Path
 
 import bnfast
 import bnfast.torch as bt
@@ -197,6 +198,13 @@ def test_gradients_of_odd_layouts():
             close(run(bt.batch_norm), run(F.batch_norm))
 
 
+def test_expanded_channels():
+    """Their stride is 0, which PyTorch takes for no channels_last."""
+    x, _, gamma, beta, *_ = tensors((2, 4, 3, 3))
+    x = x[:, :1].expand(2, 4, 3, 3)
+    close(bt.batch_norm(x, None, None, gamma, beta, True), F.batch_norm(x, None, None, gamma, beta, True))
+
+
 def test_negated_views_are_read_with_their_sign():
     x, dy, gamma, beta, mean, variance = tensors((4, 3))
     y = bt.batch_norm(torch._neg_view(x), mean, variance, gamma, beta, False)
@@ -319,6 +327,17 @@ def test_errors_are_pytorchs(name):
     assert isinstance(results[0], tuple)
 
 
+@pytest.mark.parametrize(
+    ("given", "training"), [("mean", True), ("variance", True), ("mean", False), ("variance", False), ("none", False)]
+)
+def test_missing_statistics_are_as_in_pytorch(given, training):
+    x, _, _, _, mean, variance = tensors((4, 3))
+    moving = [mean if given == "mean" else None, variance if given == "variance" else None]
+    results = [outcome(lambda f=f: f(x, *moving, training=training)) for f in (bt.batch_norm, F.batch_norm)]
+    assert results[0] == results[1]
+    assert isinstance(results[0], tuple)
+
+
 @pytest.mark.parametrize("kwargs", [{"eps": 0}, {"eps": -1.0}, {"momentum": 1.5}, {"momentum": -0.5}])
 def test_odd_settings_are_as_in_pytorch(kwargs):
     for training in (True, False):
@@ -356,6 +375,13 @@ def test_a_variance_and_epsilon_of_0_have_no_gradient_in_inference():
     assert x.grad.tolist() == [[0, 0.5], [0, 0.5]]
     assert module.weight.grad.tolist() == [0, 3]
     assert module.bias.grad.tolist() == [2, 2]
+
+
+def test_a_module_that_counts_no_batches():
+    for module, theirs in (pair(), pair(momentum=None)):
+        module.num_batches_tracked = theirs.num_batches_tracked = None
+        x = torch.randn(4, 6, 3, 3)
+        close([module(x), *module.state_dict().values()], [theirs(x), *theirs.state_dict().values()])
 
 
 def test_one_value_per_channel_is_an_error_that_changes_no_statistics():
@@ -463,6 +489,22 @@ def test_what_the_kernels_do_not_take_is_left_to_pytorch():
     ]
 
 
+def test_other_classes_and_layouts_of_tensors():
+    class Own(torch.Tensor):
+        pass
+
+    x = torch.randn(4, 6, 3, 3)
+    module, theirs = pair()
+    made = module(x.as_subclass(Own))
+    assert type(made) is Own
+    close(made.as_subclass(torch.Tensor), theirs(x))
+    assert module._bnfast_reason == "the input is a Own"
+    for training in (True, False):
+        results = [one.train(training)(x.to_mkldnn()).to_dense() for one in (module, theirs)]
+        close(*results)
+    assert module._bnfast_reason == "the input is nested or has layout torch._mkldnn"
+
+
 def test_default_device_and_inference_mode():
     module = bt.BatchNorm2d(6)
     before = torch.get_default_device()
@@ -486,3 +528,45 @@ def test_checkpointing():
         checkpoint(module, x, use_reentrant=False).square().sum().backward()
         results.append([x.grad, module.weight.grad, module.running_mean])
     close(*results)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("epilogue", ["none", "relu", "silu", "residual", "residual and relu", "residual and silu"])
+def test_many_gradients_at_once(epilogue, training):
+    """jacobian(vectorize=True), gradcheck(check_batched_grad=True)."""
+    *with_residual, activation = [word for word in epilogue.split(" and ") if word != "none"] or [None]
+    if activation == "residual":
+        with_residual, activation = ["residual"], None
+    x, residual = torch.randn(2, 5, 3, dtype=torch.float64).unbind()
+    gamma, beta, mean = torch.randn(3, 3, dtype=torch.float64).unbind()
+    given = [x, gamma, beta, *([residual] if with_residual else [])]
+
+    def call(x, gamma, beta, residual=None):
+        statistics = mean.clone(), torch.ones_like(mean)
+        return bt.batch_norm(x, *statistics, gamma, beta, training, activation=activation, residual=residual)
+
+    at_once, in_turn = (
+        torch.autograd.functional.jacobian(call, tuple(given), vectorize=vectorize) for vectorize in (True, False)
+    )
+    close(at_once, in_turn, 1e-12)
+
+
+def flags_of(address):
+    """What the system knows of the memory there: "hg" if huge pages were asked for."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split(" ")[0]:
+            begin, end = (int(part, 16) for part in line.split(" ")[0].split("-"))
+            inside = begin <= address < end
+        elif inside and line.startswith("VmFlags"):
+            return line.split()[1:]
+    return []
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="no huge pages here")
+def test_large_outputs_ask_for_huge_pages():
+    for size, asks in ((3000, True), (1000, False)):
+        x = torch.randn(1, 1, size, size, requires_grad=True)
+        y = bt.batch_norm(x, None, None, training=True)
+        y.backward(torch.ones_like(y))
+        assert ["hg" in flags_of(t.data_ptr() + 4096 * 600) for t in (y, x.grad)] == [asks, asks]

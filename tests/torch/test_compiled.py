@@ -5,7 +5,7 @@ import copy
 import bnfast.torch as bt
 import pytest
 import torch
-from torch_samples import close
+from torch_samples import DispatchedOps, close
 
 
 def model(order=torch.contiguous_format):
@@ -90,23 +90,26 @@ def test_opcheck(compiler, dtype, order, activation):
 
 
 def test_dispatched_second_order():
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    names = []
-
-    class Counts(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            names.append(str(function))
-            return function(*args, **(kwargs or {}))
+    mode = DispatchedOps()
 
     def function(x, gamma, beta):
-        with Counts():
+        with mode:
             return bt.batch_norm(x, None, None, gamma, beta, True, activation="silu")
 
     inputs = [torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((3, 2, 4), (2,), (2,))]
     assert torch.autograd.gradcheck(function, inputs)
     assert torch.autograd.gradgradcheck(function, inputs)
-    assert "bnfast.batch_norm_train.default" in names
+    assert "bnfast.batch_norm_train.default" in mode.names
+
+
+def test_dispatched_inference():
+    module = bt.BatchNorm2d(6).eval()
+    x = torch.randn(4, 6, 5, 5, requires_grad=True)
+    with DispatchedOps() as mode:
+        y = module(x)
+    assert "bnfast.batch_norm_infer.default" in mode.names
+    z = module(x)
+    close([y, *torch.autograd.grad(y.sum(), x)], [z, *torch.autograd.grad(z.sum(), x)])
 
 
 def test_fake_tensors():

@@ -12,7 +12,8 @@ import bnfast.torch as bt
 def model(kind):
     torch.manual_seed(0)
     made = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Flatten(),
-                               torch.nn.Linear(4 * 16, 5), torch.nn.BatchNorm1d(5)).double()
+                               torch.nn.Linear(4 * 16, 5), torch.nn.BatchNorm1d(5, momentum=None),
+                               torch.nn.BatchNorm1d(5, affine=False, track_running_stats=False)).double()
     if kind == "sync":
         made = bt.SyncBatchNorm.convert_sync_batchnorm(made)
         assert type(made[1]) is bt.SyncBatchNorm
@@ -68,13 +69,13 @@ if __name__ == "__main__":
 
 
 @pytest.mark.serial
-@pytest.mark.parametrize("cuts", [3, 1])
+@pytest.mark.parametrize("cuts", [0, 1])  # the samples of the first process
 def test_two_processes(tmp_path, cuts):
     script = tmp_path / "two.py"
     script.write_text(SCRIPT)
     command = [sys.executable, script, str(tmp_path / "store"), str(cuts)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert result.stdout == "equal\n", result.stderr[-3000:]
+    assert result.stdout.endswith("equal\n"), result.stderr[-3000:]  # older gloos print, too
 
 
 def test_without_a_process_group_it_is_batch_norm():
@@ -90,3 +91,31 @@ def test_without_a_process_group_it_is_batch_norm():
         sync(x[0, 0, 0])
     assert type(bt.accelerate(torch.nn.SyncBatchNorm(3))) is bt.SyncBatchNorm
     assert type(bt.to_torch(bt.SyncBatchNorm(3))) is torch.nn.SyncBatchNorm
+
+
+def test_what_several_processes_cannot_merge_is_an_error(monkeypatch):
+    import bnfast.torch as bt
+    import torch
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group=None: 2)
+    module = bt.SyncBatchNorm(3)
+    text = r"input must be a plain float tensor beside parameters of its dtype. Received: "
+    with pytest.raises(TypeError, match=text + r"parameters have torch.float32 for an input of torch.float64"):
+        module(torch.ones(4, 3, dtype=torch.float64))
+    with pytest.raises(TypeError, match=text + r"the input has dtype torch.int32"):
+        module(torch.ones(4, 3, dtype=torch.int32))
+    assert not module.running_mean.any()
+
+
+def test_on_another_device_and_without_momentum_it_is_pytorchs():
+    import bnfast.torch as bt
+    import torch
+
+    assert bt.SyncBatchNorm(3, device="meta")(torch.empty(4, 3, device="meta")).device.type == "meta"
+    torch.manual_seed(0)
+    sync, plain = bt.SyncBatchNorm(3, momentum=None), torch.nn.BatchNorm1d(3, momentum=None)
+    for _ in range(3):
+        x = torch.randn(4, 3)
+        torch.testing.assert_close(sync(x), plain(x))
+    torch.testing.assert_close(dict(sync.state_dict()), dict(plain.state_dict()))

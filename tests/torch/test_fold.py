@@ -44,9 +44,12 @@ class Untraceable(nn.Module):
     def __init__(self):
         super().__init__()
         self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+        self.conv, self.norm = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.twice = self.again = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
 
     def forward(self, x):
-        return self.body(x) if x.sum() > -1e30 else x
+        x = self.body(x) if x.sum() > -1e30 else x
+        return self.twice(self.again(self.norm(self.conv(x))))
 
 
 @pytest.mark.parametrize("accelerated", [False, True])
@@ -59,6 +62,9 @@ class Untraceable(nn.Module):
         (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)), []),
         (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.BatchNorm2d(4)), ["1"]),
         (lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 5, bias=False), nn.BatchNorm1d(5)), ["2"]),
+        # a Linear makes the last axis, these read another one
+        (lambda: nn.Sequential(nn.Flatten(2), nn.Linear(64, 5), nn.BatchNorm1d(3)), []),
+        (lambda: nn.Sequential(nn.Linear(8, 5), nn.BatchNorm2d(3)), []),
     ],
 )
 def test_fold(make, merged, accelerated):
@@ -67,12 +73,41 @@ def test_fold(make, merged, accelerated):
     if accelerated:
         bt.accelerate(model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    folded = bt.fold(model)
+    folded = bt.fold(model, x) if make is Untraceable else bt.fold(model)
     assert identities(folded) == merged
     close(folded(x), model(x), 1e-9)
     assert type(folded) is type(model)
     assert identities(model) == []
     close([*model.state_dict().values()], [*before.values()])
+
+
+class Inside(nn.Module):
+    """Depends on values, and calls a part of a Sequential, all of another, and one that no example reaches."""
+
+    def __init__(self):
+        super().__init__()
+        self.part, self.all, self.rare = (
+            nn.Sequential(nn.Conv2d(n, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)) for n in (3, 4, 4)
+        )
+
+    def forward(self, x, scale=1):
+        x = self.all(self.part[0](x)) * scale
+        return self.rare(x) if x.mean() > 1e9 else x
+
+
+def test_a_model_that_cannot_be_traced():
+    x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    model = trained(Inside(), x)
+    for part in (model.part, model.rare):
+        part[1].running_mean.fill_(3)
+    with pytest.warns(UserWarning, match=r"can't trace Inside, so its batch norms stay.*fold\(model, x\)") as warned:
+        unfolded = bt.fold(model)
+    assert warned[0].filename == __file__
+    assert identities(unfolded) == []
+    folded = bt.fold(model, (x, 2))
+    assert identities(folded) == ["all.1"]
+    close(folded(x, 2), model(x, 2), 1e-9)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in folded.modules())
 
 
 def test_what_hooks_see_is_not_folded():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch_samples import close, copied, module_samples, op_samples, outcome
+from torch_samples import DispatchedOps, close, copied, module_samples, op_samples, outcome
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 MODULES = {
@@ -137,6 +137,32 @@ def test_activation_and_residual(activation):
         bt.group_norm(torch.ones(2, 4), 2, residual=torch.ones(3))
 
 
+def test_a_residual_alone():
+    inputs = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((2, 6, 5), 6, 6, (2, 6, 5))]
+
+    def ours(x, g, b, residual):
+        return bt.group_norm(x, 2, g, b, residual=residual)
+
+    assert torch.autograd.gradgradcheck(ours, inputs)
+    results = [
+        [y, *torch.autograd.grad(y.sin().sum(), inputs)]
+        for y in (ours(*inputs), F.group_norm(inputs[0], 2, *inputs[1:3]) + inputs[3])
+    ]
+    close(*results, 1e-9)
+
+
+@pytest.mark.parametrize(("norm", "residual"), [(group, True), (last, True), (layer, True), (instance, False)])
+def test_negated_views_are_read_with_their_sign(norm, residual):
+    x, dy, gamma, beta = tensors()
+    close(norm(bt, torch._neg_view(x), gamma, beta), norm(F, -x, gamma, beta))
+    x = x.requires_grad_()
+    ours, theirs = (norm(functions, x, gamma, beta) for functions in (bt, F))
+    close(torch.autograd.grad(ours, x, torch._neg_view(dy)), torch.autograd.grad(theirs, x, -dy))
+    if residual:
+        y = bt.layer_norm(x, (5, 5), residual=torch._neg_view(dy), activation="relu")
+        close(y, F.relu(F.layer_norm(x, (5, 5)) - dy))
+
+
 # ---- PyTorch's own samples -------------------------------------------------------------------------------------------
 
 
@@ -220,6 +246,61 @@ def test_accelerated_modules_train_as_before(name):
         assert type(bt.to_torch(ours)) is type(theirs)
 
 
+ODD = [
+    lambda f, x: f.group_norm(x, True),
+    lambda f, x: f.group_norm(x, 2.0),
+    lambda f, x: f.group_norm(x, 0),
+    lambda f, x: f.group_norm(x, 4),
+    lambda f, x: f.group_norm(x[0, :, 0, 0], 2),
+    lambda f, x: f.group_norm(x[:1, :, :1, :1], 6),
+    lambda f, x: f.group_norm(x[:, :, :1, :1], 6),
+    lambda f, x: f.layer_norm(x, (4,)),
+    lambda f, x: f.layer_norm(x, ()),
+    lambda f, x: f.layer_norm(x, (1, *x.shape)),
+    lambda f, x: f.instance_norm(x[..., :1, :1]),
+    lambda f, x: f.instance_norm(x, x[0, :, 0, 0]),
+]
+
+
+@pytest.mark.parametrize(("place", "call"), [*enumerate(ODD)])
+def test_odd_calls_are_as_in_pytorch(place, call):
+    x = torch.randn(4, 6, 5, 5)
+    results = [outcome(lambda f=f: call(f, x)) for f in (bt, F)]
+    if isinstance(results[1], tuple):
+        assert results[0] == results[1]
+    else:
+        close(*results)
+
+
+def test_a_nested_tensor_is_normalized_as_in_pytorch():
+    x = [torch.randn(n, 8) for n in (3, 5)]
+    nested = torch.nested.nested_tensor(x)
+    ours, theirs = bt.LayerNorm(8), torch.nn.LayerNorm(8)
+    made = [ours(nested), theirs(nested), bt.layer_norm(nested, (8,), ours.weight, ours.bias)]
+    assert ours._bnfast_reason == "the input is nested or has layout torch.strided"
+    for one in made:
+        close([*one.unbind()], [theirs(part) for part in x])
+
+
+@pytest.mark.parametrize(("name", "vector"), [("GroupNorm", (6,)), ("LayerNorm", (5, 5))])
+def test_parametrized_parameters_are_used(name, vector):
+    from torch.nn.utils import parametrize
+
+    class Double(torch.nn.Module):
+        def forward(self, w):
+            return 2 * w
+
+    arguments, shape = MODULES[name]
+    x, weight = torch.randn(shape), torch.rand(vector)
+    results = []
+    for namespace in (bt, torch.nn):
+        module = getattr(namespace, name)(*arguments)
+        module.weight.data.copy_(weight)
+        parametrize.register_parametrization(module, "weight", Double())
+        results.append(module(x))
+    close(*results)
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_odd_inputs_are_as_in_pytorch(name):
     arguments, shape = MODULES[name]
@@ -239,14 +320,24 @@ def test_odd_inputs_are_as_in_pytorch(name):
             close(*results)
 
 
+def test_fx_script_and_vmap():
+    for name, (arguments, shape) in {**MODULES, "SyncBatchNorm": [(6,), (4, 6, 5)]}.items():
+        ours, theirs = (getattr(n, name)(*arguments).eval() for n in (bt, torch.nn))
+        nodes = torch.fx.symbolic_trace(torch.nn.Sequential(ours)).graph.nodes
+        assert [node.op for node in nodes] == ["placeholder", "call_module", "output"]
+        x = torch.randn(3, *shape)
+        for _ in range(2):
+            close(torch.vmap(ours)(x), torch.vmap(theirs)(x))
+        if name != "SyncBatchNorm":
+            assert ours._bnfast_reason == "a torch.func transformation (grad, vmap, jvp ...) is active"
+            close(torch.jit.script(ours)(x[0]), theirs(x[0]))
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_tools_that_record_modules(name):
     arguments, shape = MODULES[name]
     ours, theirs = (getattr(n, name)(*arguments) for n in (bt, torch.nn))
     x = torch.randn(shape)
-    nodes = torch.fx.symbolic_trace(torch.nn.Sequential(ours)).graph.nodes
-    assert [node.op for node in nodes] == ["placeholder", "call_module", "output"]
-    close(torch.jit.script(ours)(x), theirs(x))
     program = torch.export.export(ours, (x,))
     assert not any("bnfast" in str(node.target) for node in program.graph.nodes)
     torch._dynamo.reset()
@@ -269,3 +360,57 @@ def test_opcheck(grouping, order, activation):
         for parameters in ((make(*vector), make(*vector)), (None, make(*vector)), (None, None)):
             given = x, *parameters, residual, *grouping, 1e-3, activation, 0.2
             torch.library.opcheck(torch.ops.bnfast.group_norm.default, given)
+
+
+@pytest.mark.parametrize(("norm", "shape"), [(group, (2, 6, 4)), (last, (2, 3, 5)), (instance, (1, 6, 3))])
+def test_dispatched_second_order(norm, shape):
+    mode = DispatchedOps()
+
+    def function(x, gamma, beta):
+        with mode:
+            return norm(bt, x, gamma, beta)
+
+    x, _, gamma, beta = tensors(shape=shape)
+    inputs = [t.requires_grad_() for t in (x, gamma, beta)]
+    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs)
+    assert "bnfast.group_norm.default" in mode.names
+
+
+def test_a_gradient_that_is_none():
+    """A Function may say so: nothing reaches the op's inputs, as in PyTorch."""
+
+    class Stop(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, y):
+            return y.clone()
+
+        @staticmethod
+        def backward(ctx, dy):
+            return None
+
+    leaves = []
+    for op in ("batch_norm_train", "group_norm"):
+        x, _, gamma, beta = (t.requires_grad_() for t in tensors())
+        rest = (None, None, 0.9) if op == "batch_norm_train" else (2, 1)
+        y = getattr(torch.ops.bnfast, op)(x, gamma, beta, None, *rest, 1e-3, None, 0.2)[0]
+        Stop.apply(y).sum().backward()
+        leaves += [x, gamma, beta]
+    assert [leaf.grad for leaf in leaves] == [None] * 6
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+def test_many_gradients_at_once(order, activation):
+    """jacobian(vectorize=True), gradcheck(check_batched_grad=True)."""
+    x, residual = torch.randn(2, 2, 4, 3, 2, dtype=torch.float64).unbind()
+    x, (gamma, beta) = x.to(memory_format=order), torch.randn(2, 4, dtype=torch.float64).unbind()
+
+    def call(x, gamma, beta, residual):
+        return bt.group_norm(x, 2, gamma, beta, activation=activation, residual=residual)
+
+    at_once, in_turn = (
+        torch.autograd.functional.jacobian(call, (x, gamma, beta, residual), vectorize=vectorize)
+        for vectorize in (True, False)
+    )
+    close([t.contiguous() for t in at_once], [t.contiguous() for t in in_turn], 1e-12)

@@ -136,6 +136,15 @@ def test_shared_unused_and_other_buffers():
     np.testing.assert_allclose(model.shared.running_var.numpy(), both.var(0, ddof=1), rtol=1e-5)
 
 
+def test_a_norm_that_counts_no_batches():
+    norm = torch.nn.BatchNorm2d(3)
+    norm.num_batches_tracked = None
+    x = images(20)
+    assert bt.recalibrate(norm, [x]).rows[0].batches == 1
+    assert norm.num_batches_tracked is None
+    torch.testing.assert_close(norm.running_mean, x.double().mean((0, 2, 3)).float())
+
+
 @pytest.mark.parametrize("fullgraph", [False, True])
 def test_a_compiled_module(fullgraph):
     norm, x = torch.nn.BatchNorm2d(3).eval(), images(20)
@@ -179,9 +188,8 @@ class Uncalled(torch.nn.Module):
         return x
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_an_error_changes_nothing(case):
-    error, message, arguments = BAD[case]
+@pytest.mark.parametrize(("error", "message", "arguments"), [*BAD.values()], ids=[*BAD])
+def test_an_error_changes_nothing(error, message, arguments):
     model = net()
     module, batches = arguments(model)
     before = snapshot(model)
@@ -203,6 +211,8 @@ def test_several_processes_are_refused(monkeypatch):
     model = bt.accelerate(torch.nn.SyncBatchNorm(3))
     assert bt.recalibrate(model, [X]).rows[0].count == 20 * 64
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group=None: 1)
+    assert bt.recalibrate(model, [X]).rows[0].count == 20 * 64
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda group=None: 2)
     with pytest.raises(ValueError, match=r"must be in one process\. Received: a group of 2"):
         bt.recalibrate(model, [X])

@@ -8,7 +8,7 @@ from collections import OrderedDict
 import bnfast.torch as bt
 import pytest
 import torch
-from bnfast.torch.modules.sequential import FusedSequential
+from bnfast.torch.modules.sequential import PLAIN_CLASSES, FusedSequential
 from torch import nn
 
 ACTIVATIONS = {
@@ -16,7 +16,7 @@ ACTIVATIONS = {
     "relu in place": lambda: nn.ReLU(inplace=True),
     "relu6": nn.ReLU6,
     "leaky_relu": lambda: nn.LeakyReLU(0.3),
-    "leaky_relu of slope 0": lambda: nn.LeakyReLU(0.0),
+    "leaky_relu of slope 1": lambda: nn.LeakyReLU(1),
 }
 
 
@@ -50,7 +50,7 @@ def unfused(model):
     model = bt.accelerate(copy.deepcopy(model))
     for module in model.modules():
         if isinstance(module, FusedSequential):
-            module.__class__ = type(module).__bases__[1]
+            module.__class__ = PLAIN_CLASSES[type(module)]
     return model
 
 
@@ -144,24 +144,60 @@ def test_who_looks_between_sees_what_lies_there(what, monkeypatch):
     assert [row.fused for row in bt.report(ours).rows] == ["", "ReLU", "ReLU"]
 
 
-def test_global_hooks_and_other_calls_of_modules(monkeypatch):
+class Counting(torch.overrides.TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+REPLACED = {
+    "Module.__call__": (nn.Module, "__call__"),
+    "Module._call_impl": (nn.Module, "_call_impl"),
+    "Sequential.forward": (nn.Sequential, "forward"),
+    "ReLU.forward": (nn.ReLU, "forward"),
+    "F.relu": (torch.nn.functional, "relu"),
+}
+
+
+@pytest.mark.parametrize("what", ["a global hook", "a function mode", *REPLACED])
+def test_who_looks_at_all_modules(what, monkeypatch):
     model, x = bt.accelerate(build()), torch.randn(7, 3, 10, 10)
-    seen, kinds = calls(monkeypatch), []
-    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: kinds.append(type(module).__name__))
-    model(x)
-    handle.remove()
-    assert kinds.count("ReLU") == 3
-    own = nn.Module.__call__
+    seen, looked = calls(monkeypatch), []
     with monkeypatch.context() as patch:
-        patch.setattr(nn.Module, "__call__", lambda self, *given: (kinds.append("called"), own(self, *given))[1])
-        model(x)
-    assert kinds.count("called") == 14
-    with monkeypatch.context() as patch:
-        patch.setattr(nn.ReLU, "forward", lambda self, x: x)
-        model(x)
-    assert seen == [None] * 9
+        if what == "a global hook":
+            handle = nn.modules.module.register_module_forward_hook(lambda *_: looked.append(1))
+            model(x)
+            handle.remove()
+        elif what == "a function mode":
+            with Counting():
+                model(x)
+        else:
+            owner, name = REPLACED[what]
+            own = getattr(owner, name)
+            patch.setattr(owner, name, lambda *args, **kwargs: (looked.append(1), own(*args, **kwargs))[1])
+            model(x)
+    assert seen == [None] * 3
+    assert bool(looked) == (what != "a function mode")
     model(x)
-    assert seen[9:] == ["relu"] * 3
+    assert seen[3:] == ["relu"] * 3
+
+
+def test_a_batch_norm_whose_forward_was_replaced(monkeypatch):
+    monkeypatch.setattr(bt.BatchNorm2d, "forward", lambda self, input: input * 0)
+    assert torch.equal(
+        bt.accelerate(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()))(torch.ones(2, 3, 2, 2)).sum(), torch.tensor(0.0)
+    )
+
+
+def test_a_module_may_replace_the_ones_after_it():
+    model = bt.accelerate(nn.Sequential(nn.Identity(), nn.BatchNorm1d(3), nn.ReLU()))
+    x = torch.randn(7, 3)
+    model[0].register_forward_hook(lambda *_: setattr(model, "2", nn.Identity()))
+    assert torch.equal(model(x), model[1].train()(x))
+    assert model(x).min() < 0
+    model = bt.accelerate(nn.Sequential(nn.BatchNorm1d(3), nn.ReLU()))
+    model[0].register_forward_hook(lambda *_: model.append(nn.Identity()))
+    with pytest.raises(RuntimeError, match=r"(mutated|changed size) during iteration"):
+        model(x)
 
 
 @pytest.mark.parametrize("case", ["half", "autocast", "vmap", "fx", "export"])
@@ -244,12 +280,72 @@ def test_classes_with_ways_of_their_own_stay():
     assert str(bt.report(model)).splitlines()[2].split() == ["norm", "BatchNorm1d", "bnfast", "ReLU"]
 
 
-def test_a_slope_that_the_kernels_do_not_take(monkeypatch):
-    model, x = nn.Sequential(nn.BatchNorm1d(3), nn.LeakyReLU(-0.5)), torch.randn(7, 3)
+def limited(low, high):
+    made = nn.ReLU6()
+    made.min_val, made.max_val = low, high
+    return made
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [nn.LeakyReLU(-0.5), nn.LeakyReLU(0.0), nn.LeakyReLU(2.0), limited(0.0, 1.0), limited(-1.0, 6.0)],
+    ids=str,
+)
+def test_activations_that_the_kernels_do_not_compute(activation, monkeypatch):
+    model, x = nn.Sequential(nn.BatchNorm1d(3), activation), 3 * torch.randn(70, 3)
     expected, seen = model(x), calls(monkeypatch)
     torch.testing.assert_close(bt.accelerate(model)(x), expected)
     assert seen == [None]
     assert bt.report(model).rows[0].fused == ""
+
+
+def test_a_slope_that_is_no_number():
+    model = bt.accelerate(nn.Sequential(nn.BatchNorm1d(3), nn.LeakyReLU("x")))
+    assert bt.report(model).rows[0].fused == ""
+    with pytest.raises(TypeError, match="negative_slope"):
+        model(torch.randn(7, 3))
+
+
+def test_integers_on_the_way(monkeypatch):
+    model = bt.accelerate(nn.Sequential(nn.Embedding(5, 3), nn.BatchNorm1d(3), nn.ReLU()))
+    seen = calls(monkeypatch)
+    model(torch.arange(5))
+    assert seen == ["relu"]
+
+
+class Tagged(nn.Sequential):
+    def __init_subclass__(cls, *, tag, **kwargs):
+        super().__init_subclass__(**kwargs)
+
+
+class Scripted(nn.Sequential):
+    def __prepare_scriptable__(self):
+        return nn.Identity()
+
+
+def test_classes_that_cannot_be_derived_from():
+    for kind in (Tagged, Scripted):
+        model = bt.accelerate(kind(nn.BatchNorm1d(3), nn.ReLU()))
+        assert type(model) is kind
+        assert type(model[0]) is bt.BatchNorm1d
+
+
+def test_a_class_derived_from_ours():
+    model, x = bt.accelerate(nn.Sequential(nn.BatchNorm1d(3), nn.ReLU())).eval(), torch.randn(7, 3)
+    expected = model(x)
+    model.__class__ = globals()["Derived"] = type("Derived", (type(model),), {"__module__": __name__})
+    assert torch.equal(copy.deepcopy(model)(x), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(x), expected)
+    torch.testing.assert_close(torch.jit.script(model)(x), expected)
+    torch.testing.assert_close(bt.to_torch(model)(x), expected)
+    assert type(model[0]) is nn.BatchNorm1d
+
+
+def test_a_graph_of_the_model_can_be_saved():
+    model, x = bt.accelerate(build()).eval(), torch.randn(7, 3, 10, 10)
+    graph = pickle.loads(pickle.dumps(torch.fx.symbolic_trace(model)))
+    torch.testing.assert_close(graph(x), model(x))
+    assert pickle.loads(pickle.dumps(type(model))) is type(model)
 
 
 def test_errors_are_those_of_the_modules():

@@ -32,7 +32,6 @@ __all__ = [
 ]
 
 _is_compiling = torch.compiler.is_compiling
-_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # PyTorch 2.7
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _functorch_is_active = torch._C._are_functorch_transforms_active
 _tracing_state = torch._C._get_tracing_state
@@ -172,7 +171,9 @@ def why_not_input(x: Tensor) -> str | None:
     """Why PyTorch's own function takes every call on x, or None."""
     if not _is_compiling():
         return foreign_call() or foreign_tensor(x)
-    return "torch.export records PyTorch's own ops" if _is_exporting() else foreign_tensor(x)
+    # The flag itself: before PyTorch 2.12 or so, torch.compile takes is_exporting() for true.
+    exporting = getattr(torch.compiler, "_is_exporting_flag", False)  # PyTorch 2.7
+    return "torch.export records PyTorch's own ops" if exporting else foreign_tensor(x)
 
 
 def why_not_moving(moving: tuple[Vector, Vector], options: Options) -> str | None:

@@ -14,7 +14,7 @@ from torch.autograd import Function
 
 from . import kernels, reference
 from .kernels import GATED_BY_Y, Declined, Moving, Options, Statistics
-from .tensors import dense, memory_format
+from .tensors import dense, is_batched, memory_format
 
 __all__ = ["gradient", "normalize", "second_order"]
 
@@ -84,15 +84,38 @@ def gradient(
     kept: Tensor | None,
     statistics: Statistics,
     options: Options,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """`kernels.gradient`, with one copy of a dy that isn't dense or not in the order of x, as that of a sum is."""
+) -> Any:
+    """`kernels.gradient`, with one copy of a dy that isn't dense or not in the order of x, as that of a sum is.
+
+    By the formula for many gradients at once.
+    """
     if not dy.is_neg():
         try:
             return kernels.gradient(dy, x, gamma, beta, kept, statistics, options)
         except Declined:
             pass
+    if is_batched(dy):
+        return _gradient_by_formula(dy, x, gamma, beta, kept, torch.from_numpy(statistics), options)
     dy = dense(dy, memory_format(x))
     return kernels.gradient(dy, x, gamma, beta, kept, statistics, options)
+
+
+def _gradient_by_formula(
+    dy: Tensor,
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    kept: Tensor | None,
+    statistics: Tensor,
+    options: Options,
+) -> Any:
+    by_y = kept is not None and options.activation in GATED_BY_Y
+    if by_y:
+        assert kept is not None
+        dy, options = dy * _slopes(kept, options), options._replace(activation=None)
+    primals = x, gamma, beta, None if by_y else kept
+    *found, dresidual = reference.gradient(lambda inner: reference.batch_norm(inner, statistics, options), dy, primals)
+    return *found, dy if by_y else dresidual
 
 
 def second_order(
@@ -148,7 +171,7 @@ def normalize(
     Raises:
         Declined: the core doesn't take a tensor as it is; nothing has changed.
     """
-    if x.is_neg() or (residual is not None and residual.is_neg()):
+    if x.is_neg() or x.is_mkldnn or (residual is not None and residual.is_neg()):
         raise Declined
     if torch.is_grad_enabled() and (
         x.requires_grad

@@ -113,7 +113,7 @@ def layer_norm(
         library.check_epilogue(input, activation, residual)
     options = Options(True, 0.0, eps, activation, negative_slope)
     axes = len(normalized_shape)
-    if functional.is_plain_call() and axes and input.shape[-axes:] == tuple(normalized_shape):
+    if functional.is_plain_call() and axes and not input.is_nested and input.shape[-axes:] == tuple(normalized_shape):
         try:
             return group_functions.normalize(input, weight, bias, residual, Grouping(0, axes), options)
         except Declined:
@@ -248,6 +248,8 @@ def _why_not(x: Tensor, options: Options) -> str | None:
 
 
 def _why_not_groups(x: Tensor, groups: int) -> str | None:
+    if isinstance(groups, (bool, float)):
+        return "num_groups is no integer"
     if x.dim() < 2 or groups <= 0 or x.shape[1] % groups:
         return "num_groups doesn't divide the channels"
     if x.numel() == groups:

@@ -10,6 +10,7 @@ from torch.autograd import Function
 
 from . import kernels, reference
 from .kernels import Declined, Grouping, Options, Statistics
+from .tensors import is_batched
 
 __all__ = ["gradient", "in_order_of", "normalize", "second_order"]
 
@@ -76,13 +77,19 @@ def gradient(
     statistics: Statistics,
     grouping: Grouping,
     options: Options,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """`kernels.group_norm_gradient`, with one copy of a dy that isn't dense or not in the order of x."""
+) -> Any:
+    """`kernels.group_norm_gradient`, with one copy of a dy that isn't dense or not in the order of x.
+
+    By the formula for many gradients at once.
+    """
     if not dy.is_neg():
         try:
             return kernels.group_norm_gradient(dy, x, gamma, beta, residual, statistics, grouping, options)
         except Declined:
             pass
+    if is_batched(dy):
+        primals = x, gamma, beta, residual
+        return reference.gradient(lambda inner: reference.group_norm(inner, grouping, options), dy, primals)
     dy = in_order_of(dy, x)
     return kernels.group_norm_gradient(dy, x, gamma, beta, residual, statistics, grouping, options)
 

@@ -66,7 +66,7 @@ class View(NamedTuple):
         if not x.is_contiguous():
             if axis == 1 and is_channels_last(x):
                 return View(None, tuple(x.shape), tuple(x.shape))
-            if axis != 1:
+            if axis != 1 and x.dim() > 1:
                 first = x.movedim(axis, 1)
                 if first.is_contiguous() or is_channels_last(first):
                     return View(axis, tuple(first.shape), tuple(first.shape))
@@ -239,18 +239,14 @@ class _OnKernels(Function):  # type: ignore[misc]
         x, gamma, beta, kept = ctx.saved_tensors
         view, options = ctx.view, ctx.options.of_kernels()
         x, upstream, kept = (None if t is None else view.to_core(t) for t in (x, dy, kept))
-        gradient = functions.Gradient.apply if torch.is_grad_enabled() else _gradient
+        x = dense(x)
+        kept = None if kept is None else dense(kept, memory_format(x))
+        gradient = functions.Gradient.apply if torch.is_grad_enabled() else functions.gradient
         dx, dgamma, dbeta, dresidual = gradient(upstream, x, gamma, beta, kept, ctx.statistics, options)
         dresidual = None if dresidual is None else view.from_core(dresidual)
         if ctx.has_residual and options.activation is None:
             dresidual = dy
         return view.from_core(dx), dgamma, dbeta, dresidual, None, None
-
-
-def _gradient(dy: Tensor, x: Tensor, gamma: Vector, beta: Vector, kept: Tensor | None, *rest: Any) -> Any:
-    x = dense(x)
-    kept = None if kept is None else dense(kept, memory_format(x))
-    return functions.gradient(dy, x, gamma, beta, kept, *rest)
 
 
 class _OnArrays(Function):  # type: ignore[misc]
@@ -358,13 +354,17 @@ def _formula(primals: Any, mask: Tensor | None, options: Options) -> Tensor:
     values = x if x.dtype == torch.float64 else x.float()
     axis = options.axis % x.dim()
     axes = [i for i in range(x.dim()) if i != axis]
+
+    def summed(t: Tensor) -> Tensor:
+        return t.sum(axes, keepdim=True) if axes else t  # no axes mean all axes to PyTorch
+
     weights = torch.ones_like(values) if mask is None else mask.to(values.dtype).expand(values.shape)
-    total = weights.sum(axes, keepdim=True)
+    total = summed(weights)
     share = torch.where(weights > 0, weights / torch.where(total > 0, total, 1), 0)
     counted = torch.where(weights > 0, values, 0)  # 0*NaN is NaN
-    centered = values - (share * counted).sum(axes, keepdim=True)
+    centered = values - summed(share * counted)
     squares = torch.where(weights > 0, centered, 0) ** 2
-    shifted = (share * squares).sum(axes, keepdim=True) + options.epsilon
+    shifted = summed(share * squares) + options.epsilon
     z = centered * torch.where(shifted > 0, torch.where(shifted > 0, shifted, 1).rsqrt(), 0)
     shape = [-1 if i == axis else 1 for i in range(x.dim())]
     z = z if gamma is None else z * gamma.to(z.dtype).reshape(shape)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .kernels import Grouping, Options
 
-__all__ = ["activate", "batch_norm", "derivative_of_gradient", "group_norm"]
+__all__ = ["activate", "batch_norm", "derivative_of_gradient", "gradient", "group_norm"]
 
 Forward = Callable[[Sequence[Tensor | None]], Tensor]
 
@@ -87,6 +87,14 @@ def group_norm(primals: Sequence[Tensor | None], grouping: Grouping, options: Op
     z = z if beta is None else z + beta.to(z.dtype)
     z = z if residual is None else z + residual.to(z.dtype)
     return activate(z, options.activation, options.negative_slope).to(x.dtype)
+
+
+def gradient(forward: Forward, dy: Tensor, primals: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The gradients with respect to the primals, for a dy that the kernels can't read: many at once, say."""
+    with torch.enable_grad():
+        inner = [None if t is None else t.detach().requires_grad_() for t in primals]
+        found = iter(torch.autograd.grad(forward(inner), [t for t in inner if t is not None], dy))
+    return [None if t is None else next(found) for t in inner]
 
 
 def derivative_of_gradient(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
@@ -16,6 +17,7 @@ __all__ = [
     "dense",
     "foreign_call",
     "foreign_tensor",
+    "is_batched",
     "is_channels_last",
     "is_symbolic",
     "memory_format",
@@ -102,3 +104,8 @@ def dense(x: Tensor, like: torch.memory_format | None = None) -> Tensor:
 def output_like(x: Tensor) -> Tensor:
     """An uninitialized tensor with the strides that y has for this x."""
     return torch.empty_like(x) if x.is_contiguous() else torch.empty_like(x, memory_format=memory_format(x))
+
+
+def is_batched(t: Tensor) -> bool:
+    """Whether this stands for many tensors at once: torch.autograd.grad(is_grads_batched=True) makes such gradients."""
+    return bool(functorch.is_batchedtensor(t) or functorch.is_legacy_batchedtensor(t))

@@ -11,7 +11,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from ..modules.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from ..modules.group_norm import GroupNorm, LayerNorm
 from ..modules.instance_norm import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
-from ..modules.sequential import FusedSequential, can_fuse, fused_class, plain_class
+from ..modules.sequential import PLAIN_CLASSES, can_fuse, fused_class
 from ..modules.sync_batch_norm import SyncBatchNorm
 
 __all__ = ["CLASSES", "accelerate", "to_torch", "why_unchanged"]
@@ -91,8 +91,8 @@ def to_torch(module: ModuleT) -> ModuleT:
         if type(one) in _BACK:
             one.__class__ = _BACK[type(one)]
             one.__dict__.pop("_bnfast_reason", None)
-        elif isinstance(one, FusedSequential):
-            one.__class__ = plain_class(type(one))
+        elif type(one) in PLAIN_CLASSES:
+            one.__class__ = PLAIN_CLASSES[type(one)]
     return module
 
 

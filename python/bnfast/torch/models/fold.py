@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, TypeVar
@@ -10,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+from torch.utils.hooks import RemovableHandle
 
 from ..modules.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .accelerate import to_torch
@@ -23,7 +25,7 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, BatchNorm1d, BatchNorm2d, BatchNorm3d)
 
 
-def fold(module: ModuleT) -> ModuleT:
+def fold(module: ModuleT, example: Any = None) -> ModuleT:
     """A copy of `module` for inference, in which batch norms are merged into the convolution or Linear before them.
 
         weight' = weight*scale, bias' = (bias - running_mean)*scale + batch norm's bias,
@@ -31,11 +33,14 @@ def fold(module: ModuleT) -> ModuleT:
 
     A batch norm with running statistics is merged if it alone reads the output of a convolution or Linear, both are
     called once per call of the model, and have no hooks. A torch.nn.Identity takes its place. Every other module stays:
-    the copy has the names and classes of `module`. It is in evaluation mode. torch.fx finds which module reads which;
-    where it can't trace the model, each torch.nn.Sequential that it can trace is folded by itself.
+    the copy has the names and classes of `module`. It is in evaluation mode. torch.fx finds which module reads which.
+    In a model that it can't trace, batch norms in torch.nn.Sequentials are merged if a call of the model on `example`
+    calls the Sequential as a whole; without an example they stay, with a warning. torch.fx knows no shapes: if a Linear
+    has as many outputs as its batch norm has channels, the batch norm is taken to read (N, C).
 
     Args:
         module: any torch.nn.Module, accelerated or not. It isn't changed.
+        example: an input of the model, or a tuple of its arguments. Only for models that torch.fx can't trace.
 
     Returns:
         The copy. Its outputs differ by rounding: a few 1e-7 of the largest value in float32.
@@ -54,18 +59,19 @@ def fold(module: ModuleT) -> ModuleT:
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module. Received: {type(module).__name__}")
     made: ModuleT = copy.deepcopy(module).eval()
-    while True:
-        pairs = [*_pairs(made)]
-        if not pairs:
-            return made
+    parts = _traceable(made)
+    if parts != [("", made)] and any(_pairs(parts)):
+        parts = _called_whole(made, parts, example)
+    while pairs := [*_pairs(parts)]:
         for before, norm in pairs:
             _replace(made, before, _merged(made.get_submodule(before), made.get_submodule(norm)))
             _replace(made, norm, nn.Identity())
+    return made
 
 
-def _pairs(module: nn.Module) -> Iterator[tuple[str, str]]:
+def _pairs(parts: list[tuple[str, nn.Module]]) -> Iterator[tuple[str, str]]:
     """The names of (product, batch norm) that can be merged, each module in at most one pair."""
-    for prefix, part in _traceable(module):
+    for prefix, part in parts:
         nodes = torch.fx.Tracer().trace(part).nodes
         calls = Counter(id(part.get_submodule(n.target)) for n in nodes if n.op == "call_module")
         for node in nodes:
@@ -96,10 +102,44 @@ def _traceable(module: nn.Module) -> list[tuple[str, nn.Module]]:
     return found
 
 
+def _called_whole(model: nn.Module, parts: list[tuple[str, nn.Module]], example: Any) -> list[tuple[str, nn.Module]]:
+    """Those of the parts that a call of the model calls, and whose modules it calls through them alone."""
+    if example is None:
+        warnings.warn(
+            f"fold: torch.fx can't trace {type(model).__name__}, so its batch norms stay. With an example input, "
+            "fold(model, x), those in its Sequentials are merged.",
+            stacklevel=3,
+        )
+        return []
+    running: list[nn.Module] = []
+    whole, reached_into = set(), set()
+
+    def begin(part: nn.Module, _: Any) -> None:
+        running.append(part)
+
+    def end(part: nn.Module, _: Any, __: Any) -> None:
+        running.remove(part)
+        whole.add(part)
+
+    def watch(part: nn.Module, inner: nn.Module) -> RemovableHandle:
+        return inner.register_forward_pre_hook(lambda *_: None if part in running else reached_into.add(part))
+
+    handles = [one.register_forward_pre_hook(begin) for _, one in parts]
+    handles += [one.register_forward_hook(end) for _, one in parts]
+    handles += [watch(part, inner) for _, part in parts for inner in part.modules() if inner is not part]
+    with torch.no_grad():
+        model(*(example if isinstance(example, tuple) else (example,)))
+    for handle in handles:
+        handle.remove()
+    return [(name, part) for name, part in parts if part in whole - reached_into]
+
+
 def _can_merge(product: nn.Module, norm: nn.Module) -> bool:
     if type(norm) not in _NORMS or norm.running_mean is None or norm.running_var is None:
         return False
     if type(product) is nn.Linear and not isinstance(norm, nn.BatchNorm1d):
+        return False
+    if type(product) is nn.Linear and product.out_features != norm.num_features:  # an input of shape (N, C, L)
         return False
     if type(product) not in (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED):
         return False

@@ -100,7 +100,8 @@ def fuse(graph: GraphModule) -> GraphModule:
     """
     for module in graph.modules():
         if isinstance(module, GraphModule):  # also the bodies of checkpoints and branches
-            changed = [_fuse_one(node) for node in list(module.graph.nodes) if _place(node) is not None]
+            places = [(node, _place(node)) for node in module.graph.nodes]
+            changed = [_fuse_one(node, place) for node, place in places if place is not None]
             if any(changed):
                 module.graph.lint()
                 module.recompile()
@@ -115,10 +116,7 @@ def _place(node: Node) -> _Place | None:
     return _PLACES.get(target) if isinstance(target, torch._ops.OpOverloadPacket) else None
 
 
-def _fuse_one(norm: Node) -> bool:
-    place = _place(norm)
-    if place is None or len(norm.args) != place.negative_slope + 1:
-        return False
+def _fuse_one(norm: Node, place: _Place) -> bool:
     if norm.args[place.residual] is not None or norm.args[place.activation] is not None:
         return False
     outputs = [user for user in norm.users if user.target is operator.getitem and user.args[1] == 0]

@@ -78,7 +78,7 @@ class LayerNorm(torch.nn.LayerNorm):  # type: ignore[misc]
         options = Options(True, 0.0, self.eps)
         shape = self.normalized_shape
         axes = len(shape)
-        if plain and axes and input.shape[-axes:] == shape:
+        if plain and axes and not input.is_nested and input.shape[-axes:] == shape:
             try:
                 return group_functions.normalize(input, gamma, beta, None, Grouping(0, axes), options)
             except Declined:
