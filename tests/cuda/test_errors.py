@@ -8,12 +8,14 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import bnfast
 import numpy as np
 import pytest
 from bnfast import _cuda, cuda
+from bnfast.cuda import libraries
 from fake_cuda import STREAM, DlpackArray, Driver, InterfaceArray, Namespace
 
 X = np.arange(12, dtype="float32").reshape(4, 3)
@@ -30,6 +32,9 @@ def on(interface: Namespace) -> dict[str, Any]:
         "four": interface.to(np.ones(4, "float32")),
         "other": interface.to(X.astype("float64")),
         "short": interface.to(X[:2]),
+        "dy": interface.to(X + 1),
+        "cube": interface.to(np.ones((2, 3, 4), "float32")),
+        "columns": InterfaceArray(np.asfortranarray(X)),
     }
 
 
@@ -122,6 +127,21 @@ CASES: list[tuple[Callable[[dict[str, Any]], Any], type[Exception], str]] = [
         ValueError,
         "out must be ",
     ),
+    (
+        lambda a: cuda.batch_norm_grad(a["dy"], a["x"], a["C"], a["C"], residual=a["x"], out=a["dy"]),
+        ValueError,
+        "out must not be dy without an activation: dresidual is dy itself",
+    ),
+    (
+        lambda a: cuda.batch_norm_train(a["cube"], InterfaceArray(np.ones((4, 3), "float32").T), axis=(1, 2)),
+        ValueError,
+        r"gamma must be C-contiguous. Received: strides \(1, 3\)",
+    ),
+    (
+        lambda a: cuda.batch_norm_train(a["columns"]),
+        ValueError,
+        r"out must be given where x is not C-contiguous. Received: strides \(1, 4\)",
+    ),
     (lambda a: cuda.compile((4, 3), "int8"), ValueError, "dtype must be one of"),
     (lambda a: cuda.compile((4, -3)), ValueError, "shape must have extents >= 0"),
     (lambda a: cuda.compile((4, 3), device=5), ValueError, r"device must be in \[0, 2\). Received: 5"),
@@ -173,6 +193,66 @@ def test_arrays_that_the_kernels_cannot_read(interface: Namespace, on: dict[str,
         TypeError, match=r"x must be on a CUDA device. Received: Host, whose pointer is not one of a device"
     ):
         cuda.moments(Host())
+    Masked = type("Masked", (), {"__cuda_array_interface__": {**host.__cuda_array_interface__, "mask": host}})
+    with pytest.raises(TypeError, match=r"x must have no mask\. Received: a masked __cuda_array_interface__"):
+        cuda.moments(Masked())
+    Stream = type("Stream", (), {"__module__": "numba.cuda.cudadrv.driver"})
+    with pytest.raises(TypeError, match=r"x must be on a CUDA device\. Received: Stream"):
+        cuda.moments(Stream())
+
+
+def test_a_producer_that_fails(driver: Driver) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise BufferError("it is raining")
+
+    for device, text in ((fail, r"x\.__dlpack_device__\(\) failed"), (lambda _: (2, 0), "x could not be read through")):
+        Wet = type("Wet", (), {"__dlpack_device__": device, "__dlpack__": fail})
+        with pytest.raises(TypeError, match=f"{text}.*: it is raining"):
+            cuda.moments(Wet())
+
+
+def test_a_bfloat16_result_has_dlpack_alone(dlpack: Namespace, bfloat16: Any) -> None:
+    y = cuda.batch_norm_train(dlpack.to(X.astype(bfloat16))).y
+    assert y.dtype == "bfloat16"
+    assert y.__dlpack_device__() == (2, 0)
+    with pytest.raises(AttributeError, match="__cuda_array_interface__ has no bfloat16; __dlpack__ does"):
+        y.__cuda_array_interface__  # noqa: B018
+
+
+def test_the_stream_of_torch_with_and_without_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Builds of PyTorch for CUDA give the number."""
+    torch = pytest.importorskip("torch")
+    stream = SimpleNamespace(cuda_stream=5)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    for raw, wanted in ((None, 5), (lambda device: 7 + device, 8)):
+        monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", raw, raising=False)
+        assert libraries.Torch(torch).stream(None, 1) == wanted
+
+
+def test_which_compiler_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that is named; one of this process; those of NVIDIA's wheels; none that is newer than the driver."""
+    monkeypatch.delenv("BNFAST_NVRTC", raising=False)
+    nvidia: Any = ModuleType("nvidia")
+    nvidia.__path__ = [os.fspath(tmp_path)]
+    monkeypatch.setitem(sys.modules, "nvidia", nvidia)
+    files = [tmp_path / "cu13" / "lib" / "libnvrtc.so.13", tmp_path / "cuda_nvrtc" / "lib" / "libnvrtc.so.12"]
+    for path in files:
+        path.parent.mkdir(parents=True)
+        path.touch()
+    maps = (
+        "7f00-7f01 r-xp 0 08:01 1 /opt/cuda/libnvrtc.so.13.0.48\n7f01-7f02 r-xp 0 08:01 2 /opt/cuda/libcudart.so.13\n"
+    )
+    monkeypatch.setattr(Path, "read_text", lambda self: maps)
+    assert cuda.compiler.library(13) == "/opt/cuda/libnvrtc.so.13.0.48"
+    assert cuda.compiler.library(12) == os.fspath(files[1])
+
+    def unreadable(self: Path) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", unreadable)
+    assert [cuda.compiler.library(major) for major in (13, 12, 11)] == [*map(os.fspath, files), None]
+    monkeypatch.setenv("BNFAST_NVRTC", "/named/libnvrtc.so.99")
+    assert cuda.compiler.library(11) == "/named/libnvrtc.so.99"
 
 
 @pytest.mark.usefixtures("driver")
@@ -397,6 +477,22 @@ def test_without_a_driver(tmp_path: Path) -> None:
     assert first.startswith("CudaError: no NVIDIA driver: /nowhere/libcuda.so.1")
     assert "'driver': None" in second
     assert "no NVIDIA driver" in second
+
+
+def test_what_else_is_missing_without_a_driver(tmp_path: Path) -> None:
+    code = "_cuda._set_driver_library('/nowhere/libcuda.so.1')\nprint(*cuda.status()['missing'], sep='\\n')"
+    environment = {"BNFAST_NVRTC": "/nowhere/libnvrtc.so.13", "XDG_CACHE_HOME": "", "HOME": ""}
+    first, second, third = run(code, tmp_path, **environment).splitlines()
+    assert first.startswith("no NVIDIA driver: /nowhere/libcuda.so.1")
+    assert second.startswith("NVRTC, which compiles CUDA kernels, was not found.")
+    assert third == "no disk cache: neither XDG_CACHE_HOME nor HOME is an absolute path"
+
+
+def test_kernels_that_lie_beside_the_module(tmp_path: Path, fake_library: Path) -> None:
+    (tmp_path / "bnfast_cuda_float32.fatbin").write_bytes(b"an image")
+    code = fake(fake_library) + f"_cuda.__file__ = {os.fspath(tmp_path / '_cuda.so')!r}\n"
+    out = run(code + "print(cuda.compile((4, 3), calls=['moments']))", tmp_path, BNFAST_NVRTC="/nowhere/libnvrtc.so.13")
+    assert out == "['bnfast_sweep_moments_float32 (fatbin)', 'bnfast_sweep_finalize_train_float32 (fatbin)']\n"
 
 
 def test_without_a_device(tmp_path: Path, fake_library: Path) -> None:

@@ -38,6 +38,7 @@ CASES = {
     "second_order": ((9, 4), {"dtype": "float64"}, ("attached",)),
     "without_epsilon": ((16, 5, 3), {"epsilon": 0.0}, ("mask",)),
     "moving_only": ((10, 4), {"use_batch_statistics": False, **RELU}, ()),
+    "without_updates": ((10, 4), {"update_statistics": False}, ()),
 }
 # cases that also run with `training` as a tensor
 TENSOR_CASES = ("channels_first", "masked", "mask_by_channel", "also_in_inference", "moving_only")

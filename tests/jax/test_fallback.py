@@ -1,6 +1,8 @@
 """Where the kernels don't run: JAX's own ops compute the same, and the reason is told once."""
 
 import logging
+import re
+from types import SimpleNamespace
 
 import bnfast.jax as bj
 import jax
@@ -57,6 +59,18 @@ def test_status_gives_the_reason_of_the_handlers(monkeypatch):
     assert support.status()[0]
 
 
+def test_whatever_a_registration_raises_is_a_reason(monkeypatch):
+    def refuse(name, handler, platform):
+        raise RuntimeError(f"no {name} on {platform}")
+
+    support.status.cache_clear()
+    monkeypatch.setattr(jax.ffi, "register_ffi_target", refuse)
+    available, reason = support.status()
+    support.status.cache_clear()
+    assert not available
+    assert re.fullmatch("XLA refuses the handlers: no bnfast_[a-z]+ on cpu", reason)
+
+
 @pytest.mark.skipif(jax.__version_info__ < (0, 6, 2), reason="JAX before 0.6.2 takes its own ops there")
 def test_beside_another_device_the_platform_decides(monkeypatch, reasons):
     monkeypatch.setattr(support, "backends", lambda: {"cpu": None, "cuda": None})
@@ -65,9 +79,40 @@ def test_beside_another_device_the_platform_decides(monkeypatch, reasons):
     assert "@bnfast" not in traced.lower(lowering_platforms=("cuda",)).as_text()
     wanted = jax.grad(lambda x: (run(x) ** 2).sum())(X)  # eager, on an array of the CPU
     np.testing.assert_array_equal(traced.lower().compile()(X), wanted)
+    moments = jax.jit(bj.moments).trace(X)
+    assert "bnfast_moments" in moments.lower(lowering_platforms=("cpu",)).as_text()
+    assert "@bnfast" not in moments.lower(lowering_platforms=("cuda",)).as_text()
     vmapped = jax.jit(jax.vmap(fresh()))(jnp.stack([X, 2 * X]))
     np.testing.assert_array_equal(vmapped[1], run(2 * X))
     assert reasons() == ["what is compiled for cuda: the kernels run on the CPU alone"]
+
+
+def test_an_array_elsewhere_runs_on_jaxs_own_ops(reasons):
+    array = SimpleNamespace(devices=lambda: [SimpleNamespace(platform=name) for name in ("cpu", "cuda")])
+    assert support.way(array) == support.OWN_OPS
+    assert reasons() == ["an array is on cuda, and the kernels run on the CPU alone"]
+
+
+def test_before_jax_062_other_devices_take_jaxs_own_ops(monkeypatch, reasons):
+    monkeypatch.setattr(support, "backends", lambda: {"cpu": None, "cuda": None})
+    monkeypatch.setattr(jax, "__version__", "0.6.1")
+    monkeypatch.setattr(jax, "__version_info__", (0, 6, 1))
+    assert "bnfast" not in str(jax.make_jaxpr(fresh())(X))
+    assert reasons() == ["JAX 0.6.1 has cuda beside the CPU, and can't tell what it compiles for"]
+
+
+def test_own_ops_without_contexts_in_the_keys_of_traces(monkeypatch):
+    """As before JAX 0.8."""
+    monkeypatch.setattr(support, "_own_ops", None)
+    function, jitted = lambda x: run(x), jax.jit(run)
+    wanted = jitted(X)
+    with bj.own_ops():
+        with bj.own_ops():
+            assert "bnfast" not in str(jax.make_jaxpr(function)(X))
+        assert "bnfast" not in jitted.lower(X).as_text()
+        np.testing.assert_allclose(jitted(X), wanted, rtol=1e-4, atol=1e-5)
+    assert "bnfast_train" in jitted.lower(X).as_text()
+    np.testing.assert_array_equal(jitted(X), wanted)
 
 
 def test_export_refuses_our_calls_by_name_and_takes_jaxs_own_ops(reasons):
@@ -108,3 +153,29 @@ def test_own_ops_agree_in_all_dtypes(training, bfloat16):
             assert one.dtype == other.dtype
             one, other = (np.asarray(a, np.float64) for a in (one, other))
             np.testing.assert_allclose(one, other, rtol=tolerance, atol=tolerance * max(1, abs(one).max()))
+
+
+@pytest.mark.parametrize("shape", [(16, 3), (0, 3)], ids=str)
+@pytest.mark.parametrize("wide", [False, True])
+def test_moments_on_own_ops_have_the_dtype_of_the_kernels(request, shape, wide):
+    if wide:
+        request.getfixturevalue("x64")
+    x = X[: shape[0]]
+    ours = bj.moments(x)
+    with bj.own_ops():
+        theirs = bj.moments(x)
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.dtype == other.dtype == (np.float64 if wide else np.float32)
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_own_ops_skip_updates_as_the_kernels_do():
+    x, moving = X.at[0, 1].set(jnp.nan), (jnp.zeros(3), jnp.ones(3))
+    call = lambda: bj.batch_norm_train(x, None, None, *moving, nan_policy="skip_update")  # noqa: E731
+    kernels = call()
+    with bj.own_ops():
+        own = call()
+    assert own.moving_mean[1] == 0
+    assert own.moving_variance[1] == 1
+    for one, other in zip(kernels, own, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)

@@ -239,6 +239,17 @@ def test_grad_on_own_ops_equals_the_kernel(training, activation):
         close(kernel, call())
 
 
+@pytest.mark.parametrize("activation", [None, "relu", "relu6", "leaky_relu"])
+def test_grad_from_y_on_own_ops_equals_the_kernel(activation):
+    x, dy, residual, (gamma, beta, *_) = sample((5, 3, 2), 1, "float64", "float64")
+    options = {"axis": 1, "activation": activation}
+    y, mean, _, invstd = bnfast.batch_norm_train(x, gamma, beta, residual=residual, **options)
+    call = lambda: bj.batch_norm_grad(dy, x, mean, invstd, gamma, beta, y=y, **options)  # noqa: E731
+    kernel = call()
+    with bj.own_ops():
+        close(kernel, call())
+
+
 # ---- transformations -------------------------------------------------------------------------------------------------
 
 
@@ -306,13 +317,15 @@ def test_donated_buffers_give_the_same_bits():
         equal(ours, theirs)
 
 
-def test_several_axes_are_merged_as_in_numpy():
+@pytest.mark.parametrize("axis", [(1, 3), (1, 2), (2, 3)], ids=str)
+def test_several_axes_are_merged_as_in_numpy(axis):
     rng = np.random.default_rng(0)
-    x, gamma = rng.standard_normal((3, 4, 5, 2)), rng.uniform(1, 2, (4, 2))
-    mean, variance = np.zeros((4, 2)), np.ones((4, 2))
-    result = bj.batch_norm_train(x, gamma, None, mean, variance, axis=(1, 3))
+    x = rng.standard_normal((3, 4, 5, 2))
+    shape = tuple(x.shape[i] for i in axis)
+    gamma, mean, variance = rng.uniform(1, 2, shape), np.zeros(shape), np.ones(shape)
+    result = bj.batch_norm_train(x, gamma, None, mean, variance, axis=axis)
     moved = mean.copy(), variance.copy()
-    wanted = bnfast.batch_norm_train(x, gamma, None, *moved, axis=(1, 3))
+    wanted = bnfast.batch_norm_train(x, gamma, None, *moved, axis=axis)
     for ours, theirs in zip(result, (*wanted, *moved), strict=True):
         equal(ours, theirs)
 
@@ -346,6 +359,11 @@ ERRORS = [
     (dict(residual=X[:2]), ValueError, r"residual must have the shape of x, \(4, 3\). Received: \(2, 3\)"),
     (dict(residual=X.astype(np.float16)), TypeError, "residual must have the dtype of x, float32. Received: float16"),
     (dict(mask=V), ValueError, r"mask must have shape \(4,\), or broadcast to \(4, 1\)"),
+    (
+        dict(mask=np.ones(4, complex)),
+        TypeError,
+        "mask must have a boolean, integer or floating dtype. Received: comple",
+    ),
     (dict(correction=2), ValueError, "correction must be 0"),
     (dict(nan_policy="no"), ValueError, "nan_policy must be one of"),
     (dict(mask=-np.ones(4)), jax.errors.JaxRuntimeError, "mask must hold finite weights of at least 0. Received: -1"),
@@ -361,6 +379,23 @@ ERRORS = [
 def test_bad_arguments(bad, error, text):
     with pytest.raises(error, match=text):
         jax.block_until_ready(bj.batch_norm_train(**({"x": X} | bad)))
+
+
+GRADIENT_ERRORS = [
+    (dict(invstd=None), TypeError, r"invstd must be an array of shape \(3,\). Received: None"),
+    (dict(residual=X, y=X), ValueError, "y must be None if residual is given, as y replaces it. Received: both"),
+    (dict(y=X, activation="gelu"), ValueError, "y must be None with activation='gelu', whose gradient needs the resid"),
+    (dict(dmean=V), ValueError, "dmean and dvariance must be given together. Received: dmean alone"),
+    (dict(dvariance=V), ValueError, "dmean and dvariance must be given together. Received: dvariance alone"),
+]
+
+
+@pytest.mark.parametrize(
+    ("bad", "error", "text"), GRADIENT_ERRORS, ids=lambda value: "-".join(value) if isinstance(value, dict) else ""
+)
+def test_bad_arguments_of_the_gradient(bad, error, text):
+    with pytest.raises(error, match=text):
+        bj.batch_norm_grad(**({"dy": X, "x": X, "mean": V, "invstd": V} | bad))
 
 
 def test_a_traced_number_is_refused_by_name():

@@ -1,6 +1,8 @@
 """Imports, threads, fork and several devices: each test is a process of its own."""
 
+import importlib
 import os
+import runpy
 import subprocess
 import sys
 
@@ -55,6 +57,17 @@ def test_a_missing_package_is_one_clear_line(package, module, name):
         f"import sys; sys.modules['{package}'] = None\ntry: import bnfast.{module}\nexcept ImportError as e: print(e)"
     )
     assert run(code) == f'bnfast.{module} needs {name}, which is not installed: pip install "bnfast[{package}]"\n'
+
+
+@pytest.mark.parametrize(("package", "module"), [("jax", "jax"), ("flax", "jax.nnx")])
+def test_what_a_package_lacks_is_told_in_its_own_words(need, package, module, tmp_path, monkeypatch):
+    need(package)
+    path = importlib.import_module(f"bnfast.{module}").__file__
+    (tmp_path / f"{package}.py").write_text("import absent_for_certain")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, package)
+    with pytest.raises(ModuleNotFoundError, match=r"^No module named 'absent_for_certain'$"):
+        runpy.run_path(path)
 
 
 @pytest.mark.serial

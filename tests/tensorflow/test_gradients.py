@@ -1,5 +1,6 @@
 """Gradients of ops.train and of the layer, in float64: against Keras's layer and against plain TensorFlow ops."""
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ import tensorflow as tf
 from bnfast.keras import BatchNormalization
 from bnfast.tensorflow import ops
 from bnfast.tensorflow.batch import Options
+from bnfast.tensorflow.custom_gradient import custom_gradient
 
 pytestmark = pytest.mark.usefixtures("each_bridge")
 
@@ -263,3 +265,24 @@ def test_in_a_graph_loop(rng: np.random.Generator) -> None:
     theirs.set_weights(ours.get_weights())
     close(tf.function(repeated)(ours), repeated(theirs))
     close(ours.moving_variance, theirs.moving_variance)
+
+
+@pytest.mark.parametrize("each_bridge", ["op"], indirect=True)
+def test_a_copy_of_a_graph_that_is_gone_has_no_gradient() -> None:
+    """The nodes name a gradient that no longer is: an error, and no other gradient."""
+
+    def double(x: Any) -> Any:
+        return 2 * x, lambda dy: 2 * dy
+
+    def nodes() -> Any:
+        run = tf.function(lambda x: custom_gradient(double, x), autograph=False)
+        graph = run.get_concrete_function(tf.TensorSpec([])).graph
+        return graph.as_graph_def(), graph.inputs[0].name, graph.outputs[0].name
+
+    definition, x, y = nodes()
+    gc.collect()
+    with tf.Graph().as_default():
+        one = tf.constant(1.0)
+        copied = tf.import_graph_def(definition, {x: one}, [y])
+        with pytest.raises(LookupError, match="the graph that this operation was traced in is gone, and its gradient"):
+            tf.gradients(copied, one)

@@ -1,13 +1,16 @@
 """The TensorFlow op: its library, its attributes, its buffers, and what happens without it."""
 
+import importlib.util
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -426,6 +429,52 @@ def test_a_bad_library_is_reported_and_not_used(how: str, tmp_path: Path, monkey
     assert reason in lines[0]
 
 
+@pytest.mark.parametrize(("how", "reason"), [("hidden", "is not there"), ("undefined", "undefined symbol: dlopem")])
+def test_a_library_that_cannot_be_loaded_in_this_process(
+    how: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path(shutil.copy(_tf_library.PATH, tmp_path))
+    assert damage(path, how) == reason
+    monkeypatch.setattr(_tf_library, "PATH", path)
+    for name in ("_registered", "_library"):
+        monkeypatch.setattr(op, name, None)
+    op.register()
+    available, found = op.status()
+    assert not available
+    assert re.fullmatch(f"{re.escape(str(path))}.*{reason}.*", found)
+
+
+def test_a_self_test_that_fails_is_the_reason() -> None:
+    def fail(**_: Any) -> None:
+        raise tf.errors.InternalError(None, None, "it is raining")
+
+    library = op._tested(op._Library(SimpleNamespace(bnfast_train=fail), "loaded"))
+    assert library == (None, f"{_tf_library.PATH}: it is raining")
+
+
+def test_probe_without_tensorflows_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = SimpleNamespace(submodule_search_locations=[os.fspath(tmp_path)])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: package)
+    assert _tf_library.probe() == (False, f"{tmp_path / 'libtensorflow_framework.so.2'} is not there")
+
+
+def test_gpus_are_asked_for_where_a_driver_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_tf_library, "_GPUS", "print('GPU:0, GPU:1')")
+    monkeypatch.setattr(_tf_library, "_DRIVERS", (os.fspath(tmp_path / "driver"),))
+    assert _tf_library.gpus() == ""
+    (tmp_path / "driver").touch()
+    assert _tf_library.gpus() == "GPU:0, GPU:1"
+    monkeypatch.setattr(_tf_library, "_GPUS", "print('GPU:0'); sys.exit(1)")
+    assert _tf_library.gpus() == ""
+    monkeypatch.setattr(sys, "executable", "")
+    assert _tf_library.gpus() == ""
+
+
+def test_an_unknown_bridge_is_named() -> None:
+    with pytest.raises(ValueError, match=r"bridge must be one of \('auto', .*\)\. Received: 'stone'"):
+        _tf_library.wanted("stone")
+
+
 def test_a_truncated_library_is_detected_before_loading(tmp_path: Path) -> None:
     """At any length: dlopen would map the file, and the process would die on reading past its end."""
     path = tmp_path / "_tf.so"
@@ -434,6 +483,9 @@ def test_a_truncated_library_is_detected_before_loading(tmp_path: Path) -> None:
     for end in np.linspace(0, 0.5, 20) * len(data):
         path.write_bytes(data[: int(end)])
         assert _tf_library.defect(path) == f"{path} is {'truncated' if end >= 64 else 'not a 64-bit ELF library'}"
+    for end in (64, 200):  # within the table of program headers
+        path.write_bytes(data[:end])
+        assert _tf_library.defect(path) == f"{path} is truncated"
     path.write_text("not a library" * 100)
     assert _tf_library.defect(path) == f"{path} is not a 64-bit ELF library"
     assert _tf_library.defect(tmp_path) == f"{tmp_path} can't be read: Is a directory"

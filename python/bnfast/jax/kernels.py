@@ -32,7 +32,7 @@ def train(given: Given, options: Options) -> tuple[Array, ...]:
         y, statistics, new = reference.train(given, options)
         return y, jnp.zeros(4 * C, jnp.uint32), statistics, *new  # its gradient recomputes what it needs
 
-    results = [(x.shape, x.dtype), ((4 * C,), np.uint32), ((3, C), _statistics_dtype()), *moving]
+    results = [(x.shape, x.dtype), ((4 * C,), np.uint32), ((3, C), reference.statistics_dtype()), *moving]
     attributes = {
         "momentum": np.float64(options.momentum),
         "epsilon": np.float64(options.epsilon),
@@ -65,18 +65,8 @@ def gradient(given: Given, options: Options) -> tuple[Array, ...]:
 
 def moments(given: Given, options: Options) -> Array:
     """(2, C): mean and variance."""
-    dtype = _statistics_dtype()
-
-    def otherwise(given: Given) -> tuple[Array]:
-        return (jnp.stack(reference.moments(given, options)[:2]).astype(dtype),)
-
-    results = [((2, given["x"].shape[options.axis]), dtype)]
-    return _call("bnfast_moments", results, given, options, {}, otherwise)[0]
-
-
-def _statistics_dtype() -> Any:
-    """float64 where JAX has it, which takes x64 enabled."""
-    return jax.dtypes.canonicalize_dtype(np.float64)
+    results = [((2, given["x"].shape[options.axis]), reference.statistics_dtype())]
+    return _call("bnfast_moments", results, given, options, {}, lambda g: (reference.mean_variance(g, options),))[0]
 
 
 def _call(

@@ -19,7 +19,7 @@ import numpy as np
 
 from .options import Options
 
-__all__ = ["activate", "gradient", "infer", "invstd_of", "moments", "train"]
+__all__ = ["activate", "gradient", "infer", "invstd_of", "mean_variance", "moments", "train"]
 
 Array: TypeAlias = Any
 Given: TypeAlias = Mapping[str, Array]
@@ -61,6 +61,11 @@ def compute_dtype(x: Array) -> Any:
     return jnp.float64 if x.dtype == jnp.float64 else jnp.float32
 
 
+def statistics_dtype() -> Any:
+    """float64 where JAX has it, which takes x64 enabled."""
+    return jax.dtypes.canonicalize_dtype(np.float64)
+
+
 def moments(given: Given, options: Options) -> tuple[Array, Array, Array]:
     """mean, variance (C,) and W in the compute dtype."""
     x = given["x"].astype(compute_dtype(given["x"]))
@@ -80,6 +85,11 @@ def moments(given: Given, options: Options) -> tuple[Array, Array, Array]:
     return mean, (jnp.square(x - _per_channel(mean, x, options)) * weights).sum(axes) / divisor, total
 
 
+def mean_variance(given: Given, options: Options) -> Array:
+    """(2, C): mean and variance in the dtype of statistics."""
+    return jnp.stack(moments(given, options)[:2]).astype(statistics_dtype())
+
+
 def train(given: Given, options: Options, slopes: Array | None = None) -> tuple[Array, Array, tuple[Array, ...]]:
     """y, the statistics (3, C) and the updated moving statistics, if there are any.
 
@@ -91,8 +101,7 @@ def train(given: Given, options: Options, slopes: Array | None = None) -> tuple[
     moving = ()
     if "moving_mean" in given:
         moving = update((given["moving_mean"], given["moving_variance"]), (mean, variance), total, options)
-    dtype = jax.dtypes.canonicalize_dtype(np.float64)
-    return y, jnp.stack([mean, variance, invstd]).astype(dtype), moving
+    return y, jnp.stack([mean, variance, invstd]).astype(statistics_dtype()), moving
 
 
 def update(

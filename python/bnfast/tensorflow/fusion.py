@@ -13,6 +13,7 @@ gradients at y find it.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +31,7 @@ _STAGE = "_bnfast_stage"  # the attribute of a tensor, as Keras's `_keras_mask`
 
 
 @dataclass(eq=False)
-class Record:
+class Record(ABC):
     """One call of a batch norm in a graph: its arguments and how to compute it."""
 
     batch: Batch
@@ -39,9 +40,9 @@ class Record:
     trace: Trace
     last: int  # the id of the last operation that the graph had before
 
+    @abstractmethod
     def run(self, options: Options, residual: tf.Tensor | None = None) -> tf.Tensor:
         """Emits an op for the call, with these options and this residual."""
-        raise NotImplementedError
 
     def accepts(self, operation: str) -> bool:
         """Whether this operation should be fused with the call."""

@@ -31,12 +31,10 @@ def pullback(
 
 
 def inside(tensor: tf.Tensor) -> tf.Tensor:
-    """The tensor as the graph being traced sees it.
+    """The tensor as the graph sees it that is being traced.
 
     A gradient that is built later may only read tensors of the graph of its operation. TensorFlow captures a tensor of
     an outer graph when an operation reads it; what a gradient reads has to be the capture.
     """
-    if tf.executing_eagerly():
-        return tensor
     graph, tensor = tf.compat.v1.get_default_graph(), tf.convert_to_tensor(tensor)
     return tensor if tensor.graph is graph or not hasattr(graph, "capture") else graph.capture(tensor)

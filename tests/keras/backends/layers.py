@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import re
 
 import bnfast
 import bnfast.keras
@@ -13,6 +14,9 @@ from keras import ops
 BACKEND = keras.backend.backend()
 RNG = np.random.default_rng(2026)
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
+
+
+on_jax = pytest.mark.skipif(BACKEND != "jax", reason="only JAX traces them")
 
 
 @functools.cache
@@ -73,6 +77,10 @@ def pair(shape, *, ours=None, **kwargs):
     return mine, theirs
 
 
+def values(variables):
+    return [variable.value for variable in variables]
+
+
 SHAPES = [((6, 5), -1), ((4, 3, 5), 1), ((4, 3, 5), -1), ((4, 5, 6, 7), -1), ((4, 5, 6, 7), 1), ((2, 3, 4, 3, 5), -1)]
 
 
@@ -99,6 +107,43 @@ def test_momentum_and_epsilon_may_be_scalar_tensors():
     np.testing.assert_allclose(array(given(x)), array(theirs(x)), **TOLERANCE)
     config = given.get_config()
     assert (config["momentum"], config["epsilon"]) == pytest.approx((0.7, 0.25))
+
+
+@pytest.mark.skipif(BACKEND == "tensorflow", reason="TensorFlow's op refuses it, in its own words")
+def test_a_scalar_tensor_is_checked_in_every_call():
+    layer = bnfast.keras.BatchNormalization()
+    layer.momentum, x = ops.convert_to_tensor(2.0), np.ones((4, 3), "float32")
+    with pytest.raises(ValueError, match=r"momentum must be in \[0, 1\]. Received: 2.0"):
+        layer(x, training=True)
+    layer.momentum, layer.epsilon = 0.5, ops.convert_to_tensor(-1.0)
+    with pytest.raises(ValueError, match=r"epsilon must be finite and >= 0\. Received: -1\.0"):
+        layer(x)
+
+
+@on_jax
+@pytest.mark.parametrize("name", ["momentum", "epsilon"])
+def test_a_scalar_that_jax_traces(name, caplog):
+    import jax
+
+    x = RNG.normal(1, 2, (6, 3)).astype("float32")
+    layer, wanted = built(bnfast.keras.BatchNormalization, (6, 3)), bnfast.keras.BatchNormalization(**{name: 0.25})
+    wanted.build((6, 3))
+    wanted.set_weights(layer.get_weights())
+    weights = values(layer.trainable_variables), values(layer.non_trainable_variables)
+
+    @jax.jit
+    def run(value):
+        setattr(layer, name, value)
+        with pytest.raises(ValueError, match=f"{name} must have a value where it is written to a config. Received: "):
+            layer.get_config()
+        return layer.stateless_call(*weights, x, training=True)
+
+    y, moving = run(0.25)
+    np.testing.assert_allclose(y, array(wanted(x, training=True)), **TOLERANCE)
+    for own, other in zip(moving, wanted.non_trainable_variables, strict=True):
+        np.testing.assert_allclose(own, array(other), **TOLERANCE)
+    on_keras = "bnfast.keras leaves batch norm to Keras's own ops on JAX, because epsilon is a value that JAX traces"
+    assert caplog.messages.count(on_keras) == (name == "epsilon")
 
 
 @pytest.mark.parametrize("name", ["momentum", "epsilon"])
@@ -158,6 +203,19 @@ def test_same_bits_as_numpy(shape, axis, dtype):
         np.testing.assert_array_equal(mine, own)
 
 
+@pytest.mark.parametrize("dtype", ["int32", "uint8", "bool"])
+def test_integers_and_booleans_become_float32(dtype):
+    x = (RNG.normal(size=(6, 3)) * 2 + 4).astype(dtype)
+    y = bnfast.keras.BatchNormalization()(x, training=True)
+    assert keras.backend.standardize_dtype(y.dtype) == "float32"
+    np.testing.assert_allclose(array(y), bnfast.batch_norm_train(x.astype("float32")).y, **TOLERANCE)
+
+
+def test_other_dtypes_are_refused():
+    with pytest.raises(TypeError, match=r"inputs must have a float, integer or boolean dtype\. Received: complex64"):
+        bnfast.keras.BatchNormalization()(np.ones((4, 3), "complex64"), training=True)
+
+
 @pytest.mark.parametrize("grouping", ["contiguous", "strided"])
 def test_virtual_batch_size(grouping):
     shape, size = (8, 5, 3), 4
@@ -178,10 +236,28 @@ def test_virtual_batch_size(grouping):
         layer(x[:7], training=True)
 
 
-@pytest.mark.skipif(not hasattr(keras.layers.BatchNormalization(), "renorm"), reason="Keras before 3.14 has no renorm")
-def test_renorm_is_that_of_keras():
+def test_a_ghost_without_weight_does_not_count():
+    mine, wanted = (bnfast.keras.BatchNormalization(momentum=0.5, virtual_batch_size=size) for size in (4, None))
+    x, mask = RNG.normal(1, 2, (8, 5, 3)).astype("float32"), RNG.random((8, 5)) < 0.6
+    mask[4:] = False
+    mine(x, training=True, mask=mask)
+    wanted(x[:4], training=True, mask=mask[:4])
+    for own, other in zip(mine.get_weights(), wanted.get_weights(), strict=True):
+        np.testing.assert_allclose(own, other, **TOLERANCE)
+
+
+has_renorm = pytest.mark.skipif(
+    not hasattr(keras.layers.BatchNormalization(), "renorm"), reason="Keras before 3.14 has no renorm"
+)
+
+
+@has_renorm
+@pytest.mark.parametrize(
+    "affine", [{}, {"scale": False}, {"center": False}, {"scale": False, "center": False}], ids=str
+)
+def test_renorm_is_that_of_keras(affine):
     clipping = {"rmin": 0.5, "rmax": 1.5, "dmax": 0.3}
-    mine, theirs = pair((6, 4, 3), renorm=True, renorm_clipping=clipping, renorm_momentum=0.6)
+    mine, theirs = pair((6, 4, 3), renorm=True, renorm_clipping=clipping, renorm_momentum=0.6, **affine)
     for _ in range(4):
         x = RNG.normal(1, 2, (6, 4, 3)).astype("float32")
         own, other = (gradients(lambda t, layer=layer: layer(t, training=True), x)[0] for layer in (mine, theirs))
@@ -210,6 +286,69 @@ def test_mask(axis):
     np.testing.assert_allclose(own, dx, rtol=1e-4, atol=1e-4)
 
 
+FEATURES = [{}, {"correction": 1}, pytest.param({"renorm": True, "renorm_momentum": 0.5}, marks=has_renorm)]
+
+
+@pytest.mark.parametrize("kwargs", FEATURES, ids=str)
+def test_a_mask_that_varies_by_channel(kwargs):
+    """Masking's mask has the shape x.shape[:-1], so it differs between the channels of axis 1: beside a layer each."""
+    kwargs = {"momentum": 0.5, "nan_policy": "skip_update", **kwargs}
+    x = RNG.normal(1, 2, (8, 4, 3)).astype("float32")
+    x[RNG.random((8, 4)) < 0.4] = x[:, 3] = 0
+    x[0, 0] = 1, np.nan, 2
+    layer = built(bnfast.keras.BatchNormalization, x.shape, axis=[1, 2], **kwargs)
+    before = layer.get_weights()
+    y = array(layer(keras.layers.Masking()(x), training=True))
+    for i in range(4):
+        one = bnfast.keras.BatchNormalization(**kwargs)
+        one.build((8, 3))
+        one.set_weights([weight[0, i] for weight in before])
+        np.testing.assert_allclose(
+            y[:, i], array(one(x[:, i], training=True, mask=(x[:, i] != 0).any(-1))), **TOLERANCE
+        )
+        for own, other in zip(layer.get_weights(), one.get_weights(), strict=True):
+            np.testing.assert_allclose(own[0, i], other, **TOLERANCE)
+
+
+class Masked(keras.Model):
+    def __init__(self, norm):
+        super().__init__()
+        self.masking, self.norm = keras.layers.Masking(), norm
+
+    def call(self, x, training=None):
+        return self.norm(self.masking(x), training=training)
+
+
+def functional(norm):
+    inputs = keras.Input((4, 4))
+    x = keras.layers.Masking()(inputs)
+    return keras.Model(inputs, norm([x, x] if isinstance(norm, bnfast.keras.BatchNormalizationAdd) else x))
+
+
+@pytest.mark.parametrize("eagerly", [False, True])
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (functional, bnfast.keras.BatchNormalization),
+        (functional, bnfast.keras.BatchNormalizationAdd),
+        (Masked, bnfast.keras.BatchNormalization),
+    ],
+)
+def test_a_mask_in_a_model_has_the_shape_of_the_inputs_without_the_last_axis(make, kind, eagerly):
+    """Of axis 1 of a square, either reading fits."""
+    x = RNG.normal(1, 2, (6, 4, 4)).astype("float32")
+    x[1, 2] = x[4, 0] = x[3, 2] = 0
+    layer = kind(axis=1, momentum=0.0)
+    model = make(layer)
+    model.compile("sgd", "mse", run_eagerly=eagerly)
+    model.train_on_batch(x, x)
+    present = (x != 0).any(-1)
+    np.testing.assert_allclose(array(layer.moving_mean), [x[present[:, i], i].mean() for i in range(4)], **TOLERANCE)
+    own = RNG.random((6, 4)) < 0.6  # has the shape without axis 1
+    layer([x, x] if isinstance(layer, bnfast.keras.BatchNormalizationAdd) else x, training=True, mask=own)
+    np.testing.assert_allclose(array(layer.moving_mean), (x * own[:, None]).sum((0, 2)) / own.sum(), **TOLERANCE)
+
+
 def test_a_batch_without_weight_changes_nothing():
     layer = built(bnfast.keras.BatchNormalization, (4, 3, 2))
     before = layer.get_weights()
@@ -235,6 +374,30 @@ def test_adjustment():
     xhat = bnfast.batch_norm_train(x).y
     np.testing.assert_allclose(array(layer(x, training=True)), (xhat * scale + bias) * gamma + beta, **TOLERANCE)
     assert seen == [shape]
+
+
+def test_adjustment_of_several_axes():
+    shape = (6, 4, 3)
+    scale, bias = RNG.normal(1, 0.1, (6, 1, 1)).astype("float32"), RNG.normal(0, 0.1, (4, 3)).astype("float32")
+    layer = built(bnfast.keras.BatchNormalization, shape, axis=[0, 2], adjustment=lambda given: (scale, bias))
+    gamma, beta, *_ = layer.get_weights()
+    x = RNG.normal(1, 2, shape).astype("float32")
+    xhat = (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-3)
+    np.testing.assert_allclose(array(layer(x, training=True)), (xhat * scale + bias) * gamma + beta, **TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("returned", "error", "text"),
+    [
+        (1, TypeError, r"adjustment must return \(scale, bias\). Received: 1"),
+        ((1, 2, 3), TypeError, r"adjustment must return \(scale, bias\). Received: \(1, 2, 3\)"),
+        ((np.ones(5, "float32"), 1.0), ValueError, r"broadcast to inputs of shape \(6, 4, 3\). Received: \(5,\)"),
+        ((1.0, np.ones((1, 1, 1, 1), "float32")), ValueError, r"of shape \(6, 4, 3\). Received: \(1, 1, 1, 1\)"),
+    ],
+)
+def test_what_is_no_adjustment(returned, error, text):
+    with pytest.raises(error, match=text):
+        bnfast.keras.BatchNormalization(adjustment=lambda shape: returned)(np.ones((6, 4, 3), "float32"), training=True)
 
 
 ACTIVATIONS = [
@@ -288,6 +451,32 @@ def test_conditional():
     np.testing.assert_allclose(array(layer([x, labels], training=True)), expected, **TOLERANCE)
     with pytest.raises(ValueError, match="labels must be in"):
         layer([x, np.array([0, 1, 2, 3, 0, 1])], training=True)
+    with pytest.raises(TypeError, match=r"labels must have an integer dtype\. Received: float32"):
+        layer([x, np.ones(6, "float32")])
+    for shape in ((6, 2), (5,)):
+        with pytest.raises(
+            ValueError, match=rf"shape \(N,\) or \(N, 1\) with N = 6. Received: {re.escape(str(shape))}"
+        ):
+            layer([x, np.ones(shape, "int32")])
+    with pytest.raises(ValueError, match=r"inputs must be \[x, labels\], \[x\] or x. Received: 3 tensors"):
+        layer.compute_output_shape([(6, 4, 3), (6,), (6,)])
+
+
+@pytest.mark.parametrize("kwargs", [{"scale": False}, {"center": False}], ids=str)
+def test_conditional_without_gamma_or_beta(kwargs):
+    x, labels = RNG.normal(size=(6, 4, 3)).astype("float32"), np.array([0, 2, 1, 1, 0, 2])
+    layer = built(bnfast.keras.ConditionalBatchNormalization, [(6, 4, 3), (6,)], num_classes=3, **kwargs)
+    rows = layer.get_weights()[0][labels][:, None]
+    xhat = bnfast.batch_norm_train(x).y
+    expected = xhat + rows if "scale" in kwargs else xhat * rows
+    np.testing.assert_allclose(array(layer([x, labels], training=True)), expected, **TOLERANCE)
+
+
+def test_conditional_with_given_parameters():
+    x, gamma, beta = (RNG.normal(size=shape).astype("float32") for shape in ((6, 4, 3), 3, (6, 3)))
+    layer = bnfast.keras.ConditionalBatchNormalization(num_classes=3)
+    y = layer(x, training=True, gamma=ops.convert_to_tensor(gamma), beta=ops.convert_to_tensor(beta))
+    np.testing.assert_allclose(array(y), bnfast.batch_norm_train(x).y * gamma + beta[:, None], **TOLERANCE)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -318,6 +507,29 @@ def test_weight_norm():
     np.testing.assert_allclose(array(layer(x)), np.maximum(linear, 0), rtol=1e-4, atol=1e-4)
 
 
+def test_weight_norm_without_a_bias_and_with_a_loss():
+    dense = keras.layers.Dense(4, use_bias=False, activity_regularizer=keras.regularizers.L2(0.5))
+    layer, x = bnfast.keras.WeightNormalization(dense), RNG.normal(2, 3, (32, 5)).astype("float32")
+    y = array(layer(x, training=True))
+    np.testing.assert_allclose(y.std(0), 1, atol=1e-3)
+    assert [float(array(loss)) for loss in layer.losses] == pytest.approx([0.5 * (y**2).sum() / 32], rel=1e-4)
+
+
+@on_jax
+@pytest.mark.parametrize("initialized", [False, True])
+def test_weight_norm_with_a_mode_that_jax_traces(initialized):
+    import jax
+
+    layer = built(bnfast.keras.WeightNormalization, (32, 5), layer=keras.layers.Dense(4))
+    layer.initialized.assign(initialized)
+    weights, x = (values(layer.trainable_variables), values(layer.non_trainable_variables)), RNG.normal(2, 3, (32, 5))
+    run = lambda mode: layer.stateless_call(*weights, x.astype("float32"), training=mode)  # noqa: E731
+    traced = jax.jit(run)
+    for training in (False, True):
+        for own, other in zip(jax.tree.leaves(traced(training)), jax.tree.leaves(run(training)), strict=True):
+            np.testing.assert_allclose(own, other, **TOLERANCE)
+
+
 def test_plain_average():
     layer = built(bnfast.keras.BatchNormalization, (6, 3), momentum=None)
     batches = RNG.normal(1, 2, (3, 6, 3)).astype("float32")
@@ -338,11 +550,31 @@ def test_skip_update():
     np.testing.assert_allclose(array(layer.moving_variance), [1, 0.5 + x[:, 1].var(ddof=1) / 2], **TOLERANCE)
 
 
-def test_several_axes():
-    layer = built(bnfast.keras.BatchNormalization, (6, 4, 5, 3), axis=[1, 3])
+@pytest.mark.parametrize(
+    "kwargs", [{"virtual_batch_size": 2}, pytest.param({"renorm": True}, marks=has_renorm)], ids=str
+)
+def test_skip_update_of_features(kwargs):
+    """The channel of a NaN keeps its state; the others have that of a layer without the NaN."""
+    mine, wanted = (
+        built(bnfast.keras.BatchNormalization, (4, 2), nan_policy=policy, **kwargs)
+        for policy in ("skip_update", "propagate")
+    )
+    before, x = mine.get_weights()[2:], RNG.normal(size=(4, 2)).astype("float32")
+    wanted(x, training=True)
+    x[1, 0] = np.nan
+    mine(x, training=True)
+    for own, old, other in zip(mine.get_weights()[2:], before, wanted.get_weights()[2:], strict=True):
+        assert own[0] == old[0]
+        np.testing.assert_allclose(own[1], other[1], **TOLERANCE)
+
+
+@pytest.mark.parametrize("axis", [[1, 3], [1, 2], [2, 3]], ids=str)
+def test_several_axes(axis):
+    layer = built(bnfast.keras.BatchNormalization, (6, 4, 5, 3), axis=axis)
     x = RNG.normal(1, 2, (6, 4, 5, 3)).astype("float32")
     gamma, beta, *_ = layer.get_weights()
-    mean, variance = x.mean((0, 2), keepdims=True), x.var((0, 2), keepdims=True)
+    others = tuple(i for i in range(4) if i not in axis)
+    mean, variance = x.mean(others, keepdims=True), x.var(others, keepdims=True)
     expected = (x - mean) / np.sqrt(variance + 1e-3) * gamma + beta
     np.testing.assert_allclose(array(layer(x, training=True)), expected, **TOLERANCE)
 
@@ -357,6 +589,52 @@ def test_freezing():
     layer(x, training=True)
     for own, other in zip(layer.get_weights(), before, strict=True):
         np.testing.assert_array_equal(own, other)
+
+
+def test_moving_statistics_normalize_and_are_updated():
+    layer = built(bnfast.keras.BatchNormalization, (6, 3), use_batch_statistics=False, momentum=0.5, activation="relu")
+    layer.set_weights([np.array(vector, "float32") for vector in ([1, 2, 3], [0, 1, 0], [1, 0, 2], [1, 4, 9])])
+    gamma, beta, mean, variance = layer.get_weights()
+    x = RNG.normal(1, 2, (6, 3)).astype("float32")
+    expected = bnfast.batch_norm_infer(x, mean, variance, gamma, beta, activation="relu")
+    np.testing.assert_allclose(array(layer(x, training=True)), expected, **TOLERANCE)
+    np.testing.assert_allclose(array(layer.moving_mean), (mean + x.mean(0)) / 2, **TOLERANCE)
+    np.testing.assert_allclose(array(layer.moving_variance), (variance + x.var(0)) / 2, **TOLERANCE)
+
+
+TRACED = [
+    {},
+    {"momentum": None},
+    {"virtual_batch_size": 3},
+    {"update_statistics": False},
+    {"use_batch_statistics": False},
+    {"use_batch_statistics": True},
+    {"adjustment": lambda shape: (2.0, 1.0)},
+    {"dtype": "mixed_bfloat16", "activation": "relu"},
+    pytest.param({"renorm": True}, marks=has_renorm),
+]
+
+
+@on_jax
+@pytest.mark.parametrize("kwargs", TRACED, ids=lambda kwargs: "-".join(kwargs))
+def test_training_that_jax_traces(kwargs):
+    """y, its gradient and the statistics are those of the mode as a constant."""
+    import jax
+
+    layer = built(bnfast.keras.BatchNormalization, (6, 3), **kwargs)
+    others, x = values(layer.non_trainable_variables), RNG.normal(1, 2, (6, 3)).astype("float32")
+
+    def loss(trainable, x, training):
+        y, new = layer.stateless_call(trainable, others, x, training=training, mask=np.arange(6) < 5)
+        return ops.sum(ops.cast(y, "float32") ** 3), new
+
+    gradient = jax.value_and_grad(loss, (0, 1), has_aux=True)
+    traced = jax.jit(gradient)
+    for training in (False, True):
+        given = values(layer.trainable_variables), x, training
+        for own, other in zip(jax.tree.leaves(traced(*given)), jax.tree.leaves(gradient(*given)), strict=True):
+            assert own.dtype == other.dtype
+            np.testing.assert_allclose(own, other, rtol=1e-4, atol=1e-3)
 
 
 def test_training_as_a_tensor():

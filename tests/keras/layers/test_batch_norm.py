@@ -1,15 +1,19 @@
 """bnfast.keras.BatchNormalization against Keras's layer: values, flags, dtypes, activations; argument errors."""
 
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 pytest.importorskip("tensorflow")
+import bnfast.keras
 import keras
 import tensorflow as tf
 from bnfast.keras import BatchNormalization
@@ -294,6 +298,29 @@ def test_another_backend_is_refused(need: Callable[[str], Any]) -> None:
         "ImportError: bnfast.keras needs Keras on one of the backends tensorflow, torch, jax (KERAS_BACKEND). "
         "Received: numpy"
     )
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_rank_that_the_graph_does_not_know_is_that_of_the_build(training: bool) -> None:
+    """Keras refuses such a tensor in __call__; a script may pass it to call."""
+    layer, x = BatchNormalization(), tf.random.normal((4, 6, 5), seed=1)
+    layer.build((None, 6, 5))
+    run = tf.function(lambda x: layer.call(x, training=training), input_signature=[tf.TensorSpec(None)])
+    close(run(x), layer(x, training=training))
+    with pytest.raises(tf.errors.InvalidArgumentError, match="not compatible with expected shape"):
+        run(x[0])
+
+
+def test_what_keras_lacks_and_keras_2_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = Path(bnfast.keras.__file__)
+    monkeypatch.setitem(sys.modules, "keras", SimpleNamespace(__version__="2.15.0"))
+    with pytest.raises(ImportError, match=r"^bnfast\.keras needs Keras 3\. Received: Keras 2\.15\.0$"):
+        runpy.run_path(os.fspath(path))
+    (tmp_path / "keras.py").write_text("import absent_for_certain")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "keras")
+    with pytest.raises(ModuleNotFoundError, match=r"^No module named 'absent_for_certain'$"):
+        runpy.run_path(os.fspath(path))
 
 
 @pytest.mark.parametrize("missing", ["tensorflow", "keras", "torch", "jax"])

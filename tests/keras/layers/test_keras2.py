@@ -1,6 +1,7 @@
 """Compatibility with Keras 2 programs and configs: the flag `fused`, and a list as axis."""
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -61,6 +62,18 @@ def test_fused_and_the_shape_as_in_keras_2(need: Callable[[str], Any], axis: int
 
     theirs = need("tf_keras").layers.BatchNormalization(axis=axis, fused=True)
     assert builds(BatchNormalization(axis=axis, fused=True)) == builds(theirs)
+
+
+def test_the_errors_of_fused() -> None:
+    for kwargs in ({"renorm": True}, {"virtual_batch_size": 4}, {"synchronized": True}):
+        ((name, value),) = kwargs.items()
+        message = f"fused must be None or False with {name}. Received: fused=True, {name}={value}"
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            BatchNormalization(fused=True, **kwargs)
+    with pytest.raises(ValueError, match=r"^axis must be 1 or 3 of inputs of rank 4 .*\. Received: axis=-4$"):
+        BatchNormalization(fused=True, axis=-4).build((8, 2, 2, 3))
+    with pytest.raises(ValueError, match=r"^inputs must have rank 4 or 5 with fused=True\. Received: rank 2$"):
+        BatchNormalization(fused=True).build((8, 3))
 
 
 def test_fused_must_be_a_bool() -> None:

@@ -1,5 +1,6 @@
 """Inference of accelerated and patched models: folded while traced, exact gradients, exports that need no bnfast."""
 
+import copy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -191,6 +192,59 @@ def test_predict_with_steps_per_execution_eagerly_and_with_xla(monkeypatch: pyte
         fast = quiet(model)
         fast.compile(loss="mse", **kwargs)
         np.testing.assert_allclose(fast.predict(x, batch_size=2, verbose=0), wanted, rtol=1e-5, atol=1e-5)
+
+
+class Either(L.Layer):
+    """Runs its batch norm in a branch."""
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def call(self, x: Any) -> Any:
+        return tf.cond(tf.reduce_sum(x) > 0, lambda: self.norm(x), lambda: -self.norm(-x))
+
+
+def test_predict_with_a_batch_norm_in_a_branch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BNFAST_BRIDGE", "op")
+    inputs = keras.Input((6, 4))
+    model = randomize(keras.Model(inputs, Either(BatchNormalization())(inputs)))
+    x = np.random.default_rng(3).normal(size=(5, 6, 4)).astype("float32")
+    for given in (x, -x):
+        np.testing.assert_allclose(model.predict(given, verbose=0), model(given), rtol=1e-5, atol=1e-5)
+    (concrete,) = model.predict_function._list_all_concrete_functions()
+    branches = [
+        [node.op for node in function.node_def]
+        for function in concrete.graph.as_graph_def().library.function
+        if "cond_" in function.signature.name
+    ]
+    assert [operations.count("BnfastInfer") for operations in branches] == [1, 1]
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"transpose_a": True}, {"transpose_b": True}], ids=str)
+def test_a_product_with_a_transposed_matrix_is_not_folded(kwargs: dict[str, bool]) -> None:
+    layer = BatchNormalization()
+    layer.build((4, 4))
+    randomize(layer)
+    x, kernel = tf.constant(np.random.default_rng(3).normal(size=(2, 4, 4)), tf.float32)
+
+    @tf.function
+    def run(x: Any) -> Any:
+        return layer(tf.linalg.matmul(x, kernel, **kwargs))
+
+    np.testing.assert_allclose(run(x), layer(tf.linalg.matmul(x, kernel, **kwargs)), rtol=1e-5, atol=1e-5)
+    assert ("BiasAdd" in live(run.get_concrete_function(x))) == (not kwargs)
+
+
+def test_the_predict_function_can_be_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BNFAST_BRIDGE", "op")
+    model = quiet(preactivated())
+    x = batch(model)
+    wanted, own = model.predict(x, verbose=0), model.predict_function
+    model.predict_function = copy.copy(own)
+    assert model.predict_function is not own
+    np.testing.assert_array_equal(model.predict(x, verbose=0), wanted)
+    assert model.predict_function._list_all_concrete_functions() == own._list_all_concrete_functions()
 
 
 def test_new_moving_statistics_are_seen_by_predict() -> None:

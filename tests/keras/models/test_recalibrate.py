@@ -181,11 +181,36 @@ def test_an_error_changes_nothing(x, kind):
     assert state(model) == before
 
 
-def test_overflow_inside_is_named(x):
+@pytest.mark.parametrize("eager", [False, True])
+def test_overflow_inside_is_named(x, eager):
     model = keras.Sequential([keras.Input((6,)), L.Dense(4, name="big"), KERAS(name="sees_inf")])
     model.get_layer("big").kernel.assign(np.full((6, 4), 3e38, "float32"))
+    model.compile(run_eagerly=eager)
     before = state(model)
-    with pytest.raises(FloatingPointError, match="sees_inf"):
+    with pytest.raises(FloatingPointError, match=r"^layer sees_inf sees NaN or Inf in batch 1 \(float32\), though"):
+        quiet(model, x)
+    assert state(model) == before
+
+
+def test_statistics_that_do_not_fit_are_named():
+    """Values that float16 holds, with a variance that it doesn't."""
+    model = keras.Sequential([keras.Input((6,)), KERAS(dtype="float16", name="small")])
+    before = state(model)
+    with pytest.raises(FloatingPointError, match=r"^the new statistics of layer small don't fit in float16$"):
+        quiet(model, RNG.normal(0, 1e3, (50, 6)).astype("float32"))
+    assert state(model) == before
+
+
+def test_an_interrupted_assignment_is_undone(x):
+    model = keras_models.randomize(dense_net())
+    before, last = state(model), model.layers[-1].moving_variance
+
+    def interrupted(value):
+        del vars(last)["assign"]
+        raise KeyboardInterrupt
+
+    vars(last)["assign"] = interrupted
+    with pytest.raises(KeyboardInterrupt):
         quiet(model, x)
     assert state(model) == before
 
@@ -237,17 +262,24 @@ def test_renorm_average_is_what_keras_averages(x):
     np.testing.assert_allclose(np.asarray(model.layers[0].moving_variance), stddev**2 - 1e-3, rtol=1e-5)
 
 
+@pytest.mark.parametrize("eager", [False, True])
 @pytest.mark.parametrize("grouping", ["contiguous", "strided"])
-def test_ghosts(x, grouping):
+def test_ghosts(x, grouping, eager):
     model = keras.Sequential(
         [keras.Input((6,)), BatchNormalization(virtual_batch_size=10, virtual_batch_grouping=grouping)]
     )
+    model.compile(run_eagerly=eager)
     quiet(model, x)
     same(model.layers[0], x)
     quiet(model, iter([x]), estimator="average")
     ghosts = x.reshape(30, 10, 6) if grouping == "contiguous" else x.reshape(10, 30, 6).swapaxes(0, 1)
     wanted = ghosts.astype("float64").var(1).mean(0)
     np.testing.assert_allclose(np.asarray(model.layers[0].moving_variance), wanted, rtol=1e-6)
+    of_ghosts = np.repeat([1, 0, 3], 10)  # a ghost without weight doesn't count
+    weights = np.repeat(of_ghosts, 10) if grouping == "contiguous" else np.tile(of_ghosts, 10)
+    quiet(model, iter([(x, None, weights)]), estimator="average", use_sample_weight=True)
+    wanted = ghosts[of_ghosts > 0].astype("float64").mean((0, 1))
+    np.testing.assert_allclose(np.asarray(model.layers[0].moving_mean), wanted, rtol=1e-5)
 
 
 def test_average_of_all_batches_counts_them(x):
@@ -290,14 +322,33 @@ def test_masked_steps_do_not_count(norm):
     assert found.rows[0].count == lengths.sum()
 
 
-def test_a_model_that_is_masked_everywhere_is_an_error():
+@pytest.mark.parametrize("norm", [KERAS, BatchNormalization])
+def test_a_mask_along_the_channels_is_refused(norm):
+    """The attached mask is (N, 4), of the axes 0 and 1, the second of which is the channel axis."""
+    inputs = keras.Input((4, 4))
+    model = keras.Model(inputs, norm(axis=1, name="bn")(L.Masking()(inputs)))
+    x = RNG.normal(2, 3, (10, 4, 4)).astype("float32")
+    x[::3, 2:] = 0
+    before = model.get_weights()
+    with pytest.raises(ValueError, match=r"layer bn has a mask that varies along its channel axis \(1, "):
+        quiet(model, x)
+    for value, expected in zip(model.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(value, expected)
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+@pytest.mark.parametrize("eager", [False, True])
+def test_a_model_that_is_masked_everywhere_is_an_error(eager, sequential):
     model = keras.Sequential([keras.Input((7, 4)), L.Masking(), KERAS(name="bn")])
+    model.compile(run_eagerly=eager)
     with pytest.raises(ValueError, match="bn saw no values"):
-        quiet(model, np.zeros((5, 7, 4), "float32"))
+        quiet(model, np.zeros((5, 7, 4), "float32"), sequential=sequential)
 
 
-def test_sample_weights(x):
+@pytest.mark.parametrize("eager", [False, True])
+def test_sample_weights(x, eager):
     model = dense_net()
+    model.compile(run_eagerly=eager)
     weights = RNG.integers(0, 3, len(x))
     quiet(model, (x, None, weights), use_sample_weight=True)
     same(model.layers[1], np.repeat(np.asarray(model.layers[0](x)), weights, 0))
@@ -307,6 +358,22 @@ def test_sample_weights(x):
         quiet(model, x, use_sample_weight=True)
     with pytest.raises(ValueError, match="finite numbers"):
         quiet(model, (x, None, weights - 1.0), use_sample_weight=True)
+    rows = keras.Sequential([keras.Input((6,)), L.Lambda(lambda t: keras.ops.reshape(t, (-1, 3))), KERAS(name="rows")])
+    rows.compile(run_eagerly=eager)
+    with pytest.raises(ValueError, match=r"^sample weights can't be used: layer rows sees 600 rows for 300 samples$"):
+        quiet(rows, (x, None, weights), use_sample_weight=True, batch_size=300)
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_sample_weights_and_masks(eager):
+    x = RNG.normal(2, 3, (30, 7, 4)).astype("float32")
+    x[:15, 4:] = 0
+    weights = RNG.integers(0, 3, 30)
+    model = keras.Sequential([keras.Input((7, 4)), L.Masking(), KERAS()])
+    model.compile(run_eagerly=eager)
+    quiet(model, (x, None, weights), use_sample_weight=True)
+    repeated = np.repeat(x, weights, 0).reshape(-1, 4)
+    same(model.layers[-1], repeated[(repeated != 0).any(-1)])
 
 
 def test_shared_layers_merge_their_calls(x):
@@ -379,6 +446,50 @@ def test_dtypes(x, policy):
     model = keras.Sequential([keras.Input((6,), dtype="float32"), L.Dense(4, dtype=policy), KERAS(dtype=policy)])
     quiet(model, x)
     same(model.layers[1], np.asarray(model.layers[0](x)).astype("float64"), rtol=1e-6)
+
+
+def test_a_call_of_the_layers_own(x):
+    """A script has replaced the `call` of one layer: it stays, and computes what later layers see."""
+    model = dense_net()
+    layer = model.layers[1]
+    own, flags = layer.call, []
+
+    def doubled(inputs, training=None, mask=None):
+        flags.append(training)
+        return 2 * own(inputs, training=training, mask=mask)
+
+    layer.call = doubled
+    quiet(model, x, batch_size=len(x))
+    assert layer.call is doubled
+    assert flags[-1] is False
+    h = np.asarray(model.layers[0](x), np.float64)
+    same(layer, h)
+    normed = 2 * (h - h.mean(0)) / np.sqrt(h.var(0) + 1e-3)
+    same(model.layers[4], model.layers[3](np.maximum(normed, 0).astype("float32")), rtol=2e-6)
+
+
+class Told(keras.Model):
+    """Passes a tensor on as `training`, and takes inputs of any length."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = KERAS(name="bn")
+
+    def call(self, x, training=None):
+        return self.norm(x.values, training=tf.reduce_sum(x.values) < 0)
+
+
+def test_ragged_inputs_and_a_training_flag_that_is_a_tensor(x):
+    model = Told()
+    model(tf.RaggedTensor.from_row_lengths(x, [100, 200]))
+    parts = [
+        tf.RaggedTensor.from_row_lengths(x[:50], [20, 30]),
+        tf.RaggedTensor.from_row_lengths(x[50:], [150, 50, 50]),
+    ]
+    found = quiet(model, iter(parts))
+    assert (found.samples, found.rows[0].count) == (5, 300)
+    same(model.norm, x)
+    assert not diagnose(model, iter(parts)).figures.layers[0].always_batch
 
 
 def test_run_eagerly(x):
@@ -620,6 +731,34 @@ def test_batches_and_data_without_an_end(x):
     same(norm, 2 * x)
 
 
+class Endless(Pages):
+    __len__ = None
+
+    @property
+    def num_batches(self):
+        return None
+
+
+def test_pages_without_an_end_and_empty_batches(x):
+    model = dense_net()
+    with pytest.raises(ValueError, match=r"^data has no end: say how many batches to use, with batches=$"):
+        quiet(model, Endless(x))
+    found = quiet(model, Endless(x), batches=3)
+    assert (found.batches, found.samples) == (3, 225)
+    same(model.layers[1], model.layers[0](x[:225]))
+    found = quiet(model, iter([x[:0], x[:50], x[:0], x[50:]]))
+    assert (found.batches, found.samples) == (2, 300)
+    same(model.layers[1], model.layers[0](x))
+
+
+def test_a_distributed_dataset_is_refused(x):
+    strategy = tf.distribute.MirroredStrategy(["CPU:0"])
+    data = strategy.experimental_distribute_dataset(tf.data.Dataset.from_tensor_slices(x).batch(10))
+    words = r"^data must be a plain tf\.data\.Dataset\. Received: one that a strategy distributes$"
+    with pytest.raises(TypeError, match=words):
+        quiet(dense_net(), data)
+
+
 def test_a_fixed_batch_size(x):
     model = keras.Sequential([keras.Input(batch_shape=(50, 6)), KERAS()])
     quiet(model, x)
@@ -643,6 +782,19 @@ class Unbuilt(keras.Model):
         (None, np.full((9, 6), np.inf), {}, ValueError, "NaN or Inf"),
         (None, [np.zeros((4, 6)), np.zeros((4, 6))], {}, ValueError, "1 inputs"),
         (None, (np.zeros((4, 6)), np.zeros(3)), {}, ValueError, "same number"),
+        (None, (), {}, ValueError, r"^data as a tuple must be .* several inputs .*\. Received: a tuple of 0$"),
+        (None, (np.zeros((4, 6)),) * 4, {}, ValueError, r"^data as a tuple must be .*\. Received: a tuple of 4$"),
+        (None, iter([(np.zeros((4, 6)),) * 4]), {}, ValueError, r"^a batch of data must be .* Received: a tuple of 4$"),
+        (None, [], {}, ValueError, r"^data is empty: it holds no array$"),
+        (None, {}, {}, ValueError, r"^data is empty: it holds no array$"),
+        (None, np.full((4, 6), "a"), {}, ValueError, r"^input .* must hold numbers\. Received: dtype <U1$"),
+        (
+            None,
+            [np.float32(3)],
+            {},
+            ValueError,
+            "^data must have samples along its first axis. Received: an array of r",
+        ),
         (None, "x", {}, TypeError, "data must"),
         (None, 3, {}, TypeError, "data must"),
         (None, iter([np.zeros((4, 6))]), {"sequential": True}, ValueError, "sequential"),

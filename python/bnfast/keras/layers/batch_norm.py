@@ -17,7 +17,7 @@ from typing import Any
 import keras
 
 from . import activation as activations
-from . import arguments, reader
+from . import arguments, masks, reader
 from .framework import (
     FUSES,
     ON_TENSORFLOW,
@@ -257,7 +257,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         if features.virtual_batch_size is not None and 0 in axes.axes:
             raise ValueError(f"axis must not be 0, the batch's, with virtual_batch_size. Received: axis={self.axis}")
         if features.fused:
-            arguments.check_fused_shape(axes.axes[0], axes.rank)
+            arguments.check_fused_shape(self._axes[0], axes.rank)
         if isinstance(self.axis, int):
             super().build(input_shape)
         else:
@@ -300,14 +300,13 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         if ON_TENSORFLOW and has_other_readers(self):
             folding.keep(x)
         axes = Axes.of(self._axes, x.shape, known=len(self._axes) > 1)
-        attached = getattr(inputs, "_keras_mask", None)
         if mask is None and keras.ops.is_tensor(training):  # Keras passes masks only to calls with one tensor argument
-            mask = attached
+            mask = masks.attached(inputs)
         batch = Batch(
             axes.merge(x),
             parameter(self.gamma) if self.scale and affine else None,
             parameter(self.beta) if self.center and affine else None,
-            None if mask is None else axes.merge(axes.mask(mask, x, mask is attached)),
+            None if mask is None else axes.merge(axes.mask(mask, x, masks.is_attached(mask, inputs, self))),
             None if residual is None else axes.merge(keras.ops.cast(residual, x.dtype)),
         )
         state = {name: parameter(getattr(self, name)) for name in self._statistics}

@@ -14,6 +14,7 @@ from typing import Any
 import keras
 
 from ..._arguments import checks
+from . import masks
 from .batch_norm import BatchNormalization
 from .framework import adjustment as adjustments
 from .framework import conditional, step
@@ -161,7 +162,7 @@ class ConditionalBatchNormalization(BatchNormalization):
             raise ValueError("inputs must be [x, labels] unless gamma and beta are given. Received: no labels")
         mask = mask[0] if isinstance(mask, (list, tuple)) else mask
         if mask is None:  # Keras passes masks only to calls whose one argument is tensors
-            mask = getattr(_split(inputs)[0], "_keras_mask", None)
+            mask = masks.attached(_split(inputs)[0])
         uniform = self.num_classes == 1 and gamma is None and beta is None
         arguments, finish = self._prepare(x, training, mask, affine=uniform)
         xhat = finish(*step(*arguments))

@@ -18,9 +18,8 @@ _AXIS = "_bnfast_sums_to_zero"  # the attribute of such a dx: its channel axis
 
 
 def mark(dx: tf.Tensor, axis: int) -> None:
-    """Marks dx of a training step without mask, whose mean and variance pass no gradient on. Eager tensors are not."""
-    if not tf.executing_eagerly():
-        setattr(dx, _AXIS, axis % dx.shape.rank)
+    """Marks dx of a training step without mask in a graph, whose mean and variance pass no gradient on."""
+    setattr(dx, _AXIS, axis % dx.shape.rank)
 
 
 def pass_over(biased: tf.Tensor) -> tf.Tensor:

@@ -20,7 +20,7 @@ from keras import ops
 from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 
 from . import reference
-from .batch import Batch, Options, has_values
+from .batch import Batch, Options, has_values, mask_varies_by_channel
 
 NAMES = {"torch": "PyTorch", "jax": "JAX"}
 
@@ -105,7 +105,7 @@ def train_step(
 
 def moments(x: Any, mask: Any, options: Options) -> tuple[Any, Any, Any]:
     """(mean, variance, valid) of one batch: `wide` vectors of shape (C,), and whether the batch has any value."""
-    if _takes(x, mask, options):
+    if not mask_varies_by_channel(mask, options) and _takes(x, mask, options):
         mean, variance = framework().moments(x, mask, options)
         return wide(mean), wide(variance), has_values(x, mask)
     mean, variance, total = reference.moments(x, mask, options)

@@ -46,11 +46,6 @@ def replicas() -> int:
     return 1
 
 
-def initialized_already(read: Callable[[], Any]) -> bool:
-    """The value of a boolean variable."""
-    return bool(read())
-
-
 def choose(training: Any, initialized: Any, new: Callable[[], Any], now: list[Any]) -> Any:
     """new() in a training call before the initialization, else `now`."""
     wanted = ops.logical_and(ops.cast(training, "bool"), ops.logical_not(initialized))

@@ -29,6 +29,7 @@ from keras.src.random.seed_generator import global_seed_generator
 
 from ....functional.batch_norm import moments
 from ....functional.moments import Moments
+from ...layers import masks
 from ...layers.batch_norm import features_of
 from ...layers.framework import Axes, as_input
 from ..norms import norms
@@ -241,11 +242,11 @@ class Probe:
         x = as_input(first, getattr(tap.layer.input_spec, "ndim", None))
         tap.shape, tap.dtype = tuple(x.shape), x.dtype.name
         mask = mask[0] if isinstance(mask, (list, tuple)) else mask
-        attached = getattr(first, "_keras_mask", None)
-        mask = attached if mask is None else mask
-        weights = (
-            [] if mask is None else [Axes.of(list(tap.axes(x.shape.rank)), x.shape).mask(mask, x, mask is attached)]
-        )
+        mask = masks.attached(first) if mask is None else mask
+        weights = []
+        if mask is not None:
+            is_attached = masks.is_attached(mask, first, tap.layer)
+            weights = [Axes.of(list(tap.axes(x.shape.rank)), x.shape).mask(mask, x, is_attached)]
 
         def see(x: Any, *weights: Any) -> Any:
             try:
@@ -278,6 +279,11 @@ class Probe:
 
     def _weighed(self, tap: Tap, x: Any, mask: Any) -> Any:
         """The weights of the values of x: its mask times the weights of the samples."""
+        if mask is not None and any(mask.shape[axis] != 1 for axis in tap.axes(x.ndim)):
+            raise ValueError(
+                f"layer {tap.name} has a mask that varies along its channel axis ({tap.layer.axis}, behind a layer "
+                "like Masking): its channels have counts of their own, which can't be measured yet"
+            )
         if self._weights is None:
             return mask
         if len(x) != len(self._weights):
