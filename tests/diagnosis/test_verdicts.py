@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -65,6 +66,12 @@ def test_the_number_of_updates_is_reckoned(share):
     assert f"{more} more updates" in verdict.reasons[1]
 
 
+def test_without_a_momentum_updates_are_not_reckoned():
+    (verdict,) = judge(model(layer(**mixed(0.3), momentum=None)))
+    assert verdict.reasons == ("30% of what the moving statistics of bn started as is still in them.",)
+    assert verdict.cure == "Recalibrate. Or train longer, or with a smaller momentum (0.9 needs 44 updates)."
+
+
 def test_a_long_training_is_not_too_short():
     assert codes(model(layer(**mixed(0.5)), iterations=10_000)) == ["stale"]
 
@@ -87,6 +94,8 @@ def test_weights_that_grew_are_not_too_few_updates():
         ({"infinite_state": ("moving_variance",)}, "not-finite", "moving_variance"),
         ({"infinite_batches": 3, "dtype": "float16"}, "overflow", "65,504"),
         ({"axis": (1,)}, "wrong-axis", "axis 1"),
+        ({"axis": (1, 3), "expected_axis": 1, "moving_mean": MEAN + 3}, "stale", "no other cause"),
+        ({**mixed(1), "start": None}, "stale", "no other cause"),
         ({"axis": (0,), "expected_axis": None}, "wrong-axis", "samples' own"),
         ({"always_batch": "training=True"}, "always-training", "training=True"),
         ({"momentum": 0.1}, "momentum", "PyTorch"),
@@ -147,12 +156,42 @@ def test_small_batches():
     assert codes(model(layer(), batch_distance=0.8)) == []
 
 
+@pytest.mark.filterwarnings("error")
+def test_little_data_of_constant_channels_says_nothing():
+    """Batches of few samples may be many rows: those of a layer over steps, say."""
+    flat = layer(variance=np.zeros(16), moving_variance=np.zeros(16), between=np.zeros(16))
+    assert codes(model(flat, samples=5)) == []
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_layer_without_channels_has_no_gap():
+    none = np.zeros(0)
+    empty = layer(moving_mean=none, moving_variance=none, mean=none, variance=none, start=(none, none))
+    assert empty.gap == 0
+
+
+def test_other_weights_that_are_not_finite():
+    diagnosis = Diagnosis.of(model(infinite_weights=("dense/kernel", "dense/bias")))
+    assert [verdict.code for verdict in diagnosis.verdicts] == ["not-finite"]
+    assert diagnosis.verdicts[0].layers == ()
+    assert diagnosis.verdicts[0].reasons[0] == "weights with NaN or Inf: dense/kernel, dense/bias"
+    both = judge(model(layer(infinite_state=("gamma",)), infinite_weights=("bn/gamma",)))[0]
+    assert both.reasons[0] == "bn: gamma is not finite"
+    assert len(both.reasons) == 2
+
+
+def test_gammas_near_0_are_noted():
+    weak = layer(gamma=np.array([1e-4, -1e-5, 0.0, *[0.9] * 13]))
+    assert Diagnosis.of(model(weak)).to_dict()["layers"][0]["notes"] == ["3 gammas near 0"]
+
+
 def test_epsilon():
     tiny, zero = VARIANCE * 1e-4, MEAN * 0
     small = layer(variance=tiny, moving_variance=tiny, between=tiny / 64, mean=zero, moving_mean=zero)
     scores = {"moving": {"loss": 1.0}}
     assert codes(model(small, scores=scores, epsilon_trial={1e-5: 0.5})) == ["epsilon"]
     assert codes(model(small, scores=scores, epsilon_trial={1e-5: 0.99})) == []
+    assert codes(model(layer(), scores=scores, epsilon_trial={1e-5: 0.5})) == []  # no variance is small
 
 
 def test_a_layer_that_uses_batches_on_purpose_has_no_gap():
@@ -164,6 +203,9 @@ def test_layers_without_values_do_not_disturb():
     diagnosis = Diagnosis.of(model(layer(), absent, unreached=("branch",)))
     assert diagnosis.healthy
     assert "branch: the model doesn't call it" in str(diagnosis)
+    seen, unseen = diagnosis.to_dict()["layers"]
+    assert seen.keys() - unseen.keys() == {"mean", "variance", "constant_channels", "mean_off", "variance_log2"}
+    assert unseen["notes"] == ["no values"]
 
 
 def test_every_rule_has_been_seen():
@@ -179,3 +221,10 @@ def test_the_picture(need, tmp_path):
     with open(tmp_path / "x.svg", "wb") as file:
         Diagnosis.of(model()).plot(file, format="svg")
     assert b"<svg" in (tmp_path / "x.svg").read_bytes()
+
+
+def test_the_picture_without_matplotlib(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r'^plot needs matplotlib: pip install "bnfast\[demo\]"$'):
+        Diagnosis.of(model()).plot(tmp_path / "x.png")
+    assert not any(tmp_path.iterdir())

@@ -168,6 +168,9 @@ def test_accelerate_fold_to_keras_report():
         assert [row.state for row in report.rows] == ["bnfast", "bnfast"]
         assert bnfast.keras.uses_bnfast(mine)
         assert {row.bridge for row in report.rows} <= {"op", "torch", "jax"}
+        never = "no training call of it has been seen yet"
+        unfused = "PyTorch's calls aren't fused: pass the activation to bnfast.keras.BatchNormalization"
+        assert {row.reason for row in report.rows} == {unfused if BACKEND == "torch" else never}
     assert not bnfast.keras.uses_bnfast(theirs)
     assert_equal_models(mine, theirs, rtol=0)
     np.testing.assert_allclose(fit(mine), fit(theirs), rtol=1e-4)
@@ -196,6 +199,63 @@ def test_the_copy_is_independent():
     again = bnfast.keras.to_keras(model)
     np.testing.assert_allclose(fit(model, 1), fit(again, 1), rtol=1e-4)
     assert np.isfinite(fit(copy, 1)).all()
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="tensors of PyTorch")
+def test_tensors_in_attributes():
+    import torch
+
+    model = make()
+    head = model.get_layer("head")
+    plain, leaf = torch.arange(3.0), torch.ones(2, requires_grad=True)
+    plain.note = [head]
+    frozen, generator = torch.nn.Parameter(torch.ones(2), requires_grad=False), torch.Generator().manual_seed(3)
+    vars(model)["held"] = [plain, leaf, frozen, generator, plain]
+    copy = bnfast.keras.to_keras(model)
+    new = copy.held
+    assert [type(item) for item in new] == [type(item) for item in model.held]
+    assert [item.requires_grad for item in new[:3]] == [False, True, False]
+    assert new[0] is new[4]
+    assert new[0].note[0] is copy.get_layer("head")
+    for old, item in zip(model.held[:3], new[:3], strict=True):
+        assert torch.equal(item, old)
+        assert item.data_ptr() != old.data_ptr()
+    assert torch.equal(torch.rand(2, generator=new[3]), torch.rand(2, generator=generator))
+    vars(model)["held"] = leaf * 2
+    with pytest.raises(ValueError, match=r"\.held can't be copied: it is a tensor that autograd has recorded\. Remove"):
+        bnfast.keras.to_keras(model)
+    weight = next(model.parameters())
+    vars(model)["held"] = lambda: weight
+    with pytest.raises(ValueError, match=r"it is the function .*<lambda>, which holds .*\(Parameter\)\. Remove"):
+        bnfast.keras.to_keras(model)
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="arrays of JAX")
+def test_arrays_in_attributes():
+    import jax
+
+    model = make()
+    vars(model)["held"] = jax.numpy.arange(3.0)
+    new = bnfast.keras.to_keras(model).held
+    model.held.delete()  # as a step that donates it does
+    np.testing.assert_array_equal(new, np.arange(3.0))
+
+    def traced(x):
+        vars(model)["held"] = x
+        return bnfast.keras.to_keras(model)
+
+    words = r"\.held can't be copied: it is an array of a function that JAX is tracing\. Remove the attribute"
+    for transform in (jax.jit, jax.grad):
+        with pytest.raises(ValueError, match=words):
+            transform(traced)(1.0)
+
+
+@pytest.mark.skipif(BACKEND == "tensorflow", reason="TensorFlow has them")
+@pytest.mark.parametrize("name", ["diagnose", "recalibrate", "Recalibration", "Watch"])
+def test_what_needs_tensorflow(name):
+    words = rf"^bnfast\.keras\.{name} needs the TensorFlow backend of Keras .* Received: {BACKEND}$"
+    with pytest.raises(RuntimeError, match=words):
+        getattr(bnfast.keras, name)(make(), X)
 
 
 def test_patch():

@@ -1,5 +1,6 @@
 """accelerate: layer state, subclassed models, layers that stay on Keras, errors."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ pytest.importorskip("tensorflow")
 import keras
 import tensorflow as tf
 from bnfast.keras import BatchNormalization, ConditionalBatchNormalization, accelerate, report, to_keras, uses_bnfast
+from bnfast.tensorflow import op, op_library
 from keras import layers as L
 from keras_models import KERAS, data, fused, quiet, randomize, residual_net, states, subclassed
 
@@ -64,10 +66,18 @@ class Custom(KERAS):  # type: ignore[misc,valid-type]
     pass
 
 
+def with_momenta() -> Any:
+    norm = KERAS(name="bn")
+    norm.momentum = np.array([0.5, 0.9])
+    return norm
+
+
 STAYS_ON_KERAS = {
     "Custom is a class of its own": lambda: Custom(name="bn"),
     "momentum=1.5": lambda: KERAS(name="bn", momentum=1.5),
     "epsilon=-1": lambda: KERAS(name="bn", epsilon=-1),
+    "momentum must be": with_momenta,
+    "it is quantized": lambda: KERAS(name="bn", dtype="int8_from_float32"),
 }
 
 
@@ -87,6 +97,19 @@ def test_layers_that_stay_on_keras(reason: str, inplace: bool) -> None:
     assert (row.name, row.state, row.fused, row.bridge) == ("bn", "keras", "", "")
     assert row.reason.startswith(reason)
     assert other.state == "bnfast"
+
+
+def test_report_of_what_cannot_run_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch norm that isn't built; and one that asks for an op whose library is gone: training says why."""
+    assert report(keras.Sequential([KERAS()], name="late")).rows[0].reason == "it is not built"
+    monkeypatch.setattr(op_library, "PATH", tmp_path / "gone.so")
+    for name in ("_registered", "_library"):
+        monkeypatch.setattr(op, name, None)
+    model = keras.Sequential([keras.Input((4,)), BatchNormalization(bridge="op")])
+    (row,) = report(model).rows
+    assert (row.state, row.bridge) == ("bnfast", "op")
+    with pytest.raises(RuntimeError, match=r"bnfast's TensorFlow op can't be used: .*gone\.so is not there"):
+        model(np.ones((8, 4), "float32"), training=True)
 
 
 def test_errors() -> None:

@@ -2,8 +2,10 @@
 
 import collections
 import functools
+import gc
 import pickle
 import threading
+import types
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +19,9 @@ import keras
 import tensorflow as tf
 from bnfast.keras import BatchNormalization, fold, to_keras
 from bnfast.keras.models.copy import duplicate
+from bnfast.keras.models.object_copy import ObjectCopier
 from keras import layers as L
+from tensorflow.python.ops.resource_variable_ops import UninitializedVariable
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(12, 6, 6, 2)).astype("float32")
@@ -496,6 +500,99 @@ def test_other_models_are_left_out() -> None:
     again = keras.Model(y, copy(y))
     assert np.array_equal(again(X), inner(X))
     assert outer(X).shape == (12, 3)
+    assert np.array_equal(duplicate(copy)(X), inner(X))  # whose calls in other models have lost their inputs
+
+
+def test_a_call_that_no_output_needs_is_copied() -> None:
+    """Its inputs belong to the model, and a model made of it later reads them."""
+    x, twice = keras.Input((3,)), L.Dense(3, name="twice")
+    h = L.ReLU()(twice(x))
+    model, unused = keras.Model(x, h), twice(h)
+    copy = duplicate(model)
+    again = copy.get_layer("twice")._inbound_nodes[1].outputs[0]
+    assert again is not unused
+    assert np.array_equal(keras.Model(copy.inputs, again)(X[:, 0, 0, :1] + [[1, 2, 3]]),
+                          keras.Model(x, unused)(X[:, 0, 0, :1] + [[1, 2, 3]]))  # fmt: skip
+
+
+class Local(threading.local):
+    def __init__(self, number: int = 0) -> None:
+        self.number = number
+
+
+class Needs(threading.local):
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+def objects(*items: Any) -> Any:
+    array = np.empty(len(items), object)
+    array[:] = items
+    array.flags.writeable = False
+    return array
+
+
+def filled(local: Any, **values: Any) -> Any:
+    vars(local).update(values)
+    return local
+
+
+OUTSIDE = L.Dense(1, name="outside")
+ITEMS = [3, 1]
+THINGS: dict[str, tuple[Callable[[Any], Any], Callable[[Any, Any], bool]]] = {
+    "a method written in C": (
+        lambda _: ITEMS.append,
+        lambda new, _: new.__self__ == ITEMS and new.__self__ is not ITEMS,
+    ),
+    "a builtin function": (lambda _: len, lambda new, _: new is len),
+    "a method of a type": (lambda _: dict.fromkeys, lambda new, _: new(["a"]) == {"a": None}),
+    "an immutable set": (lambda _: frozenset({1, (2, 3)}), lambda new, _: new == {1, (2, 3)}),
+    "a slice": (lambda layer: slice(layer, 2), lambda new, twin: new.start is twin and new.stop == 2),
+    "a proxy": (lambda layer: types.MappingProxyType({"a": layer}), lambda new, twin: dict(new) == {"a": twin}),
+    "an array of objects": (
+        lambda layer: objects(layer, [layer]),
+        lambda new, twin: new[0] is twin and new[1] == [twin] and not new.flags.writeable,
+    ),
+    "a cell": (types.CellType, lambda new, twin: new.cell_contents is twin),
+    "an empty cell": (lambda _: types.CellType(), lambda new, _: new == types.CellType()),
+    "a lock": (lambda _: threading.Lock(), lambda new, _: new.acquire(blocking=False)),
+    "values of a thread": (lambda layer: filled(threading.local(), layer=layer), lambda new, twin: new.layer is twin),
+    "a class of these": (lambda _: filled(Local(), number=3), lambda new, _: type(new) is Local and new.number == 3),
+    "a weak set": (lambda layer: weakref.WeakSet([layer, OUTSIDE]), lambda new, twin: set(new) == {twin, OUTSIDE}),
+    "weak values": (
+        lambda layer: weakref.WeakValueDictionary({"in": layer, "out": OUTSIDE}),
+        lambda new, twin: dict(new) == {"in": twin, "out": OUTSIDE},
+    ),
+    "weak keys": (
+        lambda layer: weakref.WeakKeyDictionary({layer: [layer], OUTSIDE: 2}),
+        lambda new, twin: dict(new) == {twin: [twin], OUTSIDE: 2},
+    ),
+    "a weak reference to what is outside": (lambda _: weakref.ref(OUTSIDE), lambda new, _: new() is OUTSIDE),
+}
+
+
+def test_objects_of_python() -> None:
+    model = small()
+    for name, (make, holds) in THINGS.items():
+        vars(model)["thing"] = make(model.layers[-1])
+        copy = duplicate(model)
+        gc.collect()  # what only the copier held
+        assert holds(copy.thing, copy.layers[-1]), name
+
+
+class Slots:
+    __slots__ = ("absent", "present")
+
+
+def test_a_copier_of_its_own() -> None:
+    """object_copy.py by itself knows nothing of layers, and shares every function."""
+    thing = Slots()
+    thing.present = [thing, len, lambda: thing]
+    copier = ObjectCopier()
+    twin = copier.copy(thing, "thing")
+    copier.finish()
+    assert twin.present == [twin, len, thing.present[2]]
+    assert not hasattr(twin, "absent")
 
 
 def test_what_cannot_be_copied_is_named() -> None:
@@ -513,6 +610,22 @@ def test_what_cannot_be_copied_is_named() -> None:
     model.fast = tf.lookup.experimental.DenseHashTable(tf.int64, tf.int64, -1, -2, -3)
     with pytest.raises(ValueError, match=r"\.fast can't be copied.*DenseHashTable"):
         duplicate(model)
+    variable = tf.Variable(1.0, name="w")
+    empty = UninitializedVariable(dtype="float32", shape=(2,), name="empty")
+    for thing, words in (
+        (lambda: variable, r"the function .*<lambda>, which holds w:0 \(ResourceVariable\)"),
+        (
+            (lambda weak: lambda: weak())(weakref.ref(variable)),
+            r"the function .*, which holds w:0 \(ResourceVariable\)",
+        ),
+        (variable.handle, r"the handle of a resource, .* \(EagerTensor\)"),
+        (empty, r"the variable empty:0, which has no value"),
+        ([weakref.ref(variable)], r"an object \(ReferenceType\)"),
+        (Needs(3), r"an object \(Needs\) \(.*missing 1 required positional argument: 'number'\)"),
+    ):
+        vars(model)["fast"] = thing
+        with pytest.raises(ValueError, match=rf"\.fast(\[0\])? can't be copied: it is {words}\. Remove the attribute"):
+            duplicate(model)
 
 
 @pytest.mark.parametrize("name", ["MobileNetV3Small", "EfficientNetB0", "DenseNet121"])

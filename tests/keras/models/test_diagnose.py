@@ -76,6 +76,13 @@ def test_the_layer_where_the_gap_opens():
     a, b = found.figures.layers
     assert a.effect is None
     assert b.effect > 0.5
+    assert b.step > 0
+    unknown = "Whether the weights drift is unknown: "
+    notes = unchanged(model, X).figures.notes
+    assert notes == [f"{unknown}that needs targets."]
+    vars(model)["held"] = (i for i in range(3))
+    (note,) = unchanged(model, X, Y).figures.notes
+    assert note.startswith(f"{unknown}a copy of the model can't be trained: {model.name} (Sequential).held can't be")
 
 
 def test_cost_in_passes():
@@ -210,6 +217,113 @@ def test_data2_is_scored_too():
     assert found.verdicts[0].code == "shifted-data" or "shifted-data" in [v.code for v in found.verdicts]
 
 
+@pytest.mark.parametrize("eager", [False, True])
+def test_what_a_batch_norm_sees(eager):
+    """Batches that are masked or not finite don't count; a mask, many values or its own axis leave samples alone."""
+    inputs = keras.Input((7, 4))
+    masked = keras.Model(inputs, KERAS(name="bn")(L.Masking()(inputs)))
+    masked.compile(run_eagerly=eager)
+    x = RNG.normal(2, 3, (12, 7, 4)).astype("float32")
+    zeros = np.zeros((12, 7, 4), "float32")
+    (row,) = unchanged(masked, iter([x, zeros, x]), data2=zeros).figures.layers
+    assert (row.batches, row.count, row.top_row, row.other) == (2, 168, None, None)
+    np.testing.assert_allclose(row.mean, x.mean((0, 1), "float64"), rtol=1e-6)
+    big = keras.Sequential([keras.Input((6,)), L.Dense(6, kernel_initializer="identity"), KERAS(name="bn")])
+    big.compile(run_eagerly=eager)
+    first = np.full((4, 6), 3e38, "float32")
+    big.layers[0].kernel.assign(np.eye(6) * 1e10)
+    found = unchanged(big, iter([X, first, X]), data2=X)
+    (row,) = found.figures.layers
+    assert (row.infinite_batches, row.batches) == (1, 2)
+    assert found.verdicts[0].code == "overflow"
+    np.testing.assert_allclose(row.other[0], X.mean(0, "float64") * 1e10, rtol=1e-5)
+    own = keras.Sequential([keras.Input(batch_shape=(8, 6)), KERAS(axis=0, name="bn")])
+    own.compile(run_eagerly=eager)
+    found = unchanged(own, X[:80])
+    assert "wrong-axis" in [verdict.code for verdict in found.verdicts]
+    assert found.figures.layers[0].top_row is None
+
+
+def test_the_axis_of_the_features_in_sequences():
+    x = RNG.normal(2, 3, (40, 5, 4)).astype("float32")
+    for axis, others, expected in ((1, [L.Dense(3)], 2), (2, [L.LSTM(3)], 2), (1, [], None)):
+        model = keras.Sequential([keras.Input((5, 4)), KERAS(axis=axis, name="bn"), *others])
+        found = diagnose(model, x)
+        assert found.figures.layers[0].expected_axis == expected
+        assert ("wrong-axis" in [verdict.code for verdict in found.verdicts]) is (expected not in (None, axis))
+
+
+def test_outputs_of_other_kinds():
+    """Text and what is empty is left out; sequences whose lengths differ from batch to batch are compared."""
+    inputs = keras.Input((None, 6))
+    y = KERAS(name="bn")(inputs)
+    empty, scalar = y[:, :, :0], keras.ops.mean(y)
+    words = L.StringLookup(vocabulary=["a", "b"], invert=True)(keras.ops.cast(y[:, 0, 0] > 0, "int64"))
+    batches = [X[:60].reshape(12, 5, 6), X[60:144].reshape(12, 7, 6)]
+    x = X[:144].astype("float64")
+    moving, recalibrated = x / np.sqrt(1.001), (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-3)
+    wanted = np.sqrt(np.mean((moving - recalibrated) ** 2) / recalibrated.var())
+    for outputs, distance in ((y, wanted), ([y, empty, words], wanted), ([empty, words], 0)):
+        found = unchanged(keras.Model(inputs, outputs), iter(batches)).figures
+        assert found.distance == pytest.approx(distance, rel=1e-4)
+    assert unchanged(keras.Model(inputs, scalar), iter(batches)).figures.distance > 1
+
+
+class Untraceable(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.norm = KERAS(name="bn")
+
+    def call(self, x, training=None):
+        if training:
+            raise NotImplementedError("only for inference")
+        return self.norm(x)
+
+
+def test_a_model_that_cannot_be_trained_is_noted():
+    model = Untraceable()
+    model(X[:2])
+    (note,) = unchanged(model, X).figures.notes
+    assert note.startswith("the model can't be traced with training=True: ")
+    assert "only for inference" in note
+
+
+class Scheduled(keras.optimizers.SGD):
+    @property
+    def learning_rate(self):
+        return {"first": 0.1, "second": 0.2}
+
+
+def test_a_learning_rate_that_is_no_number_is_left_out():
+    model = net()
+    model.compile(Scheduled(), "mse")
+    assert unchanged(model, X).figures.learning_rate is None
+
+
+def test_a_metric_per_class_is_left_out():
+    model = net()
+    model.compile("sgd", "mse", metrics=[keras.metrics.F1Score(), "mae"])
+    assert set(unchanged(model, X, np.eye(2, dtype="float32")[Y]).figures.scores["moving"]) == {"loss", "mae"}
+
+
+def test_more_batches_of_data2_than_are_scored():
+    model = compiled(net())
+    pairs = tf.data.Dataset.from_tensor_slices((X, Y)).batch(10)
+    found = unchanged(model, X, Y, data2=pairs).figures
+    assert found.other_samples == 400
+    np.testing.assert_allclose(found.layers[0].other[0], found.layers[0].mean, rtol=1e-5, atol=1e-6)
+    assert found.other_scores == pytest.approx(diagnose(model, X, Y, data2=pairs.take(32)).figures.other_scores)
+
+
+def test_starting_statistics_that_are_unknown():
+    random = KERAS(moving_mean_initializer="random_normal", name="bn")
+    model = keras.Sequential([keras.Input((6,)), random])
+    assert diagnose(model, X).figures.layers[0].start is None
+    ramp = keras.initializers.Constant(np.ones((1, 2, 1, 3), "float32"))
+    model = keras.Sequential([keras.Input((2, 1, 3)), BatchNormalization(axis=[1, 3], moving_mean_initializer=ramp)])
+    assert diagnose(model, X.reshape(400, 2, 1, 3)).figures.layers[0].start is None
+
+
 @pytest.mark.parametrize(
     ("model", "data", "kwargs", "error", "words"),
     [
@@ -219,6 +333,7 @@ def test_data2_is_scored_too():
         (net, X, {"targets": Y[:5]}, ValueError, "same number"),
         (net, tf.data.Dataset.from_tensor_slices(X).batch(5), {"targets": Y}, ValueError, "targets must be None"),
         (net, {"wrong": X}, {}, ValueError, "lacks the input"),
+        (net, (X, Y), {"targets": Y}, ValueError, "^targets must be None where data has them: it is a tuple of 2$"),
         (net, [X, X], {}, ValueError, "1 inputs"),
         (lambda: keras.Sequential([keras.Input((6,)), L.Dense(2)]), X, {}, ValueError, "no batch norm"),
         (lambda: keras.Sequential([KERAS()]), X, {}, ValueError, "not built"),

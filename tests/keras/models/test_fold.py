@@ -87,6 +87,58 @@ def test_inexact_folds_are_kept(why: str) -> None:
         check_fold(chain(SHAPES[2], before(4, 3, **kwargs), norm, layers.ReLU()), ["bn"])
 
 
+def huge() -> Any:
+    model = chain((6,), layers.Dense(4, name="dense"), Keras(name="bn"))
+    model.get_layer("bn").gamma.assign([3e38] * 4)
+    model.get_layer("dense").kernel.assign(np.full((6, 4), 100.0))
+    return model
+
+
+def constant() -> Any:
+    model = chain((6,), Keras(name="bn"), layers.ReLU(), layers.Dense(3))
+    model.get_layer("bn").gamma.assign([0.0] * 6)
+    return model
+
+
+def masked() -> Any:
+    x, mask = layers.Input((4, 6)), layers.Input((4,), dtype="bool")
+    return keras.Model([x, mask], BatchNormalization(activation="relu", name="bn")(layers.Dense(6)(x), mask=mask))
+
+
+def summed(activation: Any) -> Any:
+    x = layers.Input((8, 8, 4))
+    y = layers.Conv2D(4, 3, padding="same")(x)
+    return keras.Model(x, BatchNormalizationAdd(activation=activation, name="bn")([y, x]))
+
+
+REASONS: dict[str, Callable[[], Any]] = {
+    "the weights of dense would not be finite": huge,
+    "its activation can't take the arguments of the call": masked,
+    "it always normalizes with the batch's statistics": lambda: chain(
+        (6,), layers.Dense(4), BatchNormalization(use_batch_statistics=True, name="bn")
+    ),
+    "TensorFlow has no kernel for a convolution with a bias, a sum and mish": lambda: summed("mish"),
+    "it has an activity regularizer": lambda: chain((6,), layers.Dense(4), Keras(name="bn", activity_regularizer="l2")),
+    "conv pads its inputs": lambda: chain(
+        SHAPES[2], Keras(name="bn"), layers.Conv2D(4, 3, padding="same", name="conv")
+    ),
+    "conv computes in another dtype": lambda: chain(
+        SHAPES[2], layers.Conv2D(4, 3, dtype="float64", name="conv"), Keras(name="bn")
+    ),
+    "all its channels are constant": constant,
+}
+
+
+def test_why_norms_are_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    for reason, make in REASONS.items():
+        folded = fold(make(), verbose=2)
+        assert norms(folded) == ["bn"], reason
+        line = capsys.readouterr().out.splitlines()[1]
+        assert reason in line.removeprefix("bn: stays, because ").split("; "), line
+    folded = check_fold(randomize(summed("relu")))
+    assert [type(layer) for layer in folded.layers[1:]] == [layers.Conv2D, layers.Add, layers.Activation]
+
+
 def test_norms_of_shared_layers_and_outputs_are_kept() -> None:
     x = inputs = layers.Input(SHAPES[2])
     twice = layers.Conv2D(6, 3, padding="same", name="twice")(x)  # two consumers
@@ -238,6 +290,15 @@ def test_check_generates_inputs_of_every_dtype() -> None:
     y = layers.GlobalAveragePooling1D()(layers.Embedding(5, 4)(tokens))
     z = layers.GlobalAveragePooling2D()(Keras()(layers.Conv2D(4, 3)(image)))
     check_fold(randomize(keras.Model([tokens, [image, weights]], [y, layers.Concatenate()([z, weights])])))
+
+
+def test_check_cannot_make_text() -> None:
+    text = layers.Input((1,), dtype="string", name="text")
+    y = layers.StringLookup(vocabulary=["a", "b"], output_mode="one_hot")(text)
+    model = randomize(keras.Model(text, Keras(name="bn")(layers.Dense(3)(y))))
+    assert norms(fold(model)) == []
+    with pytest.raises(ValueError, match=r"^check can make only numbers\. Received: an input of strings, text$"):
+        fold(model, check=True)
 
 
 def test_errors() -> None:

@@ -47,6 +47,8 @@ RELUS: dict[str, Callable[[], Any]] = {
     "Activation": lambda: layers.Activation("relu"),
     "keras.ops.relu": lambda: keras.ops.relu,
     "keras.ops.relu6": lambda: keras.ops.relu6,
+    "keras.activations.relu": lambda: keras.activations.relu,
+    "keras.activations.relu, 6": lambda: lambda x: keras.activations.relu(x, max_value=6.0),
 }
 
 
@@ -151,6 +153,14 @@ def test_names_come_from_the_relu() -> None:
     x = layers.ReLU(name="act")(Keras()(inputs))
     model = keras.Model(inputs, layers.Dense(6, name="maximum")(x), name="chain")
     assert [operation.name for operation in check_fold(signed(model)).operations[1:]] == ["act_low", "act", "maximum"]
+
+
+def test_a_name_that_is_taken_gets_a_line() -> None:
+    model = chain((6,), Keras(), lambda x: keras.activations.relu(x, max_value=6.0), layers.Dense(6))
+    relu = model.operations[2]
+    model.layers[-1].name = f"{relu.name}_low"
+    names = [operation.name for operation in check_fold(signed(model)).operations[1:]]
+    assert names == [f"{relu.name}_low_", relu.name, f"{relu.name}_low"]
 
 
 @pytest.mark.parametrize("most", [None, 6])

@@ -37,6 +37,14 @@ def test_other_models_on_the_same_tensors_in_attributes() -> None:
     assert folded.features.layers[1] is folded.get_layer("dense")
 
 
+def test_a_sequential_model_without_a_graph_in_an_attribute() -> None:
+    model = norm_between()
+    model.spare = keras.Sequential([L.Dense(2)])
+    spare = fold(model).spare
+    assert spare(X).shape == (4, 2)
+    assert not model.spare.built
+
+
 def test_new_models_on_layers_of_the_copy() -> None:
     model = norm_between()
     folded = fold(model)

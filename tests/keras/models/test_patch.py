@@ -104,6 +104,22 @@ def test_names_imported_under_the_patch_are_restored(monkeypatch: pytest.MonkeyP
     assert not uses_bnfast(script)
 
 
+def test_modules_that_are_no_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs put None and other objects into sys.modules."""
+
+    class Lazy:
+        __slots__ = ()
+
+        def __getattr__(self, name: str) -> Any:
+            raise AssertionError("the lazy import has run")
+
+    for name, thing in (("keras.absent", None), ("keras.lazy", Lazy()), ("keras.odd", 3)):
+        monkeypatch.setitem(sys.modules, name, thing)
+    with patch():
+        assert keras.layers.BatchNormalization is OURS.PatchedBatchNormalization
+    assert keras.layers.BatchNormalization is KERAS
+
+
 def test_nested_patch_and_repeated_unpatch() -> None:
     assert not is_patched()
     with patch():

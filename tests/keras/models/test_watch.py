@@ -93,6 +93,23 @@ def test_stopped_early(capsys):
     assert "Too few updates" in capsys.readouterr().out
 
 
+def test_one_watch_for_two_trainings():
+    """What was counted holds for the second one, unless the model was compiled anew: here it starts frozen."""
+    model, watch = net(), Watch(budget=1.0, verbose=0)
+    model.layers[0].trainable = False
+    fit(compiled(model), watch, 1)
+    assert watch._samples == [[]]
+    model.layers[0].trainable = True
+    compiled(model)
+    for epochs in (1, 2):
+        fit(model, watch, epochs)
+        assert list(watch._counts.values()) == [1]
+        np.testing.assert_allclose(watch._samples[0][-1][0], X[-64:].mean(0), atol=2e-3)
+        assert watch.history[-1]["bn"] > 0
+    assert len(watch.history) == 4
+    assert not any("assign" in vars(variable) for variable in model.variables)
+
+
 class Never(keras.Model):
     def __init__(self):
         super().__init__()
@@ -127,11 +144,12 @@ class Gan(keras.Model):
         return {"loss": loss}
 
 
-def test_a_train_step_that_updates_twice():
+@pytest.mark.parametrize("optimizer", ["rmsprop", None])
+def test_a_train_step_that_updates_twice(optimizer):
     model, watch = Gan(), Watch(budget=1.0, verbose=0)
     model(X[:2])
     model.own = keras.optimizers.Adam()
-    model.compile()
+    model.compile(optimizer)
     fit(model, watch, 5)
     assert list(watch._counts.values()) == [2]
     mean, _ = watch._samples[0][0]
@@ -198,6 +216,10 @@ def test_what_cannot_be_watched_is_said():
     fit(compiled(model), watch, 1)
     assert watch.left == {"bn": "it is frozen"}
     watch = Watch(verbose=0)
+    fit(net(momentum=0.99999), watch, 1)
+    assert watch.left == {"bn": "at momentum 0.99999 batch statistics can't be read back"}
+    assert watch.history == [{}]
+    watch = Watch(verbose=0)
     fit(compiled(net(), run_eagerly=True), watch, 1)
     assert "eagerly" in watch.left["bn"]
     assert watch.verdicts == {}
@@ -218,8 +240,18 @@ def test_the_training_is_the_same():
     assert not any("assign" in vars(v) for v in models[1].variables)
 
 
+def test_data_whose_end_is_unknown():
+    """How many updates are still to come is unknown, too: only what more of them cure is said at once."""
+    model, watch = net(momentum=0.999), Watch(budget=1.0, verbose=0)
+    batches = (((X[i : i + 64], Y[i : i + 64])) for i in range(0, 640, 64))
+    model.fit(batches, epochs=1, verbose=0, callbacks=[watch])
+    assert watch.verdicts["too-few-updates"][0] == 0
+
+
 def test_tensorboard(tmp_path):
-    fit(net(), Watch(tmp_path, verbose=0), 2)
+    inputs, frozen = keras.Input((6,)), KERAS(name="frozen", trainable=False)
+    model = compiled(keras.Model(inputs, L.Dense(2)(KERAS(name="bn")(frozen(inputs)))))
+    fit(model, Watch(tmp_path, verbose=0), 2)
     (file,) = tmp_path.iterdir()
     tags = {value.tag for event in tf.compat.v1.train.summary_iterator(str(file)) for value in event.summary.value}
     assert tags == {f"batch_norm/bn/{name}" for name in ("gap", "mean_off", "variance_log2")}

@@ -29,12 +29,14 @@ class FrameworkCopier(ObjectCopier):
         """Nothing: on JAX Keras's optimizers find a variable by its id, which `_replace_ids` replaces."""
 
     def _array_of_jax(self, value: Any, path: str) -> Any:
-        if isinstance(value, jax.core.Tracer):
-            raise self._error(path, "an array of a function that JAX is tracing")
         return self.pair(value, value.copy())
+
+    def _tracer(self, value: Any, path: str) -> Any:
+        raise self._error(path, "an array of a function that JAX is tracing")
 
     FRAMEWORK_HANDLERS: tuple[Any, ...] = (
         ((jax.Array,), _array_of_jax),
+        ((jax.core.Tracer,), _tracer),
         (SHARED_KINDS, ObjectCopier._keep),
         (FUNCTION_KINDS, ObjectCopier._share),
     )

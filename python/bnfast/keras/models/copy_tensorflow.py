@@ -61,13 +61,11 @@ class FrameworkCopier(ObjectCopier):
     def _variable(self, value: Any, path: str) -> Any:
         spread = isinstance(value, tf.distribute.DistributedValues)
         with tf.init_scope(), value.distribute_strategy.scope() if spread else tf.device(value.device):
-            try:
-                initial = value.read_value()
-            except tf.errors.FailedPreconditionError as error:
-                raise self._error(path, f"the variable {value.name}, which has no value") from error
+            if tf.executing_eagerly() and not value.is_initialized():  # reading it may give an empty tensor
+                raise self._error(path, f"the variable {value.name}, which has no value")
             new = tf.Variable(
                 # Without DeepCopy the two variables would share a buffer, which an op may update in place.
-                tf.raw_ops.DeepCopy(x=initial),
+                tf.raw_ops.DeepCopy(x=value.read_value()),
                 trainable=value.trainable,
                 name=value.name.split(":")[0],
                 dtype=value.dtype,

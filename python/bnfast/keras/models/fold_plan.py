@@ -293,9 +293,7 @@ def _holds_softplus(operation: Any) -> bool:
 
 
 def _affine(norm: Any) -> Affine | None:
-    """a and b of y = a*x + b in float64; None if variance + epsilon <= 0, or inference uses the batch's statistics."""
-    if features_of(norm).use_batch_statistics:
-        return None
+    """a and b of y = a*x + b in float64; None if variance + epsilon isn't positive."""
     mean, variance = values(norm.moving_mean), values(norm.moving_variance) + float(norm.epsilon)
     if not (variance > 0).all():
         return None

@@ -299,8 +299,16 @@ class ObjectCopier:
         return self.pair(value, type(value)() if type(value) is LOCKS[1] else threading.Lock())
 
     def _local(self, value: Any, path: str) -> Any:
-        new = self.pair(value, type(value)())
-        self._pending.append(lambda: self._extras(value, new, path))
+        """The values of this thread; in any other thread both objects start anew."""
+        try:
+            new = self.pair(value, type(value)())
+        except TypeError as error:  # its arguments are known to nobody
+            raise self._error(path, f"{self._describe(value)} ({error})") from error
+
+        def fill() -> None:
+            vars(new).update((name, self.copy(item, f"{path}.{name}")) for name, item in vars(value).items())
+
+        self._pending.append(fill)
         return new
 
     def _weak_reference(self, target: dict[str, Any], name: str, value: Any) -> None:
@@ -312,12 +320,18 @@ class ObjectCopier:
     def _weak_container(self, value: Any, path: str) -> Any:
         new = self.pair(value, type(value)())
 
+        def twin(item: Any) -> Any:
+            return self.of(item) if self.has(item) else item
+
         def fill() -> None:
-            for item in list(value):
-                if isinstance(value, weakref.WeakSet):
-                    new.add(self._memo.get(id(item), (item, item))[1])
+            if isinstance(value, weakref.WeakSet):
+                new.update(map(twin, value))
+                return
+            for key, item in list(value.items()):
+                if isinstance(value, weakref.WeakKeyDictionary):
+                    new[twin(key)] = self.copy(item, path)
                 else:
-                    new[self._memo.get(id(item), (item, item))[1]] = self.copy(value[item], path)
+                    new[self.copy(key, path)] = twin(item)
 
         self._weak.append(fill)
         return new
@@ -387,7 +401,9 @@ def held_by(value: Any) -> Iterator[Any]:
         yield from value.__defaults__ or ()
         yield value.__kwdefaults__
         yield vars(value)
-    elif not isinstance(value, weakref.ref):
+    elif isinstance(value, weakref.ref):
+        yield value()
+    else:
         yield from gc.get_referents(value)
 
 

@@ -306,11 +306,14 @@ class Collector:
 
 
 def _distance(outputs: list[list[Any]], reference: list[list[Any]]) -> float:
-    """The root mean square difference of outputs, in standard deviations of the reference."""
+    """The root mean square difference of outputs, in standard deviations of the reference. Text doesn't count."""
     total = count = 0.0
     for i in range(len(reference[0]) if reference else 0):
-        a, b = (np.concatenate([np.asarray(y[i], np.float64) for y in some]) for some in (outputs, reference))
-        if a.dtype.kind != "f" or not a.size:
+        parts = [[np.ravel(y[i]) for y in some] for some in (outputs, reference)]  # batches may differ in length
+        if parts[0][0].dtype.kind in "SUO":
+            continue
+        a, b = (np.concatenate(some).astype(np.float64) for some in parts)
+        if not a.size:
             continue
         if not (np.isfinite(a).all() and np.isfinite(b).all()):
             return math.inf

@@ -81,7 +81,7 @@ class Watch(keras.callbacks.Callback):  # type: ignore[misc]
         self.seconds = 0.0
         self._taps: list[Tap] = []
         self._counts: dict[int, int | None] = {}  # by id of the layer: updates per step; None in a loop
-        self._counted: Any = None  # the model whose updates were counted
+        self._counted: Any = None  # the train function whose updates were counted
         self._before: list[Any] | None = None
         self._writer: Any = None
 
@@ -96,7 +96,7 @@ class Watch(keras.callbacks.Callback):  # type: ignore[misc]
         self._epoch = self._judged = -1
         self._pending = dict[str, tuple[int, Verdict]]()
         self._started, self._restore = time.perf_counter(), list[Any]()
-        if self._counted is not self.model:
+        if self._counted is None or self._counted is not self.model.train_function:
             self._count_updates()
         if self._log_dir is not None:
             self._writer = tf.summary.create_file_writer(str(self._log_dir))
@@ -214,8 +214,8 @@ class Watch(keras.callbacks.Callback):  # type: ignore[misc]
 
             vars(variable)["assign"] = counting
             self._restore.append(variable)
-        self._counted = self.model
         self.model.make_train_function(force=True)
+        self._counted = self.model.train_function
 
     def _stop_counting(self) -> None:
         for variable in self._restore:
