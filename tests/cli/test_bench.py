@@ -8,10 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import bnfast
 import numpy as np
@@ -19,6 +21,7 @@ import pytest
 from bnfast.benchmark import allocator, cases, correctness, figure, machine, report, timing
 from bnfast.benchmark.machine import others_busy
 from bnfast.benchmark.peers import BASELINES, PEERS, Unsupported
+from bnfast.benchmark.peers import jax as jax_peer
 from bnfast.cli import bench, main, names
 
 pytestmark = pytest.mark.serial  # measures time
@@ -199,6 +202,9 @@ def test_a_wrong_result_is_noticed(op):
         assert correctness.error_over_tolerance(case, arrays, wrong) > 1
         wrong = {**result, name: np.full_like(result[name], np.nan)}
         assert correctness.error_over_tolerance(case, arrays, wrong) == math.inf
+        if name in ("y", "dx"):
+            wrong = {**result, name: result[name][:1]}
+            assert correctness.error_over_tolerance(case, arrays, wrong) == math.inf, "another shape"
 
 
 class Broken(PEERS[1]):
@@ -209,6 +215,8 @@ class Broken(PEERS[1]):
 
     def prepare(self, case, arrays):
         calls = super().prepare(case, arrays)
+        if self.fault == "unsupported":
+            raise Unsupported("not this one")
         if self.fault == "raises":
             raise RuntimeError("two\nlines")
         calls.read = lambda result: {"y": result.y + 1}
@@ -230,9 +238,90 @@ def test_a_peer_that_is_wrong_or_fails_is_left_out_with_the_reason(short):
     assert all(len(found.seconds) == 2 and not found.kept for found in result.measurements)
     broken.fault = "raises"
     assert timing.prepare(case, arrays, [broken], {"fresh"}) == ([], {"tensorflow": "RuntimeError: two lines"})
+    broken.fault = "unsupported"
+    assert timing.prepare(case, arrays, [broken], {"fresh"}) == ([], {"tensorflow": "not this one"})
     broken.fault, broken.name = "wrong", "bnfast"  # type: ignore[misc]
     with pytest.raises(RuntimeError, match="bnfast is wrong"):
         timing.prepare(case, arrays, [broken], {"fresh"})
+    broken.fault = "raises"
+    with pytest.raises(RuntimeError, match=r"^two\nlines$"):
+        timing.prepare(case, arrays, [broken], {"fresh"})
+
+
+@pytest.mark.needs("rich")
+def test_a_wrong_result_is_printed_and_what_a_peer_cannot_do_is_not(short, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "PEERS", (*PEERS[:2], Broken))
+    command = ["bench", "--quick", "--shape", "8,32", "--op", "train", "--outputs", "fresh", "--peers", "tensorflow"]
+    for fault, lines in (("wrong", 1), ("unsupported", 0)):
+        monkeypatch.setattr(Broken, "fault", fault)
+        assert main(command) == 0
+        told = [line for line in capsys.readouterr().out.splitlines() if "8x32" in line]
+        assert len(told) == lines
+        assert all(
+            f"{bench.TITLES['tensorflow']}, train given 8x32 channels_last float32: wrong result: " in t for t in told
+        )
+
+
+@pytest.mark.needs("rich")
+def test_threads_that_a_library_cannot_change_any_more(need, capfd):
+    need("tensorflow").constant(0)
+    threads = str(_tensorflow_threads() + 1)
+    assert main(["bench", "--quick", "--set", "tiny", "--threads", threads, "--peers", "tensorflow"]) == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    title = bench.TITLES["tensorflow"]
+    assert err.splitlines()[-1].startswith(f"bnfast: argument --threads: {title} can't change to {threads} threads: ")
+
+
+@pytest.mark.needs("rich")
+def test_bfloat16_needs_its_package(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    assert main(["bench", "--quick", "--shape", "8,32", "--dtype", "bfloat16"]) == 2
+    assert capsys.readouterr().err == 'bnfast: this needs ml_dtypes, not installed here: pip install "bnfast[test]"\n'
+
+
+def test_keras_on_another_backend_is_no_peer(need, monkeypatch):
+    need("tensorflow")
+    keras = need("keras")
+    monkeypatch.setattr(keras.backend, "backend", lambda: "torch")
+    (peer,) = [peer for peer in PEERS if peer.name == "keras-eager"]
+    with pytest.raises(ImportError, match=r"^Keras runs on torch$"):
+        peer(_tensorflow_threads())
+
+
+@pytest.mark.parametrize("before", ["5", None])
+def test_jax_s_threads_are_set_for_a_moment(need, monkeypatch, before):
+    need("jax")
+    monkeypatch.setenv("NPROC", "5")
+    if before is None:
+        monkeypatch.delenv("NPROC")
+    for threads in (2, None):
+        jax_peer.start(threads)
+        assert os.environ.get("NPROC") == before
+
+
+def test_without_a_given_number_the_time_decides_how_many_rounds(short, monkeypatch):
+    case = make_case()
+    arrays = cases.make_arrays(case)
+    rounds = {}
+    for seconds in (0.0, 1e9):
+        monkeypatch.setattr(timing, "ROUNDS_SECONDS", seconds)
+        result = timing.measure(case, arrays, [PEERS[0](1)], ["fresh"], None)
+        rounds[seconds] = len(result.measurements[0].seconds)
+    assert rounds == {0.0: timing.MIN_ROUNDS, 1e9: timing.MAX_ROUNDS}
+
+
+@pytest.mark.parametrize(
+    ("mode", "cached", "calls"),
+    [("fresh", True, 3), ("fresh", False, 2), ("held", True, 3), ("held", False, 5), ("warm", False, 3)],
+)
+def test_the_calls_of_a_piece(mode, cached, calls):
+    """Two are timed, after those that fill the caches or what `held` keeps alive. A large tensor is kept no longer."""
+    numbers = iter(range(10))
+    measurement = timing.Measurement("peer", mode, lambda: next(numbers), calls=2)
+    measurement.time_piece(cached)
+    assert next(numbers) == calls
+    assert list(measurement.kept) == ([0, 1, 2] if (mode, cached) == ("held", True) else [])
 
 
 def test_every_round_has_all_measurements_in_another_order():
@@ -249,6 +338,30 @@ def test_warm_malloc_can_be_undone():
         kept = np.ones(1 << 20)
     assert kept.sum() == 1 << 20
     allocator.restore_defaults()
+
+
+@pytest.mark.parametrize("error", [OSError, TypeError, None])
+def test_malloc_of_another_library_stays_as_it_is(monkeypatch, error):
+    def load(name):
+        if error is not None:
+            raise error
+        return object()  # without mallopt
+
+    monkeypatch.setattr("ctypes.CDLL", load)
+    monkeypatch.setattr(allocator, "_LIBC", allocator._load_glibc())
+    assert not allocator.available()
+    allocator.restore_defaults()
+    with allocator.warm():
+        kept = np.ones(1 << 20)
+    assert kept.sum() == 1 << 20
+
+
+def test_where_no_system_reports_threads_a_piece_waits_10_ms(monkeypatch, tmp_path):
+    slept = []
+    monkeypatch.setattr(timing, "TASKS", tmp_path / "absent")
+    monkeypatch.setattr("time.sleep", slept.append)
+    timing.wait_for_idle_threads()
+    assert slept == [0.01]
 
 
 @pytest.mark.skipif(not timing.TASKS.exists(), reason="only Linux reports the states of threads")
@@ -281,6 +394,16 @@ def test_summaries_take_the_faster_memory_format_of_each_case():
     assert found["torch"].geomean == pytest.approx(4)
     assert (found["torch"].smallest, found["torch"].largest) == (2.0, 8.0)
     assert found["torch"].smallest_at == "a channels_last"
+
+
+def test_a_report_has_the_operations_that_were_measured():
+    rows = [make_row("bnfast", 1.0, 1.0), make_row("bnfast", 1.0, 1.0, op="grad", dtype="float64")]
+    about = {"cpu": "c", "cores": 2, "l2_bytes": 0, "l3_bytes": 0, "isa": "i", "threads": 2, "load_before": 0}
+    text = report.markdown({**about, "versions": {}}, rows, [], bench.TITLES)
+    assert [line for line in text.splitlines() if line.startswith("## ")] == [
+        "## train, float32, outputs dropped each call",
+        "## grad, float64, outputs dropped each call",
+    ]
 
 
 def test_ratios_are_medians_within_rounds():
@@ -343,6 +466,10 @@ def test_what_others_run_is_counted_and_ones_own_time_is_not(monkeypatch):
     times = iter([5.0, 5.25])
     monkeypatch.setattr(machine.time, "process_time", lambda: next(times))
     assert others_busy(0.5) == 1.0
-    monkeypatch.setattr(machine, "_busy_ticks", lambda: int("no such file"))
-    assert others_busy(0.5) is None
+    monkeypatch.undo()
+    for text in ("", "intr 1 2 3 4 5 6 7 8", "cpu 1 2 3 4"):
+        monkeypatch.setattr(Path, "read_text", lambda *_, text=text, **__: text)
+        assert others_busy(0.0) is None
+    monkeypatch.undo()
+    assert machine._field(Path("no such file"), "model name") == ""
     assert machine.load_sentence({"load_before": 1.5, "cores": 2}) == "Load before the run: 1.5"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 
+import bnfast
 import numpy as np
 import pytest
 from bnfast.benchmark import model_memory, model_timing, models, timing
@@ -50,7 +51,7 @@ def jax_model():
     from bnfast.benchmark.jax_models import Block, Convolution
 
     first = Convolution(3, 8, 3, 2, activation="relu6")
-    return [Block((first,), residual=False), Block((Convolution(8, 8, activation="relu"),))]
+    return [Block((first,), residual=False), Block((Convolution(8, 4), Convolution(4, 8, activation="relu")))]
 
 
 def run(framework, *arguments):
@@ -74,7 +75,8 @@ def test_the_command_with_every_variant(small, framework, tmp_path, capfd):
         check = rows[name, "check"]
         assert check["predictions"] > 1e-2 if not kind.must_agree else check["predictions"] <= 1e-5
         assert check["loss"] < 1e-5 or not kind.must_agree
-        assert sum(check["batch_norms"].values()) == (0 if name.startswith("left-out") else 2)
+        count = 0 if name.startswith("left-out") else 2 + (framework == "jax")
+        assert sum(check["batch_norms"].values()) == count
         assert all(own.startswith("bnfast") == name.startswith("bnfast") for own in check["batch_norms"])
         for what in ("train", "predict"):
             row = rows[name, what]
@@ -120,6 +122,59 @@ def test_a_busy_machine_is_refused(small, framework, monkeypatch, tmp_path, capf
     assert main(command) == 2
     assert "other programs keep 99.0 of " in capfd.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.parametrize("exhausted", [True, False])
+def test_a_model_that_is_too_large_is_said_in_one_line(small, framework, exhausted, monkeypatch, capfd):
+    module = small(framework)
+    words = {"torch": "[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't", "jax": "RESOURCE_EXHAUSTED: "}
+    kind = {"torch": RuntimeError, "jax": getattr(getattr(module, "jax", None), "errors", None)}[framework]
+    kind = getattr(kind, "JaxRuntimeError", kind)
+
+    def fail(*_):
+        raise kind(f"{words[framework]} allocate 17 GiB" if exhausted else "something else")
+
+    monkeypatch.setattr(module, "calibrate", fail)
+    if not exhausted:
+        with pytest.raises(kind, match="something else"):
+            run(framework)
+        return
+    assert run(framework) == 2
+    title = models.FRAMEWORKS[framework].title
+    assert capfd.readouterr().err.splitlines()[-1] == f"bnfast: out of memory: Small 4x16x16 in {title}"
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.parametrize("error", [ImportError, RuntimeError])
+def test_a_framework_that_does_not_start_is_said_in_one_line(small, framework, error, monkeypatch, capfd):
+    module = small(framework)
+
+    def fail(threads):
+        raise error("no such\nsymbol")
+
+    monkeypatch.setattr(module, "start", fail)
+    assert run(framework) == 2
+    title, extra = models.FRAMEWORKS[framework].title, models.FRAMEWORKS[framework].extra
+    wanted = f'{title} could not be imported (no such symbol): pip install "bnfast[{extra}]"'
+    if error is RuntimeError:
+        wanted = f"{title} could not be started: no such symbol"
+    assert capfd.readouterr() == ("", f"bnfast: {wanted}\n")
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_the_threads_are_set(small, framework):
+    """JAX's own can't be changed once it runs."""
+    module = small(framework)
+    before = bnfast.get_num_threads()
+    with timing.preserve_num_threads():
+        module.start(before + 1)
+        assert bnfast.get_num_threads() == before + 1
+        module.start(None)
+        assert bnfast.get_num_threads() == before + 1
+        if framework == "torch":
+            assert module.torch.get_num_threads() == before + 1
+            module.torch.set_num_threads(before)
 
 
 def test_torch_needs_more_than_one_value_per_channel(small, capfd):

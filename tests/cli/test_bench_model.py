@@ -154,6 +154,94 @@ def test_a_wrong_variant_stops_it_and_a_missing_one_does_not(tensorflow, capfd, 
     assert err.splitlines()[-1].startswith("bnfast: TF fused op: predictions differ from Keras's by ")
 
 
+@pytest.mark.parametrize("reason", ["a broken file", None])
+def test_without_the_op_its_variant_is_left_out(tensorflow, monkeypatch, reason):
+    from bnfast.tensorflow import op
+
+    monkeypatch.setattr(op, "status", lambda: (False, reason))
+    if reason is None:
+        monkeypatch.delattr(sys.modules["bnfast.tensorflow"], "op")
+        monkeypatch.setitem(sys.modules, "bnfast.tensorflow.op", None)
+        reason = "import of bnfast.tensorflow.op halted; None in sys.modules"
+    with pytest.raises(Unsupported) as caught:
+        keras_models.make_variant("bnfast-op", None)
+    assert str(caught.value) == f"no TensorFlow op: {reason}"
+
+
+def make_small(weights, input_shape, width=4):
+    """A model of the user's own in keras.applications: nested, with a gamma or beta left out, that rescales pixels."""
+    import keras
+
+    layers = keras.layers
+    assert weights is None
+    inner = keras.Sequential([layers.Conv2D(width, 3), layers.BatchNormalization(scale=False)])
+    own = [inner, layers.BatchNormalization(center=False), layers.GlobalAveragePooling2D(), layers.Dense(7)]
+    return keras.Sequential([keras.Input(input_shape), layers.Rescaling(1 / 255), *own])
+
+
+def test_any_model_of_keras_applications(tensorflow, monkeypatch):
+    import keras
+
+    monkeypatch.setattr(keras.applications, "Small", make_small, raising=False)
+    spec = models.parse("Small(width=3)", 2, 16)
+    assert "Small" in keras_models.names()
+    model = keras_models.build_model(spec)
+    first, second = keras_models.batch_norms(model)
+    assert (first.gamma, second.beta) == (None, None)
+    for weights in (first.beta.numpy(), second.gamma.numpy() - 1):
+        assert weights.shape == (3,)
+        assert (weights != 0).all()
+        assert (np.abs(weights) < 0.5).all()
+    x, y = (tensor.numpy() for tensor in keras_models.make_data(spec, model))
+    assert (x.shape, x.min(), x.max()) == ((2, 16, 16, 3), 0, 255)
+    assert set(y) <= set(range(7))
+
+
+def test_keras_on_another_backend_is_said_in_one_line(tensorflow, monkeypatch, capfd):
+    import keras
+
+    monkeypatch.setattr(keras.backend, "backend", lambda: "torch")
+    assert main(COMMAND) == 2
+    wanted = 'TensorFlow or Keras could not be imported (Keras runs on torch): pip install "bnfast[demo]"'
+    assert capfd.readouterr().err.splitlines()[-1] == f"bnfast: {wanted}"
+
+
+def test_threads_that_tensorflow_cannot_change_any_more(tensorflow, capfd):
+    tensorflow.constant(0)
+    threads = tensorflow.config.threading.get_intra_op_parallelism_threads() + 1
+    assert main([*COMMAND, "--threads", str(threads)]) == 2
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"bnfast: argument --threads: TensorFlow can't change to {threads} threads: ")
+
+
+def test_a_model_that_is_too_large_is_said_in_one_line(tensorflow, monkeypatch, capfd):
+    def fail(*_):
+        raise tensorflow.errors.ResourceExhaustedError(None, None, "OOM when allocating")
+
+    monkeypatch.setattr(keras_models, "calibrate", fail)
+    assert main(COMMAND) == 2
+    assert capfd.readouterr().err.splitlines()[-1] == f"bnfast: out of memory: {SMALL} 2x32x32"
+
+
+def test_where_no_system_reports_peak_memory(tensorflow, monkeypatch, tmp_path, capfd):
+    monkeypatch.setattr(timing, "wait_for_idle_threads", lambda: None)
+    monkeypatch.setattr(model_memory, "STATUS", tmp_path / "absent")
+    assert main([*COMMAND[:-1], "2", "--variants", "left-out", "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / f"{SPEC.file_name}.json").read_text())
+    assert {row["what"] for row in found["rows"]} == {"train", "predict", "check"}
+    assert found["left_out"] == []
+
+
+def test_a_child_says_why_its_variant_is_unsupported(tensorflow, monkeypatch, capsys):
+    def missing(model):
+        raise Unsupported("not today")
+
+    monkeypatch.setitem(keras_models._VARIANTS, "tf-fused", missing)
+    task = {"model": SMALL, "batch": 2, "size": 32, "framework": "keras", "variant": "tf-fused", "threads": None}
+    assert model_memory.main([json.dumps(task)]) == model_memory.EXIT_UNSUPPORTED
+    assert capsys.readouterr().out == "not today\n"
+
+
 @pytest.mark.skipif(not model_memory.available(), reason="this system does not report peak memory")
 def test_peak_memory_comes_from_a_new_process(tensorflow, monkeypatch):
     said = []

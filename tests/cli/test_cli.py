@@ -12,7 +12,7 @@ import bnfast
 import numpy as np
 import pytest
 from bnfast.benchmark import quiet
-from bnfast.cli import datasets, demo, demo_training, info, main
+from bnfast.cli import datasets, demo, demo_figure, demo_training, info, main
 from bnfast.cli.errors import UserError
 from bnfast.tensorflow import op_library
 
@@ -87,6 +87,15 @@ def test_info_names_what_is_missing(capsys, monkeypatch):
     assert "Keras bridge     none (TensorFlow is not installed)" in out
 
 
+def test_info_without_cuda_and_of_a_package_without_a_version(capsys, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "bnfast.cuda", None)
+    assert main(["info"]) == 0
+    assert "CUDA             not built (it is built on Linux alone)\n" in capsys.readouterr().out
+    (tmp_path / "module_of_no_package.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert info.package_version("module_of_no_package") == "unknown"
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the TensorFlow op is built only on Linux")
 def test_info_shows_which_bridge_and_why(need, monkeypatch, tmp_path):
     need("tensorflow")
@@ -95,6 +104,10 @@ def test_info_shows_which_bridge_and_why(need, monkeypatch, tmp_path):
     monkeypatch.setattr(op_library, "PATH", tmp_path / "_tf.so")
     reason = f"{tmp_path / '_tf.so'} is not there"
     assert info.bridge() == {"name": "numpy_function", "reason": reason}
+    with monkeypatch.context() as patched:
+        patched.setattr(op_library, "gpus", lambda: "GPU:0, GPU:1")
+        seen = "TensorFlow sees GPU:0, GPU:1, where bnfast's kernels can't run"
+        assert info.bridge() == {"name": "tensorflow", "reason": seen}
     monkeypatch.setenv("BNFAST_BRIDGE", "op")
     assert info.bridge() == {"name": None, "reason": reason}
     monkeypatch.setenv("BNFAST_BRIDGE", "numpy_function")
@@ -164,6 +177,31 @@ def test_demo_rejects_a_batch_larger_than_the_data(need, capfd, tmp_path):
     need("tensorflow")
     fails_with_one_line(capfd, ["demo", "--batch", "1438", "--out", str(tmp_path)], "1437 training images", "1438")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_demo_where_keras_runs_on_another_backend_or_is_broken(need, monkeypatch):
+    need("tensorflow")
+    keras = need("keras")
+    demo.layer_classes()  # bnfast.keras is imported before anything is changed
+    with monkeypatch.context() as patched:
+        patched.setattr(keras.backend, "backend", lambda: "jax")
+        with pytest.raises(UserError, match=r"the demo needs Keras's TensorFlow backend\. Keras runs on jax"):
+            demo.layer_classes()
+    monkeypatch.setitem(sys.modules, "bnfast.keras", None)
+    with pytest.raises(UserError) as caught:
+        demo.layer_classes()
+    assert str(caught.value).startswith("TensorFlow or Keras could not be imported (import of bnfast.keras halted")
+    assert str(caught.value).endswith('): pip install "bnfast[demo]"')
+
+
+@pytest.mark.parametrize("heights", [[0.0], [1.0, 0.0], [0.5] * 5, [0.3, 0.1, 0.1, 0.9, 0.12]])
+def test_labels_of_a_picture_are_spread_out(heights):
+    pytest.importorskip("matplotlib")
+    placed = np.array(demo_figure._spread_out(heights, 0.1))
+    assert (np.diff(np.sort(placed)) >= 0.0999).all()
+    assert (np.diff(placed[np.argsort(heights, kind="stable")]) > 0).all(), "in the same order"
+    assert placed.mean() == pytest.approx(np.mean(heights))
+    assert len(heights) > 2 or (placed == heights).all()
 
 
 def test_demo_where_the_download_fails(need, capfd, monkeypatch, tmp_path):

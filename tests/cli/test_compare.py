@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from bnfast.cli.compare import distance, folder
+from bnfast import _child_process
+from bnfast.cli.compare import _check, distance, folder, trainings, ulp
 from bnfast.cli.compare.recorder import MOST_TRAININGS
 from bnfast.cli.compare.report import AGAIN, MOVED, OURS, Report
 from bnfast.cli.compare.trainings import FIRST, LAST, Record, Training
@@ -62,6 +64,26 @@ model = keras.Sequential([keras.Input((4,)), keras.layers.BatchNormalization(), 
 model.compile("sgd", "mse")
 for _ in range(40):
     model.fit(x, x[:, :1], verbose=0)
+"""
+
+FORKS = """
+import multiprocessing, os, sys, time
+
+def end_with_3():
+    sys.exit(3)
+
+def fail():
+    raise OSError("in a fork")
+
+for end in (end_with_3, fail, None):
+    if not (pid := os.fork()):
+        break
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+if pid:
+    multiprocessing.get_context("fork").Process(target=time.sleep, args=(1000,)).start()
+    sys.exit(0)
+elif end:
+    end()
 """
 
 PREDICTS = """
@@ -207,6 +229,31 @@ def test_nothing_to_compare_is_one_line(tmp_path, script, message):
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.needs("tensorflow", "keras")
+def test_a_module_in_place(tmp_path):
+    """What it writes stays."""
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "part.py").write_text("open('ran', 'a').close()")
+    done = compare("--quiet", "--in-place", "-m", "package.part", cwd=tmp_path)
+    reason = "package.part didn't import Keras: there is nothing to compare"
+    assert (done.returncode, done.stderr) == (2, f"bnfast: run --compare: {reason}\n")
+    assert (tmp_path / "ran").exists()
+
+
+@pytest.mark.needs("tensorflow", "keras")
+def test_a_script_that_forks(tmp_path):
+    """Its forks end with the status that they have under Python, and the process that it leaves is ended."""
+    (tmp_path / "forks.py").write_text(FORKS)
+    task = {"command": ["forks.py"], "module": False, "safe_path": False, "folder": str(tmp_path), "steps": 2}
+    task |= {"bnfast": True, "move": False}
+    done = _child_process.run_module("bnfast.cli.compare.child", json.dumps(task), folder=str(tmp_path))
+    assert (done.returncode, done.stdout) == (0, "3\n1\n0\n")
+    assert done.stderr.splitlines()[-1] == "OSError: in a fork"
+    record = trainings.read(tmp_path)
+    assert record is not None
+    assert (record.error, record.keras, record.untouched) == (None, False, True)
+
+
 def test_legacy_keras_is_named(need, tmp_path):
     need("tf_keras")
     script = "import os; os.environ['TF_USE_LEGACY_KERAS'] = '1'\nimport tensorflow as tf\n"
@@ -225,6 +272,10 @@ def test_legacy_keras_is_named(need, tmp_path):
         (["--steps"], "run: argument --steps: must be an integer >= 1. Received: "),
         (["--steps=many", "x.py"], "run: argument --steps: must be an integer >= 1. Received: many"),
         (["absent.py"], "run: can't open absent.py: No such file or directory"),
+        (
+            ["--quiet", "-m", "absent"],
+            "run --compare: with Keras absent failed before it trained: no module named absent",
+        ),
     ],
 )
 def test_errors_are_one_line(tmp_path, args, message):
@@ -252,7 +303,7 @@ def test_relative():
     assert distance.relative([1.0, math.nan], [1.0, 2.0]) == math.inf
 
 
-def record_of(folder: Path, weights: list[list[float]], **kwargs: object) -> Record:
+def record_of(folder: Path, weights: list[list[float]], moved: bool = True, **kwargs: object) -> Record:
     """A run with one training per row: `weights` after the first step, and ten times as far from 1 after the last."""
     folder.mkdir()
     trainings = []
@@ -261,7 +312,7 @@ def record_of(folder: Path, weights: list[list[float]], **kwargs: object) -> Rec
         for when, scale in ((FIRST, 1), (LAST, 10)):
             training.keep(folder, when, [Value(np.array([1 + scale * (w - 1) for w in row]))], [])
         trainings.append(training)
-    return Record(trainings, keras=True, batch_norms=1, moved=True, **kwargs)
+    return Record(trainings, keras=True, batch_norms=1, moved=moved, **kwargs)
 
 
 class Value:
@@ -328,6 +379,96 @@ def test_runs_of_different_length(tmp_path):
     ]
 
 
+@pytest.mark.needs("keras", "tensorflow")
+@pytest.mark.parametrize("count", [4, 5, 7])
+def test_the_table_has_four_trainings(tmp_path, count):
+    records = {
+        run: record_of(tmp_path / run, [[1 + (run == OURS) * 1e-3]] * count, moved=False)
+        for run in ("keras", OURS, AGAIN, MOVED)
+    }
+    for record in records.values():
+        for training in record.trainings:
+            training.losses = []
+    report = Report.of(tmp_path, records, steps=3)
+    lines = str(report).splitlines()
+    assert [line for line in lines if line.startswith("fit ")] == [f"fit {i}" for i in range(4)]
+    left = [line for line in lines if line.startswith("...")]
+    assert left == ([] if count == 4 else [f"... and {count - 4} more trainings: --json has them"])
+    assert not any("loss, step" in line or "statistics, step" in line for line in lines), "there are none"
+    assert lines[-1].startswith(
+        "After 3 steps bnfast's distance from Keras is 1.0e-02, no weight could be moved by 1 ulp: in the first step's"
+    )
+
+
+@pytest.mark.needs("keras", "tensorflow")
+def test_runs_that_cannot_be_compared(tmp_path):
+    pairs = {}
+    for run, weights in (("a", [1.0]), ("b", [1.0, 2.0])):
+        record = record_of(tmp_path / run, [weights])
+        pairs[run] = tmp_path / run, record.trainings[0]
+    found = distance.distances(pairs["a"], pairs["b"])
+    assert found["weights"] == distance.Distance(math.inf, math.inf), "they have other shapes"
+    assert found["loss"] == distance.Distance(0.0, 0.0)
+    found = distance.distances(pairs["a"], (pairs["a"][0], Training("fit 0", 0, steps=2, losses=[1.0])))
+    assert found["weights"] == distance.Distance(0.0, math.inf), "one took fewer steps"
+
+
+@pytest.mark.parametrize(
+    ("ours", "keras", "note"),
+    [
+        (None, "OSError: x", "With Keras the script then failed, with bnfast it didn't: OSError: x"),
+        ("OSError: x", None, "With bnfast the script then failed, with Keras it didn't: OSError: x"),
+        ("y", "x", "The script then failed, perhaps because its training was cut short: x"),
+    ],
+)
+def test_the_run_that_failed_is_named(ours, keras, note):
+    records = {"keras": Record(error=keras), OURS: Record(error=ours), AGAIN: Record(), MOVED: Record()}
+    assert list(Report([], 3, True, 1e-7, [], [])._notes(records)) == [note]
+
+
+def test_a_patch_that_failed_leaves_nothing_to_compare():
+    record = Record(keras=True, untouched=True, summary=["nothing was replaced: OSError: x"])
+    with pytest.raises(UserError) as caught:
+        _check(record, "x.py", OURS)
+    assert str(caught.value) == "run --compare: nothing was replaced: OSError: x: there is nothing to compare"
+
+
+@pytest.mark.needs("keras", "tensorflow")
+@pytest.mark.parametrize(
+    ("values", "dtype", "moved"),
+    [
+        ([[0.5, -2.0], [1.0, 0.0]], "float32", [[0.5, np.nextafter(np.float32(-2), np.float32(0))], [1.0, 0.0]]),
+        ([1.0, 0.25], "float16", [1 + 2**-10, 0.25]),
+        ([0.0, 0.0], "float32", None),
+        ([1.0, math.inf], "float32", None),
+        ([1.0, math.nan], "float32", None),
+        ([], "float32", None),
+        ([3, 4], "int32", None),
+    ],
+)
+def test_a_weight_is_moved_by_1_ulp(values, dtype, moved):
+    import keras
+
+    variable = keras.Variable(np.array(values, dtype), dtype=dtype, name="kernel")
+    mover = ulp.Mover()
+    mover.move([])
+    mover.move([variable])
+    mover.move([variable])
+    assert mover.moved == ([] if moved is None else ["kernel"]), "once"
+    np.testing.assert_array_equal(variable.numpy(), np.array(values if moved is None else moved, dtype))
+
+
+@pytest.mark.needs("keras", "tensorflow")
+def test_a_weight_that_cannot_be_moved_is_passed_over():
+    import keras
+
+    names = {"kernel": np.ones((2, 2)), "gamma": np.zeros(2), "bias": np.ones(2)}
+    variables = [keras.Variable(array, name=name) for name, array in names.items()]
+    mover = ulp.Mover()
+    mover.move(variables)
+    assert mover.moved == ["kernel"]
+
+
 def test_the_copy_has_what_a_script_reads(tmp_path):
     source = tmp_path / "work"
     for name in ("a.py", "data/x.npy", "venv/pyvenv.cfg", ".git/config", "empty/.keep", "deep/er/y"):
@@ -336,6 +477,8 @@ def test_the_copy_has_what_a_script_reads(tmp_path):
     (tmp_path / "outside").write_text("out")
     (source / "link").symlink_to("../outside")
     (source / "inner").symlink_to("data")
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(source / "pipe")
     with folder.copy(source) as copy:
         found = sorted(str(path.relative_to(copy)) for path in copy.rglob("*") if not path.is_dir())
         assert found == ["a.py", "data/x.npy", "deep/er/y", "empty/.keep", "link"]

@@ -5,6 +5,7 @@ Always one line on stderr and status 2 (130 after Ctrl-C), no traceback, and eve
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import signal
@@ -153,6 +154,8 @@ def test_memory_is_compared_exactly(monkeypatch):
         require_memory("this", (4 << 30) + 1)
     with pytest.raises(UserError, match="at least 9,313,"):
         require_memory("this", 10**400)
+    monkeypatch.delattr(os, "sysconf")
+    require_memory("this", 10**400)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +182,15 @@ def test_a_wrong_bridge_in_the_environment_is_one_line(need, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("arguments", [["run", "x.py"], ["run", "-m", "x"], ["bench", "--shape", "8,8", "--out", "x"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run", "x.py"],
+        ["run", "-m", "x"],
+        ["run", "--compare", "-m", "x"],
+        ["bench", "--shape", "8,8", "--out", "x"],
+    ],
+)
 def test_a_deleted_working_directory_is_one_line(need, tmp_path, arguments):
     need("tensorflow")
     folder = tmp_path / "gone"
@@ -191,7 +202,7 @@ def test_a_deleted_working_directory_is_one_line(need, tmp_path, arguments):
     is_one_line(done)
 
 
-def test_where_no_process_can_be_started(monkeypatch, capsys, need):
+def test_where_no_process_can_be_started(monkeypatch, capsys, need, tmp_path):
     need("tensorflow")
 
     def refuse(*_, **__):
@@ -201,6 +212,9 @@ def test_where_no_process_can_be_started(monkeypatch, capsys, need):
     monkeypatch.setattr(subprocess, "run", refuse)
     assert main(["info"]) == 0
     assert "numpy_function (no process could be started to test _tf.so: Resource temp" in capsys.readouterr().out
+    (tmp_path / "x.py").touch()
+    assert main(["run", "--compare", "--quiet", "--in-place", str(tmp_path / "x.py")]) == 2
+    assert capsys.readouterr().err == "bnfast: run --compare: [Errno 11] Resource temporarily unavailable\n"
     reason = model_memory._run_child(models.Spec("A"), "keras", None)
     assert reason == "no process could be started: Resource temporarily unavailable"
     monkeypatch.setattr(sys, "executable", "")
@@ -292,6 +306,29 @@ def test_preparing_leaves_nothing(tmp_path):
     assert not (tmp_path / "x.png").exists()
 
 
+def test_starting_tensorflow_without_files_in_memory(monkeypatch, capfd):
+    monkeypatch.delattr(os, "memfd_create", raising=False)
+    with quiet.quiet_stderr():
+        os.write(2, b"noise")
+    assert capfd.readouterr().err == ""
+    with contextlib.suppress(RuntimeError), quiet.quiet_stderr():
+        os.write(2, b"a reason")
+        raise RuntimeError
+    assert capfd.readouterr().err == "a reason"
+
+
+def test_keras_backend_is_chosen_before_it_is_imported(monkeypatch):
+    monkeypatch.setenv("KERAS_BACKEND", "torch")
+    monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "0")
+    monkeypatch.setitem(sys.modules, "keras", None)
+    quiet.prepare_tensorflow()
+    assert os.environ["KERAS_BACKEND"] == "torch"
+    monkeypatch.delitem(sys.modules, "keras")
+    quiet.prepare_tensorflow()
+    assert os.environ["KERAS_BACKEND"] == "tensorflow"
+    assert os.environ["TF_CPP_MIN_LOG_LEVEL"] == "0", "the user's choice"
+
+
 @pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="this system has no files in memory")
 @pytest.mark.parametrize(
     ("error", "shown"), [(RuntimeError, "a reason"), (KeyboardInterrupt, ""), (UserError, ""), (MemoryError, "")]
@@ -330,6 +367,7 @@ from bnfast.benchmark import timing
 from bnfast.cli import main
 for name in ("torch", "tensorflow", "keras", "jax"):
     sys.modules[name] = None
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job begins with SIGINT ignored
 running, wait = threading.Event(), timing.wait_for_idle_threads
 timing.wait_for_idle_threads = lambda: (running.set(), wait())  # called before every measurement
 threading.Thread(target=lambda: (running.wait(), os.kill(os.getpid(), signal.SIGINT)), daemon=True).start()

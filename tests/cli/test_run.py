@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import bnfast
 import pytest
+from bnfast.cli import keras_import, updates
+from bnfast.cli.run import Patcher
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
+SOURCES = Path(bnfast.__file__).parents[1]
 
 
 def bnfast_run(*args: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -123,6 +128,7 @@ def folder(tmp_path: Path) -> Path:
         ["-m", "package.part", "-q"],
         ["exits.py", "7"],
         ["exits.py", "0"],
+        ["--", "facts.py", "--quiet"],
         ["says.py"],
         ["breaks.py"],
         ["typo.py"],
@@ -133,6 +139,58 @@ def test_a_script_behaves_as_under_python(need, folder, args):
     need("tensorflow")
     expected, done = python(*args, cwd=folder), bnfast_run("--quiet", *args, cwd=folder)
     assert (done.returncode, done.stdout, done.stderr) == (expected.returncode, expected.stdout, expected.stderr)
+
+
+@pytest.mark.parametrize("args", [["facts.py"], ["-m", "package.part"]])
+def test_a_safe_path_stays_safe(need, folder, args):
+    """Under python -P no folder of the script's is searched. -m then needs the folder in PYTHONPATH."""
+    need("tensorflow")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(SOURCES)])}
+    found = [
+        subprocess.run(
+            [sys.executable, "-P", *words, *args], cwd=folder, env=environment, capture_output=True, text=True
+        )
+        for words in ([], ["-m", "bnfast", "run", "--quiet"])
+    ]
+    assert found[0].returncode == 0, found[0].stderr
+    assert found[0].stdout == found[1].stdout
+
+
+def test_what_keeps_keras_unpatched_is_the_reason(need, monkeypatch):
+    need("tensorflow")
+    keras = need("keras")
+    patcher = Patcher()
+    with monkeypatch.context() as patched:
+        patched.setattr(keras.backend, "backend", lambda: "openvino")
+        patcher.patch()
+    assert patcher.summary()[0] == "nothing was replaced: Keras runs on openvino"
+    monkeypatch.setitem(sys.modules, "bnfast.keras", None)
+    patcher.patch()
+    reason = "ModuleNotFoundError: import of bnfast.keras halted; None in sys.modules"
+    assert patcher.summary()[0] == f"nothing was replaced: {reason}"
+    assert patcher.too_few_updates() == []
+
+
+def test_steps_that_jax_has_given_up_are_not_counted(need, monkeypatch):
+    """As after an interrupt: fit gives a counter's memory to the next step."""
+    need("keras")
+    counter = need("jax").numpy.asarray(3)
+    monkeypatch.setattr(updates, "_steps", [counter])
+    assert updates.too_few([0.99])[0].startswith(
+        "1 of 1 trained batch norms had at most 3 updates at momentum 0.99: 97%"
+    )
+    counter.delete()
+    assert updates.too_few([0.99]) == []
+
+
+def test_a_package_that_is_not_there_is_python_s_error(monkeypatch):
+    """A script may try to import TensorFlow or Keras and go on without."""
+    monkeypatch.setattr(keras_import, "WATCHED", ("absent_framework",))
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
+    keras_import.AfterImport(lambda: pytest.fail("nothing was imported"))
+    for _ in range(2):
+        with pytest.raises(ModuleNotFoundError, match="No module named 'absent_framework'"):
+            __import__("absent_framework")
 
 
 def test_a_script_without_keras_imports_neither_keras_nor_tensorflow(need, folder):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import numpy as np
 import pytest
-from bnfast.cli import main
+from bnfast.cli import main, saved_model
+from bnfast.cli.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +65,10 @@ def test_from_diagnosis_to_cure(capsys, folder):
     assert status == 0
     assert out.startswith("net: healthy")
     assert "accuracy" in out
+    status, named, _ = run(
+        capsys, folder, "diagnose", "new.keras", "--data", "data.npz", "--targets", "y", "--data2", "x.npy"
+    )
+    assert (status, named) == (0, out), "the targets are those of y.npy"
 
 
 @pytest.mark.parametrize(
@@ -100,6 +106,40 @@ def test_one_line_says_what_is_wrong(capsys, folder, arguments, words):
     assert err.count("\n") == 1
     assert words in err
     assert not (folder / "n.keras").exists()
+
+
+def test_a_model_that_keras_cannot_save(capsys, folder, monkeypatch):
+    import keras
+
+    def refuse(self, path):
+        raise NotImplementedError("no\nway")
+
+    monkeypatch.setattr(keras.Model, "save", refuse)
+    status, out, err = run(capsys, folder, "recalibrate", "few.keras", "--data", "x.npy", "--out", "n.keras")
+    assert (status, out, err) == (2, "", "bnfast: the model can't be saved: no way\n")
+    assert not (folder / "n.keras").exists()
+
+
+def test_a_keras_that_cannot_be_imported(capsys, folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bnfast.keras", None)
+    status, out, err = run(capsys, folder, "diagnose", "few.keras", "--data", "x.npy")
+    assert (status, out) == (2, "")
+    assert err == "bnfast: import of bnfast.keras halted; None in sys.modules\n"
+
+
+def test_errors_of_tensorflow_are_the_user_s(folder):
+    import tensorflow as tf
+
+    def fail(kind):
+        raise kind(None, None, "17\nGiB")
+
+    assert saved_model.guarded(lambda: 3) == 3
+    with pytest.raises(UserError, match=r"^out of memory: use a smaller --batch-size$"):
+        saved_model.guarded(lambda: fail(tf.errors.ResourceExhaustedError))
+    with pytest.raises(UserError, match=r"^17 GiB$"):
+        saved_model.guarded(lambda: fail(tf.errors.InvalidArgumentError))
+    with pytest.raises(KeyError):
+        saved_model.guarded(lambda: {}["a"])
 
 
 def test_a_file_is_written_whole_or_not_at_all(capsys, folder, monkeypatch):

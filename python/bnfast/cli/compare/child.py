@@ -41,9 +41,9 @@ def main(arguments: Sequence[str]) -> NoReturn:
     AfterImport(after_import)
     random.seed(SEED)
     np.random.seed(SEED)  # noqa: NPY002  # what scripts use
-    record.error = run_script(task)
-    if os.getpid() != process:  # a fork of the script that ended by sys.exit
-        os._exit(0)
+    record.error = run_script(task, process)
+    if os.getpid() != process:  # a fork of the script that came to its end
+        sys.exit()
     if task["bnfast"]:
         record.untouched = patcher.reason is not None
         record.summary = patcher.summary()
@@ -52,8 +52,9 @@ def main(arguments: Sequence[str]) -> NoReturn:
     leave()
 
 
-def run_script(task: dict[str, Any]) -> str | None:
-    """Runs it, and returns the error that ended it, in one line; None if it ended well or was stopped."""
+def run_script(task: dict[str, Any], process: int) -> str | None:
+    """Runs it, and returns the error that ended it, in one line; None if it ended well or was stopped. What ends a fork
+    of this process is raised, so that the script sees its fork's status."""
     errors: list[BaseException] = []
     sys.excepthook = lambda kind, error, where: errors.append(error)  # for an error in the script's syntax
     try:
@@ -67,12 +68,14 @@ def run_script(task: dict[str, Any]) -> str | None:
         script.enter(module, code)
     except End:
         pass
-    except SystemExit as error:
+    except BaseException as error:
+        if os.getpid() != process:
+            raise
+        if not isinstance(error, SystemExit):
+            return told(error, module)
         if error.code in (None, 0):
             return None
         return f"it ended with status {error.code}" if isinstance(error.code, int) else f"it ended with {error.code!r}"
-    except BaseException as error:
-        return told(error, module)
     return None
 
 

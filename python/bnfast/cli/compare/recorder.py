@@ -13,7 +13,8 @@ import inspect
 import math
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,16 @@ class End(BaseException):
     """Ends the script. Not an Exception, because scripts catch those."""
 
 
+@dataclass
+class Loop:
+    """The steps that train_on_batch of one model, or one optimizer, takes in a loop of the script's own."""
+
+    owner: Any  # the model or optimizer: it is held, so that its id stays its own
+    training: Training
+    weights: list[Any]  # those that the first step trained; the script may freeze some of them later
+    moving: list[Any]
+
+
 class Recorder:
     """What the script trains; `install()` once Keras is imported, `finish()` when the script has ended."""
 
@@ -36,8 +47,8 @@ class Recorder:
         self._mover = ulp.Mover() if move else None
         self._inside = 0  # calls of fit and train_on_batch that are running
         self._optimizers: dict[int, tuple[weakref.ref[Any], int]] = {}  # and the steps seen
-        self._loops: dict[int, tuple[Training, Callable[[], Any], Callable[[], Any]]] = {}  # by id of model, optimizer
-        self._norms: list[weakref.ref[Any]] = []
+        self._loops: dict[int, Loop] = {}  # by id of model, optimizer
+        self._norms: list[tuple[list[Any], list[Any]]] = []  # gamma and beta, moving statistics
 
     def install(self) -> None:
         """Wraps the entries of Keras, which the script has just imported."""
@@ -57,20 +68,20 @@ class Recorder:
                 _wrap(Function, "__call__", self._call_function)
 
     def finish(self) -> None:
-        """Keeps the last values of loops that took fewer steps, and writes the record."""
+        """Keeps the last values of loops, and writes the record."""
         self.record.batch_norms = len(self._norms)
         if self.record.keras:
             self.record.epsilon = ulp.epsilon(ulp.compute_dtype())
         self.record.moved = bool(self._mover and self._mover.moved)
-        for training, weights, moving in self._loops.values():
-            if LAST not in training.kept and training.steps:
-                training.keep(self._folder, LAST, weights(), moving())
+        for loop in self._loops.values():
+            loop.training.keep(self._folder, LAST, loop.weights, loop.moving)
         self.record.trainings = [each for each in self.record.trainings if each.steps and len(each.kept) == 2]
         self.record.write(self._folder)
 
     def _built(self, own: Any, layer: Any, *args: Any, **kwargs: Any) -> None:
         own(layer, *args, **kwargs)
-        self._norms.append(weakref.ref(layer))
+        moving = moving_statistics(layer.variables)
+        self._norms.append(([each for each in layer.variables if not any(each is other for other in moving)], moving))
 
     # ---- fit ---------------------------------------------------------------------------------------------------------
 
@@ -86,16 +97,19 @@ class Recorder:
         watcher = self._watcher(training)
         callbacks = given.get("callbacks")
         if isinstance(callbacks, keras.callbacks.CallbackList):
-            callbacks.append(watcher)
-        else:
-            listed = callbacks if isinstance(callbacks, (list, tuple)) else [callbacks] if callbacks else []
-            given["callbacks"] = [*listed, watcher]
+            callbacks = callbacks.callbacks  # the script's own list may call them in a thread, later than their step
+        listed = callbacks if isinstance(callbacks, (list, tuple)) else [callbacks] if callbacks else []
+        given["callbacks"] = [*listed, watcher]
         validation = given.get("validation_data")
         batch_size = given.get("validation_batch_size") or given.get("batch_size")
         if validation is not None and self._is_long(validation, batch_size, given.get("validation_steps")):
             given["validation_steps"] = self._steps
         with self._within():
-            return own(*bound.args, **bound.kwargs)
+            try:
+                return own(*bound.args, **bound.kwargs)
+            finally:  # it took fewer steps, or failed after some
+                with contextlib.suppress(Exception):  # JAX may have given up the values
+                    watcher.keep(LAST)
 
     def _watcher(self, training: Training) -> Any:
         import keras
@@ -114,17 +128,13 @@ class Recorder:
                 before, training.steps = training.steps, self.earlier + batch + 1  # several with steps_per_execution
                 training.losses.append(_loss(logs))
                 if not before:
-                    self._keep(FIRST)
+                    self.keep(FIRST)
                 if training.steps >= recorder._steps:
-                    self._keep(LAST)
+                    self.keep(LAST)
                     self.model.stop_training = True
 
-            def on_train_end(self, logs: Any = None) -> None:
-                if training.steps and LAST not in training.kept:
-                    self._keep(LAST)
-
-            def _keep(self, when: str) -> None:
-                if when not in training.kept:
+            def keep(self, when: str) -> None:
+                if training.steps and when not in training.kept:
                     getattr(self.model, "jax_state_sync", lambda: None)()
                     training.keep(recorder._folder, when, *_variables_of(self.model))
 
@@ -145,11 +155,11 @@ class Recorder:
         if steps is not None:
             return steps > self._steps
         try:
-            while isinstance(data, (tuple, list)):
-                data = data[0]
+            while isinstance(data, (tuple, list, dict)):
+                data = next(iter(data.values())) if isinstance(data, dict) else data[0]
             rows = hasattr(data, "shape")
             return len(data) > self._steps * ((batch_size or 32) if rows else 1)
-        except (TypeError, IndexError):
+        except (TypeError, IndexError, StopIteration):
             return False
 
     # ---- loops of the script's own -----------------------------------------------------------------------------------
@@ -161,9 +171,8 @@ class Recorder:
             self._mover.move(model.trainable_variables)
         with self._within():
             result = own(model, *args, **kwargs)
-        weights, moving = (functools.partial(_part, model, i) for i in range(2))
-        self._step(id(model), f"train_on_batch of {model.name}", 1, weights, moving)
-        self._loops[id(model)][0].losses.append(_loss(result))
+        self._step(model, f"train_on_batch of {model.name}", 1, *_variables_of(model))
+        self._loops[id(model)].training.losses.append(_loss(result))
         self._end_if_done()
         return result
 
@@ -188,32 +197,39 @@ class Recorder:
         """Counts the steps that optimizers have taken since the last look, unless fit or train_on_batch counts them."""
         if self._inside or not self._optimizers or _stateless():
             return
-        for key, optimizer, seen, now in self._counts():
+        for optimizer, seen, now in self._counts():
             if now > seen:
-                weights = functools.partial(getattr, optimizer, "_trainable_variables")
-                self._step(key, f"loop of {optimizer.name}", now - seen, weights, self._all_moving)
+                weights = optimizer._trainable_variables
+                self._step(optimizer, f"loop of {optimizer.name}", now - seen, weights, self._moving_beside(weights))
         self._end_if_done()
 
-    def _counts(self) -> Iterator[tuple[int, Any, int, int]]:
+    def _counts(self) -> Iterator[tuple[Any, int, int]]:
         """Every optimizer of the script's, the steps that were seen, and those it has taken; then they are seen."""
         for key, (reference, seen) in list(self._optimizers.items()):
             optimizer = reference()
             if optimizer is not None:
                 now = _iterations(optimizer)
                 self._optimizers[key] = (reference, now)
-                yield key, optimizer, seen, now
+                yield optimizer, seen, now
 
-    def _step(self, key: int, name: str, count: int, weights: Callable[[], Any], moving: Callable[[], Any]) -> None:
-        if key not in self._loops:
-            self._loops[key] = (self._new(name), weights, moving)
-        training = self._loops[key][0]
-        training.steps += count
-        if not training.kept:
-            training.keep(self._folder, FIRST, weights(), moving())
+    def _step(self, owner: Any, name: str, count: int, weights: Sequence[Any], moving: list[Any]) -> None:
+        if id(owner) not in self._loops:
+            self._loops[id(owner)] = Loop(owner, self._new(name), list(weights), moving)
+        loop = self._loops[id(owner)]
+        loop.training.steps += count
+        if not loop.training.kept:
+            loop.training.keep(self._folder, FIRST, loop.weights, loop.moving)
 
-    def _all_moving(self) -> list[Any]:
-        layers = [layer for layer in (reference() for reference in self._norms) if layer is not None]
-        return [each for layer in layers for each in moving_statistics(layer.non_trainable_variables)]
+    def _moving_beside(self, weights: Sequence[Any]) -> list[Any]:
+        """Those of the batch norms whose gamma or beta is one of the weights, or that have neither. Others may belong
+        to models that were trained before, or are collected in one run and not in another."""
+        trained = {id(each) for each in weights}
+        return [
+            each
+            for own, moving in self._norms
+            if not own or any(id(variable) in trained for variable in own)
+            for each in moving
+        ]
 
     # ---- the end -----------------------------------------------------------------------------------------------------
 
@@ -223,7 +239,7 @@ class Recorder:
         return training
 
     def _end_if_done(self) -> None:
-        if any(training.steps >= self._steps for training, *_ in self._loops.values()):
+        if any(loop.training.steps >= self._steps for loop in self._loops.values()):
             self.record.stopped = "in a loop of its own"
             raise End
 
@@ -262,11 +278,7 @@ def _keras_class_index() -> int:
 
 
 def _variables_of(model: Any) -> tuple[list[Any], list[Any]]:
-    return list(model.trainable_variables), moving_statistics(model.non_trainable_variables)
-
-
-def _part(model: Any, i: int) -> list[Any]:
-    return _variables_of(model)[i]
+    return model.trainable_variables, moving_statistics(model.non_trainable_variables)
 
 
 def _loss(result: Any) -> float:

@@ -146,8 +146,8 @@ class Report:
             "  ".join([cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))])
             for cells in table
         ]
-        if left := len(self.rows) - MOST_SHOWN:
-            lines += [f"... and {left} more trainings: --json has them"] * (left > 0)
+        if len(self.rows) > MOST_SHOWN:
+            lines.append(f"... and {len(self.rows) - MOST_SHOWN} more trainings: --json has them")
         head = "Distance from the run with Keras's batch norm: |difference|/|Keras's|"
         return "\n".join([head, "", *(line.rstrip() for line in lines), "", self.verdict, *self.notes])
 
@@ -179,9 +179,7 @@ def _lines(row: Row) -> list[list[str]]:
     return lines
 
 
-def _number(value: float | None) -> str:
-    if value is None:
-        return "-"
+def _number(value: float) -> str:
     return "0" if value == 0 else f"{value:.1e}"
 
 

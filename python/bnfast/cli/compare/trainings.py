@@ -31,7 +31,7 @@ class Training:
     kept: list[str] = field(default_factory=list)  # FIRST, LAST
 
     def keep(self, folder: Path, when: str, weights: Iterable[Any], moving: Iterable[Any]) -> None:
-        """Writes the values of variables of Keras, or of tensors of PyTorch."""
+        """Writes the values of variables of Keras."""
         values = {
             f"{kind}/{i:05d}/{getattr(variable, 'path', '')}": _array(variable)
             for kind, variables in (("weights", weights), ("moving", moving))
@@ -86,10 +86,7 @@ def _path(folder: Path, number: int, when: str) -> Path:
 
 
 def _array(variable: Any) -> Any:
-    if hasattr(variable, "detach"):  # a tensor of PyTorch
-        array = variable.detach().cpu().float().numpy()
-    else:
-        import keras
+    import keras
 
-        array = keras.ops.convert_to_numpy(variable)
+    array = keras.ops.convert_to_numpy(variable)
     return array.astype("float32") if array.dtype.itemsize < 4 else array.copy()  # npz files have no bfloat16
