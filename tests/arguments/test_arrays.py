@@ -2,6 +2,7 @@
 
 import array
 import ctypes
+import sys
 
 import bnfast
 import numpy as np
@@ -317,6 +318,73 @@ def test_a_producer_that_raises_is_an_error_with_the_name():
         bnfast.batch_norm_train(Raises())
 
 
+class SaysBfloat16:
+    """TensorFlow 2.18's tensors: no DLPack, and a buffer that has no format for bfloat16."""
+
+    dtype = "bfloat16"
+
+    def __init__(self, data):
+        self.data = data
+
+    def __array__(self, dtype=None, copy=None):
+        if isinstance(self.data, Exception):
+            raise self.data
+        return self.data
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (np.ones((2, 3), np.float32), "x must be readable as bfloat16. Received: SaysBfloat16 read as float32"),
+        (RuntimeError("deleted"), r"x could not be read as bfloat16 \(SaysBfloat16\): deleted"),
+        ([1.0], r"x could not be read as bfloat16 \(SaysBfloat16\): .* not producing an array"),
+    ],
+    ids=["float32", "raises", "a list"],
+)
+def test_what_says_bfloat16_and_is_not_is_an_error(bfloat16, data, said):
+    with pytest.raises(TypeError, match=f"^{said}$"):
+        bnfast.batch_norm_train(SaysBfloat16(data))
+    right = np.arange(6).reshape(3, 2).astype(bfloat16)
+    same(bnfast.batch_norm_train(SaysBfloat16(right)), bnfast.batch_norm_train(right))
+
+
+@pytest.mark.parametrize(("dtype", "axis"), [("float32", 1), ("bfloat16", 0)])
+def test_a_negated_view_of_torch_is_an_error(need, dtype, axis):
+    """NumPy reads its memory, which holds the opposite."""
+    torch = need("torch")
+    x = torch._neg_view(torch.randn(6, 5).to(getattr(torch, dtype)))
+    with pytest.raises(TypeError, match=r"^x must hold its values, .* Received: is_neg\(\); use resolve_neg\(\)$"):
+        bnfast.batch_norm_train(x, axis=axis)
+    z = torch.randn(6, 5, dtype=torch.complex64)
+    same(bnfast.batch_norm_train(z.conj().imag.resolve_neg()), bnfast.batch_norm_train(-z.numpy().imag))
+
+
+def test_a_sparse_tensor_is_an_error_with_the_name(need):
+    torch = need("torch")
+    for dtype in (torch.bfloat16, torch.float32):
+        with pytest.raises(TypeError, match=r"^x could not be read (as bfloat16|through DLPack) \(Tensor\): "):
+            bnfast.batch_norm_train(torch.eye(3, dtype=dtype).to_sparse())
+
+
+def test_bfloat16_without_ml_dtypes_is_an_error(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    with pytest.raises(
+        TypeError, match=r"^x has dtype bfloat16, for which NumPy needs ml_dtypes: pip install ml_dtypes$"
+    ):
+        bnfast.batch_norm_train(SaysBfloat16(None))
+
+
+def test_what_numpy_cannot_tell_apart_counts_as_overlapping(monkeypatch):
+    def shares_memory(*_, **__):
+        raise np.exceptions.TooHardError
+
+    monkeypatch.setattr(np, "shares_memory", shares_memory)
+    x, out = np.ones((6, 5), np.float32), np.zeros((6, 5), np.float32)
+    with pytest.raises(ValueError, match="out must not overlap x"):
+        bnfast.batch_norm_train(memoryview(x), out=out)
+    assert not out.any()
+
+
 def test_a_buffer_of_our_own_is_read():
     same(bnfast.batch_norm_train(exporter()), bnfast.batch_norm_train(np.arange(12, dtype="float32").reshape(4, 3)))
     bnfast.batch_norm_train(exporter(shape=None, ndim=1))  # what PyBUF_SIMPLE allows: its length is that of the bytes
@@ -341,4 +409,19 @@ def test_a_buffer_of_our_own_is_read():
 def test_a_buffer_that_contradicts_itself_is_an_error(fields, received):
     """memoryview and NumPy crash on some of these."""
     with pytest.raises(TypeError, match=rf"x must have a buffer whose shape and size agree. Received: {received}"):
+        bnfast.batch_norm_train(exporter(**fields))
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"format": b"d"}, "x must have items of 8 bytes, as its format 'd' says. Received: 4"),
+        ({"format": b"&f"}, "x has a buffer that NumPy can't read: '&f' is not a valid PEP 3118 buffer format string"),
+        ({"format": b"Zf", "itemsize": 8, "len": 96}, r"x must have dtype float32, .* Received: complex64"),
+        ({"buf": 0}, r"x must have memory of its own. Received: a null pointer for shape \(4, 3\)"),
+    ],
+    ids=str,
+)
+def test_a_buffer_of_another_format_is_an_error(fields, said):
+    with pytest.raises(TypeError, match=f"^{said}$"):
         bnfast.batch_norm_train(exporter(**fields))

@@ -7,6 +7,7 @@ import numpy as np
 import numpy_reference
 import pytest
 import sample_data
+from bnfast._arguments.tensor_axes import TensorAxes
 
 CASES = [
     ((6, 3, 4), (1, 2)),
@@ -307,3 +308,32 @@ def test_bad_arguments_of_the_layer():
         bnfast.BatchNormalization().build((3, 4))
     with pytest.raises(ValueError, match=r"channels must be at least 0. Received: -1"):
         bnfast.BatchNormalization().build(-1)
+
+
+@pytest.mark.parametrize(
+    ("axes", "mask", "attached", "wanted"),
+    [
+        ([3], (2, 3, 4), False, (3,)),
+        ([1], (2, 4, 5), False, (1,)),
+        ([1], (2, 3, 4), True, (3,)),
+        ([1], (2, 4, 5), True, (1,)),  # fits one reading alone
+        ([1], (2, 3, None), False, (3,)),
+        ([1, 3], (2, 4), False, (1, 3)),
+        ([1, 3], (2, 3, 4), True, (3,)),
+        ([1, 3], (2, 4), True, "axes [1, 3]"),
+        ([1, 3], (2,), False, "axes [1, 3]"),
+        ([1], (2, 5, 4), False, "axis 1"),
+    ],
+)
+def test_where_a_mask_gets_an_axis(axes, mask, attached, wanted):
+    """Of a tensor of shape (2, 3, 4, 5) in a framework."""
+    places = TensorAxes.of(axes, (2, 3, 4, 5))
+    if isinstance(wanted, tuple):
+        assert places.mask_axes(mask, (2, 3, 4, 5), attached) == wanted
+        return
+    with pytest.raises(ValueError) as caught:
+        places.mask_axes(mask, (2, 3, 4, 5), attached)
+    assert str(caught.value) == (
+        f"mask must have the shape of inputs without {wanted}, or extents of 1 in it. "
+        f"Received: mask.shape={mask}, inputs.shape=(2, 3, 4, 5)"
+    )

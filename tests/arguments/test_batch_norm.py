@@ -257,6 +257,12 @@ def test_moving_statistics_must_be_given_together(absent):
     assert content(args) == before
 
 
+def test_residual_and_y_exclude_each_other():
+    args = arguments(bnfast.batch_norm_grad) | {"y": X.copy()}
+    with pytest.raises(ValueError, match=r"^y must be None if residual is given, as y replaces it. Received: both$"):
+        bnfast.batch_norm_grad(**args)
+
+
 def test_the_message_names_the_axis():
     with pytest.raises(ValueError, match=r"gamma must have shape \(64,\) to match axis 1 of x. Received: \(32,\)"):
         bnfast.batch_norm_train(np.zeros((2, 64, 3), np.float32), np.ones(32, np.float32), axis=1)

@@ -272,6 +272,30 @@ def test_errors(error: Any, match: str, kwargs: dict[str, Any]) -> None:
             batch_normalization(tf.constant([[1]]))
 
 
+def test_a_tensor_of_unknown_rank_or_that_is_no_boolean() -> None:
+    with tf.Graph().as_default():
+        with pytest.raises(ValueError, match=r"^inputs must have a known rank. Received: a tensor of unknown shape$"):
+            batch_normalization(v1.placeholder(tf.float32))
+        with pytest.raises(TypeError, match=r"^training must be a bool or a boolean tensor. Received: dtype float32$"):
+            batch_normalization(tf.ones([4, 3]), training=tf.constant(1.0))
+        assert not v1.global_variables()
+
+
+def test_initializers_of_none_are_the_scopes() -> None:
+    names = ("beta", "gamma", "moving_mean", "moving_variance")
+    with tf.Graph().as_default(), v1.Session() as session:
+        with v1.variable_scope("net", initializer=v1.constant_initializer(4.0)):
+            kwargs = dict.fromkeys(f"{name}_initializer" for name in names)
+            y = batch_normalization(tf.constant([[6.0]]), epsilon=0.0, **kwargs)
+            with pytest.raises(
+                TypeError, match=r"^moving_variance_initializer must be an initializer with renorm=True"
+            ):
+                batch_normalization(tf.ones([4, 3]), renorm=True, name="renorm", **kwargs)
+        session.run(v1.global_variables_initializer())
+        assert len(v1.global_variables()) == 4
+        assert session.run(y).tolist() == [[(6 - 4) / 2 * 4 + 4]]
+
+
 def test_eager_execution_is_an_error() -> None:
     with pytest.raises(ValueError, match="needs a graph"):
         batch_normalization(tf.ones([4, 3]))

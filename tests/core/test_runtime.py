@@ -9,6 +9,7 @@ from importlib import metadata
 import bnfast
 import numpy as np
 import pytest
+from bnfast.__main__ import _leave_working_directory
 
 pytestmark = pytest.mark.serial  # measures the time of an import
 
@@ -116,6 +117,28 @@ def test_version():
     except metadata.PackageNotFoundError:
         pytest.skip("bnfast is not installed: it runs from the source tree")
     assert bnfast.__version__ == installed
+
+
+def test_dir_names_what_is_imported_later():
+    names = dir(bnfast)
+    assert names == sorted({*names})
+    assert {*bnfast.__all__, "BatchNormalization", "layers", "keras", "torch", "jax", "cuda"} <= {*names}
+
+
+def test_the_command_leaves_the_working_directory_alone(tmp_path, monkeypatch):
+    """`python -m` puts it first; whatever else is first stays, as with `python -P` or in a deleted directory."""
+    own = os.path.dirname(sys.executable)
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    for path, wanted in (([str(gone), "b"], [own, "b"]), (["a", str(gone)], ["a", str(gone)]), ([], [])):
+        monkeypatch.setattr(sys, "path", path)
+        _leave_working_directory()
+        assert path == wanted
+    gone.rmdir()
+    monkeypatch.setattr(sys, "path", path := [str(gone)])
+    _leave_working_directory()
+    assert path == [str(gone)]
 
 
 def test_import_brings_numpy_and_nothing_heavier():

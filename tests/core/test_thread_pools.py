@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
 import textwrap
 
 import pytest
+from bnfast import _thread_pools
 
 pytestmark = pytest.mark.serial
 
@@ -70,6 +72,65 @@ def test_without_threadpoolctl_its_import_fails_as_ever():
                 print(error)
     """
     assert run(code) == "No module named 'threadpoolctl'\n" * 2
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    """sys.meta_path and sys.modules as before any import of threadpoolctl."""
+    finders = [one for one in sys.meta_path if not isinstance(one, _thread_pools._Finder)]
+    monkeypatch.setattr(sys, "meta_path", finders)
+    monkeypatch.delitem(sys.modules, "threadpoolctl", raising=False)
+    return finders
+
+
+def test_one_finder_watches(fresh):
+    before = [*fresh]
+    for _ in range(2):
+        _thread_pools.watch()
+    assert type(fresh[0]) is _thread_pools._Finder
+    assert fresh[1:] == before
+
+
+@pytest.mark.parametrize(
+    ("source", "registers"),
+    [
+        ("", False),  # older than 3.2
+        ("_ALL_USER_APIS = ['bnfast']\ndef register(controller): raise AssertionError('twice')", False),
+        ("made = []\nregister = made.append\nclass LibController: pass", True),
+    ],
+    ids=["old", "done", "new"],
+)
+def test_the_controller_is_registered_once_and_where_there_are_controllers(
+    fresh, tmp_path, monkeypatch, source, registers
+):
+    (tmp_path / "threadpoolctl.py").write_text(source)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    _thread_pools.watch()
+    watching = fresh[0]
+    spec = importlib.util.find_spec("threadpoolctl")
+    assert spec.loader.get_source("threadpoolctl") == source, "as the loader that it stands for"
+    fresh.remove(watching)  # somebody else took it away in the meantime
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert type(module.__loader__).__name__ == type(module.__spec__.loader).__name__ == "SourceFileLoader"
+    assert [one.user_api for one in getattr(module, "made", [])] == ["bnfast"] * registers
+    monkeypatch.setitem(sys.modules, "threadpoolctl", module)
+    _thread_pools.watch()
+    assert len(getattr(module, "made", [])) == 2 * registers, "a loaded module is asked at once"
+
+
+def test_a_folder_named_threadpoolctl_is_imported_as_ever(fresh, tmp_path, monkeypatch):
+    """A namespace package has no loader before it is imported."""
+    (tmp_path / "threadpoolctl").mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    wanted = importlib.util.find_spec("threadpoolctl")
+    _thread_pools.watch()
+    found = importlib.util.find_spec("threadpoolctl")
+    assert (found.name, found.loader, [*found.submodule_search_locations]) == (
+        wanted.name,
+        wanted.loader,
+        [*wanted.submodule_search_locations],
+    )
 
 
 def test_a_subinterpreter_is_an_import_error_and_no_hang():

@@ -117,6 +117,23 @@ def test_out_changes_no_bit(case):
         assert all(np.array_equal(bits(a), b) for a, b in zip(result, expected[3:], strict=True))
 
 
+def test_out_and_residual_of_arguments_that_are_converted():
+    """Channels in the middle are transposed, a memoryview is read; out gets the same bits."""
+    for axis, read in ((2, np.asarray), (1, memoryview), (2, memoryview)):
+        x, dy, gamma, _ = inputs((2, 3, 6, 5), (2, 3, 6, 5)[axis], "float32")
+        y, mean, invstd = bnfast.group_norm(x, 3, gamma, axis=axis, residual=dy)
+        gradient = bnfast.group_norm_grad(dy, x, mean, invstd, 3, gamma, axis=axis)
+        out = np.empty_like(x)
+        assert bnfast.group_norm(read(x), 3, gamma, axis=axis, residual=dy, out=out).y is out
+        assert np.array_equal(bits(out), bits(y))
+        for out in (np.empty_like(x), dy.copy()):
+            given = out if np.array_equal(out, dy) else dy
+            result = bnfast.group_norm_grad(given, read(x), mean, invstd, 3, gamma, axis=axis, residual=x, out=out)
+            assert result.dx is out
+            assert np.array_equal(bits(out), bits(gradient.dx))
+            assert np.array_equal(result.dresidual, dy), "also where dx overwrites dy"
+
+
 # ---- edge cases and errors -------------------------------------------------------------------------------------------
 
 

@@ -52,7 +52,7 @@ def expected(layer, shape, axis, x, dy, mask, residual):
 
 
 @pytest.mark.parametrize(("shape", "axis"), CASES, ids=str)
-@pytest.mark.parametrize("activation", sample_data.ACTIVATIONS)
+@pytest.mark.parametrize("activation", [*sample_data.ACTIVATIONS, "silu", "elu"])
 @pytest.mark.parametrize("extras", [False, True], ids=["plain", "mask and residual"])
 def test_against_formulas(shape, axis, activation, extras):
     rng = np.random.default_rng(2)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import sample_data
 from bnfast import BatchNormalization
+from hostile import Liar
 
 
 def make_layer(**options):
@@ -348,3 +349,9 @@ def test_a_cumulative_average_and_its_count_belong_together():
     assert layer.batches == 1
     with pytest.raises(ValueError, match=r"unknown: \['batches'\]"):
         BatchNormalization().load_state_dict(state)
+
+
+@pytest.mark.parametrize("device", [RuntimeError("gone"), ("cuda", 0), None], ids=repr)
+def test_a_tensor_that_says_no_device_is_an_error_with_the_name(device):
+    with pytest.raises(TypeError, match=r"^x.__dlpack_device__\(\) must return two integers. Received: "):
+        BatchNormalization()(Liar(device))

@@ -220,6 +220,21 @@ def test_renorm_and_switches_round_trip(need, keras, kwargs, make):
             assert {name: getattr(back, name) for name in kwargs} == {name: getattr(layer, name) for name in kwargs}
 
 
+def test_renorm_clipping_that_is_no_mapping(need, keras):
+    need("tensorflow")
+    import bnfast.keras as ours
+
+    source = keras_layer(keras, ours.BatchNormalization, renorm=True)
+    layer = BatchNormalization.from_keras(source)
+    assert (layer.renorm, layer.renorm_clipping) == (True, None)
+    given = {"config": source.get_config() | {"renorm_clipping": None}, "weights": source.get_weights()}
+    assert BatchNormalization.from_keras(given).get_config() == layer.get_config()
+    continue_with_keras(layer, source, keras)
+    given["config"]["renorm_clipping"] = [1.0, 2.0]
+    with pytest.raises(TypeError, match=r"^renorm_clipping must be .* Received: \[1.0, 2.0\]$"):
+        BatchNormalization.from_keras(given)
+
+
 def test_labels_round_trip(need, keras):
     need("tensorflow")
     import bnfast

@@ -48,6 +48,22 @@ def test_ghosts(grouping):
     np.testing.assert_allclose(layer.moving_variance, other.moving_variance, rtol=1e-6)
 
 
+def test_ghosts_are_the_batches_own_alone():
+    layer = bnfast.BatchNormalization(virtual_batch_size=3)
+    layer.recalibrate([bnfast.moments(part) for part in PARTS], estimator="average")
+    np.testing.assert_allclose(layer.moving_mean, np.mean([part.mean((0, 1)) for part in PARTS], 0), rtol=1e-6)
+    before = layer.state_dict()
+    with pytest.raises(ValueError, match=r"^virtual_batch_size=3 must divide the batch. Received: 2 samples$"):
+        layer.recalibrate(PARTS[:2], estimator="average")
+    masked = [(PARTS[0], np.ones((6, 4)))]
+    with pytest.raises(ValueError, match=r"^batches must have no mask with virtual_batch_size and the estimator avera"):
+        layer.recalibrate(masked, estimator="average")
+    for name, array in before.items():
+        np.testing.assert_array_equal(getattr(layer, name), array)
+    layer.recalibrate(masked)
+    np.testing.assert_allclose(layer.moving_mean, PARTS[0].mean((0, 1)), rtol=1e-6)
+
+
 @pytest.mark.parametrize("estimator", ["population", "average"])
 def test_renorm(estimator):
     layer, other = (bnfast.BatchNormalization(renorm=True, momentum=0.0, renorm_momentum=0.0) for _ in range(2))

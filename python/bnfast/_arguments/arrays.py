@@ -79,6 +79,10 @@ def _native_byte_order(array: Array) -> Array:
 def _from_dlpack(name: str, value: Any) -> Array:
     if getattr(value, "requires_grad", False):
         raise TypeError(f"{name} must be detached, as bnfast records no gradients. Received: requires_grad=True")
+    if _is_negated(value):
+        raise TypeError(
+            f"{name} must hold its values, which DLPack doesn't negate. Received: is_neg(); use resolve_neg()"
+        )
     device = _device_of(name, value)
     if device[0] not in HOST_DEVICES:
         raise TypeError(f"{name} must be in the CPU's memory. Received: DLPack device {device}")
@@ -89,6 +93,12 @@ def _from_dlpack(name: str, value: Any) -> Array:
     except Exception as error:  # a producer may raise anything
         raise TypeError(f"{name} could not be read through DLPack ({type(value).__name__}): {error}") from error
     return _borrowed(name, array)
+
+
+def _is_negated(value: Any) -> bool:
+    """Whether a torch tensor holds the opposite of its values, as z.conj().imag does: its DLPack doesn't say so."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor) and value.is_neg()
 
 
 def _device_of(name: str, value: Any) -> tuple[int, int]:
@@ -108,10 +118,13 @@ def _from_bfloat16(name: str, value: Any) -> Array:
     except ImportError:
         raise TypeError(f"{name} has dtype bfloat16, for which NumPy needs ml_dtypes: pip install ml_dtypes") from None
     torch = sys.modules.get("torch")
-    if torch is not None and isinstance(value, torch.Tensor):
-        bits: Array = np.from_dlpack(value.view(torch.int16))
-        return bits.view(bfloat16)
-    array = np.asarray(value)  # JAX's __array__ returns a view of its buffer with dtype bfloat16
+    try:
+        if torch is not None and isinstance(value, torch.Tensor):
+            bits: Array = np.from_dlpack(value.view(torch.int16))
+            return bits.view(bfloat16)
+        array = np.asarray(value)  # JAX's __array__ returns a view of its buffer with dtype bfloat16
+    except Exception as error:  # a producer may raise anything
+        raise TypeError(f"{name} could not be read as bfloat16 ({type(value).__name__}): {error}") from error
     if array.dtype != bfloat16:
         raise TypeError(f"{name} must be readable as bfloat16. Received: {type(value).__name__} read as {array.dtype}")
     return array

@@ -129,6 +129,8 @@ def batch_normalization(
         renorms.check(fixed, renorm_momentum)
         if unknown := set(renorm_clipping or {}) - {"rmin", "rmax", "dmax"}:
             raise ValueError(f"renorm_clipping must have keys rmin, rmax, dmax. Received: {sorted(unknown)}")
+        if moving_variance_initializer is None:  # its root starts moving_stddev
+            raise TypeError("moving_variance_initializer must be an initializer with renorm=True. Received: None")
     if virtual_batch_size is not None:
         ghosts.check(virtual_batch_size, renorm)
         if 0 in axes.axes:
@@ -261,8 +263,6 @@ def _initializer(given: Any) -> Any:
 def _root(given: Any) -> Any:
     """An initializer whose values are the square roots of the given one's."""
     initializer = _initializer(given)
-    if initializer is None:
-        return None
 
     def initial(shape: Any, dtype: Any = tf.float32, partition_info: Any = None) -> Any:
         values = initializer() if isinstance(initializer, type) else initializer
