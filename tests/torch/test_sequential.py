@@ -239,6 +239,23 @@ def test_gradients_of_gradients():
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.ReLU6(), nn.LeakyReLU(0.3)], ids=str)
+def test_gradients_of_gradients_at_the_gate(activation):
+    """Values that the kernel's rounding puts on the gate itself: the formula's rounding puts some beyond it."""
+    for seed in range(8):
+        torch.manual_seed(seed)
+        model, x, w = nn.Sequential(nn.BatchNorm1d(3), activation), torch.randn(16, 3), torch.randn(16, 3)
+        with torch.no_grad():
+            model[0].bias.copy_(-bt.BatchNorm1d(3)(x)[0])
+        found = []
+        for made in (unfused(model), bt.accelerate(copy.deepcopy(model))):
+            given = x.clone().requires_grad_()
+            (dx,) = torch.autograd.grad((made(given) * w).sum(), given, create_graph=True)
+            dx.square().sum().backward()
+            found.append(given.grad)
+        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
 def test_the_model_is_the_same_to_its_owner(tmp_path):
     theirs = build()
     x = torch.randn(7, 3, 10, 10)

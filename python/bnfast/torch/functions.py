@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from ..functional import batch_norm_infer
 from . import kernels, reference
 from .kernels import GATED_BY_Y, Declined, Moving, Options, Statistics
-from .tensors import dense, is_batched, memory_format
+from .tensors import PLAIN, dense, is_batched, memory_format
 
 __all__ = ["gradient", "normalize", "second_order"]
 
@@ -125,18 +126,45 @@ def second_order(
 
     primals: x, gamma, beta and what `kernels.keeps` kept.
     """
-    kept = primals[3]
-    if kept is not None and options.activation in GATED_BY_Y:
-        return _second_order_by_y(dy, primals, statistics, options, cotangents)
+    x, gamma, beta, y = primals
+    if options.activation in GATED_BY_Y:
+        y = _output(x, gamma, beta, statistics, options) if y is None else y
+        if y is not None:
+            return _second_order_by_y(dy, (x, gamma, beta, y), statistics, options, cotangents)
     return reference.derivative_of_gradient(
         lambda inner: reference.batch_norm(inner, statistics, options), dy, primals, cotangents
     )
 
 
+def _output(
+    x: Tensor, gamma: Tensor | None, beta: Tensor | None, statistics: Tensor, options: Options
+) -> Tensor | None:
+    """y anew, with its bits: the formula's rounding could put a z near 0 on the other side of a ReLU's gate.
+
+    None where NumPy doesn't know the tensor: a half type, or one that a compiler traces.
+    """
+    if type(x) not in PLAIN or x.dtype not in (torch.float32, torch.float64):
+        return None
+    mean, variance = statistics[0].numpy(), statistics[1].numpy()
+    arrays = [None if v is None else v.detach().numpy() for v in (gamma, beta)]
+    _, _, epsilon, activation, slope = options
+    y = batch_norm_infer(
+        x.detach().numpy(),
+        mean,
+        variance,
+        *arrays,
+        axis=1,
+        epsilon=epsilon,
+        activation=activation,
+        negative_slope=slope,
+    )
+    return torch.from_numpy(y)
+
+
 def _second_order_by_y(
     dy: Tensor, primals: Any, statistics: Tensor, options: Options, cotangents: Any
 ) -> list[Tensor | None]:
-    """With a residual and a ReLU y was kept: its slopes are constants, and z is linear in the residual."""
+    """With a ReLU: its slopes, which y tells, are constants, and z is linear in the residual."""
     x, gamma, beta, y = primals
     slopes = _slopes(y.detach(), options)
     linear = options._replace(activation=None)
