@@ -507,12 +507,11 @@ def test_other_classes_and_layouts_of_tensors():
 
 def test_default_device_and_inference_mode():
     module = bt.BatchNorm2d(6)
-    before = torch.get_default_device()
     torch.set_default_device("meta")
     try:
         y = module(torch.randn(4, 6, 3, 3, device="cpu"))
     finally:
-        torch.set_default_device(before)
+        torch.set_default_device(None)
     assert y.device.type == "cpu"
     with torch.inference_mode():
         assert module.eval()(torch.randn(2, 6, 2, 2)).is_inference()

@@ -181,6 +181,13 @@ def test_who_looks_at_all_modules(what, monkeypatch):
     assert seen[3:] == ["relu"] * 3
 
 
+def test_a_default_device_looks_at_nothing(monkeypatch):
+    model, seen = bt.accelerate(build()), calls(monkeypatch)
+    with torch.device("cpu"):
+        model(torch.randn(7, 3, 10, 10))
+    assert seen == ["relu"] * 3
+
+
 def test_a_batch_norm_whose_forward_was_replaced(monkeypatch):
     monkeypatch.setattr(bt.BatchNorm2d, "forward", lambda self, input: input * 0)
     assert torch.equal(

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules import module as hooks
+from torch.overrides import _get_current_function_mode_stack as _function_mode_stack
+from torch.utils._device import DeviceContext  # of torch.set_default_device: batch norm makes no tensor by a factory
 
 from ..functional import is_plain_call
 from ..tensors import PLAIN
@@ -115,7 +117,7 @@ def _nobody_looks() -> bool:
         or hooks._global_forward_pre_hooks
         or hooks._global_backward_hooks
         or hooks._global_backward_pre_hooks
-        or _function_modes()
+        or (_function_modes() and any(type(mode) is not DeviceContext for mode in _function_mode_stack()))
         or not is_plain_call()
         or _code() != _OWN_CODE
     )
