@@ -136,8 +136,8 @@ def recalibrate(
         A Recalibration: what changed, with the old values.
 
     Raises:
-        TypeError, ValueError: an argument is wrong, the model isn't built or has no batch norm, the data is empty, or
-            its inputs hold NaN or Inf.
+        TypeError, ValueError: an argument is wrong, the model isn't built or has no batch norm, the data is empty, its
+            inputs hold NaN or Inf, or a mask varies along the channel axis of a batch norm.
         FloatingPointError: what a batch norm sees is not finite, though the inputs are. The message names the layer.
         RuntimeError: Keras runs on another backend than TensorFlow; or an RNN's cell calls a batch norm in its own
             tf.function, so that the RNN's extra call for the shape of the output can't be told from its steps.
