@@ -40,6 +40,8 @@ inline std::optional<DType> dtype_of(const py::dtype& d) {
 
 constexpr int c_contiguous = 0x1, aligned = 0x100, writeable = 0x400;  // NumPy's flags
 
+constexpr std::int64_t bytes_per_value(DType d) { return d == DType::float64 ? 8 : d == DType::float32 ? 4 : 2; }
+
 struct ArrayView {
     void* data = nullptr;
     const py::ssize_t* dims = nullptr;  // null: the optional argument is absent
@@ -62,7 +64,7 @@ struct ArrayView {
         for (int i = 0; i < rank; ++i) size *= dims[i];
         dtype = *known;
     }
-    std::int64_t bytes() const { return size * (dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2); }
+    std::int64_t bytes() const { return size * bytes_per_value(dtype); }
     bool same_shape(const ArrayView& o) const {
         return rank == o.rank && std::memcmp(dims, o.dims, sizeof(*dims) * std::size_t(rank)) == 0;
     }

@@ -62,19 +62,18 @@ class FusedSequential(nn.Sequential):  # type: ignore[misc]
         left = iter(self._modules.values())
         module = next(left, left)
         while module is not left:
-            after = left
-            if _is_norm(module):  # that runs no code which could replace the next module
-                after = next(left, left)
-                if _is_activation(after) and type(input) in PLAIN and input.dtype in _DTYPES:
-                    slope = getattr(after, "negative_slope", 0.0)
-                    input = module._activated(input, _ACTIVATIONS[type(after)], slope)
-                    module = next(left, left)
-                    continue
-                input = module(input)
-                module = after
-            else:
+            if not _is_norm(module):
                 input = module(input)
                 module = next(left, left)
+                continue
+            after = next(left, left)  # before the call: a batch norm runs no code which could replace the next module
+            if _is_activation(after) and type(input) in PLAIN and input.dtype in _DTYPES:
+                slope = getattr(after, "negative_slope", 0.0)
+                input = module._activated(input, _ACTIVATIONS[type(after)], slope)
+                module = next(left, left)
+            else:
+                input = module(input)
+                module = after
         return input
 
     def __reduce_ex__(self, protocol: Any) -> Any:

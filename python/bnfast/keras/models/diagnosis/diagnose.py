@@ -71,8 +71,8 @@ def diagnose(
         A Diagnosis: print it; `verdicts`, `healthy`, `figures`, `first_gap`, `to_dict()`, `plot("x.png")`.
 
     Raises:
-        TypeError, ValueError: an argument is wrong, the model isn't built or has no batch norm, the data is empty, or
-            its inputs hold NaN or Inf.
+        TypeError, ValueError: an argument is wrong, the model isn't built or has no batch norm, the data is empty, its
+            inputs hold NaN or Inf, or a mask varies along the channel axis of a batch norm.
         RuntimeError: Keras runs on another backend than TensorFlow; or an RNN's cell calls a batch norm in its own
             tf.function, so that the RNN's extra call for the shape of the output can't be told from its steps.
 
